@@ -1,0 +1,144 @@
+"""ReAttention over a key/value cache that holds keys without RoPE: one call, two implementations.
+
+`impl="torch"` runs the phases of reference.py on any device. `impl="triton"` runs the same phases as one fused
+kernel (reattention.py); triton is imported only when it is asked for or chosen.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+from minirea.config import ReAttentionConfig
+from minirea.errors import InputError
+
+__all__ = ["ReAttentionConfig", "reattention"]
+
+IMPLS: Final = ("auto", "triton", "torch")
+CACHE_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def reattention(
+    q_THD: torch.Tensor,
+    k_cache_GND: torch.Tensor,
+    v_cache_GND: torch.Tensor,
+    seq_len: int | torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    config: ReAttentionConfig,
+    impl: str = "auto",
+    return_selection: bool = False,
+) -> Any:
+    """Attention of T new queries over a finite scope of a cache of any length (arXiv 2407.15176, section 3).
+
+    Up to global_size + local_size cached tokens this is ordinary causal attention. Beyond, every query scores all
+    keys between the first global_size and the last local_size ones without RoPE; the best ones are put to a vote,
+    and global ++ spans around the elected ++ local are attended with RoPE positions 0, 1, 2, ...
+
+    Args:
+        q_THD: this step's queries without RoPE, [T, H, D], the last T of the seq_len tokens.
+        k_cache_GND: cached keys without RoPE, [G, N, D], this step's T already at [seq_len - T, seq_len).
+        v_cache_GND: cached values, [G, N, D]. What lies at or beyond seq_len is never used.
+        seq_len: cached tokens, this step's included: an int, or an integer tensor of one element.
+        cos: float32 [at least min(seq_len, config.max_scope), D / 2], half-split RoPE as in Hugging Face models.
+        sin: like cos.
+        config: sizes in tokens; see ReAttentionConfig.
+        impl: "torch", "triton", or "auto": triton for CUDA tensors where it is installed, else torch.
+        return_selection: also return the scope.
+
+    Returns:
+        out_THD, [T, H, D] in q's dtype; with return_selection the pair (out_THD, selection). The selection holds the
+        scope's cache positions, ascending, int64 [S]; with span_scope "kv_head" it is a list of G such tensors.
+
+    Raises:
+        InputError: shapes, dtypes, devices or lengths that do not fit together; the message names the argument. The
+            value of a CUDA seq_len is checked only by impl "torch": reading it would stall the GPU.
+    """
+    _check_tensors(q_THD, k_cache_GND, v_cache_GND, cos, sin)
+    if _resolve(impl, q_THD.device) == "triton":
+        raise InputError("impl 'triton' is not there yet, expected 'torch'")
+    from minirea.kernels.reference import reattention_reference
+
+    seq_len = _check_seq_len(seq_len)
+    _check_lengths(q_THD, k_cache_GND, seq_len, cos, config)
+    out_THD, selection = reattention_reference(
+        q_THD, k_cache_GND, v_cache_GND, seq_len, cos, sin, config, return_selection
+    )
+    return (out_THD, selection) if return_selection else out_THD
+
+
+def _resolve(impl: str, device: torch.device) -> str:
+    if impl not in IMPLS:
+        raise InputError(f"impl is {impl!r}, expected one of {', '.join(IMPLS)}")
+    return "torch" if impl == "auto" else impl
+
+
+def _check_tensors(
+    q_THD: torch.Tensor, k_cache_GND: torch.Tensor, v_cache_GND: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> None:
+    """Everything that can be told from shapes, dtypes and devices; runs on every decode step, so it is kept short."""
+    if q_THD.dim() != 3 or k_cache_GND.dim() != 3 or 0 in q_THD.shape or 0 in k_cache_GND.shape:
+        raise InputError(
+            f"q_THD is {_shape(q_THD)} and k_cache_GND {_shape(k_cache_GND)}, expected [T, H, D] and [G, N, D], not empty"
+        )
+    num_heads, head_dim = q_THD.shape[1:]
+    num_kv_heads = k_cache_GND.shape[0]
+    if k_cache_GND.shape[2] != head_dim or head_dim % 2:
+        raise InputError(
+            f"q_THD is {_shape(q_THD)} and k_cache_GND {_shape(k_cache_GND)}, expected one even head_dim at their ends"
+        )
+    if num_heads % num_kv_heads:
+        raise InputError(f"q_THD has {num_heads} heads, expected a multiple of the {num_kv_heads} of k_cache_GND")
+    if v_cache_GND.shape != k_cache_GND.shape:
+        raise InputError(f"v_cache_GND is {_shape(v_cache_GND)}, expected {_shape(k_cache_GND)} like k_cache_GND")
+    if cos.dim() != 2 or cos.shape[1] != head_dim // 2 or sin.shape != cos.shape:
+        raise InputError(
+            f"cos is {_shape(cos)} and sin {_shape(sin)}, expected [positions, {head_dim // 2}]: half of head_dim {head_dim}"
+        )
+    if cos.dtype != torch.float32 or sin.dtype != torch.float32:
+        raise InputError(f"cos is {cos.dtype} and sin {sin.dtype}, expected torch.float32")
+    if q_THD.dtype not in CACHE_DTYPES or not q_THD.dtype == k_cache_GND.dtype == v_cache_GND.dtype:
+        raise InputError(
+            f"q_THD is {q_THD.dtype}, k_cache_GND {k_cache_GND.dtype} and v_cache_GND {v_cache_GND.dtype}, "
+            "expected one of float32, float16 and bfloat16 for all three"
+        )
+    devices = {x.device for x in (q_THD, k_cache_GND, v_cache_GND, cos, sin)}
+    if len(devices) > 1:
+        raise InputError(f"the tensors are on {', '.join(sorted(map(str, devices)))}, expected one device")
+
+
+def _check_seq_len(seq_len: int | torch.Tensor) -> int:
+    """seq_len as an int; of a CUDA tensor this waits for the GPU."""
+    if isinstance(seq_len, torch.Tensor):
+        if seq_len.numel() != 1 or seq_len.is_floating_point() or seq_len.is_complex() or seq_len.dtype == torch.bool:
+            raise InputError(f"seq_len is a {seq_len.dtype} tensor {_shape(seq_len)}, expected one integer")
+        return int(seq_len)
+    if isinstance(seq_len, bool) or not isinstance(seq_len, int):
+        raise InputError(f"seq_len is {seq_len!r}, expected an integer or an integer tensor of one element")
+    return seq_len
+
+
+def _check_lengths(
+    q_THD: torch.Tensor, k_cache_GND: torch.Tensor, seq_len: int, cos: torch.Tensor, config: ReAttentionConfig
+) -> None:
+    num_queries, capacity = q_THD.shape[0], k_cache_GND.shape[1]
+    if not num_queries <= seq_len <= capacity:
+        raise InputError(
+            f"seq_len is {seq_len}, expected at least the {num_queries} queries of this step and at most the cache's "
+            f"capacity of {capacity}"
+        )
+    if seq_len > config.global_size + config.local_size and num_queries > config.local_size:
+        raise InputError(
+            f"q_THD has {num_queries} queries, expected at most local_size ({config.local_size}) once seq_len "
+            f"({seq_len}) exceeds global_size + local_size: early queries would see later tokens"
+        )
+    if cos.shape[0] < min(seq_len, config.max_scope):
+        raise InputError(
+            f"cos and sin have {cos.shape[0]} positions, expected at least {min(seq_len, config.max_scope)}: "
+            "the scope can get that long"
+        )
+
+
+def _shape(x: torch.Tensor) -> str:
+    return str(list(x.shape))
