@@ -347,7 +347,9 @@ def _rope(c: JsonObject, max_position: int) -> RopeConfig:
         raise InputError(f"{c.source}: partial_rotary_factor is not 1, expected RoPE over the whole head")
     if rope_type == "default":
         return RopeConfig(theta=theta)
-    original = r.integer("original_max_position_embeddings", c.integer("original_max_position_embeddings", max_position))
+    original = r.integer(
+        "original_max_position_embeddings", c.integer("original_max_position_embeddings", max_position)
+    )
     optional = {
         key: r.number(key) for key in ("attention_factor", "mscale", "mscale_all_dim") if r.values.get(key) is not None
     }

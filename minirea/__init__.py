@@ -1,0 +1,48 @@
+"""minirea: a minimal transformer inference engine that reads a million tokens with ReAttention (arXiv 2407.15176).
+
+`load` a model directory, then `generate`, `stream` or ask for `logits`; see minirea.api.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from minirea.errors import InputError, MemoryLimitError, MinireaError, MissingFileError
+
+if TYPE_CHECKING:
+    from minirea.api import LLM, Generation, Session, load
+    from minirea.generate import GenerationConfig, Piece, Stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "Generation",
+    "GenerationConfig",
+    "InputError",
+    "MemoryLimitError",
+    "MinireaError",
+    "MissingFileError",
+    "Piece",
+    "Session",
+    "Stats",
+    "load",
+]
+
+# Torch takes seconds to import, and the command line must answer `--help` without it.
+_LAZY = {
+    "LLM": "minirea.api",
+    "Generation": "minirea.api",
+    "GenerationConfig": "minirea.generate",
+    "Piece": "minirea.generate",
+    "Session": "minirea.api",
+    "Stats": "minirea.generate",
+    "load": "minirea.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'minirea' has no attribute {name!r}")

@@ -1,0 +1,243 @@
+"""The Python interface: load a model directory, then generate, stream, or ask for logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minirea import generate as loop
+from minirea.attention import MODES, Attention
+from minirea.cache import KVCache
+from minirea.config import DTYPES, ModelConfig, ReAttentionConfig, load_config
+from minirea.errors import InputError, MissingFileError
+from minirea.generate import GenerationConfig, Piece, Stats
+from minirea.memory import check_fits
+from minirea.model import Model
+from minirea.tokenizer import Tokenizer, load_tokenizer
+from minirea.weights import checkpoint_dtype, load_weights, weight_bytes
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished text. `token_ids` are all sampled tokens, an end-of-text token included."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: Stats
+
+
+def load(
+    path: str | Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str = "reattention",
+    impl: str = "auto",
+    allow_out_of_distribution: bool = False,
+    progress: bool = False,
+    **reattention_fields: Any,
+) -> LLM:
+    """Load a Hugging Face or Mistral model directory.
+
+    Args:
+        path: the directory.
+        device: "auto" (the GPU if there is one), "cpu" or "cuda".
+        dtype: "auto" (the checkpoint's on a GPU, float32 on a CPU), "float32", "float16" or "bfloat16".
+        attention: "reattention", "streaming" (selects nothing) or "full" (ordinary attention).
+        impl: "auto" (the fused kernel on a GPU, else torch), "triton" or "torch".
+        allow_out_of_distribution: let the scope exceed the trained context.
+        progress: show a bar on stderr while loading.
+        reattention_fields: fields of ReAttentionConfig; None or absent means its default for this model. An attention
+            mode ignores those it has no use for.
+
+    Raises:
+        MissingFileError, InputError, MemoryLimitError: with one line that says what to mend.
+    """
+    _choice("attention", attention, MODES)
+    _choice("impl", impl, ("auto", "triton", "torch"))
+    _choice("dtype", dtype, ("auto", *DTYPES))
+    target = _device(device)
+    if impl == "triton" and target.type == "cpu":
+        raise InputError("impl is 'triton', expected 'auto' or 'torch' on a CPU")
+    config = load_config(path)
+    scope = _scope(config, attention, reattention_fields, allow_out_of_distribution)
+    tokenizer = _tokenizer(path, config)
+    torch_dtype = _dtype(path, config, dtype, target)
+    check_fits(
+        target, weight_bytes(config, torch_dtype), 0, "use a smaller --dtype, another --device or a smaller model"
+    )
+    weights = load_weights(path, config, target, torch_dtype, progress)
+    model = Model(config, weights, Attention(config, attention, scope, impl, target))
+    return LLM(model, tokenizer, scope.chunk_size)
+
+
+class LLM:
+    """A loaded model. Made by `load`."""
+
+    def __init__(self, model: Model, tokenizer: Tokenizer | None, chunk_size: int) -> None:
+        self.model = model
+        self.chunk_size = chunk_size
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises MissingFileError if the model directory has none."""
+        if self._tokenizer is None:
+            raise MissingFileError(
+                "the model directory has no tokenizer: expected tokenizer.json, tokenizer.model or tekken.json"
+            )
+        return self._tokenizer
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every token that ends a text, by config.json, generation_config.json or the tokenizer's own files."""
+        return self.model.config.eos_token_ids | (self._tokenizer.eos_ids if self._tokenizer else frozenset())
+
+    def session(self, capacity: int = 0) -> Session:
+        """A context that is kept between calls; `capacity` tokens of cache are allocated at once."""
+        return Session(self, capacity)
+
+    def generate(self, prompt: str | Sequence[int], progress: bool = False, **options: Any) -> Generation:
+        """Continue a text or token ids.
+
+        Args:
+            prompt: text (encoded with the tokenizer's special tokens, such as BOS) or ids, taken as they are.
+            progress: show a bar on stderr while the prompt is read.
+            options: fields of GenerationConfig: max_tokens, temperature, stop, seed, ...
+
+        Raises:
+            InputError: an empty prompt, an id outside the vocabulary, an option out of range.
+            MemoryLimitError: the cache for prompt and max_tokens does not fit.
+        """
+        return self.session().generate(prompt, progress, **options)
+
+    def stream(self, prompt: str | Sequence[int], progress: bool = False, **options: Any) -> Iterator[Piece]:
+        """Like `generate`, yielding each piece of text as soon as it is certain."""
+        return self.session().stream(prompt, progress, **options)
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """Scores of the token after each of `ids`: float32 [T, V], through the same steps that `generate` takes."""
+        ids = self.encode(ids)
+        return loop.all_logits(self.model, self._cache(len(ids)), ids, self.chunk_size)
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt, checked against the vocabulary."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else list(prompt)
+        if not ids:
+            raise InputError("the prompt is empty, expected at least one token")
+        vocab_size = self.model.config.vocab_size
+        for token_id in ids:
+            if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+                raise InputError(
+                    f"the prompt holds token id {token_id!r}, expected integers from 0 to {vocab_size - 1}"
+                )
+        return ids  # type: ignore[return-value]
+
+    def _cache(self, capacity: int) -> KVCache:
+        return KVCache(self.model.config, capacity, self.model.device, self.model.dtype)
+
+
+class Session:
+    """One growing context: read it once, then continue it, or ask it several questions by rewinding."""
+
+    def __init__(self, llm: LLM, capacity: int) -> None:
+        self.llm = llm
+        self.cache = llm._cache(capacity)
+        self.ids: list[int] = []  # the whole context; the last sampled token may not be in the cache yet
+
+    def prefill(self, prompt: str | Sequence[int], progress: bool = False) -> None:
+        """Append a text or token ids to the context."""
+        self.ids += self.llm.encode(prompt)
+        loop.prefill(self.llm.model, self.cache, self.ids[self.cache.seq_len :], self.llm.chunk_size, progress=progress)
+
+    def rewind(self, num_tokens: int) -> None:
+        """Keep the first `num_tokens` of the context and forget the rest."""
+        if not 0 <= num_tokens <= len(self.ids):
+            raise InputError(f"num_tokens is {num_tokens}, expected 0 to {len(self.ids)}, the tokens in this session")
+        self.cache.rewind(min(num_tokens, self.cache.seq_len))
+        del self.ids[num_tokens:]
+
+    def generate(self, prompt: str | Sequence[int], progress: bool = False, **options: Any) -> Generation:
+        """Append a prompt to the context and continue it; see LLM.generate."""
+        pieces = list(self.stream(prompt, progress, **options))
+        last = pieces[-1]
+        assert last.finish_reason is not None
+        ids = [token_id for piece in pieces for token_id in piece.token_ids]
+        return Generation("".join(piece.text for piece in pieces), ids, last.finish_reason, last.stats)
+
+    def stream(self, prompt: str | Sequence[int], progress: bool = False, **options: Any) -> Iterator[Piece]:
+        """Like `generate`, yielding each piece of text as soon as it is certain."""
+        config = generation_config(options)
+        self.ids += self.llm.encode(prompt)
+        cached = self.cache.seq_len
+        context, ids = self.ids[:cached], self.ids[cached:]
+        llm = self.llm
+        pieces = loop.generate(
+            llm.model, self.cache, ids, context, config, llm._tokenizer, llm.eos_ids, llm.chunk_size, progress
+        )
+        return self._remember(pieces)
+
+    def _remember(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            self.ids += piece.token_ids
+            yield piece
+
+
+def generation_config(options: dict[str, Any]) -> GenerationConfig:
+    """GenerationConfig from keyword arguments. Raises InputError naming an unknown or malformed one."""
+    unknown = sorted(set(options) - set(GenerationConfig.__dataclass_fields__))
+    if unknown:
+        expected = ", ".join(GenerationConfig.__dataclass_fields__)
+        raise InputError(f"unknown option {unknown[0]!r}, expected one of {expected}")
+    try:
+        return GenerationConfig(**options)
+    except TypeError as error:  # a value that cannot even be compared with its bounds
+        raise InputError(f"an option has the wrong type: {error}") from None
+
+
+def _choice(name: str, value: str, expected: tuple[str, ...]) -> None:
+    if value not in expected:
+        raise InputError(f"{name} is {value!r}, expected one of {', '.join(expected)}")
+
+
+def _device(name: str) -> torch.device:
+    _choice("device", name, ("auto", "cpu", "cuda"))
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError("device is 'cuda', but torch sees no CUDA device; expected 'auto' or 'cpu'")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def _dtype(path: str | Path, config: ModelConfig, name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return getattr(torch, name)
+    return checkpoint_dtype(path, config) if device.type == "cuda" else torch.float32
+
+
+def _scope(config: ModelConfig, attention: str, fields: dict[str, Any], allow: bool) -> ReAttentionConfig:
+    if attention == "streaming":
+        fields = fields | {"span_top_k": 0}
+    scope = ReAttentionConfig.for_context(config.trained_context, **fields)
+    if attention != "full" and not allow:
+        window = config.sliding_window is not None and config.sliding_window < config.max_position_embeddings
+        scope.check_fits(config.trained_context, "sliding_window" if window else "max_position_embeddings")
+    return scope
+
+
+def _tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer | None:
+    """The directory's tokenizer; None if it has none, which is enough for token ids."""
+    try:
+        tokenizer = load_tokenizer(path)
+    except MissingFileError:
+        return None
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, expected at most {config.vocab_size} "
+            "(vocab_size): its ids would fall outside the embedding"
+        )
+    return tokenizer

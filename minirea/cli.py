@@ -1,0 +1,234 @@
+"""The command line. stdout carries the generated text (or one JSON object) only; all else goes to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from minirea import __version__
+from minirea.errors import InputError, MinireaError, MissingFileError
+
+if TYPE_CHECKING:
+    from minirea.api import LLM
+    from minirea.generate import Stats
+
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+_LOAD_OPTIONS = ("device", "dtype", "attention", "impl", "allow_out_of_distribution")
+_REATTENTION_OPTIONS = (
+    "global_size",
+    "local_size",
+    "span_top_k",
+    "span_size",
+    "max_spans",
+    "chunk_size",
+    "span_scope",
+)
+_GENERATION_OPTIONS = (
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "ignore_eos",
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 (bad input), 2 (usage) or 130 (Ctrl-C)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return run_generate(arguments)
+    except MinireaError as error:
+        if arguments.debug:
+            raise
+        return _fail(_as_flag(str(error)))
+    except KeyboardInterrupt:
+        if arguments.debug:
+            raise
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    """`minirea generate`: load, read the prompt, print the text as it comes."""
+    prompt = read_prompt(arguments)
+    from minirea.api import load  # imports torch: not before the arguments and the prompt are known to be good
+
+    options = vars(arguments)
+    progress = not arguments.quiet
+    llm = load(
+        arguments.model, progress=progress, **{name: options[name] for name in _LOAD_OPTIONS + _REATTENTION_OPTIONS}
+    )
+    ids = _encode(llm, prompt, arguments)
+    pieces = llm.stream(ids, progress, **{name: options[name] for name in _GENERATION_OPTIONS})
+    text, token_ids, stats, finish_reason = "", [], None, None
+    try:
+        for piece in pieces:
+            stats, finish_reason = piece.stats, piece.finish_reason
+            token_ids += piece.token_ids
+            text += piece.text
+            if not arguments.json:
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        finish_reason = "interrupted"
+    if arguments.json:
+        _print_json(text, token_ids, finish_reason, len(ids), stats)
+    else:
+        print(flush=True)
+    if stats and not arguments.quiet:
+        print(footer(stats, finish_reason), file=sys.stderr)
+    return EXIT_INTERRUPTED if finish_reason == "interrupted" else 0
+
+
+def read_prompt(arguments: argparse.Namespace) -> str:
+    """The prompt's text from --text, a file or standard input.
+
+    Raises:
+        MissingFileError, InputError: no such file, a directory, not UTF-8, or empty.
+    """
+    if arguments.text is not None:
+        source, text = "--text", arguments.text
+    else:
+        source = "standard input" if arguments.prompt == "-" else arguments.prompt
+        try:
+            raw = sys.stdin.buffer.read() if arguments.prompt == "-" else Path(arguments.prompt).read_bytes()
+            text = raw.decode("utf-8")
+        except FileNotFoundError:
+            raise MissingFileError(f"--prompt {source}: no such file") from None
+        except OSError as error:
+            raise InputError(f"--prompt {source}: cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            found = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
+            raise InputError(f"--prompt {source}: not UTF-8 text: found {found}") from None
+    if not text:
+        raise InputError(f"{source}: the prompt is empty, expected some text")
+    return text
+
+
+def footer(stats: Stats, finish_reason: str | None) -> str:
+    """The four lines of statistics after a generation."""
+    from minirea.memory import human
+
+    s, scope = stats, stats.scope
+    parts = [f"{scope[name]:,} {name}" for name in ("global", "selected", "local") if scope[name]]
+    seen = scope["global"] + scope["selected"] + scope["local"]
+    return "\n".join(
+        (
+            f"prompt      {s.prompt_tokens:,} tokens, {s.prompt_tokens_per_second:,.1f} tokens/s, "
+            f"first token after {s.time_to_first_token:.2f} s",
+            f"generation  {s.generated_tokens:,} tokens, {s.tokens_per_second:,.1f} tokens/s, ended by {finish_reason}",
+            f"scope       {' + '.join(parts)} = {seen:,} of {scope['seq_len']:,} tokens",
+            f"memory      weights {human(s.weight_bytes)}, cache {human(s.cache_bytes)}, peak {human(s.peak_bytes)}",
+        )
+    )
+
+
+def _encode(llm: LLM, prompt: str, arguments: argparse.Namespace) -> list[int]:
+    if not arguments.chat:
+        return llm.encode(prompt)
+    system = [{"role": "system", "content": arguments.system}] if arguments.system is not None else []
+    return llm.encode(llm.tokenizer.encode_chat([*system, {"role": "user", "content": prompt}]))
+
+
+def _print_json(
+    text: str, token_ids: list[int], finish_reason: str | None, prompt_tokens: int, stats: Stats | None
+) -> None:
+    record: dict[str, Any] = {"text": text, "token_ids": token_ids, "finish_reason": finish_reason}
+    record |= {"prompt_tokens": prompt_tokens} | (stats.as_dict() if stats else {})
+    print(json.dumps(record), flush=True)
+
+
+def _as_flag(message: str) -> str:
+    """Name a field at the beginning of a message the way it was typed: max_tokens is --max-tokens."""
+    names = _LOAD_OPTIONS + _REATTENTION_OPTIONS + _GENERATION_OPTIONS
+    return re.sub(r"^(\w+)(?= is )", lambda m: "--" + m[1].replace("_", "-") if m[1] in names else m[1], message)
+
+
+def _fail(message: str) -> int:
+    print("minirea: error:", " ".join(message.split()), file=sys.stderr)
+    return EXIT_ERROR
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"minirea: error: {message} (see `{self.prog} --help`)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="minirea", description="Run a LLaMA or Mistral model on prompts of any length, with ReAttention."
+    )
+    parser.add_argument("--version", action="version", version=f"minirea {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    generate = commands.add_parser(
+        "generate",
+        help="continue a prompt",
+        description="Continue a prompt. The text goes to standard output, statistics to standard error.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=None,
+    )
+    _add_input(generate)
+    _add_sampling(generate)
+    _add_attention(generate)
+    _add_execution(generate)
+    return parser
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face or Mistral model directory")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="FILE", help="UTF-8 text file, or - for standard input")
+    source.add_argument("--text", metavar="STRING", help="the prompt itself")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    parser.add_argument("--system", metavar="STR", help="system message, with --chat")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what to generate").add_argument
+    add("--max-tokens", type=int, default=256, metavar="N", help="at most so many tokens")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 always takes the best token")
+    add("--top-k", type=int, default=0, metavar="K", help="keep the K best tokens; 0: all")
+    add("--top-p", type=float, default=1.0, metavar="P", help="keep the best tokens that reach probability P")
+    add("--min-p", type=float, default=0.0, metavar="P", help="keep tokens at least P times as probable as the best")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: avoid tokens already there")
+    add("--seed", type=int, metavar="N", help="same seed, same device: same tokens")
+    add("--stop", action="append", default=[], metavar="STR", help="end before this text (repeatable)")
+    add("--ignore-eos", action="store_true", help="go on past the end-of-text token")
+
+
+def _add_attention(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "attention", "sizes in tokens; the default depends on the model's trained context"
+    )
+    add = group.add_argument
+    add("--attention", choices=("reattention", "streaming", "full"), default="reattention", help="what a token can see")
+    add("--global-size", type=int, metavar="N", help="first tokens, always seen")
+    add("--local-size", type=int, metavar="N", help="last tokens, always seen")
+    add("--span-top-k", type=int, metavar="K", help="winners per head and query")
+    add("--span-size", type=int, metavar="N", help="tokens around each winner")
+    add("--max-spans", type=int, metavar="N", help="winners kept after the vote")
+    add("--chunk-size", type=int, metavar="N", help="prompt tokens per step, at most --local-size")
+    add("--span-scope", choices=("layer", "kv_head"), help="who votes together")
+    add("--allow-out-of-distribution", action="store_true", help="let the scope exceed the trained context")
+
+
+def _add_execution(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("execution").add_argument
+    add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="of weights and cache")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+    add("--impl", choices=("auto", "triton", "torch"), default="auto", help="the fused kernel or the torch path")
+    add("--json", action="store_true", help="print one JSON object instead of the text")
+    add("--quiet", action="store_true", help="no progress bar, no statistics")
+    add("--debug", action="store_true", help="show tracebacks")

@@ -1,0 +1,224 @@
+"""The decode loop: read the prompt in chunks, then embed, layers, logits, sample, stream, one token at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minirea.cache import KVCache
+from minirea.errors import InputError
+from minirea.memory import peak_bytes
+from minirea.model import Model
+from minirea.sampling import NON_FINITE, Sampler, SamplingConfig
+from minirea.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class GenerationConfig(SamplingConfig):
+    """What to generate: the sampling fields, and when to stop.
+
+    Args:
+        max_tokens: at most so many tokens, at least 1.
+        stop: strings that end the text; they are not part of it. They may straddle tokens.
+        ignore_eos: go on past the model's end-of-text tokens.
+    """
+
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        valid = isinstance(self.max_tokens, int) and not isinstance(self.max_tokens, bool) and self.max_tokens >= 1
+        self._require("max_tokens", valid, "an integer of at least 1")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        self._require("stop", all(isinstance(s, str) and s for s in stop), "strings that are not empty")
+        object.__setattr__(self, "stop", stop)
+
+
+@dataclass
+class Stats:
+    """What one generation cost. Times in seconds, memory in bytes, lengths in tokens."""
+
+    prompt_tokens: int
+    generated_tokens: int = 0
+    time_to_first_token: float = 0.0
+    decode_seconds: float = 0.0
+    scope: dict[str, int] = field(default_factory=dict)
+    weight_bytes: int = 0
+    cache_bytes: int = 0
+    peak_bytes: int = 0
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        return self.prompt_tokens / self.time_to_first_token if self.time_to_first_token else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the tokens after the first, which the prompt's time already holds."""
+        return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+    def as_dict(self) -> dict[str, object]:
+        rates = {"prompt_tokens_per_second": self.prompt_tokens_per_second, "tokens_per_second": self.tokens_per_second}
+        return dataclasses.asdict(self) | rates
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A step of a stream: the text that became certain and the tokens behind it.
+
+    The last piece carries `finish_reason`: "stop" (end-of-text token or stop string) or "length".
+    """
+
+    text: str
+    token_ids: list[int]
+    stats: Stats
+    finish_reason: str | None = None
+
+
+class StopStrings:
+    """Passes text through until one of `stops` appears, holding back what could be the beginning of one."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self.stops = stops
+        self.held = ""
+        self.found = False
+
+    def put(self, text: str) -> str:
+        """Text that certainly comes before any stop string."""
+        self.held += text
+        hits = [at for at in map(self.held.find, self.stops) if at >= 0]
+        if hits:
+            self.found = True
+            out, self.held = self.held[: min(hits)], ""
+            return out
+        keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)
+        out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return out
+
+    def flush(self) -> str:
+        """What was held back, once it is clear that no stop string follows."""
+        out, self.held = self.held, ""
+        return out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def prefill_steps(num_tokens: int, chunk_size: int) -> list[tuple[int, int]]:
+    """How a prompt is cut into steps: full chunks, and the last token by itself.
+
+    The first generated token comes from that last step. As a decode step it has a scope of its own, like every
+    later token, instead of sharing one vote with a chunk of other queries.
+    """
+    last = num_tokens - 1
+    starts = range(0, last, chunk_size)
+    return [(start, min(start + chunk_size, last)) for start in starts] + [(last, num_tokens)]
+
+
+@torch.inference_mode()
+def prefill(
+    model: Model, cache: KVCache, ids: list[int], chunk_size: int, to_follow: int = 0, progress: bool = False
+) -> None:
+    """Append `ids` to the cache, `chunk_size` tokens at a step, with a bar on stderr if it takes several.
+
+    `to_follow` tokens of the same prompt are left for the caller.
+    """
+    model.attention.horizon = cache.seq_len + len(ids) + to_follow
+    ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
+    hide = not progress or len(ids) <= chunk_size
+    with tqdm(total=len(ids), desc="prefill", unit="tok", unit_scale=True, leave=False, disable=hide) as bar:
+        for chunk in ids_T.split(chunk_size):
+            model.forward(chunk, cache)
+            bar.update(len(chunk))
+
+
+@torch.inference_mode()
+def all_logits(model: Model, cache: KVCache, ids: list[int], chunk_size: int) -> Tensor:
+    """Logits of every position, float32 [T, V], through the steps that `generate` takes."""
+    ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
+    model.attention.horizon = cache.seq_len + len(ids)
+    out_TV = torch.empty(len(ids), model.config.vocab_size, dtype=torch.float32, device=model.device)
+    for start, stop in prefill_steps(len(ids), chunk_size):
+        out_TV[start:stop] = model.logits(model.forward(ids_T[start:stop], cache))
+    return out_TV
+
+
+@torch.inference_mode()
+def decode(model: Model, cache: KVCache, last_id: int, sampler: Sampler) -> Iterator[int]:
+    """Feed `last_id`, then every sampled token, and yield the samples without end.
+
+    Raises:
+        InputError: the logits are not finite.
+    """
+    ids_T = torch.tensor([last_id], dtype=torch.long, device=model.device)
+    while True:
+        ids_T = sampler(model.logits(model.forward(ids_T, cache))[-1])
+        token_id = int(ids_T)
+        if token_id == NON_FINITE:
+            raise InputError(
+                f"the logits are not finite after {cache.seq_len} tokens: the weights are damaged, or too large for "
+                f"{str(model.dtype).removeprefix('torch.')} (try --dtype float32)"
+            )
+        yield token_id
+
+
+def generate(
+    model: Model,
+    cache: KVCache,
+    ids: list[int],
+    context: list[int],
+    config: GenerationConfig,
+    tokenizer: Tokenizer | None,
+    eos_ids: frozenset[int],
+    chunk_size: int,
+    progress: bool = False,
+) -> Iterator[Piece]:
+    """Continue the cached context and `ids`, token by token.
+
+    Args:
+        ids: the prompt's tokens that are not yet in the cache; at least one.
+        context: those that are, for the repetition penalty.
+        tokenizer: turns tokens into text; without one every piece's text is empty.
+        eos_ids: tokens that end the text, unless config.ignore_eos.
+        chunk_size: prompt tokens per step.
+    """
+    started = time.perf_counter()
+    stats = Stats(prompt_tokens=len(context) + len(ids), weight_bytes=model.nbytes)
+    cache.reserve(cache.seq_len + len(ids) + config.max_tokens)
+    prefill(model, cache, ids[:-1], chunk_size, 1, progress)
+    sampler = Sampler(config, context + ids, model.config.vocab_size, model.device)
+    text = tokenizer.stream() if tokenizer else None
+    stops = StopStrings(config.stop)
+
+    for token_id in decode(model, cache, ids[-1], sampler):
+        _count(stats, started, model, cache)
+        ended = token_id in eos_ids and not config.ignore_eos
+        new_text = stops.put(text.put(token_id)) if text and not ended else ""
+        full = stats.generated_tokens == config.max_tokens
+        if text and (ended or full) and not stops.found:
+            new_text += stops.put(text.flush()) + stops.flush()
+        finish_reason = "stop" if ended or stops.found else "length" if full else None
+        yield Piece(new_text, [token_id], stats, finish_reason)
+        if finish_reason:
+            return
+
+
+def _count(stats: Stats, started: float, model: Model, cache: KVCache) -> None:
+    """Book one more token."""
+    seconds = time.perf_counter() - started
+    if stats.generated_tokens == 0:
+        stats.time_to_first_token = seconds
+    stats.generated_tokens += 1
+    stats.decode_seconds = seconds - stats.time_to_first_token
+    stats.scope = model.attention.scope(cache.seq_len)
+    stats.cache_bytes = cache.nbytes
+    stats.peak_bytes = peak_bytes(model.device)

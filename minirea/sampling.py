@@ -1,0 +1,107 @@
+"""From logits to the next token: penalty, temperature, top-k, top-p, min-p, and a seeded draw."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minirea.errors import InputError
+
+NON_FINITE = -1  # stands for the token when the logits hold NaN or infinity
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How to pick a token. The filters apply in the order of the fields.
+
+    Args:
+        repetition_penalty: divides positive and multiplies negative logits of tokens already in context (1: off).
+        temperature: divides the logits; 0 always takes the best token, and the filters below have no effect.
+        top_k: keep the k best tokens (0: off).
+        top_p: keep the fewest best tokens whose probabilities reach p (1: off).
+        min_p: keep tokens at least this probable relative to the best (0: off).
+        seed: of the draw; None draws a new one. Same seed, same device: same tokens.
+
+    Raises:
+        InputError: a value out of range; the message names the field.
+    """
+
+    repetition_penalty: float = 1.0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        self._require("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number")
+        self._require("temperature", 0 <= self.temperature < math.inf, "a number of at least 0")
+        self._require("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "an integer of at least 0")
+        self._require("top_p", 0 < self.top_p <= 1, "a number above 0 and at most 1")
+        self._require("min_p", 0 <= self.min_p <= 1, "a number from 0 to 1")
+        self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1")
+
+    def _require(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
+            raise InputError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+
+class Sampler:
+    """Draws the tokens of one generation.
+
+    Args:
+        context: ids already in context, for the repetition penalty.
+        vocab_size: V.
+    """
+
+    def __init__(self, config: SamplingConfig, context: list[int], vocab_size: int, device: torch.device) -> None:
+        self.config = config
+        self.seen_V: Tensor | None = None
+        if config.repetition_penalty != 1:
+            self.seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self.seen_V[torch.tensor(context, dtype=torch.long, device=device)] = True
+        self.generator = torch.Generator(device)
+        if config.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(config.seed)
+
+    def __call__(self, logits_V: Tensor) -> Tensor:
+        """The next token, int64 [1] on the device; NON_FINITE where the logits are not usable.
+
+        The mark travels with the token, so that checking it costs no extra wait for a GPU.
+        """
+        best = logits_V.max()
+        logits_V = self._penalise(logits_V)
+        token = self._draw(logits_V) if self.config.temperature > 0 else logits_V.argmax(keepdim=True)
+        if self.seen_V is not None:
+            self.seen_V[token] = True
+        return torch.where(best.isfinite(), token, NON_FINITE)
+
+    def _penalise(self, logits_V: Tensor) -> Tensor:
+        if self.seen_V is None:
+            return logits_V
+        penalty = self.config.repetition_penalty
+        return torch.where(self.seen_V, torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty), logits_V)
+
+    def _draw(self, logits_V: Tensor) -> Tensor:
+        probs_V = keep_likely((logits_V / self.config.temperature).softmax(-1), self.config)
+        probs_V = torch.where(probs_V.isfinite(), probs_V, 1.0)  # the caller reports NaN; multinomial would abort a GPU
+        return probs_V.multinomial(1, generator=self.generator)
+
+
+def keep_likely(probs_V: Tensor, config: SamplingConfig) -> Tensor:
+    """Zero what top-k, top-p and min-p exclude. The best token always stays. Not normalised; [V]."""
+    if 0 < config.top_k < len(probs_V):
+        probs_V = probs_V.where(probs_V >= probs_V.topk(config.top_k).values[-1], 0.0)
+    if config.top_p < 1:
+        sorted_V, order_V = probs_V.sort(descending=True, stable=True)
+        before_V = sorted_V.cumsum(-1) - sorted_V  # probability of all tokens better than this one
+        sorted_V = sorted_V.where(before_V < config.top_p * sorted_V.sum(), 0.0)
+        probs_V = torch.zeros_like(probs_V).scatter(0, order_V, sorted_V)
+    if config.min_p > 0:
+        probs_V = probs_V.where(probs_V >= config.min_p * probs_V.max(), 0.0)
+    return probs_V

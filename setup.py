@@ -1,0 +1,39 @@
+"""Packaging. The folders kernels/ and weights/ are installed inside the minirea package, never as top-level names."""
+
+from setuptools import setup
+
+TEST = [
+    "pytest>=8",
+    "pytest-timeout",
+    "hypothesis",
+    "transformers>=5",
+    "ruff",
+    "mypy",
+    "pre-commit",
+    "protobuf",
+    "tiktoken",
+]
+PLOT = ["matplotlib"]
+
+setup(
+    name="minirea",
+    version="0.1.0",
+    description="A minimal transformer inference engine that reads a million tokens with ReAttention",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["minirea", "minirea.kernels", "minirea.weights"],
+    package_dir={"minirea.kernels": "kernels", "minirea.weights": "weights"},
+    package_data={"minirea": ["py.typed"], "minirea.weights": ["demo/*", "demo/*/*"], "minirea.kernels": ["README.md"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; sys_platform == 'linux'",
+        "safetensors",
+        "sentencepiece",
+        "tokenizers",
+        "numpy",
+        "jinja2",
+        "tqdm",
+    ],
+    extras_require={"test": TEST, "plot": PLOT},
+    entry_points={"console_scripts": ["minirea = minirea.cli:main"]},
+)

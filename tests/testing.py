@@ -1,0 +1,83 @@
+"""What tests share: tiny random checkpoints made on the fly, and the oracle that reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TINY: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tiny_model(seed: int = 0, mistral: bool = False, **fields: Any) -> Any:
+    """A random transformers model whose every parameter matters: norms and biases are not left at 1 and 0."""
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(seed)
+    values = TINY | fields
+    if not mistral:
+        values.pop("sliding_window", None)
+    config = (MistralConfig if mistral else LlamaConfig)(**values)
+    model = (MistralForCausalLM if mistral else LlamaForCausalLM)(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 0.2 if parameter.dim() == 1 else 1.5 * parameter.shape[-1] ** -0.5
+            parameter.normal_(1.0 if "norm" in name else 0.0, spread)
+    return model
+
+
+def write_checkpoint(
+    directory: Path, model: Any, dtype: torch.dtype = torch.float32, shard_size: str = "5GB", **config_edits: Any
+) -> Path:
+    """Save `model` as a Hugging Face directory; a config edit of None removes the key."""
+    model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
+    if config_edits:
+        edit_json(directory / "config.json", **config_edits)
+    model.float()
+    return directory
+
+
+def edit_json(path: Path, **edits: Any) -> None:
+    """Set keys of a JSON object in a file; None removes one."""
+    values = json.loads(path.read_text()) | edits
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def random_ids(num_tokens: int, vocab_size: int = TINY["vocab_size"], seed: int = 0) -> list[int]:
+    """Token ids that avoid the special ones."""
+    return torch.randint(3, vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def oracle(directory: Path) -> Any:
+    """The transformers model of a directory, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def oracle_logits(directory: Path, ids: list[int]) -> torch.Tensor:
+    """float32 [T, V] of one ordinary forward pass."""
+    return oracle(directory)(torch.tensor([ids])).logits[0].float()
+
+
+@torch.no_grad()
+def oracle_greedy(directory: Path, ids: list[int], num_tokens: int) -> list[int]:
+    """The next `num_tokens` greedy tokens of transformers, end-of-text ignored."""
+    model = oracle(directory)
+    model.generation_config.eos_token_id = None
+    out = model.generate(torch.tensor([ids]), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
+    return out[0, len(ids) :].tolist()
