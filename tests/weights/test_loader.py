@@ -1,0 +1,769 @@
+"""The loader against the safetensors library, and against files that are not what they claim to be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from minirea.config import ModelConfig, RopeConfig
+from minirea.errors import InputError, MemoryLimitError, MinireaError, MissingFileError
+from minirea.weights import checkpoint_dtype, load_weights, loader, weight_bytes
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EMBED, HEAD, Q0 = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"
+CONFIG = ModelConfig(
+    num_layers=2,
+    hidden_size=16,
+    mlp_size=20,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,  # so that H * D, G * D, E, F and V are all different
+    vocab_size=11,
+    norm_eps=1e-5,
+    rope=RopeConfig(),
+    max_position_embeddings=64,
+)
+BIASED = dataclasses.replace(CONFIG, attention_bias=True, mlp_bias=True)
+TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+
+
+def hugging_face_tensors(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """A random checkpoint, written out by hand so that it shares nothing with the table under test."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    width, mlp = config.hidden_size, config.mlp_size
+    q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    tensors = {EMBED: random(config.vocab_size, width), "model.norm.weight": random(width)}
+    if not config.tie_word_embeddings:
+        tensors[HEAD] = random(config.vocab_size, width)
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}"
+        tensors[f"{prefix}.input_layernorm.weight"] = random(width)
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = random(width)
+        modules = [
+            ("self_attn.q_proj", q_width, width, config.attention_bias),
+            ("self_attn.k_proj", kv_width, width, config.attention_bias),
+            ("self_attn.v_proj", kv_width, width, config.attention_bias),
+            ("self_attn.o_proj", width, q_width, config.attention_bias),
+            ("mlp.gate_proj", mlp, width, config.mlp_bias),
+            ("mlp.up_proj", mlp, width, config.mlp_bias),
+            ("mlp.down_proj", width, mlp, config.mlp_bias),
+        ]
+        for module, rows, columns, has_bias in modules:
+            tensors[f"{prefix}.{module}.weight"] = random(rows, columns)
+            if has_bias:
+                tensors[f"{prefix}.{module}.bias"] = random(rows)
+    return tensors
+
+
+def fused(tensors: dict[str, torch.Tensor], config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What load_weights must return for Hugging Face tensors."""
+    result = {"embed.weight": tensors[EMBED], "norm.weight": tensors["model.norm.weight"]}
+    result["head.weight"] = tensors[EMBED if config.tie_word_embeddings else HEAD]
+    for layer in range(config.num_layers):
+        theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
+        result[f"{ours}.attn_norm.weight"] = tensors[f"{theirs}.input_layernorm.weight"]
+        result[f"{ours}.mlp_norm.weight"] = tensors[f"{theirs}.post_attention_layernorm.weight"]
+        for name, modules, has_bias in (
+            ("qkv", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], config.attention_bias),
+            ("o", ["self_attn.o_proj"], config.attention_bias),
+            ("gate_up", ["mlp.gate_proj", "mlp.up_proj"], config.mlp_bias),
+            ("down", ["mlp.down_proj"], config.mlp_bias),
+        ):
+            for kind in ["weight", "bias"] if has_bias else ["weight"]:
+                result[f"{ours}.{name}.{kind}"] = torch.cat([tensors[f"{theirs}.{m}.{kind}"] for m in modules])
+    return {name: tensor.to(dtype) for name, tensor in result.items()}
+
+
+MISTRAL_NAMES = {
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "embed_tokens": "tok_embeddings",
+    "lm_head": "output",
+}
+
+
+def to_mistral(tensors: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The same model in Mistral's own format: other names, and RoPE pairs in neighbouring rows of wq and wk."""
+    result = {}
+    for name, tensor in tensors.items():
+        if "q_proj" in name or "k_proj" in name:
+            heads = tensor.view(-1, 2, config.head_dim // 2, *tensor.shape[1:])
+            tensor = heads.transpose(1, 2).reshape(tensor.shape).contiguous()
+        name = name.removeprefix("model.")
+        for theirs, mistral in MISTRAL_NAMES.items():
+            name = name.replace(theirs, mistral)
+        result[name] = tensor
+    return result
+
+
+def write(directory: Path, tensors: dict[str, torch.Tensor], file_name: str = "model.safetensors") -> Path:
+    directory.mkdir(exist_ok=True)
+    save_file(tensors, directory / file_name, metadata={"format": "pt"})
+    return directory
+
+
+def write_shards(directory: Path, tensors: dict[str, torch.Tensor], count: int = 3, index: bool = True) -> Path:
+    weight_map = {}
+    for shard in range(count):
+        name = f"model-{shard + 1:05}-of-{count:05}.safetensors"
+        part = dict(list(tensors.items())[shard::count])
+        write(directory, part, name)
+        weight_map |= dict.fromkeys(part, name)
+    if index:
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name
+        assert not actual[name].requires_grad
+
+
+# --- What well-formed checkpoints give --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_bytes", [100, loader.STAGING_BYTES], ids=["many blocks", "one block"])
+@pytest.mark.parametrize("target", DTYPES, ids=str)
+@pytest.mark.parametrize("stored", [*DTYPES, torch.float64], ids=str)
+def test_every_dtype_pair_equals_the_library(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stored: torch.dtype,
+    target: torch.dtype,
+    block_bytes: int,
+) -> None:
+    monkeypatch.setattr(loader, "STAGING_BYTES", block_bytes)
+    write(tmp_path, hugging_face_tensors(BIASED, stored))
+    library = load_file(tmp_path / "model.safetensors")
+    assert_same(load_weights(tmp_path, BIASED, CPU, target), fused(library, BIASED, target))
+
+
+@pytest.mark.parametrize("config", [CONFIG, BIASED, TIED], ids=["plain", "biased", "tied"])
+@pytest.mark.parametrize("layout", ["one file", "shards", "shards without index", "base model"])
+def test_layouts(tmp_path: Path, config: ModelConfig, layout: str) -> None:
+    tensors = hugging_face_tensors(config)
+    if layout == "one file":
+        write(tmp_path, tensors)
+    elif layout == "base model":
+        write(tmp_path, {name.removeprefix("model."): tensor for name, tensor in tensors.items()})
+    else:
+        write_shards(tmp_path, tensors, index=layout == "shards")
+    weights = load_weights(tmp_path, config, CPU, torch.float32)
+    assert_same(weights, fused(tensors, config, torch.float32))
+    assert (weights["head.weight"] is weights["embed.weight"]) == config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("target", DTYPES, ids=str)
+@pytest.mark.parametrize("head_first", [True, False])
+def test_redundant_head_is_the_embedding(tmp_path: Path, head_first: bool, target: torch.dtype) -> None:
+    tensors = hugging_face_tensors(TIED)
+    head = {HEAD: tensors[EMBED].clone()}
+    write(tmp_path, head if head_first else tensors, "model-00001-of-00002.safetensors")
+    write(tmp_path, tensors if head_first else head, "model-00002-of-00002.safetensors")
+    weights = load_weights(tmp_path, TIED, CPU, target)
+    assert weights["head.weight"] is weights["embed.weight"]
+    assert_same(weights, fused(tensors, TIED, target))
+
+
+def test_mixed_dtypes_and_ignored_buffers(tmp_path: Path) -> None:
+    tensors = hugging_face_tensors(CONFIG, torch.bfloat16)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].double()
+    tensors[EMBED] = tensors[EMBED].half()
+    buffers = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3),
+        "model.rotary_emb.inv_freq": torch.ones(3, dtype=torch.int64),
+        "rope.freqs": torch.ones(3),
+    }
+    write(tmp_path, tensors | buffers)
+    assert_same(load_weights(tmp_path, CONFIG, CPU, torch.float32), fused(tensors, CONFIG, torch.float32))
+
+
+@pytest.mark.parametrize("block_bytes", [100, loader.STAGING_BYTES], ids=["many blocks", "one block"])
+@pytest.mark.parametrize("config", [CONFIG, BIASED, TIED], ids=["plain", "biased", "tied"])
+def test_mistral_format_equals_hugging_face(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: ModelConfig, block_bytes: int
+) -> None:
+    monkeypatch.setattr(loader, "STAGING_BYTES", block_bytes)
+    tensors = hugging_face_tensors(config)
+    write(tmp_path, to_mistral(tensors, config), "consolidated.safetensors")
+    assert_same(load_weights(tmp_path, config, CPU, torch.float32), fused(tensors, config, torch.float32))
+
+
+def test_mistral_queries_and_keys_rotate_as_in_mistral(tmp_path: Path) -> None:
+    """q . k after half-split RoPE on our rows equals q . k after interleaved RoPE on the file's."""
+    file = to_mistral(hugging_face_tensors(CONFIG), CONFIG)
+    write(tmp_path, file, "consolidated.safetensors")
+    weights = load_weights(tmp_path, CONFIG, CPU, torch.float32)
+    num_heads, head_dim = CONFIG.num_heads, CONFIG.head_dim
+    q_rows, kv_rows = num_heads * head_dim, CONFIG.num_kv_heads * head_dim
+    x_TE = torch.randn(9, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1))
+    angles_TD = torch.arange(9.0)[:, None] / 10.0 ** (torch.arange(head_dim // 2) / head_dim)
+    turn_TD = torch.polar(torch.ones_like(angles_TD), angles_TD)[:, None]
+
+    def interleaved(weight: torch.Tensor) -> torch.Tensor:
+        pairs = (x_TE @ weight.T).view(9, -1, head_dim // 2, 2)
+        return torch.view_as_real(torch.view_as_complex(pairs) * turn_TD).flatten(2)
+
+    def half_split(weight: torch.Tensor) -> torch.Tensor:
+        first, second = (x_TE @ weight.T).view(9, -1, head_dim).chunk(2, dim=-1)
+        turned = torch.complex(first, second) * turn_TD
+        return torch.cat([turned.real, turned.imag], dim=-1)
+
+    def scores(q_THD: torch.Tensor, k_TGD: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("thd,shd->hts", q_THD, k_TGD.repeat_interleave(num_heads // CONFIG.num_kv_heads, 1))
+
+    qkv = weights["layers.1.qkv.weight"]
+    ours = scores(half_split(qkv[:q_rows]), half_split(qkv[q_rows : q_rows + kv_rows]))
+    theirs = scores(
+        interleaved(file["layers.1.attention.wq.weight"]), interleaved(file["layers.1.attention.wk.weight"])
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("has_config_json", [True, False])
+def test_of_two_sets_one_is_read(tmp_path: Path, has_config_json: bool) -> None:
+    """Hugging Face's where config.json describes them, else Mistral's."""
+    hugging_face = hugging_face_tensors(CONFIG)
+    mistral = {name: tensor + 1 for name, tensor in hugging_face.items()}
+    write_shards(tmp_path, hugging_face)
+    write(tmp_path, to_mistral(mistral, CONFIG), "consolidated.safetensors")
+    if has_config_json:
+        (tmp_path / "config.json").write_text("{}")
+    expected = hugging_face if has_config_json else mistral
+    assert_same(load_weights(tmp_path, CONFIG, CPU, torch.float32), fused(expected, CONFIG, torch.float32))
+
+
+def test_mistral_set_serves_a_directory_whose_other_shards_are_not_downloaded(tmp_path: Path) -> None:
+    tensors = hugging_face_tensors(CONFIG)
+    for shard in write_shards(tmp_path, tensors).glob("*.safetensors"):
+        shard.unlink()
+    (tmp_path / "config.json").write_text("{}")
+    write(tmp_path, to_mistral(tensors, CONFIG), "consolidated.safetensors")
+    assert_same(load_weights(tmp_path, CONFIG, CPU, torch.float32), fused(tensors, CONFIG, torch.float32))
+
+
+def test_checkpoint_dtype(tmp_path: Path) -> None:
+    tensors = hugging_face_tensors(CONFIG, torch.bfloat16)
+    tensors = {name: t.float() if t.dim() == 1 or "k_proj" in name else t for name, t in tensors.items()}
+    write(tmp_path, tensors)
+    assert checkpoint_dtype(tmp_path, CONFIG) == torch.bfloat16
+    assert load_weights(tmp_path, CONFIG, CPU)["norm.weight"].dtype == torch.bfloat16
+    declared = dataclasses.replace(CONFIG, dtype="float16")
+    assert checkpoint_dtype(tmp_path, declared) == torch.float16
+    assert load_weights(tmp_path, declared, CPU)["norm.weight"].dtype == torch.float16
+
+
+def test_float64_checkpoints_run_in_float32(tmp_path: Path) -> None:
+    write(tmp_path, hugging_face_tensors(CONFIG, torch.float64))
+    assert checkpoint_dtype(tmp_path, CONFIG) == torch.float32
+
+
+@pytest.mark.parametrize("config", [CONFIG, BIASED, TIED], ids=["plain", "biased", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weight_bytes_is_what_is_allocated(tmp_path: Path, config: ModelConfig, dtype: torch.dtype) -> None:
+    weights = load_weights(write(tmp_path, hugging_face_tensors(config)), config, CPU, dtype)
+    storages = {tensor.data_ptr(): tensor.nbytes for tensor in weights.values()}
+    assert weight_bytes(config, dtype) == sum(storages.values())
+
+
+def test_progress_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, hugging_face_tensors(CONFIG))
+    load_weights(tmp_path, CONFIG, CPU)
+    assert capsys.readouterr() == ("", "")
+    load_weights(tmp_path, CONFIG, CPU, progress=True)
+    out, err = capsys.readouterr()
+    assert not out
+    assert "100%" in err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("target", DTYPES, ids=str)
+@pytest.mark.parametrize("block_bytes", [100, loader.STAGING_BYTES], ids=["many blocks", "one block"])
+def test_gpu_equals_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: torch.dtype, block_bytes: int) -> None:
+    monkeypatch.setattr(loader, "STAGING_BYTES", block_bytes)
+    tensors = hugging_face_tensors(TIED, torch.bfloat16)
+    tensors[HEAD] = tensors[EMBED].clone()
+    write(tmp_path, to_mistral(tensors, TIED), "consolidated.safetensors")
+    weights = load_weights(tmp_path, TIED, torch.device("cuda"), target)
+    assert all(tensor.is_cuda for tensor in weights.values())
+    assert_same({name: tensor.cpu() for name, tensor in weights.items()}, fused(tensors, TIED, target))
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+# ru_maxrss would not do: a child inherits its parent's peak through exec.
+MEASURE = """
+import dataclasses, re, sys, torch
+from minirea.config import ModelConfig, RopeConfig
+from minirea.weights import load_weights, weight_bytes
+
+def resident(kind):
+    return 1024 * int(re.search(kind + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+torch.set_num_threads(1)
+small, large, target = sys.argv[1], sys.argv[2], getattr(torch, sys.argv[3])
+small_config, large_config = (eval(text) for text in sys.argv[4:])
+load_weights(small, small_config, torch.device("cpu"), target)  # code and buffers of a first use are not the model's
+before = resident("VmRSS")
+weights = load_weights(large, large_config, torch.device("cpu"), target)
+print(resident("VmHWM") - before - weight_bytes(large_config, target))
+"""
+
+
+@pytest.fixture(scope="module")
+def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig]:
+    """210 MB in bfloat16, Mistral's format: rows of wq and wk change order on the way."""
+    config = dataclasses.replace(
+        CONFIG, num_layers=4, hidden_size=1024, mlp_size=4096, num_heads=16, head_dim=64, vocab_size=20000
+    )
+    tensors = to_mistral(hugging_face_tensors(config, torch.bfloat16), config)
+    return write(tmp_path_factory.mktemp("large"), tensors, "consolidated.safetensors"), config
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("target", ["bfloat16", "float32"])
+def test_peak_memory_is_the_model_and_one_tensor(
+    tmp_path: Path, large_checkpoint: tuple[Path, ModelConfig], target: str
+) -> None:
+    directory, config = large_checkpoint
+    small = write(tmp_path, to_mistral(hugging_face_tensors(CONFIG), CONFIG), "consolidated.safetensors")
+    command = [sys.executable, "-c", MEASURE, str(small), str(directory), target, repr(CONFIG), repr(config)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    largest = config.vocab_size * config.hidden_size * 2
+    slack = 8 * 2**20
+    assert (directory / "consolidated.safetensors").stat().st_size > 200e6
+    assert int(result.stdout) < largest + slack
+
+
+# --- Checkpoints that do not fit the config ---------------------------------------------------------------------------
+
+
+def load_error(directory: Path, config: ModelConfig = CONFIG, target: torch.dtype = torch.float32) -> MinireaError:
+    """The error of loading a bad checkpoint: always one line."""
+    with pytest.raises(MinireaError) as caught:
+        load_weights(directory, config, CPU, target)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def test_missing_tensors_are_named_and_counted(tmp_path: Path) -> None:
+    tensors = hugging_face_tensors(CONFIG)
+    gone = [name for name in tensors if "layers.1." in name]
+    write(tmp_path, {name: tensor for name, tensor in tensors.items() if name not in gone})
+    message = str(load_error(tmp_path))
+    assert "lacks 'model.layers.1.input_layernorm.weight', 'model.layers.1.self_attn.q_proj.weight'" in message
+    assert message.endswith(f"and {len(gone) - 3} more")
+
+
+@pytest.mark.parametrize("gone", hugging_face_tensors(BIASED))
+def test_each_missing_tensor_is_named(tmp_path: Path, gone: str) -> None:
+    tensors = hugging_face_tensors(BIASED)
+    del tensors[gone]
+    assert f"lacks {gone!r}" in str(load_error(write(tmp_path, tensors), BIASED))
+
+
+@pytest.mark.parametrize("gone", ["tok_embeddings.weight", "layers.0.attention.wq.weight", "norm.weight"])
+def test_missing_tensors_are_named_in_the_checkpoints_spelling(tmp_path: Path, gone: str) -> None:
+    tensors = to_mistral(hugging_face_tensors(CONFIG), CONFIG)
+    del tensors[gone]
+    assert f"lacks {gone!r}" in str(load_error(write(tmp_path, tensors, "consolidated.safetensors")))
+
+
+@pytest.mark.parametrize("name", hugging_face_tensors(BIASED))
+def test_each_misshapen_tensor_is_named(tmp_path: Path, name: str) -> None:
+    tensors = hugging_face_tensors(BIASED)
+    expected = list(tensors[name].shape)
+    tensors[name] = torch.zeros(expected[0] + 1, *expected[1:])
+    message = str(load_error(write(tmp_path, tensors), BIASED))
+    assert f"tensor {name!r} has shape {[expected[0] + 1, *expected[1:]]}, expected {expected}" in message
+
+
+def test_transposed_tensor_is_misshapen(tmp_path: Path) -> None:
+    tensors = hugging_face_tensors(CONFIG)
+    tensors[Q0] = tensors[Q0].T.contiguous()
+    assert f"{Q0!r} has shape [16, 24], expected [24, 16]" in str(load_error(write(tmp_path, tensors)))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "model.layers.2.self_attn.q_proj.weight",
+        "model.layers.00.self_attn.q_proj.weight",
+        "model.layers.*.self_attn.q_proj.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.self_attn.q_norm.weight",
+        "score.weight",
+        "line\nbreak\ud7ff",
+    ],
+)
+def test_extra_tensors_are_named(tmp_path: Path, extra: str) -> None:
+    message = str(load_error(write(tmp_path, hugging_face_tensors(CONFIG) | {extra: torch.ones(24)})))
+    assert f"holds {extra!r}, for which the config has no place" in message
+
+
+def test_unknown_names_are_shown_beside_the_missing_ones(tmp_path: Path) -> None:
+    tensors = {name.replace("model.", "transformer."): t for name, t in hugging_face_tensors(CONFIG).items()}
+    message = str(load_error(write(tmp_path, tensors)))
+    assert f"lacks '{EMBED}'" in message
+    assert "holds 'transformer." in message
+    assert message.count("and 17 more") == 2
+
+
+@pytest.mark.parametrize("where", ["one file", "another file", "another spelling"])
+def test_duplicated_tensors_are_named(tmp_path: Path, where: str) -> None:
+    tensors = hugging_face_tensors(CONFIG)
+    if where == "one file":
+        save_raw(tmp_path, b'{"a": 1, "' + EMBED.encode() + b'": {}, "' + EMBED.encode() + b'": {}}')
+    elif where == "another file":
+        write_shards(tmp_path, tensors, index=False)
+        write(tmp_path, {EMBED: tensors[EMBED]}, "model-extra.safetensors")
+    else:
+        write(tmp_path, tensors | {"tok_embeddings.weight": tensors[EMBED].clone()})
+    message = str(load_error(tmp_path))
+    assert EMBED in message
+    assert {"one file": "twice", "another file": "is also in", "another spelling": "also there as"}[where] in message
+
+
+def test_tied_head_that_differs(tmp_path: Path) -> None:
+    tensors = hugging_face_tensors(TIED)
+    tensors[HEAD] = tensors[EMBED].clone()
+    tensors[HEAD][-1, -1] += 1
+    assert f"{HEAD!r} differs from the embedding" in str(load_error(write(tmp_path, tensors), TIED))
+
+
+@pytest.mark.parametrize("target", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", [EMBED, Q0, "model.norm.weight"])
+def test_values_that_are_not_finite(tmp_path: Path, name: str, value: float, target: torch.dtype) -> None:
+    tensors = hugging_face_tensors(CONFIG)
+    tensors[name].view(-1)[-1] = value
+    message = str(load_error(write(tmp_path, tensors), target=target))
+    assert f"model.safetensors: tensor {name!r} has a NaN or infinity" in message
+
+
+def test_value_too_large_for_the_target_dtype(tmp_path: Path) -> None:
+    tensors = hugging_face_tensors(CONFIG)
+    tensors[Q0][3, 3] = 1e5
+    load_weights(write(tmp_path, tensors), CONFIG, CPU, torch.float32)
+    assert f"{Q0!r} has a NaN or infinity as float16" in str(load_error(tmp_path, target=torch.float16))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float8_e4m3fn, torch.bool], ids=str)
+def test_quantized_weights_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = hugging_face_tensors(CONFIG)
+    message = str(load_error(write(tmp_path, tensors | {Q0: tensors[Q0].to(dtype)})))
+    assert f"{Q0!r} has dtype" in message
+    assert "quantized weights are not supported" in message
+
+
+def test_config_with_absurdly_many_layers(tmp_path: Path) -> None:
+    """Two billion missing tensors are counted, not listed."""
+    many = dataclasses.replace(CONFIG, num_layers=2**31 - 1)
+    message = str(load_error(write(tmp_path, hugging_face_tensors(CONFIG)), many))
+    assert f"and {9 * (2**31 - 3) - 3} more" in message
+
+
+# --- Directories without the files they should hold -------------------------------------------------------------------
+
+
+def drop(name: str) -> Callable[[Path], Any]:
+    return lambda directory: (directory / name).unlink()
+
+
+def put(name: str, content: bytes | str) -> Callable[[Path], Any]:
+    return lambda directory: (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+INDEX = "model.safetensors.index.json"
+SECOND = "model-00002-of-00003.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (drop(SECOND), MissingFileError, f"{INDEX}: .* is in '{SECOND}', which is not in"),
+        (put(INDEX, '{"weight_map": {"a": "../../model.safetensors"}}'), MissingFileError, "'a' is in '../../model"),
+        (put(INDEX, '{"weight_map": {"a": "/dev/zero"}}'), MissingFileError, "'a' is in '/dev/zero'"),
+        (put(INDEX, '{"weight_map": {"a": "x\\u0000.safetensors"}}'), MissingFileError, "'a' is in"),
+        (put(INDEX, '{"weight_map": {"a": ["b"]}}'), MissingFileError, r"'a' is in \['b'\]"),
+        (put(INDEX, '{"weight_map": {}}'), InputError, f"{INDEX}: weight_map is {{}}, expected an object"),
+        (put(INDEX, "{}"), InputError, f"{INDEX}: weight_map is absent"),
+        (put(INDEX, "[]"), InputError, f"{INDEX}: holds a JSON list"),
+        (put(INDEX, "{"), InputError, f"{INDEX}: not valid JSON"),
+        (put(SECOND, b""), InputError, f"{SECOND}: holds 0 bytes, expected a safetensors file"),
+        (lambda d: [drop(SECOND)(d), (d / SECOND).mkdir()], InputError, f"{SECOND}: not a regular file"),
+        (lambda d: [drop(SECOND)(d), os.mkfifo(d / SECOND)], InputError, f"{SECOND}: not a regular file"),
+        (lambda d: [drop(SECOND)(d), (d / SECOND).symlink_to("gone")], InputError, f"{SECOND}: not a regular file"),
+    ],
+)
+def test_shards(tmp_path: Path, change: Callable[[Path], Any], kind: type[MinireaError], message: str) -> None:
+    change(write_shards(tmp_path, hugging_face_tensors(CONFIG)))
+    error = load_error(tmp_path)
+    assert type(error) is kind
+    assert re.search(message, str(error))
+
+
+def test_index_alone_names_its_first_shard(tmp_path: Path) -> None:
+    for shard in write_shards(tmp_path, hugging_face_tensors(CONFIG)).glob("*.safetensors"):
+        shard.unlink()
+    assert "'model-00001-of-00003.safetensors', which is not in" in str(load_error(tmp_path))
+
+
+def test_missing_shard_without_an_index_names_its_tensors(tmp_path: Path) -> None:
+    tensors = hugging_face_tensors(CONFIG)
+    drop(SECOND)(write_shards(tmp_path, tensors, index=False))
+    assert "lacks 'model.norm.weight'" in str(load_error(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.gguf"])
+def test_other_formats(tmp_path: Path, name: str) -> None:
+    put(name, b"x")(tmp_path)
+    error = load_error(tmp_path)
+    assert isinstance(error, MissingFileError)
+    assert f"holds {name}, expected *.safetensors files" in str(error)
+
+
+def test_directory_that_is_none(tmp_path: Path) -> None:
+    assert "holds no weights, expected *.safetensors files" in str(load_error(tmp_path))
+    assert isinstance(load_error(tmp_path / "gone"), MissingFileError)
+    put("file", b"")(tmp_path)
+    assert "file: cannot be read: Not a directory" in str(load_error(tmp_path / "file"))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_file_without_permission(tmp_path: Path) -> None:
+    write(tmp_path, hugging_face_tensors(CONFIG))
+    (tmp_path / "model.safetensors").chmod(0)
+    assert "model.safetensors: cannot be read: Permission denied" in str(load_error(tmp_path))
+
+
+def test_disk_that_fails_and_file_that_shrinks_while_being_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, hugging_face_tensors(CONFIG))
+    read = FileIO.readinto
+
+    class FailingFile(FileIO):
+        def readinto(self, buffer: Any) -> int:
+            if len(buffer) > 1000:
+                raise OSError(5, "Input/output error")
+            return read(self, buffer)
+
+    class ShrinkingFile(FileIO):
+        def readinto(self, buffer: Any) -> int:
+            return read(self, buffer[: len(buffer) // 2]) if self.tell() < 5000 else 0
+
+    monkeypatch.setattr(loader, "FileIO", FailingFile)
+    assert "model.safetensors: cannot be read: Input/output error" in str(load_error(tmp_path))
+    monkeypatch.setattr(loader, "FileIO", ShrinkingFile)
+    assert "it was cut short while it was being read" in str(load_error(tmp_path))
+
+
+# --- Hostile files ----------------------------------------------------------------------------------------------------
+
+
+def save_raw(directory: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    prefix = (len(text) if length is None else length).to_bytes(8, "little")
+    (directory / "model.safetensors").write_bytes(prefix + text + data)
+    return directory
+
+
+def entry(begin: Any = 0, end: Any = 8, shape: Any = (2,), dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+DESCRIBED = "model.safetensors: tensor 'a' is described as"
+
+
+@pytest.mark.parametrize(
+    ("header", "data_bytes", "length", "message"),
+    [
+        (b"", 0, 0, "not valid JSON"),
+        (b"{}", 0, 3, "the header claims 3 bytes, expected at most 2"),
+        (b"{}", 0, 2**63, "the header claims 9223372036854775808 bytes, expected at most 2"),
+        (b"{}", 0, 2**64 - 1, "expected at most 2"),
+        (b"{", 0, None, "the header is not valid JSON"),
+        (b"\xff\xfe{}", 0, None, "the header is not valid JSON"),
+        (b"[" * 100_000, 0, None, "the header is not valid JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", 0, None, "the header is not valid JSON"),
+        (b"[]", 0, None, "the header is a JSON list, expected an object"),
+        (b"null", 0, None, "the header is a JSON NoneType"),
+        (b'{"a": {"dtype": "F32", "dtype": "F16"}}', 0, None, "'dtype' is there twice"),
+        ({"__metadata__": 1}, 0, None, "__metadata__ is 1, expected an object of strings"),
+        ({"__metadata__": {"format": None}}, 0, None, r"__metadata__ is {'format': None}"),
+        ({"a": 1}, 0, None, f"{DESCRIBED} 1"),
+        ({"a": {}}, 0, None, f"{DESCRIBED} {{}}"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8]}}, 8, None, DESCRIBED),
+        ({"a": entry(dtype=7)}, 8, None, DESCRIBED),
+        ({"a": entry(shape=2)}, 8, None, DESCRIBED),
+        ({"a": entry(shape=[-2])}, 8, None, DESCRIBED),
+        ({"a": entry(shape=[2.0])}, 8, None, DESCRIBED),
+        ({"a": entry(shape=[True, 2])}, 8, None, DESCRIBED),
+        ({"a": entry(shape=[10**4000])}, 8, None, DESCRIBED),
+        ({"a": entry(shape=[1] * 9)}, 4, None, DESCRIBED),
+        ({"a": entry(begin=-8, end=0)}, 8, None, DESCRIBED),
+        ({"a": entry(begin=None)}, 8, None, DESCRIBED),
+        ({"a": entry(end="8")}, 8, None, DESCRIBED),
+        ({"a": entry(dtype="F99")}, 8, None, "tensor 'a' has dtype 'F99', expected one of F64, F32, F16, BF16"),
+        ({"a": entry(begin=8, end=0)}, 8, None, r"tensor 'a' has data_offsets \[8, 0\], expected 8 bytes"),
+        ({"a": entry(shape=[3])}, 8, None, r"expected 12 bytes for F32 \[3\]"),
+        ({"a": entry(dtype="F16")}, 8, None, r"expected 4 bytes for F16 \[2\]"),
+        ({"a": entry(shape=[2**62] * 8)}, 8, None, "tensor 'a' has data_offsets"),
+        ({"a": entry(), "b": entry(4, 12)}, 12, None, "tensor 'b' begins at byte .* it overlaps another tensor"),
+        ({"a": entry(), "b": entry()}, 8, None, "tensor 'b' begins at byte .* it overlaps another tensor"),
+        ({"a": entry(), "b": entry(12, 20)}, 20, None, "tensor 'b' begins at byte .* no tensor has the bytes between"),
+        ({"a": entry(4, 12)}, 12, None, "tensor 'a' begins at byte"),
+        ({"a": entry()}, 7, None, "tensor 'a' ends at byte .* is the download complete?"),
+        ({"a": entry(end=2**62, shape=[2**60])}, 8, None, "tensor 'a' ends at byte"),
+        ({"a": entry()}, 9, None, "model.safetensors: has .* bytes, but its header describes"),
+        ({"rope.freqs": entry(8, 0, dtype="I64")}, 8, None, "tensor 'rope.freqs' has data_offsets"),
+        ({}, 0, None, "lacks 'model.embed_tokens.weight'"),
+        ({"a\n" * 1000: 1}, 0, None, r"tensor 'a\\n"),
+        ({"\ud800": entry()}, 8, None, r"holds '\\ud800'"),
+    ],
+)
+def test_hostile_files(tmp_path: Path, header: Any, data_bytes: int, length: int | None, message: str) -> None:
+    save_raw(tmp_path, header, bytes(data_bytes), length)
+    error = load_error(tmp_path)
+    assert isinstance(error, InputError)
+    assert len(str(error)) < 1000
+    assert re.search(message, str(error))
+
+
+def test_header_length_is_capped(tmp_path: Path) -> None:
+    """A header that fits its file is still refused beyond the cap; the file is sparse."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((loader.MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
+    os.truncate(path, 2 * loader.MAX_HEADER_BYTES)
+    assert "expected at most 100000000" in str(load_error(tmp_path))
+
+
+def test_nothing_is_allocated_before_all_headers_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path, hugging_face_tensors(CONFIG))
+    last = tmp_path / "model-00003-of-00003.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("allocated"))
+    assert "00003.safetensors: tensor" in str(load_error(tmp_path))
+
+
+@pytest.mark.parametrize("allocator", ["cpu", "gpu"])
+def test_out_of_memory_says_how_much_was_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allocator: str
+) -> None:
+    write(tmp_path, hugging_face_tensors(CONFIG))
+    config = dataclasses.replace(CONFIG)
+    empty = torch.empty
+
+    def fail(*_: Any, **__: Any) -> torch.Tensor:
+        if allocator == "gpu":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(torch, "empty", fail)
+    error = load_error(tmp_path, config)
+    assert isinstance(error, MemoryLimitError)
+    assert "the weights need 0.00 GB as float32, more than is free on cpu" in str(error)
+
+
+def test_other_runtime_errors_are_not_taken_for_lack_of_memory(tmp_path: Path) -> None:
+    write(tmp_path, hugging_face_tensors(CONFIG))
+    with pytest.raises(RuntimeError) as caught:
+        load_weights(tmp_path, CONFIG, torch.device("meta"), torch.float32)
+    assert not isinstance(caught.value, MemoryError)
+
+
+# --- Random damage ----------------------------------------------------------------------------------------------------
+
+SMALL = dataclasses.replace(
+    CONFIG, num_layers=1, hidden_size=2, mlp_size=1, num_heads=1, num_kv_heads=1, head_dim=2, vocab_size=3
+)
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, valid: bytes) -> bytes:
+    """A valid file with its end cut, bytes changed, added or removed, its length field or one header entry replaced."""
+    header_end = 8 + int.from_bytes(valid[:8], "little")
+    kind = draw(st.sampled_from(["cut", "flip", "insert", "remove", "length", "entry"]))
+    if kind == "cut":
+        boundaries = st.sampled_from([0, 1, 7, 8, 9, header_end - 1, header_end, header_end + 1, len(valid) - 1])
+        return valid[: draw(boundaries | st.integers(0, len(valid)))]
+    if kind == "length":
+        return draw(st.integers(0, 2**64 - 1) | st.integers(0, 2 * header_end)).to_bytes(8, "little") + valid[8:]
+    if kind == "entry":
+        header = json.loads(valid[8:header_end])
+        name = draw(st.sampled_from(sorted(header)))
+        field = draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
+        value = draw(JSON_VALUES | st.sampled_from(["F16", "BF16", "I8", [0, 0], [2], [2**63]]))
+        header[name] = draw(st.sampled_from([value, header[name] | {field: value}]))
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + valid[header_end:]
+    if kind == "flip":
+        changed = bytearray(valid)
+        for at in draw(st.lists(st.integers(0, header_end - 1), min_size=1, max_size=3)):
+            changed[at] = draw(st.integers(0, 255) | st.sampled_from(b'0123456789[]{},:" -.'))
+        return bytes(changed)
+    at = draw(st.integers(0, len(valid) - 1))
+    if kind == "insert":
+        return valid[:at] + draw(st.binary(min_size=1, max_size=9)) + valid[at:]
+    return valid[:at] + valid[at + draw(st.integers(1, 9)) :]
+
+
+@pytest.fixture(scope="module")
+def damage_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("damage"), hugging_face_tensors(SMALL))
+
+
+@pytest.fixture(scope="module")
+def valid_file(damage_directory: Path) -> bytes:
+    return (damage_directory / "model.safetensors").read_bytes()
+
+
+@settings(max_examples=600, deadline=None)
+@given(data=st.data())
+def test_random_damage_never_crashes(damage_directory: Path, valid_file: bytes, data: st.DataObject) -> None:
+    """Whatever the file: success or an error of ours, and never success where the library refuses the file."""
+    path = damage_directory / "model.safetensors"
+    path.write_bytes(data.draw(damaged(valid_file)))
+    try:
+        weights = load_weights(damage_directory, SMALL, CPU, torch.float32)
+    except MinireaError:
+        load_error(damage_directory, SMALL)
+    else:
+        assert_same(weights, fused(load_file(path), SMALL, torch.float32))

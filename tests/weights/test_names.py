@@ -1,0 +1,103 @@
+"""The table of names by itself; that it is right is shown with whole checkpoints in test_loader.py."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from minirea.config import ModelConfig, RopeConfig
+from minirea.weights.names import NameTable, Place, is_ignored
+
+CONFIG = ModelConfig(
+    num_layers=12,
+    hidden_size=16,
+    mlp_size=20,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    vocab_size=11,
+    norm_eps=1e-5,
+    rope=RopeConfig(),
+    max_position_embeddings=64,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.layers.11.self_attn.k_proj.weight", Place("layers.11.qkv.weight", 24, (12, 16))),
+        ("layers.11.self_attn.k_proj.weight", Place("layers.11.qkv.weight", 24, (12, 16))),
+        ("layers.11.attention.wk.weight", Place("layers.11.qkv.weight", 24, (12, 16), interleaved=6)),
+        ("layers.3.attention.wv.weight", Place("layers.3.qkv.weight", 36, (12, 16))),
+        ("layers.3.feed_forward.w3.weight", Place("layers.3.gate_up.weight", 20, (20, 16))),
+        ("norm.weight", Place("norm.weight", 0, (16,))),
+        ("output.weight", Place("head.weight", 0, (11, 16))),
+    ],
+)
+def test_places(name: str, place: Place) -> None:
+    assert NameTable(CONFIG).find(name) == place
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "model.norm",
+        "model.layers.12.self_attn.k_proj.weight",
+        "model.layers.-1.self_attn.k_proj.weight",
+        "model.layers.01.self_attn.k_proj.weight",
+        "model.layers.٣.self_attn.k_proj.weight",
+        "model.layers." + "9" * 5000 + ".self_attn.k_proj.weight",
+        "model.layers.*.self_attn.k_proj.weight",
+        "layers.*.attention.wk.weight",
+        "model.layers.1.layers.2.self_attn.k_proj.weight",
+        "model.layers.1.self_attn.k_proj.bias",
+    ],
+)
+def test_names_without_a_place(name: str) -> None:
+    assert NameTable(CONFIG).find(name) is None
+
+
+def test_expected_is_complete_and_each_name_is_found_in_its_place() -> None:
+    table = NameTable(CONFIG)
+    for names in (["model.norm.weight"], ["layers.0.attention.wq.weight"]):
+        expected = dict(table.expected(names))
+        assert len(expected) == table.count() == 3 + 9 * 12
+        assert names[0] in expected
+        assert {name: table.find(name) for name in expected} == expected
+        assert len({place.slot for place in expected.values()}) == len(expected)
+
+
+def test_stacked_parts_tile_our_tensors() -> None:
+    table = NameTable(CONFIG)
+    rows: dict[str, int] = {}
+    for _, place in table.expected([]):
+        assert place.first_row == rows.get(place.name, 0)
+        rows[place.name] = place.first_row + place.shape[0]
+    assert len(rows) == 3 + 6 * 12
+    for name, count in rows.items():
+        pattern = "layers.*." + name.split(".", 2)[2] if name.startswith("layers.") else name
+        assert table.shapes[pattern][0] == count
+
+
+def test_expected_starts_at_once_however_many_layers_there_are() -> None:
+    from dataclasses import replace
+
+    table = NameTable(replace(CONFIG, num_layers=2**31 - 1))
+    assert [name for name, _ in itertools.islice(table.expected([]), 4)][-1] == "model.layers.0.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "ignored"),
+    [
+        ("model.layers.7.self_attn.rotary_emb.inv_freq", True),
+        ("rotary_emb.cos_cached", True),
+        ("rope.freqs", True),
+        ("model.xrotary_emb.inv_freq", False),
+        ("model.rotary_emb.inv_freq.scale", False),
+        ("model.norm.weight", False),
+    ],
+)
+def test_ignored_buffers(name: str, ignored: bool) -> None:
+    assert is_ignored(name) is ignored

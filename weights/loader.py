@@ -1,0 +1,426 @@
+"""Streams a checkpoint's safetensors files into tensors on the device.
+
+Files are read with plain reads straight into their destination, or through one small staging buffer where dtype, device
+or row order differ. They are never mapped: mapped pages count as resident memory, so a mapped 16 GB checkpoint looks
+like a second copy of the model. The format: an 8-byte little-endian length, a JSON header of that length that gives
+each tensor's dtype, shape and byte range, then the tensors' bytes (https://github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import reprlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any, Final, TypeGuard
+
+import torch
+from tqdm import tqdm
+
+from minirea.config import JsonObject, ModelConfig
+from minirea.errors import InputError, MemoryLimitError, MissingFileError
+from minirea.weights.names import NameTable, Place, is_ignored
+
+MAX_HEADER_BYTES: Final = 100_000_000
+STAGING_BYTES: Final = 16 * 2**20
+
+_DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OTHER_FORMATS: Final = (".bin", ".pth", ".pt", ".gguf")
+_LISTED: Final = 3  # how many names a message lists before it only counts
+
+_repr = reprlib.Repr()  # names and shapes of hostile files: bounded, on one line
+_repr.maxstring, _repr.maxother, _repr.maxlong = 120, 120, 40
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a file: `nbytes` bytes from byte `offset` of the file on, row-major."""
+
+    path: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        return f"{self.path}: tensor {_repr.repr(self.name)}"
+
+
+def load_weights(
+    directory: str | Path,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Read a checkpoint into frozen tensors under our names (names.py), q/k/v and gate/up stacked.
+
+    Host memory stays under the model's size plus one tensor. All headers are checked before anything is allocated.
+
+    Args:
+        directory: a model directory; its config has been read into `config`.
+        dtype: of the result; None means checkpoint_dtype.
+        progress: show a bar of bytes read on stderr.
+
+    Returns:
+        Shapes in the project's letters: embed.weight and head.weight [V, E] (one tensor object if tied), norm.weight
+        [E]; for each layer l, under layers.{l}: attn_norm.weight and mlp_norm.weight [E], qkv.weight [(H+2G)*D, E] (the
+        query heads, the key heads, the value heads), o.weight [E, H*D], gate_up.weight [2F, E] and down.weight [E, F];
+        the biases that the config declares.
+
+    Raises:
+        MissingFileError: no safetensors file, or a shard is not there.
+        InputError: a malformed file, or a missing, extra, misshapen, duplicated or non-finite tensor.
+        MemoryLimitError: the weights do not fit on the device.
+    """
+    tensors = _read_headers(Path(directory))
+    table = NameTable(config)
+    assigned = _assign(Path(directory), tensors, table)
+    dtype = dtype or _declared_dtype(config) or _most_common_dtype(tensors)
+    try:
+        weights = _allocate(config, table, dtype, device)
+        transfers = [
+            _Transfer(tensor, weights[place.name][place.rows], place.interleaved, table.is_redundant(place))
+            for tensor, place in assigned
+        ]
+        total = sum(tensor.nbytes for tensor in tensors)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar:
+            for nbytes in _fill(transfers):
+                bar.update(nbytes)
+    except RuntimeError as error:
+        # Only a GPU's allocator has an exception of its own; the CPU's is known by its message.
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise MemoryLimitError(
+                f"the weights need {weight_bytes(config, dtype) / 1e9:.2f} GB as {_short(dtype)}, more than is free on "
+                f"{device}; use a smaller dtype or another device"
+            ) from None
+        raise
+    return weights
+
+
+def checkpoint_dtype(directory: str | Path, config: ModelConfig) -> torch.dtype:
+    """The dtype that a checkpoint is meant to run in: what its config says, else what most of its elements are in.
+
+    Raises what load_weights raises for the files' headers.
+    """
+    return _declared_dtype(config) or _most_common_dtype(_read_headers(Path(directory)))
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """How many bytes load_weights allocates for its result; a tied embedding counts once."""
+    elements = sum(
+        math.prod(shape) * (config.num_layers if "*" in pattern else 1)
+        for pattern, shape in NameTable(config).shapes.items()
+    )
+    return elements * dtype.itemsize
+
+
+def _allocate(
+    config: ModelConfig, table: NameTable, dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    weights = {
+        pattern.replace("*", str(layer)): torch.empty(shape, dtype=dtype, device=device)
+        for pattern, shape in table.shapes.items()
+        for layer in range(config.num_layers if "*" in pattern else 1)
+    }
+    if config.tie_word_embeddings:
+        weights["head.weight"] = weights["embed.weight"]
+    return weights
+
+
+def _declared_dtype(config: ModelConfig) -> torch.dtype | None:
+    return getattr(torch, config.dtype) if config.dtype else None
+
+
+def _most_common_dtype(tensors: list[StoredTensor]) -> torch.dtype:
+    """Weighted by elements. float64 files run in float32: nothing is computed in float64."""
+    elements: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        elements[tensor.dtype] += math.prod(tensor.shape)
+    most_common = elements.most_common(1)[0][0] if elements else torch.float32
+    return torch.float32 if most_common == torch.float64 else most_common
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- Which files ------------------------------------------------------------------------------------------------------
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files of one set of weights: Hugging Face's or Mistral's, whole or in shards."""
+    try:
+        names = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        raise MissingFileError(f"{directory}: no such model directory") from None
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be read: {error.strerror}") from None
+    stored = [name for name in names if name.endswith(".safetensors")]
+    mistral = [name for name in stored if name.startswith("consolidated")]
+    hugging_face = [name for name in stored if name not in mistral]
+    # A directory that holds both sets holds the same weights twice; config.json describes Hugging Face's.
+    chosen = (hugging_face or mistral) if "config.json" in names else (mistral or hugging_face)
+    stem = "consolidated" if chosen and chosen is mistral else "model"
+    if f"{stem}.safetensors" in chosen:
+        return [directory / f"{stem}.safetensors"]
+    if f"{stem}.safetensors.index.json" in names:
+        return _indexed_files(directory, f"{stem}.safetensors.index.json", chosen)
+    if not chosen:
+        other = next((name for name in names if name.endswith(_OTHER_FORMATS)), "no weights")
+        raise MissingFileError(f"{directory}: holds {other}, expected *.safetensors files: minirea reads only those")
+    return [directory / name for name in chosen]
+
+
+def _indexed_files(directory: Path, index_name: str, present: list[str]) -> list[Path]:
+    """The shards that an index names. It is believed about nothing else: the shards' headers say what they hold."""
+    index = JsonObject.read(directory / index_name)
+    weight_map = index.child("weight_map")
+    if weight_map is None or not weight_map.values:
+        raise index.fail("weight_map", "an object of tensor and file names")
+    for tensor_name, shard in weight_map.values.items():
+        # Looking the name up among the directory's own also keeps paths that lead out of it from being opened.
+        if shard not in present:
+            raise MissingFileError(
+                f"{index.source}: {_repr.repr(tensor_name)} is in {_repr.repr(shard)}, which is not in {directory}"
+            )
+    return [directory / shard for shard in sorted(set(weight_map.values.values()))]
+
+
+# --- Headers ----------------------------------------------------------------------------------------------------------
+
+
+def _read_headers(directory: Path) -> list[StoredTensor]:
+    """All tensors of a checkpoint, buffers left out, in the order in which they lie in the files."""
+    by_name: dict[str, StoredTensor] = {}
+    for path in _weight_files(directory):
+        for tensor in _read_header(path):
+            if tensor.name in by_name:
+                raise InputError(f"{tensor} is also in {by_name[tensor.name].path}, expected it once")
+            by_name[tensor.name] = tensor
+    return list(by_name.values())
+
+
+def _read_header(path: Path) -> list[StoredTensor]:
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            raise InputError(f"{path}: holds {size} bytes, expected a safetensors file")
+        prefix = bytearray(8)
+        _read_into(file, 0, memoryview(prefix))
+        length = int.from_bytes(prefix, "little")
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise InputError(
+                f"{path}: the header claims {length} bytes, expected at most {min(size - 8, MAX_HEADER_BYTES)}: "
+                "truncated, or not a safetensors file"
+            )
+        text = bytearray(length)
+        _read_into(file, 8, memoryview(text))
+    header = _parse_header(path, text)
+    tensors = [_stored_tensor(path, name, entry, 8 + length) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    _check_tiling(path, tensors, 8 + length, size)
+    return [tensor for tensor in tensors if not is_ignored(tensor.name)]
+
+
+def _parse_header(path: Path, text: bytearray) -> dict[str, Any]:
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:  # bad syntax and bad UTF-8 are both ValueErrors
+        raise InputError(f"{path}: the header is not valid JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: the header is a JSON {type(header).__name__}, expected an object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InputError(f"{path}: __metadata__ is {_repr.repr(metadata)}, expected an object of strings")
+    return header
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{_repr.repr(repeated)} is there twice")
+    return values
+
+
+def _stored_tensor(path: Path, name: str, entry: Any, data_offset: int) -> StoredTensor:
+    """Check one header entry by itself."""
+    where = f"{path}: tensor {_repr.repr(name)}"
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+        raise InputError(f"{where} is described as {_repr.repr(entry)}, expected a dtype, a shape and two data_offsets")
+    begin, end = offsets
+    nbytes = math.prod(shape) * _DTYPES[dtype].itemsize if dtype in _DTYPES else max(0, end - begin)
+    if end - begin != nbytes:
+        raise InputError(f"{where} has data_offsets {offsets}, expected {nbytes} bytes for {dtype} {_repr.repr(shape)}")
+    if dtype not in _DTYPES and not is_ignored(name):
+        raise InputError(
+            f"{where} has dtype {_repr.repr(dtype)}, expected one of {', '.join(_DTYPES)}: "
+            "quantized weights are not supported"
+        )
+    return StoredTensor(path, name, _DTYPES.get(dtype, torch.uint8), tuple(shape), data_offset + begin, nbytes)
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    """A list of at most eight integers that a file can hold; the bounds keep products of hostile ones small."""
+    return isinstance(value, list) and len(value) <= 8 and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _check_tiling(path: Path, tensors: list[StoredTensor], begin: int, end: int) -> None:
+    """The sorted tensors must tile bytes [begin, end) of the file, as the format demands: else it is damaged."""
+    for tensor in tensors:
+        if tensor.offset + tensor.nbytes > end:
+            last = tensor.offset + tensor.nbytes
+            raise InputError(f"{tensor} ends at byte {last}, but the file has {end}: is the download complete?")
+        if tensor.offset != begin:
+            problem = "it overlaps another tensor" if tensor.offset < begin else "no tensor has the bytes between"
+            raise InputError(f"{tensor} begins at byte {tensor.offset}, expected {begin}: {problem}")
+        begin += tensor.nbytes
+    if begin != end:
+        raise InputError(f"{path}: has {end} bytes, but its header describes {begin}")
+
+
+# --- From the checkpoint's tensors to ours ----------------------------------------------------------------------------
+
+
+def _assign(directory: Path, tensors: list[StoredTensor], table: NameTable) -> list[tuple[StoredTensor, Place]]:
+    """Each tensor with its place. Every place of the table is taken, once, by a tensor of its shape."""
+    assigned: dict[tuple[str, int], tuple[StoredTensor, Place]] = {}
+    extra: list[str] = []
+    for tensor in tensors:
+        place = table.find(tensor.name)
+        if place is None:
+            extra.append(tensor.name)
+            continue
+        if tensor.shape != place.shape:
+            raise InputError(f"{tensor} has shape {list(tensor.shape)}, expected {list(place.shape)}")
+        if place.slot in assigned:
+            raise InputError(f"{tensor} is also there as {_repr.repr(assigned[place.slot][0].name)}, expected it once")
+        assigned[place.slot] = (tensor, place)
+    expected = table.expected([tensor.name for tensor in tensors])
+    missing = list(itertools.islice((name for name, place in expected if place.slot not in assigned), _LISTED))
+    problems = []
+    if missing:
+        found = sum(1 for _, place in assigned.values() if not table.is_redundant(place))
+        problems.append(f"lacks {_listed(missing, table.count() - found)}")
+    if extra:
+        problems.append(f"holds {_listed(extra, len(extra))}, for which the config has no place")
+    if problems:
+        raise InputError(f"{directory}: the checkpoint {' and '.join(problems)}")
+    # A redundant head is compared with the embedding, which therefore comes first.
+    return sorted(assigned.values(), key=lambda pair: table.is_redundant(pair[1]))
+
+
+def _listed(names: list[str], count: int) -> str:
+    more = f" and {count - _LISTED} more" if count > _LISTED else ""
+    return ", ".join(map(_repr.repr, names[:_LISTED])) + more
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """One tensor's way from its file into its `rows` of ours, in blocks of bounded size.
+
+    `interleaved` is Place's. With `compare` the rows hold the values already, and the file's must be the same.
+    """
+
+    tensor: StoredTensor
+    rows: torch.Tensor
+    interleaved: int
+    compare: bool
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the file's bytes are the destination's, so that they can be read straight into it."""
+        same = self.rows.device.type == "cpu" and self.rows.dtype == self.tensor.dtype
+        return same and not self.interleaved and not self.compare
+
+    @property
+    def row_bytes(self) -> int:
+        return self.tensor.nbytes // len(self.rows)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows per block: whole heads where their rows change order."""
+        unit = self.interleaved or 1
+        return min(len(self.rows), max(1, STAGING_BYTES // (self.row_bytes * unit)) * unit)
+
+    def run(self, file: FileIO, staging: torch.Tensor) -> Iterator[int]:
+        """Move the tensor; yields each block's size in the file. `staging` is needed unless in_place."""
+        for first_row in range(0, len(self.rows), self.block_rows):
+            block = self.rows[first_row : first_row + self.block_rows]
+            nbytes = len(block) * self.row_bytes
+            offset = self.tensor.offset + first_row * self.row_bytes
+            if self.in_place:
+                _read_into(file, offset, _bytes_of(block))
+            else:
+                _read_into(file, offset, _bytes_of(staging[:nbytes]))
+                self._unstage(block, staging[:nbytes].view(self.tensor.dtype))
+            low, high = torch.aminmax(block)  # NaN makes both NaN
+            if not math.isfinite(low) or not math.isfinite(high):
+                raise InputError(
+                    f"{self.tensor} has a NaN or infinity as {_short(block.dtype)}, expected finite numbers"
+                )
+            yield nbytes
+
+    def _unstage(self, block: torch.Tensor, staged: torch.Tensor) -> None:
+        """Convert on the destination's device: the bytes cross over as they are."""
+        if self.interleaved:  # block row half * D/2 + i of a head comes from row 2 * i + half
+            block = block.unflatten(0, (-1, 2, self.interleaved // 2)).transpose(1, 2)
+        staged = staged.view(block.shape).to(block.device)
+        if not self.compare:
+            block.copy_(staged)
+        elif not torch.equal(block, staged.to(block.dtype)):
+            raise InputError(f"{self.tensor} differs from the embedding, expected the same: the config ties the two")
+
+
+def _fill(transfers: list[_Transfer]) -> Iterator[int]:
+    """Run all transfers, each file opened once; yields the bytes read."""
+    staged = [transfer for transfer in transfers if not transfer.in_place]
+    staging = torch.empty(
+        max((transfer.block_rows * transfer.row_bytes for transfer in staged), default=0),
+        dtype=torch.uint8,
+        pin_memory=any(transfer.rows.is_cuda for transfer in staged),
+    )
+    for path, of_file in itertools.groupby(transfers, key=lambda transfer: transfer.tensor.path):
+        with _open(path) as file:
+            for transfer in of_file:
+                yield from transfer.run(file, staging)
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+
+def _open(path: Path) -> FileIO:
+    try:
+        if not path.is_file():  # opening a named pipe would wait for a writer
+            raise InputError(f"{path}: not a regular file")
+        return FileIO(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _read_into(file: FileIO, offset: int, buffer: memoryview) -> None:
+    """Fill the buffer with the file's bytes from `offset` on."""
+    try:
+        file.seek(offset)
+        while buffer:
+            count = file.readinto(buffer)
+            if not count:
+                raise InputError(f"{file.name}: ends at byte {file.tell()}: it was cut short while it was being read")
+            buffer = buffer[count:]
+    except OSError as error:
+        raise InputError(f"{file.name}: cannot be read: {error.strerror}") from None
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A contiguous CPU tensor's memory. numpy has no bfloat16, hence the view."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
