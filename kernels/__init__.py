@@ -56,7 +56,7 @@ def reattention(
             value of a CUDA seq_len is checked only by impl "torch": reading it would stall the GPU.
     """
     _check_tensors(q_THD, k_cache_GND, v_cache_GND, cos, sin)
-    if _resolve(impl, q_THD.device) == "triton":
+    if _resolve(impl) == "triton":
         raise InputError("impl 'triton' is not there yet, expected 'torch'")
     from minirea.kernels.reference import reattention_reference
 
@@ -68,7 +68,7 @@ def reattention(
     return (out_THD, selection) if return_selection else out_THD
 
 
-def _resolve(impl: str, device: torch.device) -> str:
+def _resolve(impl: str) -> str:
     if impl not in IMPLS:
         raise InputError(f"impl is {impl!r}, expected one of {', '.join(IMPLS)}")
     return "torch" if impl == "auto" else impl
@@ -80,7 +80,8 @@ def _check_tensors(
     """Everything that can be told from shapes, dtypes and devices; runs on every decode step, so it is kept short."""
     if q_THD.dim() != 3 or k_cache_GND.dim() != 3 or 0 in q_THD.shape or 0 in k_cache_GND.shape:
         raise InputError(
-            f"q_THD is {_shape(q_THD)} and k_cache_GND {_shape(k_cache_GND)}, expected [T, H, D] and [G, N, D], not empty"
+            f"q_THD is {_shape(q_THD)} and k_cache_GND {_shape(k_cache_GND)}, "
+            "expected [T, H, D] and [G, N, D], not empty"
         )
     num_heads, head_dim = q_THD.shape[1:]
     num_kv_heads = k_cache_GND.shape[0]
@@ -94,7 +95,8 @@ def _check_tensors(
         raise InputError(f"v_cache_GND is {_shape(v_cache_GND)}, expected {_shape(k_cache_GND)} like k_cache_GND")
     if cos.dim() != 2 or cos.shape[1] != head_dim // 2 or sin.shape != cos.shape:
         raise InputError(
-            f"cos is {_shape(cos)} and sin {_shape(sin)}, expected [positions, {head_dim // 2}]: half of head_dim {head_dim}"
+            f"cos is {_shape(cos)} and sin {_shape(sin)}, expected [positions, {head_dim // 2}]: "
+            f"half of head_dim {head_dim}"
         )
     if cos.dtype != torch.float32 or sin.dtype != torch.float32:
         raise InputError(f"cos is {cos.dtype} and sin {sin.dtype}, expected torch.float32")

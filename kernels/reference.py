@@ -4,14 +4,14 @@ The twins have the names, argument order and variable names of the phases in rea
 
     score   -> the span_top_k best keys of the middle for every query row (a bounded tile of keys at a time)
     vote    -> the max_spans positions that most rows chose
-    select  -> where each span's new part starts and which rows of the scope it fills
+    select  -> where each part of the scope starts, in the cache and in the scope
     locate  -> row of the scope -> cache position
     rotate  -> RoPE with positions inside the scope
     attend  -> causal softmax attention over the gathered scope
 
 Shapes, beside the project's letters: R rows of one key/value head (its H / G query heads times T queries; row
 r is query r // (H / G)), K winners per row, B ballots (1 for span_scope "layer", G for "kv_head"), W winners of one
-ballot, P spans that a ballot keeps.
+ballot, P parts of the scope (global, the spans that the ballot keeps, local).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from minirea.config import ReAttentionConfig
 
 # Keys whose scores share one maximum in `score`. Only the K blocks with the largest maxima can hold winners.
 BLOCK: Final = 64
-# Scores held at a time: on a CPU they should stay in the second-level cache until they are reduced, on a GPU the
-# tile should be large enough to fill the device.
+# Scores held at a time. On a CPU they should still be in the cache when they are reduced; on a GPU the tile should be
+# large enough to fill the device.
 TILE_SCORES: Final = {"cpu": 1 << 20, "cuda": 1 << 26}
-# Rows scored together on a CPU. More rows would make the key tiles of that size too short to be worth merging.
+# Rows of a head scored together. More rows make the tile's share of keys shorter, and merging costs more.
 TILE_ROWS: Final = {"cpu": 128, "cuda": 1 << 14}
 # A score and its key are compared as one int64: the score's bits, ordered, above the inverted index, so that of
 # equal scores the lower index is the larger number. NO_KEY loses to every key.
@@ -49,43 +49,49 @@ def reattention_reference(
     """One step of ReAttention, phase by phase. Arguments and results are those of `minirea.kernels.reattention`."""
     T, H, D = q_THD.shape
     G = k_cache_GND.shape[0]
-    q_GRD = q_THD.view(T, G, H // G, D).transpose(0, 1).reshape(G, T * (H // G), D)
-    mid_lo, mid_hi = config.global_size, seq_len - config.local_size
+    q_GRD = q_THD.unflatten(1, (G, H // G)).transpose(0, 1).reshape(G, -1, D)
     B = G if config.span_scope == "kv_head" else 1
 
-    if mid_hi <= mid_lo:
-        length_B1 = torch.full((B, 1), seq_len, device=q_THD.device)
-        source_BS = torch.arange(seq_len, device=q_THD.device).expand(B, -1)
-        k_GSD, v_GSD = k_cache_GND[:, :seq_len], v_cache_GND[:, :seq_len]
+    if seq_len <= config.global_size + config.local_size:
+        lengths, source_BS = [seq_len] * B, None
+        k_GSD, v_GSD = k_cache_GND[:, :seq_len].clone(), v_cache_GND[:, :seq_len]
     else:
-        start_BP, offset_BP, selected_B1 = _choose(q_GRD, k_cache_GND, mid_lo, mid_hi, B, config)
-        length_B1 = mid_lo + selected_B1 + config.local_size
-        offs_s = torch.arange(int(length_B1.max()), device=q_THD.device)
-        source_BS = locate(offs_s, start_BP, offset_BP, selected_B1, mid_lo, mid_hi).clamp_(max=seq_len - 1)
+        start_BP, offset_BP, length_B = _scope(q_GRD, k_cache_GND, seq_len, config)
+        lengths = length_B.tolist()  # on a GPU the one wait of the step: the scope's length decides the shapes below
+        offs_s = torch.arange(max(lengths), device=q_THD.device)
+        source_BS = locate(offs_s, start_BP, offset_BP).clamp_(max=seq_len - 1)
         k_GSD, v_GSD = _gather(k_cache_GND, source_BS), _gather(v_cache_GND, source_BS)
 
-    S = source_BS.shape[1]
-    ragged = B > 1 and mid_hi > mid_lo
-    pos_BT = length_B1 - T + torch.arange(T, device=q_THD.device)
-    q_rot = rotate(q_GRD.view(G, T, H // G, D), cos[pos_BT][:, :, None], sin[pos_BT][:, :, None])
+    S = max(lengths)
+    ragged = min(lengths) < S
+    pos_BT = _query_positions(lengths, T, q_THD.device) if ragged or T > 1 else None
+    pos = pos_BT if ragged else slice(S - T, S)
+    q_rot = rotate(q_GRD.unflatten(1, (T, -1)).clone(), cos[pos].unsqueeze(-2), sin[pos].unsqueeze(-2))
     k_rot = rotate(k_GSD, cos[:S], sin[:S])
-    mask = _causal_mask(pos_BT, S, H // G) if T > 1 or ragged else None
-    out_GRD = attend(q_rot.view(G, -1, D), k_rot, v_GSD, mask)
-    out_THD = out_GRD.view(G, T, H // G, D).transpose(0, 1).reshape(T, H, D)
-    return out_THD, _selection(source_BS, length_B1, config) if return_selection else None
+    mask = None if pos_BT is None else _causal_mask(pos_BT, S, H // G)
+    out_GRD = attend(q_rot.flatten(1, 2), k_rot, v_GSD, mask)
+    out_THD = out_GRD.unflatten(1, (T, -1)).transpose(0, 1).reshape(T, H, D)
+    if not return_selection:
+        return out_THD, None
+    if source_BS is None:
+        source_BS = torch.arange(S, device=q_THD.device).expand(B, -1)
+    scopes = [source[:length] for source, length in zip(source_BS, lengths, strict=True)]
+    return out_THD, scopes if config.span_scope == "kv_head" else scopes[0]
 
 
-def _choose(
-    q_GRD: torch.Tensor, k_cache_GND: torch.Tensor, mid_lo: int, mid_hi: int, B: int, config: ReAttentionConfig
+def _scope(
+    q_GRD: torch.Tensor, k_cache_GND: torch.Tensor, seq_len: int, config: ReAttentionConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Score, vote and select; without anything to select (streaming), the layout of no span."""
-    if not config.max_selected:
-        empty = torch.zeros(B, 0, dtype=torch.int64, device=q_GRD.device)
-        return empty, empty, torch.zeros(B, 1, dtype=torch.int64, device=q_GRD.device)
-    rows = TILE_ROWS[q_GRD.device.type]
-    winner_GRK = torch.cat([score(q, k_cache_GND, mid_lo, mid_hi, config.span_top_k) for q in q_GRD.split(rows, 1)], 1)
-    kept_BP = vote(winner_GRK.view(B, -1), config.max_spans)
-    return select(kept_BP, mid_lo, mid_hi, config.span_size)
+    """Score, vote and select. Where nothing may be selected (streaming), the scope has two parts, global and local."""
+    mid_lo, mid_hi = config.global_size, seq_len - config.local_size
+    B = k_cache_GND.shape[0] if config.span_scope == "kv_head" else 1
+    if config.max_selected:
+        tiles = q_GRD.split(TILE_ROWS[q_GRD.device.type], 1)
+        winner_GRK = torch.cat([score(q, k_cache_GND, mid_lo, mid_hi, config.span_top_k) for q in tiles], 1)
+        kept_BP = vote(winner_GRK.view(B, -1), config.max_spans)
+    else:
+        kept_BP = torch.empty(B, 0, dtype=torch.int64, device=q_GRD.device)
+    return select(kept_BP, mid_lo, mid_hi, seq_len, config.span_size)
 
 
 def score(q_GRD: torch.Tensor, k_cache_GND: torch.Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> torch.Tensor:
@@ -99,7 +105,7 @@ def score(q_GRD: torch.Tensor, k_cache_GND: torch.Tensor, mid_lo: int, mid_hi: i
     best_GRK = torch.full((G, R, min(span_top_k, mid_hi - mid_lo)), NO_KEY, device=q_GRD.device)
     for lo in range(mid_lo, mid_hi, tile):
         score_GNR = _dot(k_cache_GND[:, lo : min(lo + tile, mid_hi)], q_GRD)
-        _merge(best_GRK, score_GNR, lo)
+        _merge(best_GRK, score_GNR, lo, skip_rows=lo > mid_lo and not q_GRD.is_cuda)
     return _unpack_index(best_GRK)
 
 
@@ -110,35 +116,47 @@ def _dot(k_GND: torch.Tensor, q_GRD: torch.Tensor) -> torch.Tensor:
     return torch.matmul(k_GND.float(), q_GRD.float().mT)
 
 
-def _merge(best_GRK: torch.Tensor, score_GNR: torch.Tensor, lo: int) -> None:
+def _merge(best_GRK: torch.Tensor, score_GNR: torch.Tensor, lo: int, skip_rows: bool) -> None:
     """Merge the scores of the keys from position `lo` on into each row's packed best K, in place.
 
     Blocks of keys are ranked by their maxima, the lower block first among equals. A winner outside the first K blocks
     would have K better keys before it, so only those blocks are looked at, and the keys after the last whole block.
-    On a CPU, rows that the tile cannot improve are left out; on a GPU, finding them would cost a wait for it.
+    `skip_rows` leaves out the rows that the tile cannot improve: cheap on a CPU, but a GPU would have to be waited for.
     """
     G, N, R = score_GNR.shape
     K = best_GRK.shape[-1]
     num_blocks = N // BLOCK
-    block_GNMR = score_GNR[:, : num_blocks * BLOCK].unflatten(1, (num_blocks, BLOCK))
+    block_GNMR = score_GNR[:, : num_blocks * BLOCK].view(G, num_blocks, BLOCK, R)
     rest_GMR = score_GNR[:, num_blocks * BLOCK :]
-    # In two steps, so that each reduces over runs of at least 8 numbers also where R is 1.
-    max_GNR = block_GNMR.view(G, num_blocks, 8, BLOCK // 8 * R).amax(2).view(G, num_blocks, BLOCK // 8, R).amax(2)
+    max_GNR = _block_max(block_GNMR)
 
-    offs_p = torch.arange(G * R, device=score_GNR.device)
-    if score_GNR.device.type == "cpu":
+    if skip_rows:
         row_max_GR = torch.cat([max_GNR, rest_GMR], 1).amax(1)
-        offs_p = offs_p[(_ordered(row_max_GR) > best_GRK[..., -1] >> 32).view(-1)]
-    g_p, r_p = offs_p // R, offs_p % R
+        g_p, r_p = (_ordered(row_max_GR) > best_GRK[..., -1] >> 32).nonzero(as_tuple=True)
+        max_pn, best_pk = max_GNR[g_p, :, r_p], best_GRK[g_p, r_p]
+    else:
+        max_pn, best_pk = max_GNR.mT, best_GRK
 
     offs_n = torch.arange(num_blocks, device=score_GNR.device)
-    block_pk = _unpack_index(_pack(max_GNR[g_p, :, r_p], offs_n).topk(min(K, num_blocks)).values)
+    block_pk = _unpack_index(_pack(max_pn, offs_n).topk(min(K, num_blocks)).values)
     offs_m = torch.arange(BLOCK, device=score_GNR.device)
-    in_blocks = _pack(block_GNMR[g_p[:, None], block_pk, :, r_p[:, None]], lo + block_pk[..., None] * BLOCK + offs_m)
-    offs_m = torch.arange(num_blocks * BLOCK, N, device=score_GNR.device)
-    in_rest = _pack(rest_GMR[g_p, :, r_p], lo + offs_m)
-    flat_best = best_GRK.view(G * R, K)
-    flat_best[offs_p] = torch.cat([flat_best[offs_p], in_blocks.flatten(1), in_rest], 1).topk(K).values
+    offs_rest = torch.arange(num_blocks * BLOCK, N, device=score_GNR.device).expand(*best_pk.shape[:-1], -1)
+    offs_pm = torch.cat([(block_pk[..., None] * BLOCK + offs_m).flatten(-2), offs_rest], -1)
+    score_pm = score_GNR[g_p[:, None], offs_pm, r_p[:, None]] if skip_rows else score_GNR.mT.gather(-1, offs_pm)
+    best_pk = torch.cat([best_pk, _pack(score_pm, lo + offs_pm)], -1).topk(K).values
+    if skip_rows:
+        best_GRK[g_p, r_p] = best_pk
+    else:
+        best_GRK.copy_(best_pk)
+
+
+def _block_max(block_GNMR: torch.Tensor) -> torch.Tensor:
+    """Maximum over the keys of each block. Over few rows amax is slow on a CPU: its inner runs are too short."""
+    if block_GNMR.is_cuda or block_GNMR.shape[-1] >= BLOCK:
+        return block_GNMR.amax(2)
+    while block_GNMR.shape[2] > 1:
+        block_GNMR = torch.maximum(*block_GNMR.chunk(2, 2))
+    return block_GNMR[:, :, 0]
 
 
 def _ordered(score: torch.Tensor) -> torch.Tensor:
@@ -158,8 +176,8 @@ def _unpack_index(packed: torch.Tensor) -> torch.Tensor:
 def vote(winner_BW: torch.Tensor, max_spans: int) -> torch.Tensor:
     """The max_spans positions that most of a ballot's winners name, the lowest position first among equals.
 
-    Section 3, step 5. Returns int64 [B, P] in any order, P = min(W, max_spans). A position may be listed more than
-    once: `select` gives a repeated one no keys of its own, so nobody needs to know how many distinct ones there are.
+    Section 3, step 5. Returns int64 [B, min(W, max_spans)] in any order. A position may be listed more than once:
+    `select` gives a repeated one no keys of its own, so nobody needs to know how many distinct ones there are.
     """
     if winner_BW.shape[1] <= max_spans:
         return winner_BW
@@ -172,40 +190,34 @@ def vote(winner_BW: torch.Tensor, max_spans: int) -> torch.Tensor:
 
 
 def select(
-    kept_BP: torch.Tensor, mid_lo: int, mid_hi: int, span_size: int
+    kept_BP: torch.Tensor, mid_lo: int, mid_hi: int, seq_len: int, span_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Layout of the selected part of the scope. Section 3, step 6, as a prefix sum instead of a union of sets.
+    """Layout of the scope, global ++ selected ++ local. Section 3, step 6, as a prefix sum instead of a union of sets.
 
     Covers have equal lengths, so in ascending order each adds what lies at or after both its own start and the end
-    of the one before. Returns int64 start_BP (first cache position that span p adds), offset_BP (the row of the
-    selected part which that position fills) and selected_B1 (rows of the selected part).
+    of the one before. Global and local are the first and the last part. Returns int64 start_BP (cache position where
+    part p starts), offset_BP (the row of the scope which that position fills) and length_B (S of each ballot).
     """
-    kept_BP = kept_BP.sort(1).values
     half = span_size // 2
-    stop_BP = (kept_BP + half).clamp_(max=mid_hi)
-    start_BP = (kept_BP - half).clamp_(min=mid_lo)
-    torch.maximum(start_BP[:, 1:], stop_BP[:, :-1], out=start_BP[:, 1:])
-    end_BP = (stop_BP - start_BP).cumsum(1)
-    return start_BP, end_BP - (stop_BP - start_BP), end_BP[:, -1:]
+    kept_BP = kept_BP.sort(1).values
+    start_BP = F.pad(kept_BP - half, (1, 1))
+    stop_BP = F.pad((kept_BP + half).clamp_(max=mid_hi), (1, 1), value=seq_len)
+    start_BP[:, -1] = mid_hi
+    stop_BP[:, 0] = mid_lo
+    start_BP[:, 1:] = torch.maximum(start_BP[:, 1:], stop_BP[:, :-1])
+    rows_BP = stop_BP - start_BP
+    end_BP = rows_BP.cumsum(1)
+    return start_BP, end_BP - rows_BP, end_BP[:, -1]
 
 
-def locate(
-    offs_s: torch.Tensor,
-    start_BP: torch.Tensor,
-    offset_BP: torch.Tensor,
-    selected_B1: torch.Tensor,
-    mid_lo: int,
-    mid_hi: int,
-) -> torch.Tensor:
-    """Cache positions of the scope's rows offs_s: int64 [B, S]. Section 3, step 7: global ++ selected ++ local."""
-    row_BS = (offs_s - mid_lo).expand(selected_B1.shape[0], -1)
-    source_BS = torch.where(row_BS < 0, offs_s, row_BS - selected_B1 + mid_hi)
-    if not start_BP.shape[1]:
-        return source_BS
-    # A span without rows has the offset of the next one, so the last span at or before a row is the one that has it.
-    span_BS = torch.searchsorted(offset_BP, row_BS.contiguous(), right=True).sub_(1).clamp_(min=0)
-    selected_BS = row_BS + (start_BP - offset_BP).gather(1, span_BS)
-    return torch.where((row_BS >= 0) & (row_BS < selected_B1), selected_BS, source_BS)
+def locate(offs_s: torch.Tensor, start_BP: torch.Tensor, offset_BP: torch.Tensor) -> torch.Tensor:
+    """Cache positions of the scope's rows offs_s: int64 [B, S]. Section 3, step 7.
+
+    A part without rows has the offset of the next one, so the last part at or before a row is the one that has it.
+    """
+    offs_BS = offs_s.expand(start_BP.shape[0], -1).contiguous()
+    part_BS = torch.searchsorted(offset_BP, offs_BS, right=True) - 1
+    return offs_BS + (start_BP - offset_BP).gather(1, part_BS)
 
 
 def _gather(cache_GND: torch.Tensor, source_BS: torch.Tensor) -> torch.Tensor:
@@ -217,12 +229,16 @@ def _gather(cache_GND: torch.Tensor, source_BS: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE of x [..., D] by cos and sin [..., D / 2], half-split: element i turns with element i + D / 2, in float32."""
-    halves = x.float().unflatten(-1, (2, -1))
-    rotated = halves * cos.unsqueeze(-2)
-    rotated[..., 0, :].addcmul_(halves[..., 1, :], sin, value=-1)
-    rotated[..., 1, :].addcmul_(halves[..., 0, :], sin)
-    return rotated.flatten(-2).to(x.dtype)
+    """RoPE of x [..., D] by cos and sin [..., D / 2] in float32: element i turns with element i + D / 2.
+
+    A float32 x is overwritten: a decode step on a CPU spends its time on memory that is not in the cache.
+    """
+    rotated = x.float()
+    a, b = rotated.chunk(2, -1)
+    b_sin = b * sin
+    b.mul_(cos).addcmul_(a, sin)
+    a.mul_(cos).sub_(b_sin)
+    return rotated.to(x.dtype)
 
 
 def attend(q_GRD: torch.Tensor, k_GSD: torch.Tensor, v_GSD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -230,17 +246,15 @@ def attend(q_GRD: torch.Tensor, k_GSD: torch.Tensor, v_GSD: torch.Tensor, mask: 
     return F.scaled_dot_product_attention(q_GRD[None], k_GSD[None], v_GSD[None], attn_mask=mask)[0]
 
 
+def _query_positions(lengths: list[int], T: int, device: torch.device) -> torch.Tensor:
+    """int64 [B, T]: the last T positions of each ballot's scope. Section 3, step 7."""
+    return torch.tensor(lengths, device=device)[:, None] + torch.arange(-T, 0, device=device)
+
+
 def _causal_mask(pos_BT: torch.Tensor, S: int, group: int) -> torch.Tensor:
-    """bool [1, B, R, S]: the row of a query at position p sees scope rows 0..p; R counts `group` rows per query."""
+    """bool [1, B, R, S]: the rows of a query at position p, `group` of them, see scope rows 0..p."""
     pos_BR = pos_BT.repeat_interleave(group, 1)
     return (torch.arange(S, device=pos_BT.device) <= pos_BR[..., None])[None]
-
-
-def _selection(
-    source_BS: torch.Tensor, length_B1: torch.Tensor, config: ReAttentionConfig
-) -> torch.Tensor | list[torch.Tensor]:
-    scopes = [source[:length] for source, length in zip(source_BS, length_B1.flatten().tolist(), strict=True)]
-    return scopes if config.span_scope == "kv_head" else scopes[0]
 
 
 def reattention_oracle(

@@ -1,0 +1,123 @@
+"""Random ReAttention steps with one right answer: small integers, whose dot products float32 computes without error."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minirea.kernels import ReAttentionConfig
+from minirea.kernels.reference import reattention_oracle
+
+
+@dataclass
+class Case:
+    """The arguments of one `reattention` call."""
+
+    q: torch.Tensor  # q_THD
+    k_cache: torch.Tensor  # k_cache_GND
+    v_cache: torch.Tensor  # v_cache_GND
+    seq_len: int
+    cos: torch.Tensor
+    sin: torch.Tensor
+    config: ReAttentionConfig
+
+    def arguments(self) -> tuple[Any, ...]:
+        return (*self.tensors(), self.config)
+
+    def tensors(self) -> tuple[Any, ...]:
+        return self.q, self.k_cache, self.v_cache, self.seq_len, self.cos, self.sin
+
+    def oracle(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """float64 output and the scopes as a list, one for the layer or one per key/value head."""
+        out_THD, selection = reattention_oracle(*self.arguments())
+        return out_THD, as_list(selection)
+
+
+def as_list(selection: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
+    return selection if isinstance(selection, list) else [selection]
+
+
+def rope_table(positions: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, with an attention factor that is not 1 so that forgetting it shows."""
+    frequency = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
+    return (1.1 * angle.cos()).float(), (1.1 * angle.sin()).float()
+
+
+def make_case(
+    config: ReAttentionConfig,
+    seq_len: int,
+    T: int = 1,
+    H: int = 4,
+    G: int = 2,
+    D: int = 16,
+    capacity: int | None = None,
+    largest: int = 3,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Case:
+    """q and k are integers up to `largest` (ties are common), over 4 to keep softmax soft. Beyond seq_len lies NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    N = capacity or seq_len + 3
+    q_THD = torch.randint(-largest, largest + 1, (T, H, D), generator=generator) / 4
+    k_cache_GND = torch.randint(-largest, largest + 1, (G, N, D), generator=generator) / 4
+    v_cache_GND = torch.randn(G, N, D, generator=generator)
+    k_cache_GND[:, seq_len:] = v_cache_GND[:, seq_len:] = torch.nan
+    cos, sin = rope_table(min(seq_len, config.max_scope), D)
+    q_THD, k_cache_GND, v_cache_GND = (x.to(dtype) for x in (q_THD, k_cache_GND, v_cache_GND))
+    return Case(q_THD, k_cache_GND, v_cache_GND, seq_len, cos, sin, config)
+
+
+def random_case(seed: int, head_dims: tuple[int, ...] = (2, 8, 16, 20), longest_middle: int = 300) -> Case:
+    """A case of any shape: dense, streaming or selecting, both scopes, lengths often right at a boundary."""
+    r = random.Random(seed)
+    config = ReAttentionConfig(
+        global_size=r.choice([0, 1, 4, 7]),
+        local_size=r.choice([1, 3, 8, 16]),
+        span_top_k=r.choice([0, 1, 2, 4, 9]),
+        span_size=r.choice([2, 4, 8, 32]),
+        max_spans=r.choice([0, 1, 2, 5, 40]),
+        span_scope=r.choice(["layer", "kv_head"]),
+    )
+    T = r.randint(1, config.local_size)
+    edge = config.global_size + config.local_size
+    seq_len = r.choice([r.randint(T, edge), edge + r.randint(0, 3), edge + r.randint(0, longest_middle)])
+    return make_case(
+        config,
+        max(T, seq_len),
+        T=T,
+        G=(G := r.choice([1, 2, 3])),
+        H=G * r.choice([1, 2, 3, 4, 8]),
+        D=r.choice(head_dims),
+        largest=r.choice([1, 2, 5]),
+        seed=seed,
+    )
+
+
+def plain_attention(case: Case, scopes: list[torch.Tensor]) -> torch.Tensor:
+    """Ordinary torch in the cache's own dtype over given scopes: the yardstick for the error of faster code."""
+    T, H, D = case.q.shape
+    group = H // case.k_cache.shape[0]
+    out_THD = torch.empty_like(case.q)
+    for h in range(H):
+        scope = scopes[h // group if len(scopes) > 1 else 0]
+        S = len(scope)
+        q_TD = _rope(case.q[:, h], case.cos[S - T : S], case.sin[S - T : S])
+        k_SD = _rope(case.k_cache[h // group, scope], case.cos[:S], case.sin[:S])
+        logits_TS = (q_TD @ k_SD.T) * D**-0.5
+        causal_TS = torch.ones(T, S, dtype=torch.bool, device=scope.device).tril(S - T)
+        out_THD[:, h] = logits_TS.masked_fill(~causal_TS, -torch.inf).softmax(1) @ case.v_cache[h // group, scope]
+    return out_THD
+
+
+def _rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def error(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative error in the Euclidean norm; NaN stays NaN, which no comparison passes."""
+    return float((out.double() - exact).norm() / exact.norm())

@@ -1,0 +1,203 @@
+"""The torch phases against the float64 oracle, and each phase against its definition."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import kernel_cases
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import as_list, error, make_case, plain_attention, random_case
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minirea.kernels import ReAttentionConfig, reattention, reference
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors lose more to a second thread than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def check(case: kernel_cases.Case) -> None:
+    before = [x.clone() for x in (case.q, case.k_cache, case.v_cache)]
+    out_THD, selection = reattention(*case.arguments(), impl="torch", return_selection=True)
+    exact_THD, scopes = case.oracle()
+    for found, expected in zip(as_list(selection), scopes, strict=True):
+        assert found.dtype == torch.int64
+        assert found.tolist() == expected.tolist()
+    assert error(out_THD, exact_THD) < 2e-6
+    assert out_THD.shape == case.q.shape and out_THD.dtype == case.q.dtype
+    for x, old in zip((case.q, case.k_cache, case.v_cache), before, strict=True):
+        assert torch.equal(x.nan_to_num(), old.nan_to_num())
+
+
+@pytest.mark.parametrize("tile", [1, 1000, 1 << 20])
+def test_equals_oracle_on_random_shapes(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tiny tiles exercise the merge of many tiles and the rows it leaves out.
+    monkeypatch.setitem(reference.TILE_SCORES, "cpu", tile)
+    monkeypatch.setitem(reference.TILE_ROWS, "cpu", 3 if tile == 1000 else 128)
+    for seed in range(120):
+        check(random_case(seed * 3 + tile % 3))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seq_len=st.integers(1, 200),
+    global_size=st.integers(0, 9),
+    local_size=st.integers(1, 20),
+    span_top_k=st.integers(0, 12),
+    half_span=st.integers(1, 20),
+    max_spans=st.integers(0, 12),
+    T=st.integers(1, 20),
+    G=st.integers(1, 3),
+    group=st.integers(1, 9),
+    half_dim=st.integers(1, 10),
+    span_scope=st.sampled_from(["layer", "kv_head"]),
+    seed=st.integers(0, 1 << 20),
+)
+def test_equals_oracle_property(
+    seq_len: int,
+    global_size: int,
+    local_size: int,
+    span_top_k: int,
+    half_span: int,
+    max_spans: int,
+    T: int,
+    G: int,
+    group: int,
+    half_dim: int,
+    span_scope: str,
+    seed: int,
+) -> None:
+    config = ReAttentionConfig(
+        global_size, local_size, span_top_k, 2 * half_span, max_spans, chunk_size=1, span_scope=span_scope
+    )
+    T = min(T, local_size, seq_len)
+    check(make_case(config, seq_len, T=T, H=G * group, G=G, D=2 * half_dim, seed=seed, largest=1 + seed % 3))
+
+
+@pytest.mark.parametrize("span_scope", ["layer", "kv_head"])
+@pytest.mark.parametrize("past_edge", range(-2, 6))
+def test_every_length_around_the_first_middle_key(span_scope: str, past_edge: int) -> None:
+    config = ReAttentionConfig(3, 5, 4, 4, 2, span_scope=span_scope)
+    for T in (1, 2, 5):
+        check(make_case(config, 8 + past_edge, T=T, seed=past_edge + 10 * T))
+
+
+@pytest.mark.parametrize("middle", [63, 64, 65, 127, 128, 129, 640])
+def test_middles_around_whole_blocks(middle: int) -> None:
+    for seed in range(4):
+        check(make_case(ReAttentionConfig(2, 4, 4, 8, 5), 6 + middle, T=2, largest=1, seed=seed))
+
+
+def test_all_scores_equal_selects_the_lowest() -> None:
+    case = make_case(ReAttentionConfig(1, 2, 3, 2, 9), 300)
+    case.k_cache[:, :300] = 0.0
+    case.k_cache[:, 100:200] = -0.0  # must tie with +0
+    check(case)
+    _, selection = reattention(*case.arguments(), impl="torch", return_selection=True)
+    assert selection.tolist() == [0, 1, 2, 3, 298, 299]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("span_scope", ["layer", "kv_head"])
+@pytest.mark.parametrize("T", [1, 7])
+def test_error_is_within_twice_that_of_plain_torch(dtype: torch.dtype, span_scope: str, T: int) -> None:
+    config = ReAttentionConfig(4, 32, 4, 8, 12, span_scope=span_scope)
+    case = make_case(config, 700, T=T, H=8, G=2, D=32, dtype=dtype)
+    out_THD, selection = reattention(*case.arguments(), impl="torch", return_selection=True)
+    exact_THD, scopes = case.oracle()
+    assert [s.tolist() for s in as_list(selection)] == [s.tolist() for s in scopes]
+    limit = 2 * error(plain_attention(case, scopes), exact_THD) + torch.finfo(dtype).eps
+    assert error(out_THD, exact_THD) <= limit
+
+
+def test_slices_and_one_element_tensors_are_welcome() -> None:
+    case = make_case(ReAttentionConfig(2, 8, 2, 4, 3), 90, T=3)
+    expected = reattention(*case.arguments(), impl="torch")
+    # A cache stored as [N, G, D] inside a larger buffer, and queries cut from a fused projection.
+    k = torch.full((93 + 7, 2, 40), torch.nan)
+    k[5:98, :, 8:24] = case.k_cache.transpose(0, 1)
+    fused = torch.cat([case.q, torch.zeros(3, 2, 16)], 1)
+    case.k_cache, case.q = k[5:98, :, 8:24].transpose(0, 1), fused[:, :4]
+    for seq_len in (90, torch.tensor(90), torch.tensor([90], dtype=torch.int32)):
+        case.seq_len = seq_len  # type: ignore[assignment]
+        assert torch.equal(reattention(*case.arguments(), impl="torch"), expected)
+
+
+def test_decode_equals_the_last_row_of_a_dense_chunk() -> None:
+    case = make_case(ReAttentionConfig(4, 64, 2, 4, 3), 60, T=60)
+    chunk = reattention(*case.arguments(), impl="torch")
+    case.q = case.q[-1:]
+    torch.testing.assert_close(reattention(*case.arguments(), impl="torch")[0], chunk[-1])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the elements of the largest tensor that any operator returns, views of the caches aside."""
+
+    def __init__(self, *caches: torch.Tensor) -> None:
+        super().__init__()
+        self.caches = {x.untyped_storage().data_ptr() for x in caches}
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.caches:
+                self.numel = max(self.numel, x.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_does_not_grow_with_the_context(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(reference.TILE_SCORES, "cpu", 1 << 12)
+    largest = []
+    for seq_len in (2000, 16000):
+        case = make_case(ReAttentionConfig(4, 32, 2, 8, 4), seq_len, T=4, dtype=dtype, capacity=seq_len)
+        with LargestTensor(case.k_cache, case.v_cache) as mode:
+            reattention(*case.arguments(), impl="torch")
+        largest.append(mode.numel)
+    assert largest[0] == largest[1] < 1 << 14
+
+
+def test_score_returns_the_best_keys_in_order() -> None:
+    q_GRD, k_cache_GND = torch.randn(2, 5, 8), torch.randn(2, 500, 8)
+    winner_GRK = reference.score(q_GRD, k_cache_GND, 20, 460, 6)
+    ranked = torch.matmul(q_GRD, k_cache_GND[:, 20:460].mT).sort(dim=2, descending=True, stable=True).indices
+    assert torch.equal(winner_GRK, 20 + ranked[..., :6])
+
+
+@pytest.mark.parametrize("max_spans", [1, 3, 7, 40])
+def test_vote_counts_rows_and_prefers_low_positions(max_spans: int) -> None:
+    winner_BW = torch.randint(0, 12, (3, 40), generator=torch.Generator().manual_seed(max_spans))
+    for winners, kept in zip(winner_BW, reference.vote(winner_BW, max_spans), strict=True):
+        votes = Counter(winners.tolist())
+        assert set(kept.tolist()) == set(sorted(votes, key=lambda j: (-votes[j], j))[:max_spans])
+
+
+@pytest.mark.parametrize("kept", [[], [10], [10, 10], [13, 12, 40, 44, 99, 98], [99, 10, 14, 18], list(range(10, 100))])
+@pytest.mark.parametrize("span_size", [2, 4, 32])
+def test_select_and_locate_lay_out_the_union_of_covers(kept: list[int], span_size: int) -> None:
+    kept_BP = torch.tensor([kept], dtype=torch.int64)
+    start_BP, offset_BP, length_B = reference.select(kept_BP, 10, 100, 107, span_size)
+    half = span_size // 2
+    covers = {i for j in kept for i in range(max(10, j - half), min(100, j + half))}
+    expected = [*range(10), *sorted(covers), *range(100, 107)]
+    assert reference.locate(torch.arange(int(length_B)), start_BP, offset_BP).tolist() == [expected]
+
+
+def test_rotate_is_complex_multiplication() -> None:
+    x = torch.randn(3, 5, 8)
+    cos, sin = kernel_cases.rope_table(5, 8)
+    product = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos, sin)
+    expected = torch.cat([product.real, product.imag], -1)
+    torch.testing.assert_close(reference.rotate(x.clone(), cos, sin), expected)
+    torch.testing.assert_close(reference.rotate(x.bfloat16(), cos, sin), expected.bfloat16(), atol=0.05, rtol=0.05)
