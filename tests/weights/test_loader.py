@@ -130,7 +130,7 @@ def write(directory: Path, tensors: dict[str, torch.Tensor], file_name: str = "m
 
 
 def write_shards(directory: Path, tensors: dict[str, torch.Tensor], count: int = 3, index: bool = True) -> Path:
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(count):
         name = f"model-{shard + 1:05}-of-{count:05}.safetensors"
         part = dict(list(tensors.items())[shard::count])
@@ -505,6 +505,14 @@ def put(name: str, content: bytes | str) -> Callable[[Path], Any]:
     return lambda directory: (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def replace(name: str, make: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    def change(directory: Path) -> None:
+        drop(name)(directory)
+        make(directory / name)
+
+    return change
+
+
 INDEX = "model.safetensors.index.json"
 SECOND = "model-00002-of-00003.safetensors"
 
@@ -522,9 +530,9 @@ SECOND = "model-00002-of-00003.safetensors"
         (put(INDEX, "[]"), InputError, f"{INDEX}: holds a JSON list"),
         (put(INDEX, "{"), InputError, f"{INDEX}: not valid JSON"),
         (put(SECOND, b""), InputError, f"{SECOND}: holds 0 bytes, expected a safetensors file"),
-        (lambda d: [drop(SECOND)(d), (d / SECOND).mkdir()], InputError, f"{SECOND}: not a regular file"),
-        (lambda d: [drop(SECOND)(d), os.mkfifo(d / SECOND)], InputError, f"{SECOND}: not a regular file"),
-        (lambda d: [drop(SECOND)(d), (d / SECOND).symlink_to("gone")], InputError, f"{SECOND}: not a regular file"),
+        (replace(SECOND, Path.mkdir), InputError, f"{SECOND}: not a regular file"),
+        (replace(SECOND, os.mkfifo), InputError, f"{SECOND}: not a regular file"),
+        (replace(SECOND, lambda path: path.symlink_to("gone")), InputError, f"{SECOND}: not a regular file"),
     ],
 )
 def test_shards(tmp_path: Path, change: Callable[[Path], Any], kind: type[MinireaError], message: str) -> None:
@@ -683,7 +691,6 @@ def test_out_of_memory_says_how_much_was_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allocator: str
 ) -> None:
     write(tmp_path, hugging_face_tensors(CONFIG))
-    config = dataclasses.replace(CONFIG)
     empty = torch.empty
 
     def fail(*_: Any, **__: Any) -> torch.Tensor:
@@ -692,7 +699,7 @@ def test_out_of_memory_says_how_much_was_needed(
         return empty(2**60, dtype=torch.uint8)
 
     monkeypatch.setattr(torch, "empty", fail)
-    error = load_error(tmp_path, config)
+    error = load_error(tmp_path)
     assert isinstance(error, MemoryLimitError)
     assert "the weights need 0.00 GB as float32, more than is free on cpu" in str(error)
 

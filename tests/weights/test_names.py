@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -82,9 +83,7 @@ def test_stacked_parts_tile_our_tensors() -> None:
 
 
 def test_expected_starts_at_once_however_many_layers_there_are() -> None:
-    from dataclasses import replace
-
-    table = NameTable(replace(CONFIG, num_layers=2**31 - 1))
+    table = NameTable(dataclasses.replace(CONFIG, num_layers=2**31 - 1))
     assert [name for name, _ in itertools.islice(table.expected([]), 4)][-1] == "model.layers.0.input_layernorm.weight"
 
 
