@@ -44,7 +44,10 @@ _GENERATION_OPTIONS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 (bad input), 2 (usage) or 130 (Ctrl-C)."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.system is not None and not arguments.chat:
+        parser.error("--system needs --chat")
     try:
         return run_generate(arguments)
     except MinireaError as error:
@@ -63,15 +66,17 @@ def main(argv: list[str] | None = None) -> int:
 def run_generate(arguments: argparse.Namespace) -> int:
     """`minirea generate`: load, read the prompt, print the text as it comes."""
     prompt = read_prompt(arguments)
-    from minirea.api import load  # imports torch: not before the arguments and the prompt are known to be good
+    from minirea.api import generation_config, load  # imports torch, which --help and a bad prompt need not wait for
 
     options = vars(arguments)
+    generation_options = {name: options[name] for name in _GENERATION_OPTIONS}
+    generation_config(generation_options)  # a bad value should not wait for the weights to load
     progress = not arguments.quiet
     llm = load(
         arguments.model, progress=progress, **{name: options[name] for name in _LOAD_OPTIONS + _REATTENTION_OPTIONS}
     )
     ids = _encode(llm, prompt, arguments)
-    pieces = llm.stream(ids, progress, **{name: options[name] for name in _GENERATION_OPTIONS})
+    pieces = llm.stream(ids, progress, **generation_options)
     text, token_ids, stats, finish_reason = "", [], None, None
     try:
         for piece in pieces:
@@ -161,6 +166,14 @@ def _fail(message: str) -> int:
     return EXIT_ERROR
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows the defaults that say something: not those of switches and of options that are off."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        shown = action.default not in (None, False, [], argparse.SUPPRESS)
+        return (action.help or "") + (" (default: %(default)s)" if shown else "")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"minirea: error: {message} (see `{self.prog} --help`)\n")
@@ -176,8 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         "generate",
         help="continue a prompt",
         description="Continue a prompt. The text goes to standard output, statistics to standard error.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        argument_default=None,
+        formatter_class=_HelpFormatter,
     )
     _add_input(generate)
     _add_sampling(generate)
@@ -209,18 +221,16 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_attention(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "attention", "sizes in tokens; the default depends on the model's trained context"
-    )
-    add = group.add_argument
+    about = "Sizes in tokens. Where two defaults are given, the second is for trained contexts C below 32768."
+    add = parser.add_argument_group("attention", about).add_argument
     add("--attention", choices=("reattention", "streaming", "full"), default="reattention", help="what a token can see")
-    add("--global-size", type=int, metavar="N", help="first tokens, always seen")
-    add("--local-size", type=int, metavar="N", help="last tokens, always seen")
-    add("--span-top-k", type=int, metavar="K", help="winners per head and query")
-    add("--span-size", type=int, metavar="N", help="tokens around each winner")
-    add("--max-spans", type=int, metavar="N", help="winners kept after the vote")
-    add("--chunk-size", type=int, metavar="N", help="prompt tokens per step, at most --local-size")
-    add("--span-scope", choices=("layer", "kv_head"), help="who votes together")
+    add("--global-size", type=int, metavar="N", help="first tokens, always seen (default: 32, or C/64)")
+    add("--local-size", type=int, metavar="N", help="last tokens, always seen (default: 8192, or C/2)")
+    add("--span-top-k", type=int, metavar="K", help="winners per head and query (default: 4)")
+    add("--span-size", type=int, metavar="N", help="tokens around each winner (default: 32)")
+    add("--max-spans", type=int, metavar="N", help="winners kept after the vote (default: 256, or what fits C)")
+    add("--chunk-size", type=int, metavar="N", help="prompt tokens per step, at most --local-size (default: 512)")
+    add("--span-scope", choices=("layer", "kv_head"), help="who votes together (default: layer)")
     add("--allow-out-of-distribution", action="store_true", help="let the scope exceed the trained context")
 
 

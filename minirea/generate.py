@@ -113,15 +113,18 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def prefill_steps(num_tokens: int, chunk_size: int) -> list[tuple[int, int]]:
-    """How a prompt is cut into steps: full chunks, and the last token by itself.
+def chunks(num_tokens: int, chunk_size: int) -> list[tuple[int, int]]:
+    """Start and stop of each step that reads `num_tokens` tokens; none for none."""
+    return [(start, min(start + chunk_size, num_tokens)) for start in range(0, num_tokens, chunk_size)]
+
+
+def prompt_steps(num_tokens: int, chunk_size: int) -> list[tuple[int, int]]:
+    """How a prompt is cut into steps: chunks, and the last token by itself.
 
     The first generated token comes from that last step. As a decode step it has a scope of its own, like every
     later token, instead of sharing one vote with a chunk of other queries.
     """
-    last = num_tokens - 1
-    starts = range(0, last, chunk_size)
-    return [(start, min(start + chunk_size, last)) for start in starts] + [(last, num_tokens)]
+    return [*chunks(num_tokens - 1, chunk_size), (num_tokens - 1, num_tokens)]
 
 
 @torch.inference_mode()
@@ -136,9 +139,9 @@ def prefill(
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
     hide = not progress or len(ids) <= chunk_size
     with tqdm(total=len(ids), desc="prefill", unit="tok", unit_scale=True, leave=False, disable=hide) as bar:
-        for chunk in ids_T.split(chunk_size):
-            model.forward(chunk, cache)
-            bar.update(len(chunk))
+        for start, stop in chunks(len(ids), chunk_size):
+            model.forward(ids_T[start:stop], cache)
+            bar.update(stop - start)
 
 
 @torch.inference_mode()
@@ -147,7 +150,7 @@ def all_logits(model: Model, cache: KVCache, ids: list[int], chunk_size: int) ->
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
     model.attention.horizon = cache.seq_len + len(ids)
     out_TV = torch.empty(len(ids), model.config.vocab_size, dtype=torch.float32, device=model.device)
-    for start, stop in prefill_steps(len(ids), chunk_size):
+    for start, stop in prompt_steps(len(ids), chunk_size):
         out_TV[start:stop] = model.logits(model.forward(ids_T[start:stop], cache))
     return out_TV
 

@@ -81,3 +81,16 @@ def oracle_greedy(directory: Path, ids: list[int], num_tokens: int) -> list[int]
     model.generation_config.eos_token_id = None
     out = model.generate(torch.tensor([ids]), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
     return out[0, len(ids) :].tolist()
+
+
+def write_tokenizer(directory: Path, vocab_size: int = TINY["vocab_size"], **config: Any) -> None:
+    """A tokenizer.json whose tokens are single printable ASCII characters, after <unk>, <s> and </s>."""
+    from tokenizers import Tokenizer, models
+
+    characters = [chr(code) for code in range(32, 127)][: vocab_size - 3]
+    vocab = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *characters])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"} | config
+    (directory / "tokenizer_config.json").write_text(json.dumps(values))

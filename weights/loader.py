@@ -91,7 +91,10 @@ def load_weights(
             for tensor, place in assigned
         ]
         total = sum(tensor.nbytes for tensor in tensors)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar:
+        # Small models load before a bar could be read.
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc="weights", delay=1, leave=False, disable=not progress
+        ) as bar:
             for nbytes in _fill(transfers):
                 bar.update(nbytes)
     except RuntimeError as error:

@@ -1,0 +1,290 @@
+"""Every mistake a user can make gets one line that names what is wrong, and the right exit status."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from testing import edit_json, tiny_model, write_checkpoint, write_tokenizer
+
+from minirea.cli import main
+
+Damage = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = write_checkpoint(tmp_path_factory.mktemp("pristine"), tiny_model())
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture
+def directory(pristine: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(pristine, tmp_path / "model"))
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of the command line."""
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def assert_one_line(err: str, *named: str) -> None:
+    assert err.startswith("minirea: error: "), err
+    assert err.count("\n") == 1, err
+    for name in named:
+        assert name in err
+
+
+def config(**edits: object) -> Damage:
+    return lambda directory: edit_json(directory / "config.json", **edits)
+
+
+def write(name: str, data: bytes) -> Damage:
+    return lambda directory: (directory / name).write_bytes(data)
+
+
+def remove(*names: str) -> Damage:
+    def damage(directory: Path) -> None:
+        for name in names:
+            (directory / name).unlink()
+
+    return damage
+
+
+def both(first: Damage, second: Damage) -> Damage:
+    def damage(directory: Path) -> None:
+        first(directory)
+        second(directory)
+
+    return damage
+
+
+def tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    """Rewrite the weights after `edit` changed the dictionary of tensors."""
+
+    def damage(directory: Path) -> None:
+        weights = load_file(directory / "model.safetensors")
+        edit(weights)
+        save_file(weights, directory / "model.safetensors")
+
+    return damage
+
+
+def header(edit: Callable[[dict[str, dict]], object]) -> Damage:
+    """Rewrite the safetensors header after `edit`, leaving the data as it is."""
+
+    def damage(directory: Path) -> None:
+        path = directory / "model.safetensors"
+        raw = path.read_bytes()
+        (length,) = struct.unpack("<Q", raw[:8])
+        values = json.loads(raw[8 : 8 + length])
+        edit(values)
+        text = json.dumps(values).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+    return damage
+
+
+def truncate(name: str, keep: float) -> Damage:
+    def damage(directory: Path) -> None:
+        raw = (directory / name).read_bytes()
+        (directory / name).write_bytes(raw[: int(len(raw) * keep)])
+
+    return damage
+
+
+def poison(value: float) -> Damage:
+    return tensors(lambda w: w["model.layers.1.mlp.down_proj.weight"].view(-1)[77].fill_(value))
+
+
+NORM, HEAD = "model.norm.weight", "lm_head.weight"
+
+# What is wrong with the directory, and what the message has to name.
+BAD_DIRECTORIES: dict[str, tuple[Damage, list[str]]] = {
+    "config empty": (write("config.json", b""), ["config.json", "JSON"]),
+    "config cut off": (truncate("config.json", 0.5), ["config.json", "JSON"]),
+    "config not an object": (write("config.json", b"[]"), ["config.json", "object"]),
+    "config not UTF-8": (write("config.json", b"\xff\xff{}"), ["config.json"]),
+    "no config": (remove("config.json"), ["config.json", "params.json"]),
+    "architecture": (config(architectures=["MambaForCausalLM"]), ["architectures", "Mamba", "LlamaForCausalLM"]),
+    "activation": (config(hidden_act="gelu"), ["hidden_act", "gelu", "silu"]),
+    "rope type": (config(rope_parameters={"rope_type": "spiral"}), ["rope_type", "spiral", "llama3"]),
+    "key absent": (config(hidden_size=None), ["hidden_size", "absent"]),
+    "key of wrong type": (config(num_hidden_layers="two"), ["num_hidden_layers", "two"]),
+    "negative size": (config(intermediate_size=-4), ["intermediate_size", "-4"]),
+    "kv heads": (config(num_key_value_heads=3), ["num_key_value_heads", "3", "4"]),
+    "odd head_dim": (config(head_dim=17), ["head_dim", "17"]),
+    "quantized": (config(quantization_config={"bits": 4}), ["quantization_config"]),
+    "no weights": (remove("model.safetensors"), ["safetensors"]),
+    "only pickled weights": (
+        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+        ["pytorch_model.bin", "safetensors"],
+    ),
+    "weights empty": (write("model.safetensors", b""), ["model.safetensors"]),
+    "weights cut off": (truncate("model.safetensors", 0.7), ["model.safetensors"]),
+    "weights cut off in the header": (truncate("model.safetensors", 0.001), ["model.safetensors"]),
+    "header too large": (write("model.safetensors", struct.pack("<Q", 2**60) + b"{}"), ["model.safetensors", "header"]),
+    "header not JSON": (write("model.safetensors", struct.pack("<Q", 4) + b"nope"), ["model.safetensors", "JSON"]),
+    "overlapping offsets": (
+        header(lambda h: h[NORM].update(data_offsets=[0, 256])),
+        ["model.safetensors"],
+    ),
+    "offsets beyond the file": (
+        header(lambda h: h[NORM].update(data_offsets=[10**9, 10**9 + 256])),
+        ["model.safetensors"],
+    ),
+    "shape and bytes disagree": (header(lambda h: h[NORM].update(shape=[63])), [NORM]),
+    "missing tensor": (tensors(lambda w: w.pop(NORM)), [NORM, "missing"]),
+    "extra tensor": (tensors(lambda w: w.update(surprise=torch.zeros(2))), ["surprise"]),
+    "misshapen tensor": (tensors(lambda w: w.update({HEAD: torch.zeros(97, 63)})), [HEAD, "63", "64"]),
+    "integer weights": (tensors(lambda w: w.update({NORM: torch.ones(64, dtype=torch.int8)})), [NORM, "I8"]),
+    "NaN weights": (poison(float("nan")), ["model.layers.1.mlp.down_proj.weight"]),
+    "infinite weights": (poison(float("inf")), ["model.layers.1.mlp.down_proj.weight"]),
+    "fewer layers than configured": (config(num_hidden_layers=3), ["model.layers.2."]),
+    "index names a shard that is not there": (
+        both(
+            remove("model.safetensors"),
+            write("model.safetensors.index.json", b'{"weight_map": {"lm_head.weight": "model-9.safetensors"}}'),
+        ),
+        ["model-9.safetensors"],
+    ),
+    "index not JSON": (
+        both(remove("model.safetensors"), write("model.safetensors.index.json", b"{")),
+        ["model.safetensors.index.json", "JSON"],
+    ),
+    "tokenizer cut off": (truncate("tokenizer.json", 0.5), ["tokenizer.json"]),
+    "tokenizer of another kind": (write("tokenizer.json", b'{"model": 3}'), ["tokenizer.json"]),
+    "tokenizer config not JSON": (write("tokenizer_config.json", b"{"), ["tokenizer_config.json"]),
+    "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), ["tokenizer.json", "tokenizer.model"]),
+    "tokenizer larger than the embedding": (lambda d: write_tokenizer(d, 98), ["98", "97", "vocab_size"]),
+    "SentencePiece model of noise": (
+        both(remove("tokenizer.json"), write("tokenizer.model", b"\x00\x01noise" * 40)),
+        ["tokenizer.model"],
+    ),
+    "tekken.json without a vocabulary": (
+        both(remove("tokenizer.json"), write("tekken.json", b'{"config": {}}')),
+        ["tekken.json"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DIRECTORIES)
+def test_bad_directories(case: str, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage, named = BAD_DIRECTORIES[case]
+    damage(directory)
+    status, out, err = run(capsys, "generate", "--model", directory, "--text", "hello", "--max-tokens", "2", "--quiet")
+    assert (status, out) == (1, "")
+    assert_one_line(err, *named)
+
+
+def test_the_undamaged_directory_is_fine(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "generate", "--model", directory, "--text", "hello", "--max-tokens", "2", "--quiet")
+    assert (status, err) == (0, "")
+    assert out
+
+
+# Arguments after the model, the exit status, and what the message has to name.
+BAD_ARGUMENTS: dict[str, tuple[list[str], int, list[str]]] = {
+    "empty text": (["--text", ""], 1, ["--text", "empty"]),
+    "no such prompt file": (["--prompt", "nowhere.txt"], 1, ["--prompt nowhere.txt", "no such file"]),
+    "prompt is a directory": (["--prompt", "."], 1, ["--prompt .", "directory"]),
+    "text that is no Unicode": (["--text", "caf\udce9"], 1, ["\\udce9"]),
+    "no tokens wanted": (["--text", "a", "--max-tokens", "0"], 1, ["--max-tokens is 0", "at least 1"]),
+    "negative temperature": (["--text", "a", "--temperature", "-1"], 1, ["--temperature is -1.0"]),
+    "temperature not a number": (["--text", "a", "--temperature", "nan"], 1, ["--temperature is nan"]),
+    "top-k": (["--text", "a", "--top-k", "-3"], 1, ["--top-k is -3"]),
+    "top-p": (["--text", "a", "--top-p", "1.5"], 1, ["--top-p is 1.5"]),
+    "min-p": (["--text", "a", "--min-p", "-0.5"], 1, ["--min-p is -0.5"]),
+    "penalty": (["--text", "a", "--repetition-penalty", "0"], 1, ["--repetition-penalty is 0.0"]),
+    "seed": (["--text", "a", "--seed", "-1"], 1, ["--seed is -1"]),
+    "empty stop string": (["--text", "a", "--stop", ""], 1, ["--stop"]),
+    "no local window": (["--text", "a", "--local-size", "0"], 1, ["--local-size is 0"]),
+    "odd span": (["--text", "a", "--span-size", "5"], 1, ["--span-size is 5", "even"]),
+    "chunk beyond local": (["--text", "a", "--chunk-size", "129"], 1, ["--chunk-size is 129", "128"]),
+    "scope beyond the trained context": (
+        ["--text", "a", "--max-spans", "64"],
+        1,
+        ["256", "2180", "--allow-out-of-distribution"],
+    ),
+    "more tokens than memory": (["--text", "a", "--max-tokens", "1" + "0" * 12], 1, ["memory", "--max-tokens"]),
+    "triton on a CPU": (["--text", "a", "--impl", "triton", "--device", "cpu"], 1, ["--impl", "triton"]),
+    "chat without a template": (["--text", "a", "--chat"], 1, ["chat"]),
+    "system without chat": (["--text", "a", "--system", "b"], 2, ["--system", "--chat"]),
+    "no prompt": ([], 2, ["--prompt", "--text"]),
+    "two prompts": (["--text", "a", "--prompt", "b"], 2, ["--prompt", "--text"]),
+    "number that is none": (["--text", "a", "--max-tokens", "many"], 2, ["--max-tokens", "many"]),
+    "unknown flag": (["--text", "a", "--warp-speed"], 2, ["--warp-speed"]),
+    "unknown attention": (["--text", "a", "--attention", "flash"], 2, ["--attention", "flash"]),
+    "unknown dtype": (["--text", "a", "--dtype", "int4"], 2, ["--dtype", "int4"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments(case: str, pristine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, expected_status, named = BAD_ARGUMENTS[case]
+    status, out, err = run(capsys, "generate", "--model", pristine, *arguments)
+    assert (status, out) == (expected_status, "")
+    assert_one_line(err, *named)
+
+
+@pytest.mark.parametrize("arguments", [[], ["generate"], ["dance"]])
+def test_bad_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert_one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("raw", "named"), [(b"", ["empty"]), (b"good \xff\xfe bad", ["UTF-8", "0xff", "offset 5"]), (b"\xc3", ["offset 0"])]
+)
+def test_bad_prompts(
+    raw: bytes,
+    named: list[str],
+    pristine: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "prompt.txt").write_bytes(raw)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw)))
+    for prompt, source in ((tmp_path / "prompt.txt", "prompt.txt"), ("-", "standard input")):
+        status, out, err = run(capsys, "generate", "--model", pristine, "--prompt", prompt)
+        assert (status, out) == (1, "")
+        assert_one_line(err, source, *named)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none(pristine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "generate", "--model", pristine, "--text", "a", "--device", "cuda")
+    assert status == 1
+    assert_one_line(err, "--device is 'cuda'")
+
+
+@pytest.mark.parametrize(
+    ("target", "named"), [("missing", "no such model directory"), ("file", "is a file"), ("empty", "neither")]
+)
+def test_models_that_are_none(target: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    status, _, err = run(capsys, "generate", "--model", tmp_path / target, "--text", "a")
+    assert status == 1
+    assert_one_line(err, str(tmp_path / target), named)
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        main(["generate", "--model", str(tmp_path / "missing"), "--text", "a", "--debug"])

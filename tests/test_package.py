@@ -1,0 +1,102 @@
+"""Rules that hold across the tree: who may import whom, what an import may load, what gets installed."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Module -> what of minirea it may import. `kernels` and `weights` stand for everything in those folders.
+ALLOWED = {
+    "minirea.errors": set(),
+    "minirea.config": {"errors"},
+    "minirea.memory": {"errors"},
+    "minirea.rope": {"config"},
+    "minirea.tokenizer": {"config", "errors"},
+    "minirea.sampling": {"errors"},
+    "minirea.cache": {"config", "memory", "errors"},
+    "minirea.attention": {"kernels", "cache", "config", "rope", "errors"},
+    "minirea.model": {"attention", "cache", "config"},
+    "minirea.generate": {"model", "cache", "sampling", "tokenizer", "memory", "errors"},
+    "minirea.api": {
+        *("generate", "attention", "model", "cache", "config", "tokenizer", "memory", "weights", "errors"),
+    },
+    "minirea.cli": {"api", "generate", "memory", "errors"},
+    "minirea.__main__": {"cli"},
+    "minirea.__init__": {"errors", "api", "generate"},
+    "kernels": {"config", "errors", "kernels"},
+    "weights": {"config", "errors", "weights"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            module = node.module
+            names |= {f"minirea.{alias.name}" for alias in node.names} if module == "minirea" else {module}
+    return names
+
+
+SOURCES = sorted(path for folder in ("minirea", "kernels", "weights") for path in (ROOT / folder).glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_dependencies_run_one_way(path: Path) -> None:
+    folder = path.parent.name
+    allowed = ALLOWED[f"minirea.{path.stem}" if folder == "minirea" else folder]
+    public = {"__version__"}  # names of the package itself, not modules
+    ours = {name.split(".")[1] for name in imports(path) if name.startswith("minirea.")}
+    assert ours <= allowed | public
+
+
+def test_the_twins_and_the_kernel_do_not_know_each_other() -> None:
+    assert not any(name.startswith("triton") for name in imports(ROOT / "kernels" / "reference.py"))
+    kernel = ROOT / "kernels" / "reattention.py"
+    assert not kernel.exists() or "minirea.kernels.reference" not in imports(kernel)
+
+
+def modules_after(statement: str) -> set[str]:
+    """Names of all modules loaded once `statement` has run."""
+    code = f"{statement}\nimport sys; print(*sys.modules, file=sys.stderr)"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.split())
+
+
+def test_importing_the_engine_loads_neither_triton_nor_cuda() -> None:
+    code = "import minirea.api, sys, torch; print('triton' in sys.modules, torch.cuda.is_initialized())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])
+def test_help_does_not_import_torch(arguments: list[str]) -> None:
+    statement = f"import minirea.cli\ntry: minirea.cli.main({arguments})\nexcept SystemExit: pass"
+    assert "torch" not in modules_after(statement)
+
+
+def test_import_minirea_is_lazy() -> None:
+    assert "torch" not in modules_after("import minirea")
+
+
+def test_what_is_installed() -> None:
+    import minirea.kernels
+    import minirea.weights
+
+    assert minirea.kernels.reattention is not None
+    assert Path(minirea.kernels.__file__).parent.name == "kernels"
+    demo = Path(minirea.weights.__file__).parent / "demo"
+    assert (demo / "model.safetensors").exists()
+    entry_points = importlib.metadata.entry_points(group="console_scripts")
+    assert entry_points["minirea"].value == "minirea.cli:main"
+    assert importlib.metadata.version("minirea") == minirea.__version__
