@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from minirea.config import ModelConfig, RopeConfig
 from minirea.errors import InputError, MemoryLimitError, MinireaError, MissingFileError
@@ -296,14 +297,25 @@ def test_weight_bytes_is_what_is_allocated(tmp_path: Path, config: ModelConfig, 
     assert weight_bytes(config, dtype) == sum(storages.values())
 
 
-def test_progress_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path, hugging_face_tensors(CONFIG))
+def test_progress_is_a_bar_of_all_bytes_on_stderr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = hugging_face_tensors(CONFIG)
+    write(tmp_path, tensors)
     load_weights(tmp_path, CONFIG, CPU)
     assert capsys.readouterr() == ("", "")
+    bars: list[Any] = []
+
+    def shown_at_once(**options: Any) -> Any:
+        bars.append(tqdm(**options | {"delay": 0}))
+        return bars[0]
+
+    monkeypatch.setattr(loader, "tqdm", shown_at_once)
     load_weights(tmp_path, CONFIG, CPU, progress=True)
+    assert bars[0].n == bars[0].total == sum(tensor.nbytes for tensor in tensors.values())
     out, err = capsys.readouterr()
     assert not out
-    assert "100%" in err
+    assert "weights" in err
 
 
 @pytest.mark.gpu
