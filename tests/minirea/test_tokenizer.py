@@ -1,0 +1,586 @@
+"""Ids and text against the libraries that own each format: tokenizers/transformers, sentencepiece, tiktoken."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import tokenizers
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from minirea.tokenizer import Tokenizer, load_tokenizer
+
+SHARED = Path(__file__).parents[3] / "shared" / "tokenizers"
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, and then the other foxes do the same thing again.",
+    "    indented text\twith tabs,  double  spaces and trailing ones   ",
+    "números, naïve façade, Größe, ångström; пример текста; 日本語の文章です。中文字符。한국어",
+    "0 1 2 33 444 5,555.5 + x == y != z // comments [INST] (parentheses) {braces} <tags> \"quotes\" 'single'",
+    "She said it was the best of times, it was the worst of times, and nobody knew which was which.",
+] * 20
+
+HARD_TEXTS = [
+    "",
+    "a",
+    " ",
+    "    ",
+    " leading",
+    "   three leading",
+    "trailing   ",
+    "runs   of     spaces",
+    "\n",
+    "\n\n\nlines\r\nand\r\rreturns\n",
+    "\ttabs\t\tand \t mixed \n\t ",
+    "emoji 🙂🙃 family 👩‍👩‍👧‍👦 flag 🇫🇷 skin 👍🏽",
+    "e\u0301 combining \u0301\u0327 a\u030a, नमस्ते, ไทย",
+    "日本語 中文 한국어 𠀋 ﬁ ﷺ",
+    "nul \x00 bell \x07 escape \x1b del \x7f c1 \x85 nbsp \xa0 zwsp \u200b bom \ufeff",
+    "replacement \ufffd, private \ue000, last \U0010ffff",
+    "▁ lower one eighth block ▁▁x",
+    "<0x41> is not a byte, <0xGG> neither",
+    "café CAFÉ don't they're I'LL 12345 3.14 x=1;y+=2 https://a.b/c?d=e&f",
+    "The quick brown fox" * 40,
+]
+WITH_SPECIAL = [
+    "<s>",
+    "a</s>b",
+    "hi <s> there</s> x",
+    "<s><s></s>",
+    "</s>\n",
+    "one <unk> two",
+    "an <extra> token<extra>",
+]
+
+# Characters that every Unicode version in use assigns alike: the libraries' regexes know different versions.
+known_text = st.text(
+    st.one_of(
+        st.sampled_from("ab the, \n\t  ▁é🙂日\u0301"),
+        st.characters(exclude_categories=["Cs", "Cn"]).filter(lambda c: unicodedata.ucd_3_2_0.category(c) != "Cn"),
+    ),
+    max_size=40,
+)
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
+    stream = tokenizer.stream()
+    return "".join([*map(stream.put, ids), stream.flush()])
+
+
+def write_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(values))
+
+
+def byte_level() -> Any:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_tokens(["<extra>"])
+    return tokenizer
+
+
+def llama_style(prefix: str) -> Any:
+    """A tokenizer.json as converted from SentencePiece; `prefix` is how it puts the dummy prefix."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    strip = [decoders.Strip(" ", 1, 0)] if prefix != "none" else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    replace = normalizers.Replace(" ", "▁")
+    if prefix == "metaspace":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
+    elif prefix == "prepend":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace])
+    else:
+        tokenizer.normalizer = replace
+    all_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<unk>", "<s>", "</s>", *all_bytes],
+        max_token_length=8,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(state))
+    tokenizer.add_tokens([AddedToken("<extra>", normalized=False)])
+    return tokenizer
+
+
+JSON_KINDS = {
+    "byte_level": byte_level,
+    "llama_prepend": lambda: llama_style("prepend"),
+    "llama_metaspace": lambda: llama_style("metaspace"),
+    "llama_no_prefix": lambda: llama_style("none"),
+}
+
+
+@pytest.fixture(scope="module", params=JSON_KINDS)
+def json_directory(request: Any, tmp_path_factory: Any) -> Path:
+    directory = tmp_path_factory.mktemp(request.param)
+    tokenizer = JSON_KINDS[request.param]()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=9, pad_id=2, pad_token="</s>")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    write_json(directory / "tokenizer_config.json", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    write_json(directory / "config.json", model_type="mistral")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def json_pair(json_directory: Path) -> tuple[Tokenizer, Any]:
+    return load_tokenizer(json_directory), transformers.AutoTokenizer.from_pretrained(json_directory)
+
+
+class TestTokenizerJson:
+    @pytest.mark.parametrize("text", HARD_TEXTS + WITH_SPECIAL)
+    def test_ids_and_text_equal_transformers(self, json_pair: tuple[Tokenizer, Any], text: str) -> None:
+        ours, theirs = json_pair
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text)
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
+        assert ours.decode(ids) == streamed(ours, ids) == theirs.decode(ids, skip_special_tokens=True)
+        assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
+
+    @settings(max_examples=60, deadline=None)
+    @given(text=known_text)
+    def test_any_text(self, json_pair: tuple[Tokenizer, Any], text: str) -> None:
+        ours, theirs = json_pair
+        assert ours.encode(text) == theirs.encode(text)
+
+    @settings(max_examples=200, deadline=None)
+    @given(data=st.data())
+    def test_any_ids_decode_as_in_transformers(self, json_pair: tuple[Tokenizer, Any], data: Any) -> None:
+        """Characters cut in the middle, invalid bytes, special tokens between the bytes of one character."""
+        ours, theirs = json_pair
+        byte_tokens = [i for i in range(ours.vocab_size) if isinstance(ours.piece(i), bytes)]
+        # A space written as a byte at the very start is the one place where decoders differ; no text encodes to it.
+        not_space = [i for i in range(ours.vocab_size) if ours.piece(i) != b" "]
+        one = st.one_of(st.sampled_from(not_space), st.sampled_from(byte_tokens or not_space)).filter(
+            lambda i: ours.piece(i) != b" "
+        )
+        ids = data.draw(st.lists(one, max_size=12))
+        expected = theirs.decode(ids, skip_special_tokens=True)
+        assert ours.decode(ids) == expected
+        assert streamed(ours, ids) == expected
+
+    def test_properties(self, json_pair: tuple[Tokenizer, Any]) -> None:
+        ours, theirs = json_pair
+        assert (ours.bos_id, ours.eos_ids) == (1, {2})
+        assert ours.vocab_size == len(theirs)
+        assert not ours.has_chat_template
+
+
+def test_a_stream_never_shows_half_a_character(tmp_path: Path) -> None:
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    text = "🙂 日本 e\u0301 👩‍👩‍👧‍👦"
+    stream, seen = tokenizer.stream(), ""
+    for token_id in tokenizer.encode(text):
+        seen += stream.put(token_id)
+        assert text.startswith(seen)
+    assert seen == text
+
+
+def test_a_stream_holds_back_at_most_one_character_of_bytes(tmp_path: Path) -> None:
+    """A token costs the same after a million others: byte-level text is out as soon as its last byte is in."""
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    continuation = tokenizer.encode("é")[-1]
+    stream = tokenizer.stream()
+    assert "".join(stream.put(continuation) for _ in range(10_000)) == "\ufffd" * 10_000
+    assert stream.flush() == ""
+
+
+def test_ids_of_padded_embedding_rows_have_no_text_in_a_stream(tmp_path: Path) -> None:
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.stream().put(tokenizer.vocab_size + 5) == ""
+
+
+class TestAddedTokens:
+    """Tokens and flags that tokenizer_config.json and its companions add to tokenizer.json."""
+
+    def write(self, directory: Path, **config: Any) -> tuple[Tokenizer, Any]:
+        tokenizer = byte_level()
+        tokenizer.save(str(directory / "tokenizer.json"))
+        write_json(directory / "tokenizer_config.json", **config)
+        write_json(directory / "config.json", model_type="mistral")
+        return load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
+
+    def check(self, ours: Tokenizer, theirs: Any) -> None:
+        for text in ("a <|im_start|>user\nhi<|im_end|> b", "x <tool> y", "the<extra>  the", "<s>the</s>"):
+            ids = ours.encode(text)
+            assert ids == theirs.encode(text)
+            assert ours.decode(ids) == streamed(ours, ids) == theirs.decode(ids, skip_special_tokens=True)
+            assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
+
+    def test_added_tokens_decoder(self, tmp_path: Path) -> None:
+        added = {
+            "501": {"content": "<|im_start|>", "special": True},
+            "502": {"content": "<|im_end|>", "special": True, "rstrip": True},
+            "503": {"content": "<tool>", "special": False, "lstrip": True},
+        }
+        ours, theirs = self.write(tmp_path, added_tokens_decoder=added, eos_token="<|im_end|>")
+        self.check(ours, theirs)
+        assert ours.encode("<|im_end|>") == [502] and ours.eos_ids == {502} and ours.vocab_size == 504
+
+    def test_added_tokens_json(self, tmp_path: Path) -> None:
+        write_json(tmp_path / "added_tokens.json", **{"<tool>": 503, "<|im_end|>": 502, "<|im_start|>": 501})
+        write_json(tmp_path / "special_tokens_map.json", additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+        ours, theirs = self.write(tmp_path)
+        text = "a <|im_start|>user\nhi<|im_end|> <tool>"
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.decode(ours.encode(text)) == "a user\nhi <tool>"
+
+    def test_a_token_of_the_vocabulary_that_is_named_special_is_matched_whole_and_hidden(self, tmp_path: Path) -> None:
+        ours, theirs = self.write(tmp_path, eos_token="the", extra_special_tokens=["her"])
+        for text in ("the other", " then", "other"):
+            assert ours.encode(text) == theirs.encode(text)
+            assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+        assert "the" not in ours.decode(ours.encode("the other"))
+
+    @pytest.mark.parametrize("flag", [True, False])
+    def test_the_files_own_post_processor_decides_about_bos(self, tmp_path: Path, flag: bool) -> None:
+        ours, theirs = self.write(tmp_path, bos_token="<s>", eos_token="</s>", add_bos_token=flag, add_eos_token=flag)
+        assert ours.encode("hi") == theirs.encode("hi")
+
+
+class TestNamedTokens:
+    """How BOS and EOS can be declared."""
+
+    def load(self, directory: Path, config: dict[str, Any] | None, special_map: dict[str, Any] | None) -> Tokenizer:
+        tokenizer = byte_level()
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        tokenizer.save(str(directory / "tokenizer.json"))
+        if config is not None:
+            write_json(directory / "tokenizer_config.json", **config)
+        if special_map is not None:
+            write_json(directory / "special_tokens_map.json", **special_map)
+        return load_tokenizer(directory)
+
+    @pytest.mark.parametrize(
+        ("config", "special_map"),
+        [
+            ({"bos_token": "<s>", "eos_token": "</s>"}, None),
+            ({"bos_token": {"content": "<s>", "lstrip": False}, "eos_token": {"content": "</s>"}}, None),
+            ({}, {"bos_token": "<s>", "eos_token": {"content": "</s>"}}),
+            ({"bos_token": None, "eos_token": None}, {"bos_token": "<s>", "eos_token": "</s>"}),
+            (None, {"bos_token": 1, "eos_token": 2}),
+        ],
+    )
+    def test_declared(self, tmp_path: Path, config: Any, special_map: Any) -> None:
+        tokenizer = self.load(tmp_path, config, special_map)
+        assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, {2})
+
+    @pytest.mark.parametrize("config", [None, {}, {"bos_token": None, "eos_token": None}])
+    def test_undeclared(self, tmp_path: Path, config: Any) -> None:
+        tokenizer = self.load(tmp_path, config, None)
+        assert tokenizer.bos_id == 1, "what encode puts first"
+        assert tokenizer.eos_ids == frozenset()
+
+
+def train_sentencepiece(path: Path, **options: Any) -> Any:
+    model = io.BytesIO()
+    defaults = {
+        "vocab_size": 600,
+        "byte_fallback": True,
+        "character_coverage": 0.99,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "hard_vocab_limit": False,
+        "minloglevel": 2,
+    }
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=model, **defaults | options)
+    path.write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+SENTENCEPIECE_KINDS: dict[str, dict[str, Any]] = {
+    "bpe": {"model_type": "bpe"},
+    "bpe_no_prefix": {"model_type": "bpe", "add_dummy_prefix": False},
+    "bpe_user_symbols": {"model_type": "bpe", "user_defined_symbols": ["<tool>"], "control_symbols": ["[INST]"]},
+    "unigram": {"model_type": "unigram"},
+    "unigram_no_prefix": {"model_type": "unigram", "add_dummy_prefix": False},
+    "unigram_trainer_defaults": {
+        "model_type": "unigram",
+        "byte_fallback": False,
+        "normalization_rule_name": "nmt_nfkc",
+        "remove_extra_whitespaces": True,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=SENTENCEPIECE_KINDS)
+def sentencepiece_pair(request: Any, tmp_path_factory: Any) -> tuple[Tokenizer, Any]:
+    directory = tmp_path_factory.mktemp(request.param)
+    model = train_sentencepiece(directory / "tokenizer.model", **SENTENCEPIECE_KINDS[request.param])
+    return load_tokenizer(directory), model
+
+
+class TestSentencePiece:
+    @pytest.mark.parametrize("text", HARD_TEXTS)
+    def test_ids_and_text(self, sentencepiece_pair: tuple[Tokenizer, Any], text: str) -> None:
+        ours, model = sentencepiece_pair
+        assert ours.encode(text) == [model.bos_id(), *model.encode(text)]
+        ids = ours.encode(text, add_special_tokens=False)
+        assert ids == model.encode(text)
+        assert ours.decode(ids) == streamed(ours, ids) == model.decode(ids)
+
+    @settings(max_examples=60, deadline=None)
+    @given(text=known_text)
+    def test_any_text(self, sentencepiece_pair: tuple[Tokenizer, Any], text: str) -> None:
+        ours, model = sentencepiece_pair
+        assert ours.encode(text, add_special_tokens=False) == model.encode(text)
+
+    @settings(max_examples=200, deadline=None)
+    @given(data=st.data())
+    def test_any_ids(self, sentencepiece_pair: tuple[Tokenizer, Any], data: Any) -> None:
+        ours, model = sentencepiece_pair
+        ordinary = [i for i in range(ours.vocab_size) if not model.is_control(i)]
+        tokens_of_bytes = [i for i in ordinary if model.is_byte(i)] or ordinary
+        ids = data.draw(st.lists(st.one_of(st.sampled_from(ordinary), st.sampled_from(tokens_of_bytes)), max_size=12))
+        assert ours.decode(ids) == streamed(ours, ids) == model.decode(ids)
+
+    def test_properties(self, sentencepiece_pair: tuple[Tokenizer, Any]) -> None:
+        ours, model = sentencepiece_pair
+        assert (ours.vocab_size, ours.bos_id, ours.eos_ids) == (model.piece_size(), 1, {2})
+
+    def test_special_tokens_in_the_text(self, sentencepiece_pair: tuple[Tokenizer, Any]) -> None:
+        ours, model = sentencepiece_pair
+        ids = ours.encode("the fox</s><s>the", add_special_tokens=False)
+        assert ids[: len(model.encode("the fox")) + 2] == [*model.encode("the fox"), 2, 1]
+        assert ours.decode(ids[-1:] and [*model.encode("the fox"), 2]) == "the fox"
+        assert ours.decode(ids, skip_special_tokens=False) == "the fox</s><s>the"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"add_bos_token": True},
+        {"add_bos_token": True, "add_eos_token": True},
+        {"add_bos_token": False, "add_eos_token": True},
+        {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        {"add_bos_token": False, "add_prefix_space": False},
+    ],
+)
+def test_sentencepiece_as_llama_tokenizer(tmp_path: Path, config: dict[str, Any]) -> None:
+    """transformers converts the model; it agrees wherever a text does not begin with the space it would swallow."""
+    train_sentencepiece(tmp_path / "tokenizer.model", model_type="bpe")
+    write_json(tmp_path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer", **config)
+    write_json(tmp_path / "config.json", model_type="llama")
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in HARD_TEXTS + WITH_SPECIAL:
+        if not text.startswith((" ", "▁")):
+            assert ours.encode(text) == theirs.encode(text), text
+
+
+def test_sentencepiece_with_added_tokens(tmp_path: Path) -> None:
+    model = train_sentencepiece(tmp_path / "tokenizer.model", model_type="bpe")
+    added = {
+        "600": {"content": "<|im_start|>", "special": True},
+        "601": {"content": "<|im_end|>", "special": True},
+        "602": {"content": "<tool>", "special": False},
+    }
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "eos_token": "<|im_end|>"}
+    write_json(tmp_path / "tokenizer_config.json", added_tokens_decoder=added, **config)
+    write_json(tmp_path / "config.json", model_type="llama")
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "the <|im_start|>user\nhi<|im_end|> the <tool>the"
+    ids = ours.encode(text)
+    assert ids == theirs.encode(text)
+    assert ours.decode(ids) == "the user\nhi the <tool>the"
+    assert ours.vocab_size == model.piece_size() + 3 and ours.eos_ids == {2, 601}
+
+
+def test_sentencepiece_legacy_puts_the_prefix_after_special_tokens_too(tmp_path: Path) -> None:
+    model = train_sentencepiece(tmp_path / "tokenizer.model", model_type="bpe")
+    write_json(tmp_path / "tokenizer_config.json", legacy=True)
+    assert load_tokenizer(tmp_path).encode("the</s>the") == [1, *model.encode("the"), 2, *model.encode("the")]
+
+
+@pytest.mark.parametrize("version", ["v1", "v3"])
+def test_published_mistral_models(tmp_path: Path, version: str) -> None:
+    published = SHARED / f"mistral.model.{version}"
+    if not published.exists():
+        pytest.skip("needs the published models")
+    (tmp_path / f"tokenizer.model.{version}").symlink_to(published)
+    ours, model = load_tokenizer(tmp_path), sentencepiece.SentencePieceProcessor(model_file=str(published))
+    for text in HARD_TEXTS:
+        ids = ours.encode(text)
+        assert ids == [1, *model.encode(text)]
+        assert ours.decode(ids) == streamed(ours, ids) == model.decode(ids)
+    if version == "v3":
+        assert ours.encode("[INST] hi[/INST]", add_special_tokens=False) == [3, *model.encode("hi"), 4]
+
+
+def test_the_newest_version_of_a_sentencepiece_model_wins(tmp_path: Path) -> None:
+    for version, options in {"v2": {"vocab_size": 500}, "v11": {"vocab_size": 550}, "v3": {"vocab_size": 600}}.items():
+        train_sentencepiece(tmp_path / f"tokenizer.model.{version}", model_type="bpe", **options)
+    assert load_tokenizer(tmp_path).vocab_size == 550
+    train_sentencepiece(tmp_path / "tokenizer.model", model_type="bpe", vocab_size=520)
+    assert load_tokenizer(tmp_path).vocab_size == 520
+
+
+TEKKEN_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def write_tekken(path: Path, tokens: list[bytes], pattern: str = TEKKEN_PATTERN, **values: Any) -> None:
+    special = [("<unk>"), ("<s>"), ("</s>"), ("[INST]"), ("[/INST]")]
+    vocab = [
+        {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
+        for rank, token in enumerate(tokens)
+    ]
+    tekken: dict[str, Any] = {
+        "config": {
+            "pattern": pattern,
+            "num_vocab_tokens": len(tokens),
+            "default_vocab_size": len(tokens) + 10,
+            "default_num_special_tokens": 10,
+            "version": "v3",
+        },
+        "vocab": vocab,
+        "special_tokens": [{"rank": i, "token_str": t, "is_control": True} for i, t in enumerate(special)],
+    }
+    tekken["config"] |= values.pop("config", {})
+    path.write_text(json.dumps(tekken | values))
+
+
+SINGLE_BYTES = [bytes([byte]) for byte in range(256)]
+
+
+def trained_tokens() -> list[bytes]:
+    """Byte-level BPE tokens in merge order, the single bytes first."""
+    state = json.loads(byte_level().to_str())["model"]
+    to_byte = {character: byte for byte, character in enumerate(_gpt2_characters())}
+    merged = ["".join(pair) for pair in state["merges"]]
+    return SINGLE_BYTES + [bytes(to_byte[character] for character in token) for token in dict.fromkeys(merged)]
+
+
+def _gpt2_characters() -> list[str]:
+    """From the library's own encoder: what it writes for each byte."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return [bytes_to_unicode()[byte] for byte in range(256)]
+
+
+class TestTekken:
+    @pytest.fixture(scope="class")
+    def pair(self, tmp_path_factory: Any) -> tuple[Tokenizer, Any]:
+        tiktoken = pytest.importorskip("tiktoken")
+        directory = tmp_path_factory.mktemp("tekken")
+        tokens = trained_tokens()
+        write_tekken(directory / "tekken.json", tokens)
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        return load_tokenizer(directory), tiktoken.Encoding(
+            "t", pat_str=TEKKEN_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        )
+
+    @pytest.mark.parametrize("text", HARD_TEXTS)
+    def test_ids_and_text(self, pair: tuple[Tokenizer, Any], text: str) -> None:
+        ours, theirs = pair
+        ids = ours.encode(text)
+        assert ids == [1, *(rank + 10 for rank in theirs.encode_ordinary(text))]
+        assert ours.decode(ids) == streamed(ours, ids) == text
+
+    @settings(max_examples=100, deadline=None)
+    @given(text=known_text)
+    def test_any_text(self, pair: tuple[Tokenizer, Any], text: str) -> None:
+        ours, theirs = pair
+        assert ours.encode(text, add_special_tokens=False) == [rank + 10 for rank in theirs.encode_ordinary(text)]
+
+    @settings(max_examples=100, deadline=None)
+    @given(ranks=st.lists(st.one_of(st.integers(0, 480), st.integers(128, 255)), max_size=12))
+    def test_any_ids(self, pair: tuple[Tokenizer, Any], ranks: list[int]) -> None:
+        ours, theirs = pair
+        ids = [rank + 10 for rank in ranks]
+        assert ours.decode(ids) == streamed(ours, ids) == theirs.decode(ranks, errors="replace")
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        tokens=st.lists(st.text("ab", min_size=2, max_size=6), unique=True, max_size=14),
+        texts=st.lists(st.text("ab", min_size=1, max_size=24), min_size=8, max_size=8),
+    )
+    def test_merges_recovered_from_any_ranks(self, tmp_path_factory: Any, tokens: list[str], texts: list[str]) -> None:
+        """Also from tokens that no training would give, in any order: ties, overlaps, parts that come after the whole."""
+        tiktoken = pytest.importorskip("tiktoken")
+        directory = tmp_path_factory.mktemp("ranks")
+        vocab = SINGLE_BYTES + [token.encode() for token in tokens]
+        write_tekken(directory / "tekken.json", vocab, pattern="[ab]+")
+        ranks = {token: rank for rank, token in enumerate(vocab)}
+        theirs = tiktoken.Encoding("t", pat_str="[ab]+", mergeable_ranks=ranks, special_tokens={})
+        ours = load_tokenizer(directory)
+        for text in texts:
+            expected = [rank + 10 for rank in theirs.encode_ordinary(text)]
+            assert ours.encode(text, add_special_tokens=False) == expected
+
+    def test_special_tokens(self, pair: tuple[Tokenizer, Any]) -> None:
+        ours, theirs = pair
+        assert (ours.bos_id, ours.eos_ids, ours.vocab_size) == (1, {2}, theirs.n_vocab + 10)
+        ids = ours.encode("[INST]hi[/INST]</s><SPECIAL_9>", add_special_tokens=False)
+        assert [ids[0], *ids[-3:]] == [3, 4, 2, 9]
+        assert ours.decode(ids) == "hi"
+
+    def test_only_the_vocabulary_in_use_is_read(self, tmp_path: Path) -> None:
+        write_tekken(tmp_path / "tekken.json", [*SINGLE_BYTES, b"th", b"the"], config={"default_vocab_size": 267})
+        tokenizer = load_tokenizer(tmp_path)
+        assert tokenizer.vocab_size == 267
+        assert tokenizer.encode("the", add_special_tokens=False) == [266, 10 + ord("e")]
+
+    def test_files_of_old_list_no_special_tokens(self, tmp_path: Path) -> None:
+        write_tekken(
+            tmp_path / "tekken.json",
+            SINGLE_BYTES,
+            special_tokens=None,
+            config={"default_num_special_tokens": 1000, "default_vocab_size": 1256},
+        )
+        tokenizer = load_tokenizer(tmp_path)
+        assert tokenizer.encode("[INST][TOOL_CONTENT]<SPECIAL_20>a") == [1, 3, 19, 20, 1000 + ord("a")]
+
+    @pytest.mark.parametrize(
+        ("config", "expected"),
+        [
+            ({}, [1, 75]),
+            ({"add_bos_token": False}, [75]),
+            ({"add_eos_token": True}, [1, 75, 2]),
+            ({"bos_token": None}, [75]),
+        ],
+    )
+    def test_flags(self, tmp_path: Path, config: dict[str, Any], expected: list[int]) -> None:
+        write_tekken(tmp_path / "tekken.json", SINGLE_BYTES)
+        write_json(tmp_path / "tokenizer_config.json", **config)
+        assert load_tokenizer(tmp_path).encode("A") == expected
+
+
+def test_which_file_is_read(tmp_path: Path) -> None:
+    train_sentencepiece(tmp_path / "tokenizer.model", model_type="bpe")
+    assert load_tokenizer(tmp_path).vocab_size == 600
+    write_tekken(tmp_path / "tekken.json", SINGLE_BYTES)
+    assert load_tokenizer(tmp_path).vocab_size == 266
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).vocab_size == 501
+    shutil.rmtree(tmp_path)
