@@ -7,6 +7,7 @@ TEST = [
     "pytest-timeout",
     "hypothesis",
     "transformers>=5",
+    "safetensors",
     "ruff",
     "mypy",
     "pre-commit",
@@ -27,7 +28,6 @@ setup(
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",
-        "safetensors",
         "sentencepiece",
         "tokenizers",
         "numpy",

@@ -290,9 +290,11 @@ def _from_hugging_face(json_config: JsonObject) -> ModelConfig:
 def _from_mistral(params: JsonObject) -> ModelConfig:
     """params.json, as Mistral publishes it beside consolidated.safetensors."""
     p = params
-    for key in ("moe", "vision_encoder", "lora", "quantization"):
+    for key in ("moe", "vision_encoder", "lora", "quantization", "yarn", "llama_4_scaling"):
         if p.values.get(key) is not None:
-            raise p.fail(key, "no such key: minirea runs dense, unquantized text models")
+            raise p.fail(
+                key, "no such key: minirea runs dense, unquantized text models with plain RoPE from this format"
+            )
     hidden_size, num_heads = p.integer("dim"), p.integer("n_heads")
     window = p.values.get("sliding_window")
     config = ModelConfig(

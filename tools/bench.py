@@ -108,7 +108,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from minirea.memory import peak_bytes
 
     context = arguments.contexts[0]
-    engine = {"minirea": Minirea, "transformers": Transformers}[arguments.engine](arguments)
+    engine = (Minirea if arguments.engine == "minirea" else Transformers)(arguments)
     engine.fill(context)
     step_seconds = timed(engine.step, arguments.tokens, arguments.device)
     prefill_seconds = None
