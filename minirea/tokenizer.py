@@ -7,21 +7,21 @@ one token at a time: a token is text, or raw bytes that may be part of a charact
 
 from __future__ import annotations
 
-import base64
 import codecs
 import contextlib
 import json
 import operator
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from minirea.config import JsonObject
 from minirea.errors import InputError, MinireaError, MissingFileError
+from minirea.tekken import BYTE_OF_CHARACTER, read_tekken
+from minirea.tokenizer_config import AddedToken, ChatTemplate, TokenizerConfig, one_line
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
@@ -38,17 +38,17 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     directory = Path(directory)
     if not directory.is_dir():
         raise MissingFileError(f"{directory}: no such model directory")
-    settings = _Settings(directory)
+    config = TokenizerConfig(directory)
     backend: _Backend
     if (path := directory / "tokenizer.json").exists():
-        backend = _load_json(path, settings)
+        backend = _load_json(path, config)
     elif (path := directory / "tekken.json").exists():
-        backend = _load_tekken(path, settings)
+        backend = _load_tekken(path, config)
     elif (path := _sentencepiece_file(directory)).exists():
-        backend = _SentencePiece(path, settings)
+        backend = _SentencePiece(path, config)
     else:
         raise MissingFileError(f"{directory}: no tokenizer, expected tokenizer.json, tekken.json or tokenizer.model")
-    return Tokenizer(backend, settings, directory)
+    return Tokenizer(backend, config, directory)
 
 
 class Tokenizer:
@@ -60,27 +60,28 @@ class Tokenizer:
         eos_ids: the tokens that end a text, as the tokenizer's own files have them.
     """
 
-    def __init__(self, backend: _Backend, settings: _Settings, directory: Path) -> None:
+    def __init__(self, backend: _Backend, config: TokenizerConfig, directory: Path) -> None:
         self.vocab_size = backend.vocab_size
         self._backend = backend
         self._directory = directory
         self._pieces: dict[int, str | bytes] = {}
+        own_bos, own_eos = backend.own_tokens
+        self.bos_id = config.token_id("bos_token", backend, own_bos)
+        eos_id = config.token_id("eos_token", backend, own_eos)
+        self.eos_ids = frozenset(i for i in (eos_id, own_eos) if i is not None)
         self._before: list[int] = []
         self._after: list[int] = []
-        self.bos_id = settings.token_id("bos_token", backend)
-        eos_id = settings.token_id("eos_token", backend)
-        self.eos_ids = frozenset(i for i in (eos_id, backend.own_tokens["eos_token"]) if i is not None)
         if not backend.frames_text:
-            self._before = [self.bos_id] if self.bos_id is not None and settings.flag("add_bos_token", True) else []
-            self._after = [eos_id] if eos_id is not None and settings.flag("add_eos_token", False) else []
+            self._before = [self.bos_id] if self.bos_id is not None and config.flag("add_bos_token", True) else []
+            self._after = [eos_id] if eos_id is not None and config.flag("add_eos_token", False) else []
         first = self.encode("")[:1]
-        self._begins_with_bos = bool(first) and first[0] not in self.eos_ids
-        if self._begins_with_bos and self.bos_id is None:
+        if self.bos_id is None and first and first[0] not in self.eos_ids:
             self.bos_id = first[0]
-        self._chat_template = _ChatTemplate.find(directory, settings)
+        self._leading_bos = first if first == [self.bos_id] else []
+        self._chat_template = ChatTemplate.find(directory, config)
         own = {"bos_token": self.bos_id, "eos_token": eos_id}
         names = {key: self.decode([i], skip_special_tokens=False) for key, i in own.items() if i is not None}
-        self._template_names = names | settings.named_tokens()
+        self._template_names = names | config.named_tokens()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with `add_special_tokens`, BOS and whatever else the files ask for go around it.
@@ -93,9 +94,8 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise InputError(
-                f"text: character {error.start} is the lone surrogate {text[error.start]!r}, expected valid Unicode"
-            ) from None
+            found = f"character {error.start} is the lone surrogate {text[error.start]!r}"
+            raise InputError(f"text: {found}, expected valid Unicode") from None
         ids = self._backend.encode(text, add_special_tokens)
         return [*self._before, *ids, *self._after] if add_special_tokens else ids
 
@@ -136,8 +136,7 @@ class Tokenizer:
             )
         text = self._chat_template.render(messages, add_generation_prompt, self._template_names)
         ids = self.encode(text, add_special_tokens=False)
-        bos = [self.bos_id] if self._begins_with_bos and self.bos_id is not None else []
-        return ids if ids[:1] == bos else bos + ids
+        return ids if ids[:1] == self._leading_bos else self._leading_bos + ids
 
     def piece(self, token_id: int) -> str | bytes:
         """What a token adds to a text: characters, or bytes that may be part of one. Ids of no token add nothing."""
@@ -228,7 +227,7 @@ class _Backend(Protocol):
 
     vocab_size: int
     special_ids: frozenset[int]
-    own_tokens: dict[str, int | None]  # bos_token and eos_token where no config file names them
+    own_tokens: tuple[int | None, int | None]  # BOS and EOS where no config file names them
     frames_text: bool  # encode's add_special_tokens does something
     drops_every_leading_space: bool  # not only a dummy prefix
 
@@ -250,41 +249,42 @@ class _HuggingFace:
 
     drops_every_leading_space = False
 
-    def __init__(self, tokenizer: Any, path: Path, settings: _Settings, frames_text: bool) -> None:
+    def __init__(self, tokenizer: Any, path: Path, config: TokenizerConfig, frames_text: bool) -> None:
         tokenizer.no_truncation()  # a file may ask for both; they are meant for training batches
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._path = path
-        self._add_tokens(settings)
+        self._add_tokens(config)
         self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
         self.special_ids = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
         self.frames_text = frames_text
-        own = {"bos_token": "<s>", "eos_token": "</s>"}
-        self.own_tokens = {key: None if frames_text else self.token_to_id(token) for key, token in own.items()}
+        self.own_tokens = (None, None) if frames_text else (self.token_to_id("<s>"), self.token_to_id("</s>"))
         steps = _decoder_steps(tokenizer.decoder, path)
         self._byte_level = "ByteLevel" in steps
         self._byte_fallback = "ByteFallback" in steps
         self._join = " ".join if tokenizer.decoder is None else tokenizer.decoder.decode
 
-    def _add_tokens(self, settings: _Settings) -> None:
+    def _add_tokens(self, config: TokenizerConfig) -> None:
         """Add what the config files add and mark as special what they call special, with transformers' own calls."""
-        from tokenizers import AddedToken
+        import tokenizers
 
-        added = settings.added_tokens()
-        self._tokenizer.add_tokens([AddedToken(token.content, **token.flags) for token in added])
+        flags = ("special", "normalized", "single_word", "lstrip", "rstrip")
+        added = config.added_tokens()
+        self._tokenizer.add_tokens(
+            [tokenizers.AddedToken(token.content, **{flag: getattr(token, flag) for flag in flags}) for token in added]
+        )
         for token in added:
-            found = self.token_to_id(token.content)
-            if found != token.id:
+            if (found := self.token_to_id(token.content)) != token.id:
                 raise InputError(f"{self._path}: {token.content!r} gets id {found}, {token.source} has {token.id}")
         known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
-        named = [token for token in settings.special_tokens() if self.token_to_id(token) is not None]
+        named = [token for token in config.special_tokens() if self.token_to_id(token) is not None]
         self._tokenizer.add_special_tokens([token for token in named if token not in known])
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         try:
             return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except Exception as error:  # the library raises nothing more exact
-            raise InputError(f"{self._path}: cannot encode the text: {_one_line(error)}") from None
+            raise InputError(f"{self._path}: cannot encode the text: {one_line(error)}") from None
 
     def token_to_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
@@ -306,7 +306,13 @@ class _HuggingFace:
         return codecs.getincrementaldecoder("utf-8")("replace") if self._byte_level else _ByteRun()
 
 
-def _load_json(path: Path, settings: _Settings) -> _HuggingFace:
+def _load_tekken(path: Path, config: TokenizerConfig) -> _HuggingFace:
+    with _reading(path):
+        tokenizer = read_tekken(path)
+    return _HuggingFace(tokenizer, path, config, frames_text=False)
+
+
+def _load_json(path: Path, config: TokenizerConfig) -> _HuggingFace:
     import tokenizers
 
     declared = JsonObject.read(path)
@@ -318,12 +324,14 @@ def _load_json(path: Path, settings: _Settings) -> _HuggingFace:
             raise InputError(f"{path}: added token {token['content']!r} has id {token['id']}, expected {found}")
     if not tokenizer.get_vocab_size():
         raise InputError(f"{path}: the vocabulary is empty")
-    return _HuggingFace(tokenizer, path, settings, frames_text=True)
+    return _HuggingFace(tokenizer, path, config, frames_text=True)
 
 
 def _decoder_steps(decoder: Any, path: Path) -> set[str]:
     """The types of a decoder's steps, all of which `_HuggingFace.piece` can do token by token."""
-    steps, pending = set(), [json.loads(decoder.__getstate__())] if decoder is not None else []
+    if decoder is None:
+        return set()
+    steps, pending = set(), [json.loads(decoder.__getstate__())]
     while pending:
         step = pending.pop()
         pending += step.get("decoders", [])
@@ -334,99 +342,12 @@ def _decoder_steps(decoder: Any, path: Path) -> set[str]:
     return steps
 
 
-def _byte_characters() -> list[str]:
-    """The character for each of the 256 bytes in which byte-level BPE spells its tokens (GPT-2's choice).
-
-    Bytes that print in Latin-1 stand for themselves; the others take the characters from U+0100 on, in order.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    stand_ins = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
-
-
-_CHARACTER_OF_BYTE: Final = dict(enumerate(_byte_characters()))
-_BYTE_OF_CHARACTER: Final = {character: byte for byte, character in _CHARACTER_OF_BYTE.items()}
-
-
 def _bytes_of(token: str) -> bytes:
     """The bytes of a byte-level token. Added tokens may be spelled as plain text, and then stand for just that."""
     try:
-        return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+        return bytes(BYTE_OF_CHARACTER[character] for character in token)
     except KeyError:
         return token.encode()
-
-
-# The special tokens of the first tekken files, which do not list them; ids in this order.
-_TEKKEN_SPECIAL_TOKENS: Final = (
-    *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
-    *("[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]"),
-    *("[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
-)
-
-
-def _load_tekken(path: Path, settings: _Settings) -> _HuggingFace:
-    """Mistral's byte-level BPE: ids are the special tokens, then the vocabulary by rank, which is the merge order."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    tekken = JsonObject.read(path)
-    config = tekken.child("config") or JsonObject({}, f"{path}: config")
-    pattern = config.values.get("pattern")
-    if not isinstance(pattern, str):
-        raise config.fail("pattern", "a regular expression")
-    special = _tekken_special_tokens(tekken)
-    num_special = config.integer("default_num_special_tokens", len(special), lowest=len(special))
-    special += [f"<SPECIAL_{rank}>" for rank in range(len(special), num_special)]
-    tokens = _tekken_tokens(tekken)
-    size = config.integer("default_vocab_size", num_special + len(tokens), lowest=num_special + 256)
-    if size > num_special + len(tokens):
-        raise config.fail("default_vocab_size", f"at most {num_special + len(tokens)}, which is what the file holds")
-
-    # Files list more tokens than their models use.
-    spelled = [token.decode("latin-1").translate(_CHARACTER_OF_BYTE) for token in tokens[: size - num_special]]
-    vocab = {token: num_special + rank for rank, token in enumerate(spelled)}
-    # Two neighbours merge if together they are a token, lowest rank first. Each way to split a token is listed, but
-    # only one can occur: until the last two parts of a token merge, no merge has crossed its ends, so inside of it
-    # everything went as it goes for that token alone. Hence the order among the splits of one token does not matter.
-    splits = ((token[:cut], token[cut:]) for token in spelled for cut in range(1, len(token)))
-    merges = [(left, right) for left, right in splits if left in vocab and right in vocab]
-    with _reading(path):
-        tokenizer = Tokenizer(models.BPE(vocab | {t: i for i, t in enumerate(special)}, merges, ignore_merges=True))
-        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-        spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, spell])
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens(special)
-    return _HuggingFace(tokenizer, path, settings, frames_text=False)
-
-
-def _tekken_special_tokens(tekken: JsonObject) -> list[str]:
-    """The special tokens by id."""
-    listed = tekken.values.get("special_tokens")
-    if listed is None:
-        return list(_TEKKEN_SPECIAL_TOKENS)
-    try:
-        by_rank = {entry["rank"]: entry["token_str"] for entry in listed}
-        special = [by_rank[rank] for rank in range(len(listed))]
-        well_formed = all(isinstance(token, str) and token for token in special) and len({*special}) == len(special)
-    except (KeyError, TypeError):
-        well_formed = False
-    if not well_formed:
-        raise tekken.fail("special_tokens", "a list of distinct token_str, ranked 0, 1, 2, ...")
-    return special
-
-
-def _tekken_tokens(tekken: JsonObject) -> list[bytes]:
-    """The vocabulary by rank, the 256 single bytes first."""
-    try:
-        listed = tekken.values["vocab"]
-        by_rank = {entry["rank"]: base64.b64decode(entry["token_bytes"], validate=True) for entry in listed}
-        tokens = [by_rank[rank] for rank in range(len(listed))]
-        well_formed = b"".join(tokens[:256]) == bytes(range(256)) and len({*tokens}) == len(tokens) and all(tokens)
-    except (KeyError, TypeError, ValueError):
-        well_formed = False
-    if not well_formed:
-        raise tekken.fail("vocab", "a list of distinct token_bytes in base64, ranked 0, 1, 2, ..., single bytes first")
-    return tokens
 
 
 # Appended to a serialized SentencePiece model this turns its dummy prefix off: protocol buffers merge a field that
@@ -444,7 +365,7 @@ class _SentencePiece:
 
     frames_text = False
 
-    def __init__(self, path: Path, settings: _Settings) -> None:
+    def __init__(self, path: Path, config: TokenizerConfig) -> None:
         from sentencepiece import SentencePieceProcessor
 
         with _reading(path):
@@ -454,24 +375,25 @@ class _SentencePiece:
             self._num_pieces = model.piece_size()
             if not serialized or not self._num_pieces:
                 raise ValueError("the vocabulary is empty")
-        self._first = model if settings.flag("add_prefix_space", True) else bare
-        self._rest = model if settings.flag("legacy", False) else bare
-        own = {"bos_token": model.bos_id(), "eos_token": model.eos_id()}
-        self.own_tokens = {key: token_id if token_id >= 0 else None for key, token_id in own.items()}
-        self._added = {token.content: token for token in self._matched_tokens(settings)}
+        self._first = model if config.flag("add_prefix_space", True) else bare
+        self._rest = model if config.flag("legacy", False) else bare
+        bos_id, eos_id = model.bos_id(), model.eos_id()
+        self.own_tokens = (bos_id if bos_id >= 0 else None, eos_id if eos_id >= 0 else None)
+        self._added = {token.content: token for token in self._matched_tokens(config)}
         self._content = {token.id: token.content for token in self._added.values()}
         self._pattern = _any_of(self._added.values())
-        self.special_ids = frozenset(token.id for token in self._added.values() if token.flags["special"])
+        self.special_ids = frozenset(token.id for token in self._added.values() if token.special)
         self.vocab_size = max(self._num_pieces, *(token_id + 1 for token_id in self._content))
         self._drops_prefix, self.drops_every_leading_space = self._leading_space()
 
-    def _matched_tokens(self, settings: _Settings) -> list[_AddedToken]:
+    def _matched_tokens(self, config: TokenizerConfig) -> list[AddedToken]:
         """Tokens that are found in a text as they are: the model's own for control, and what the config files add."""
         unknown = self._model.unk_id()
-        named = {self._model.piece_to_id(token) for token in settings.special_tokens()} - {unknown}
+        named = {self._model.piece_to_id(token) for token in config.special_tokens()} - {unknown}
         special = [i for i in range(self._num_pieces) if i in named or self._model.is_control(i)]
-        own = [_AddedToken(i, self._model.id_to_piece(i), {"special": i != unknown}) for i in (unknown, *special)]
-        return own + settings.added_tokens()
+        ids = (unknown, *special)
+        own = [AddedToken(i, self._model.id_to_piece(i), "tokenizer.model", special=i != unknown) for i in ids]
+        return own + config.added_tokens()
 
     def _leading_space(self) -> tuple[bool, bool]:
         """Whether decoding takes back a leading space, and whether it goes on doing so; the library does not tell."""
@@ -524,190 +446,10 @@ def _sentencepiece_file(directory: Path) -> Path:
     return versions[-1] if versions and not plain.exists() else plain
 
 
-@dataclass(frozen=True)
-class _AddedToken:
-    """A token outside the trained vocabulary, or one of it that is matched as a whole.
-
-    `flags` are those of `tokenizers.AddedToken`: special, normalized, single_word, lstrip, rstrip.
-    """
-
-    id: int
-    content: str
-    flags: dict[str, bool]
-    source: str = "tokenizer.model"
-
-
-def _any_of(tokens: Iterable[_AddedToken]) -> re.Pattern[str]:
-    """Matches each of `tokens`, the longest first, with the white space around it that its flags make it swallow."""
-    spaces = {True: r"\s*", False: ""}
+def _any_of(tokens: Iterable[AddedToken]) -> re.Pattern[str]:
+    """Matches each of `tokens`, the longest first, with the white space that it swallows."""
     longest_first = sorted(tokens, key=lambda token: len(token.content), reverse=True)
-    return re.compile(
-        "|".join(
-            spaces[token.flags.get("lstrip", False)]
-            + re.escape(token.content)
-            + spaces[token.flags.get("rstrip", False)]
-            for token in longest_first
-        )
-    )
-
-
-class _Settings:
-    """What tokenizer_config.json, special_tokens_map.json and added_tokens.json say. Each of them may be missing."""
-
-    def __init__(self, directory: Path) -> None:
-        self.main = _read_if_there(directory / "tokenizer_config.json")
-        self._map = _read_if_there(directory / "special_tokens_map.json")
-        self._added = _read_if_there(directory / "added_tokens.json")
-
-    def flag(self, key: str, default: bool) -> bool:
-        return self.main.boolean(key, default)
-
-    def token_id(self, key: str, backend: _Backend) -> int | None:
-        """The id of a named token: a string, an object with its content, or an id; null says that there is none."""
-        for source in (self.main, self._map):
-            value = source.values.get(key)
-            if value is None:
-                continue
-            token_id = value if type(value) is int else backend.token_to_id(_content(source, key, value))
-            if token_id is None or not 0 <= token_id < backend.vocab_size:
-                raise source.fail(key, "a token of the vocabulary")
-            return token_id
-        return None if key in self.main.values else backend.own_tokens[key]
-
-    def named_tokens(self) -> dict[str, str]:
-        """bos_token, eos_token and so on, as the files spell them."""
-        return {
-            key: _content(source, key, value)
-            for source in (self._map, self.main)
-            for key, value in source.values.items()
-            if key in _NAMED_TOKENS and value is not None and type(value) is not int
-        }
-
-    def special_tokens(self) -> list[str]:
-        """Every token that the files call special by name."""
-        tokens = list(self.named_tokens().values())
-        for source in (self.main, self._map):
-            for key in ("additional_special_tokens", "extra_special_tokens"):
-                value = source.values.get(key) or []
-                listed = list(value.values()) if isinstance(value, dict) else value
-                if not isinstance(listed, list):
-                    raise source.fail(key, "a list of tokens")
-                tokens += [_content(source, key, token) for token in listed]
-        return tokens
-
-    def added_tokens(self) -> list[_AddedToken]:
-        """The tokens of added_tokens_decoder or, in older directories, of added_tokens.json, by id."""
-        decoder = self.main.child("added_tokens_decoder")
-        if decoder is not None:
-            tokens = [_declared_token(decoder, key) for key in decoder.values]
-        else:
-            tokens = [self._undeclared_token(content) for content in self._added.values]
-        return sorted(tokens, key=lambda token: token.id)
-
-    def _undeclared_token(self, content: str) -> _AddedToken:
-        special = content in self.special_tokens()
-        flags = {"special": special, "normalized": not special}
-        return _AddedToken(self._added.integer(content, lowest=0), content, flags, self._added.source)
-
-
-_NAMED_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-
-def _declared_token(decoder: JsonObject, key: str) -> _AddedToken:
-    """One entry of added_tokens_decoder: an id, and what `tokenizers.AddedToken` takes."""
-    fields = decoder.child(key)
-    if fields is None or not key.isdecimal() or int(key) >= 2**31:
-        raise decoder.fail(key, "an object with a token's content, its id being the key")
-    special = fields.boolean("special", False)
-    flags = {name: fields.boolean(name, False) for name in ("single_word", "lstrip", "rstrip")}
-    flags |= {"special": special, "normalized": fields.boolean("normalized", not special)}
-    return _AddedToken(int(key), _content(decoder, key, fields.values), flags, decoder.source)
-
-
-def _content(source: JsonObject, key: str, value: Any) -> str:
-    """How a token is spelled: files have it as a string, or as an object with flags."""
-    content = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(content, str) or not content:
-        raise source.fail(key, "a token, or an object with the token as its content")
-    return content
-
-
-@dataclass(frozen=True)
-class _ChatTemplate:
-    """A Jinja template that lays out a conversation as the model has been trained to read it."""
-
-    text: str
-    source: str
-
-    @classmethod
-    def find(cls, directory: Path, settings: _Settings) -> _ChatTemplate | None:
-        """chat_template.jinja, else tokenizer_config.json's, else chat_template.json's; of several, the "default"."""
-        path = directory / "chat_template.jinja"
-        if path.exists():
-            try:
-                return cls(path.read_text(encoding="utf-8"), str(path))
-            except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"{path}: cannot be read: {_one_line(error)}") from None
-        for source in (settings.main, _read_if_there(directory / "chat_template.json")):
-            template = source.values.get("chat_template")
-            if isinstance(template, list):
-                named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-                template = named.get("default", template)
-            if template is not None and not isinstance(template, str):
-                raise source.fail("chat_template", 'a template, or a list of named ones with a "default"')
-            if template is not None:
-                return cls(template, source.source)
-        return None
-
-    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool, names: dict[str, str]) -> str:
-        if not messages:
-            raise InputError("the conversation is empty, expected at least one message")
-        for message in messages:
-            if not (isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
-                raise InputError(f"message {str(message)[:80]!r} is malformed, expected strings for role and content")
-        try:
-            template = _jinja_environment().from_string(self.text)
-            conversation = [dict(message) for message in messages]
-            given = {"messages": conversation, "add_generation_prompt": add_generation_prompt}
-            return template.render(**names, **given, tools=None, documents=None)
-        except Exception as error:  # a template is a program: it can fail in any way
-            raise InputError(f"{self.source}: the chat template fails: {_one_line(error)}") from None
-
-
-def _jinja_environment() -> Any:
-    """What transformers lets chat templates use, in a sandbox: they come with models, from anybody."""
-    import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks the assistant's words for training; here it is its body and nothing more."""
-
-        tags = {"generation"}  # noqa: RUF012  as the base class has it
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes HTML
-
-    extensions = [Generation, jinja2.ext.loopcontrols]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-def _read_if_there(path: Path) -> JsonObject:
-    return JsonObject.read(path) if path.exists() else JsonObject({}, str(path))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return re.compile("|".join(r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in longest_first))
 
 
 @contextlib.contextmanager
@@ -719,21 +461,24 @@ def _reading(path: Path) -> Iterator[None]:
     except (MinireaError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise InputError(f"{path}: cannot be read as a tokenizer: {_one_line(error)}") from None
+        raise InputError(f"{path}: cannot be read as a tokenizer: {one_line(error)}") from None
 
 
 @contextlib.contextmanager
 def _muted_stderr() -> Iterator[None]:
     """Native code prints panics and logs on file descriptor 2, past sys.stderr; what it raises says the same."""
-    try:
-        saved = os.dup(2)
-    except OSError:  # closed: there is nothing to mute
-        yield
-        return
-    try:
-        with open(os.devnull, "wb") as null:
-            os.dup2(null.fileno(), 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
+    with _STDERR_LOCK, open(os.devnull, "wb") as null:
+        try:
+            saved = os.dup(2)
+        except OSError:  # standard error is closed: there is nothing to mute
+            yield
+            return
+        os.dup2(null.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+_STDERR_LOCK: Final = threading.Lock()  # two threads at once would restore each other's silence

@@ -126,7 +126,31 @@ def llama_style(prefix: str) -> Any:
     return tokenizer
 
 
+def word_level() -> Any:
+    """No decoder: tokens are joined with spaces."""
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer.train_from_iterator(CORPUS, trainers.WordLevelTrainer(special_tokens=special, show_progress=False))
+    tokenizer.add_tokens(["<extra>"])
+    return tokenizer
+
+
+def unigram() -> Any:
+    tokenizer = tokenizers.Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_tokens(["<extra>"])
+    return tokenizer
+
+
 JSON_KINDS = {
+    "word_level": word_level,
+    "unigram": unigram,
     "byte_level": byte_level,
     "llama_prepend": lambda: llama_style("prepend"),
     "llama_metaspace": lambda: llama_style("metaspace"),
@@ -186,7 +210,7 @@ class TestTokenizerJson:
 
     def test_properties(self, json_pair: tuple[Tokenizer, Any]) -> None:
         ours, theirs = json_pair
-        assert (ours.bos_id, ours.eos_ids) == (1, {2})
+        assert (ours.bos_id, ours.eos_ids) == (1, frozenset({2}))
         assert ours.vocab_size == len(theirs)
         assert not ours.has_chat_template
 
@@ -291,7 +315,7 @@ class TestNamedTokens:
     )
     def test_declared(self, tmp_path: Path, config: Any, special_map: Any) -> None:
         tokenizer = self.load(tmp_path, config, special_map)
-        assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, {2})
+        assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, frozenset({2}))
 
     @pytest.mark.parametrize("config", [None, {}, {"bos_token": None, "eos_token": None}])
     def test_undeclared(self, tmp_path: Path, config: Any) -> None:
@@ -302,7 +326,7 @@ class TestNamedTokens:
 
 def train_sentencepiece(path: Path, **options: Any) -> Any:
     model = io.BytesIO()
-    defaults = {
+    defaults: dict[str, Any] = {
         "vocab_size": 600,
         "byte_fallback": True,
         "character_coverage": 0.99,
@@ -364,7 +388,7 @@ class TestSentencePiece:
 
     def test_properties(self, sentencepiece_pair: tuple[Tokenizer, Any]) -> None:
         ours, model = sentencepiece_pair
-        assert (ours.vocab_size, ours.bos_id, ours.eos_ids) == (model.piece_size(), 1, {2})
+        assert (ours.vocab_size, ours.bos_id, ours.eos_ids) == (model.piece_size(), 1, frozenset({2}))
 
     def test_special_tokens_in_the_text(self, sentencepiece_pair: tuple[Tokenizer, Any]) -> None:
         ours, model = sentencepiece_pair
@@ -526,7 +550,7 @@ class TestTekken:
         texts=st.lists(st.text("ab", min_size=1, max_size=24), min_size=8, max_size=8),
     )
     def test_merges_recovered_from_any_ranks(self, tmp_path_factory: Any, tokens: list[str], texts: list[str]) -> None:
-        """Also from tokens that no training would give, in any order: ties, overlaps, parts that come after the whole."""
+        """Also from tokens that no training gives, in any order: ties, overlaps, parts that come after the whole."""
         tiktoken = pytest.importorskip("tiktoken")
         directory = tmp_path_factory.mktemp("ranks")
         vocab = SINGLE_BYTES + [token.encode() for token in tokens]
@@ -540,7 +564,7 @@ class TestTekken:
 
     def test_special_tokens(self, pair: tuple[Tokenizer, Any]) -> None:
         ours, theirs = pair
-        assert (ours.bos_id, ours.eos_ids, ours.vocab_size) == (1, {2}, theirs.n_vocab + 10)
+        assert (ours.bos_id, ours.eos_ids, ours.vocab_size) == (1, frozenset({2}), theirs.n_vocab + 10)
         ids = ours.encode("[INST]hi[/INST]</s><SPECIAL_9>", add_special_tokens=False)
         assert [ids[0], *ids[-3:]] == [3, 4, 2, 9]
         assert ours.decode(ids) == "hi"

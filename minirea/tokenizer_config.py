@@ -1,0 +1,222 @@
+"""What a model directory says beside its tokenizer: named tokens, added tokens and the chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from minirea.config import JsonObject
+from minirea.errors import InputError
+
+_NAMED_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Vocabulary(Protocol):
+    """What finds a token by its spelling."""
+
+    vocab_size: int
+
+    def token_to_id(self, token: str) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token outside the trained vocabulary, or one of it that is matched as a whole.
+
+    The flags are those of `tokenizers.AddedToken`; lstrip and rstrip swallow the white space on that side.
+    """
+
+    id: int
+    content: str
+    source: str
+    special: bool
+    normalized: bool = False
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+class TokenizerConfig:
+    """tokenizer_config.json, special_tokens_map.json and added_tokens.json. Each of them may be missing.
+
+    Raises:
+        InputError: from every method, if a file holds something malformed; the message names file and key.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.main = _read_if_there(directory / "tokenizer_config.json")
+        self._map = _read_if_there(directory / "special_tokens_map.json")
+        self._added = _read_if_there(directory / "added_tokens.json")
+
+    def flag(self, key: str, default: bool) -> bool:
+        return self.main.boolean(key, default)
+
+    def token_id(self, key: str, vocabulary: Vocabulary, default: int | None) -> int | None:
+        """The id of a named token, which files spell out or, rarely, give; null says that there is none."""
+        for source in (self.main, self._map):
+            value = source.values.get(key)
+            if value is None:
+                continue
+            token_id = value if type(value) is int else vocabulary.token_to_id(_spelling(source, key, value))
+            if token_id is None or not 0 <= token_id < vocabulary.vocab_size:
+                raise source.fail(key, "a token of the vocabulary")
+            return token_id
+        return None if key in self.main.values else default
+
+    def named_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token and so on, as the files spell them."""
+        return {
+            key: _spelling(source, key, value)
+            for source in (self._map, self.main)
+            for key, value in source.values.items()
+            if key in _NAMED_TOKENS and value is not None and type(value) is not int
+        }
+
+    def special_tokens(self) -> list[str]:
+        """The spelling of every token that the files call special."""
+        tokens = list(self.named_tokens().values())
+        for source in (self.main, self._map):
+            for key in ("additional_special_tokens", "extra_special_tokens"):
+                value = source.values.get(key) or []
+                listed = list(value.values()) if isinstance(value, dict) else value
+                if not isinstance(listed, list):
+                    raise source.fail(key, "a list of tokens")
+                tokens += [_spelling(source, key, token) for token in listed]
+        return tokens
+
+    def added_tokens(self) -> list[AddedToken]:
+        """The tokens of added_tokens_decoder or, in older directories, of added_tokens.json, by id."""
+        decoder = self.main.child("added_tokens_decoder")
+        if decoder is not None:
+            tokens = [_declared_token(decoder, key) for key in decoder.values]
+        else:
+            special = set(self.special_tokens())
+            tokens = [self._listed_token(content, content in special) for content in self._added.values]
+        return sorted(tokens, key=lambda token: token.id)
+
+    def _listed_token(self, content: str, special: bool) -> AddedToken:
+        token_id = self._added.integer(content, lowest=0)
+        return AddedToken(token_id, _spelling(self._added, content, content), self._added.source, special, not special)
+
+
+def _declared_token(decoder: JsonObject, key: str) -> AddedToken:
+    """One entry of added_tokens_decoder."""
+    fields = decoder.child(key)
+    if fields is None or not key.isdecimal() or int(key) >= 2**31:
+        raise decoder.fail(key, "a token id as the key and an object")
+    special = fields.boolean("special", False)
+    return AddedToken(
+        id=int(key),
+        content=_spelling(decoder, key, fields.values),
+        source=decoder.source,
+        special=special,
+        normalized=fields.boolean("normalized", not special),
+        single_word=fields.boolean("single_word", False),
+        lstrip=fields.boolean("lstrip", False),
+        rstrip=fields.boolean("rstrip", False),
+    )
+
+
+def _spelling(source: JsonObject, key: str, value: Any) -> str:
+    """Files spell a token as a string, or as the content of an object with flags."""
+    content = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(content, str) or not content or not is_unicode(content):
+        raise source.fail(key, "a token, or an object with the token as its content")
+    return content
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can encode `text`: JSON may hold halves of surrogate pairs, which no native library takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A Jinja template that lays out a conversation as the model has been trained to read it."""
+
+    text: str
+    source: str
+
+    @classmethod
+    def find(cls, directory: Path, config: TokenizerConfig) -> ChatTemplate | None:
+        """chat_template.jinja, else tokenizer_config.json's, else chat_template.json's; of several, the "default"."""
+        path = directory / "chat_template.jinja"
+        if path.exists():
+            try:
+                return cls(path.read_text(encoding="utf-8"), str(path))
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"{path}: cannot be read: {one_line(error)}") from None
+        for source in (config.main, _read_if_there(directory / "chat_template.json")):
+            template = source.values.get("chat_template")
+            if template is None:
+                continue
+            if isinstance(template, list):
+                named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+                template = named.get("default")
+            if not isinstance(template, str):
+                raise source.fail("chat_template", 'a template, or a list of named ones with a "default"')
+            return cls(template, source.source)
+        return None
+
+    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool, names: dict[str, str]) -> str:
+        """The conversation as text. `names` are the special tokens that the template may write.
+
+        Raises:
+            InputError: malformed messages, or a template that fails or refuses them.
+        """
+        if not messages:
+            raise InputError("the conversation is empty, expected at least one message")
+        for message in messages:
+            if not (isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
+                raise InputError(f"message {str(message)[:80]!r} is malformed, expected strings for role and content")
+        conversation = [dict(message) for message in messages]
+        given = {"messages": conversation, "add_generation_prompt": add_generation_prompt}
+        try:
+            return _jinja_environment().from_string(self.text).render(**names, **given, tools=None, documents=None)
+        except Exception as error:  # a template is a program: it can fail in any way
+            raise InputError(f"{self.source}: the chat template fails: {one_line(error)}") from None
+
+
+def _jinja_environment() -> Any:
+    """What transformers lets chat templates use, in a sandbox: they come with models, from anybody."""
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks the assistant's words for training; here it is its body and nothing more."""
+
+        tags = {"generation"}  # noqa: RUF012  as the base class has it
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes HTML
+
+    extensions = [Generation, jinja2.ext.loopcontrols]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception of some library says, short enough for the end of a message."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _read_if_there(path: Path) -> JsonObject:
+    return JsonObject.read(path) if path.exists() else JsonObject({}, str(path))
