@@ -389,9 +389,8 @@ class _SentencePiece:
     def _matched_tokens(self, config: TokenizerConfig) -> list[AddedToken]:
         """Tokens that are found in a text as they are: the model's own for control, and what the config files add."""
         unknown = self._model.unk_id()
-        named = {self._model.piece_to_id(token) for token in config.special_tokens()} - {unknown}
-        special = [i for i in range(self._num_pieces) if i in named or self._model.is_control(i)]
-        ids = (unknown, *special)
+        named = {unknown, *(self._model.piece_to_id(token) for token in config.special_tokens())}
+        ids = [i for i in range(self._num_pieces) if i in named or self._model.is_control(i)]
         own = [AddedToken(i, self._model.id_to_piece(i), "tokenizer.model", special=i != unknown) for i in ids]
         return own + config.added_tokens()
 

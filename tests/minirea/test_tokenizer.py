@@ -311,6 +311,7 @@ class TestNamedTokens:
             ({}, {"bos_token": "<s>", "eos_token": {"content": "</s>"}}),
             ({"bos_token": None, "eos_token": None}, {"bos_token": "<s>", "eos_token": "</s>"}),
             (None, {"bos_token": 1, "eos_token": 2}),
+            ({"bos_token": "<s>", "eos_token": "</s>"}, {"bos_token": "a", "eos_token": "b"}),
         ],
     )
     def test_declared(self, tmp_path: Path, config: Any, special_map: Any) -> None:
@@ -386,6 +387,15 @@ class TestSentencePiece:
         ids = data.draw(st.lists(st.one_of(st.sampled_from(ordinary), st.sampled_from(tokens_of_bytes)), max_size=12))
         assert ours.decode(ids) == streamed(ours, ids) == model.decode(ids)
 
+    @pytest.mark.parametrize("spaces", [1, 2, 3])
+    def test_spaces_at_the_start_of_ids(self, sentencepiece_pair: tuple[Tokenizer, Any], spaces: int) -> None:
+        ours, model = sentencepiece_pair
+        space = model.piece_to_id("▁")
+        assert space != model.unk_id()
+        for end in ([], model.encode("the"), [model.unk_id()]):
+            ids = [space] * spaces + end
+            assert ours.decode(ids) == streamed(ours, ids) == model.decode(ids)
+
     def test_properties(self, sentencepiece_pair: tuple[Tokenizer, Any]) -> None:
         ours, model = sentencepiece_pair
         assert (ours.vocab_size, ours.bos_id, ours.eos_ids) == (model.piece_size(), 1, frozenset({2}))
@@ -435,6 +445,24 @@ def test_sentencepiece_with_added_tokens(tmp_path: Path) -> None:
     assert ids == theirs.encode(text)
     assert ours.decode(ids) == "the user\nhi the <tool>the"
     assert ours.vocab_size == model.piece_size() + 3 and ours.eos_ids == {2, 601}
+
+
+def test_of_two_added_tokens_the_longer_is_found(tmp_path: Path) -> None:
+    model = train_sentencepiece(tmp_path / "tokenizer.model", model_type="bpe")
+    write_json(tmp_path / "added_tokens.json", **{"<a>": 600, "<a><b>": 601, "<b>": 602})
+    assert load_tokenizer(tmp_path).encode("<a><b><a>x<b>", add_special_tokens=False) == [
+        *(601, 600, model.piece_to_id("x"), 602)
+    ]
+
+
+def test_a_piece_that_is_named_special_is_matched_whole_and_hidden(tmp_path: Path) -> None:
+    model = train_sentencepiece(tmp_path / "tokenizer.model", model_type="bpe")
+    write_json(tmp_path / "tokenizer_config.json", extra_special_tokens=["he"], pad_token="<pad>")
+    tokenizer, he = load_tokenizer(tmp_path), model.piece_to_id("he")
+    ids = tokenizer.encode("the")
+    assert ids == [1, *model.encode("t"), he]
+    assert tokenizer.decode(ids) == "t"
+    assert tokenizer.decode([model.unk_id()]) == model.decode([model.unk_id()])
 
 
 def test_sentencepiece_legacy_puts_the_prefix_after_special_tokens_too(tmp_path: Path) -> None:

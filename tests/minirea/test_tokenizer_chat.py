@@ -96,6 +96,12 @@ def test_a_tekken_model_has_names_for_its_own_bos_and_eos(tmp_path: Path) -> Non
     assert ids == [1, 3, 20 + ord("A"), 4, 2]
 
 
+def test_the_config_names_tokens_before_the_older_map(tmp_path: Path) -> None:
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "</s>", "pad_token": {"content": "x"}}))
+    tokenizer = load_tokenizer(write(tmp_path, "{{ bos_token }}{{ pad_token }}"))
+    assert text_of(tokenizer) == "<s>x"
+
+
 def test_no_bos_where_encode_puts_none(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write(tmp_path, PLAIN, bos=False))
     assert BOS not in tokenizer.encode_chat(MESSAGES)
