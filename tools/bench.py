@@ -113,7 +113,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     step_seconds = timed(engine.step, arguments.tokens, arguments.device)
     prefill_seconds = None
     if arguments.prefill:
-        ids = torch.randint(3, 1000, (context,), generator=torch.Generator().manual_seed(0)).tolist()
+        ids = torch.randint(3, engine.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()
         prefill_seconds = timed(lambda: engine.prefill(ids), 1, arguments.device, warmup=0)
     return {
         "engine": arguments.engine,
@@ -149,6 +149,7 @@ class Minirea:
         a = arguments
         self.llm = minirea.load(a.model, attention=a.attention, device=a.device, dtype=a.dtype)
         self.num_tokens = a.tokens + 8
+        self.vocab_size = self.llm.model.config.vocab_size
 
     def fill(self, context: int) -> None:
         from minirea.generate import decode
@@ -190,6 +191,7 @@ class Transformers:
 
         dtype = getattr(torch, arguments.dtype)
         self.model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(arguments.device).eval()
+        self.vocab_size = self.model.config.vocab_size
         self.ids = torch.tensor([[3]], device=arguments.device)
 
     def fill(self, context: int) -> None:
