@@ -6,6 +6,8 @@ kernel (reattention.py); triton is imported only when it is asked for or chosen.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import Any, Final
 
 import torch
@@ -53,25 +55,37 @@ def reattention(
 
     Raises:
         InputError: shapes, dtypes, devices or lengths that do not fit together; the message names the argument. The
-            value of a CUDA seq_len is checked only by impl "torch": reading it would stall the GPU.
+            value of a seq_len on the GPU is checked only by impl "torch": reading it makes the CPU wait.
     """
     _check_tensors(q_THD, k_cache_GND, v_cache_GND, cos, sin)
-    if _resolve(impl) == "triton":
-        raise InputError("impl 'triton' is not there yet, expected 'torch'")
-    from minirea.kernels.reference import reattention_reference
-
-    seq_len = _check_seq_len(seq_len)
-    _check_lengths(q_THD, k_cache_GND, seq_len, cos, config)
-    out_THD, selection = reattention_reference(
-        q_THD, k_cache_GND, v_cache_GND, seq_len, cos, sin, config, return_selection
-    )
+    _check_seq_len(seq_len)
+    impl = _resolve(impl, q_THD.device)
+    if impl == "torch" or not isinstance(seq_len, torch.Tensor) or seq_len.device != q_THD.device:
+        seq_len = int(seq_len)
+        _check_lengths(q_THD.shape[0], seq_len, k_cache_GND.shape[1], config)
+    _check_tables(cos, seq_len if isinstance(seq_len, int) else k_cache_GND.shape[1], config)
+    if impl == "torch":
+        from minirea.kernels.reference import reattention_reference as step
+    else:
+        from minirea.kernels.reattention import reattention_triton as step
+    out_THD, selection = step(q_THD, k_cache_GND, v_cache_GND, seq_len, cos, sin, config, return_selection)
     return (out_THD, selection) if return_selection else out_THD
 
 
-def _resolve(impl: str) -> str:
+def _resolve(impl: str, device: torch.device) -> str:
+    """ "torch" or "triton"."""
     if impl not in IMPLS:
         raise InputError(f"impl is {impl!r}, expected one of {', '.join(IMPLS)}")
-    return "torch" if impl == "auto" else impl
+    if impl == "auto":
+        return "triton" if device.type == "cuda" and _triton_is_installed() else "torch"
+    if impl == "triton" and not _triton_is_installed():
+        raise InputError("impl is 'triton', but triton is not installed; install it or use impl 'torch'")
+    return impl
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _check_tensors(
@@ -110,21 +124,15 @@ def _check_tensors(
         raise InputError(f"the tensors are on {', '.join(sorted(map(str, devices)))}, expected one device")
 
 
-def _check_seq_len(seq_len: int | torch.Tensor) -> int:
-    """seq_len as an int; of a CUDA tensor this waits for the GPU."""
+def _check_seq_len(seq_len: int | torch.Tensor) -> None:
     if isinstance(seq_len, torch.Tensor):
         if seq_len.numel() != 1 or seq_len.is_floating_point() or seq_len.is_complex() or seq_len.dtype == torch.bool:
             raise InputError(f"seq_len is a {seq_len.dtype} tensor {_shape(seq_len)}, expected one integer")
-        return int(seq_len)
-    if isinstance(seq_len, bool) or not isinstance(seq_len, int):
+    elif isinstance(seq_len, bool) or not isinstance(seq_len, int):
         raise InputError(f"seq_len is {seq_len!r}, expected an integer or an integer tensor of one element")
-    return seq_len
 
 
-def _check_lengths(
-    q_THD: torch.Tensor, k_cache_GND: torch.Tensor, seq_len: int, cos: torch.Tensor, config: ReAttentionConfig
-) -> None:
-    num_queries, capacity = q_THD.shape[0], k_cache_GND.shape[1]
+def _check_lengths(num_queries: int, seq_len: int, capacity: int, config: ReAttentionConfig) -> None:
     if not num_queries <= seq_len <= capacity:
         raise InputError(
             f"seq_len is {seq_len}, expected at least the {num_queries} queries of this step and at most the cache's "
@@ -135,10 +143,13 @@ def _check_lengths(
             f"q_THD has {num_queries} queries, expected at most local_size ({config.local_size}) once seq_len "
             f"({seq_len}) exceeds global_size + local_size: early queries would see later tokens"
         )
-    if cos.shape[0] < min(seq_len, config.max_scope):
+
+
+def _check_tables(cos: torch.Tensor, longest: int, config: ReAttentionConfig) -> None:
+    positions = min(longest, config.max_scope)
+    if cos.shape[0] < positions:
         raise InputError(
-            f"cos and sin have {cos.shape[0]} positions, expected at least {min(seq_len, config.max_scope)}: "
-            "the scope can get that long"
+            f"cos and sin have {cos.shape[0]} positions, expected at least {positions}: the scope can get that long"
         )
 
 

@@ -1,0 +1,142 @@
+# mypy: disable-error-code="no-untyped-def"
+"""The fused kernel in Triton's interpreter. Not collected by name: test_interpreter.py runs it in a process of its own.
+
+bfloat16 is left to the GPU: the interpreter's dot multiplies its bit patterns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from kernel_cases import Case, as_list, error, make_case, plain_attention, random_case, rope_table
+
+from minirea.errors import InputError
+from minirea.kernels import ReAttentionConfig, reattention, reference
+from minirea.kernels.reattention import locate, pack, position_of, rotate, select, take_best, vote
+
+NOWHERE = (1 << 31) - 1
+
+
+def check(case: Case) -> None:
+    for dtype in (torch.float32, torch.float16):
+        cast = replace(case, q=case.q.to(dtype), k_cache=case.k_cache.to(dtype), v_cache=case.v_cache.to(dtype))
+        out_THD, selection = reattention(*cast.arguments(), impl="triton", return_selection=True)
+        exact_THD, scopes = cast.oracle()
+        assert [s.tolist() for s in as_list(selection)] == [s.tolist() for s in scopes]
+        limit = 2 * error(plain_attention(cast, scopes), exact_THD) + torch.finfo(dtype).eps
+        assert error(out_THD, exact_THD) <= limit
+
+
+@pytest.mark.parametrize("seed", range(28))
+def test_equals_oracle_on_random_shapes(seed: int) -> None:
+    check(random_case(seed, head_dims=(8, 16, 20, 32)))
+
+
+@pytest.mark.parametrize("span_scope", ["layer", "kv_head"])
+@pytest.mark.parametrize("past_edge", [-7, -1, 0, 1, 2, 130])
+def test_lengths_around_the_first_middle_key(span_scope: str, past_edge: int) -> None:
+    config = ReAttentionConfig(3, 5, 4, 4, 2, span_scope=span_scope)
+    for T in (1, 3):
+        check(make_case(config, max(T, 8 + past_edge), T=T, seed=past_edge + T))
+
+
+@pytest.mark.parametrize("head_dim", [80, 96, 256])
+def test_head_dims_that_are_masked_or_large(head_dim: int) -> None:
+    for T in (1, 2):
+        check(make_case(ReAttentionConfig(2, 8, 2, 4, 3), 150, T=T, D=head_dim, H=2, G=1))
+
+
+def test_all_scores_equal_selects_the_lowest() -> None:
+    for T in (1, 2):
+        case = make_case(ReAttentionConfig(1, 2, 3, 2, 9), 300, T=T)
+        case.k_cache[:, :300] = 0.0
+        case.k_cache[:, 100:200] = -0.0
+        check(case)
+
+
+def test_seq_len_from_memory_strides_and_repeats() -> None:
+    """A tensor seq_len, a cache stored [N, G, D] with gaps, poisoned outputs; a second launch finds clean counters."""
+    for T in (1, 3):
+        case = make_case(ReAttentionConfig(2, 8, 2, 4, 3), 90, T=T)
+        expected = reattention(*case.arguments(), impl="triton")
+        k = torch.full((100, 2, 40), torch.nan)
+        k[5:98, :, 8:24] = case.k_cache.transpose(0, 1)
+        strided = replace(case, k_cache=k[5:98, :, 8:24].transpose(0, 1), seq_len=torch.tensor([90]))
+        strided.q = torch.cat([case.q, torch.zeros(T, 2, 16)], 1)[:, :4]
+        for _ in range(2):
+            assert torch.equal(reattention(*strided.arguments(), impl="triton"), expected)
+
+
+def test_limits_are_named() -> None:
+    with pytest.raises(InputError, match="head_dim is 258, expected at most 256"):
+        reattention(*make_case(ReAttentionConfig(2, 8), 5, D=258).arguments(), impl="triton")
+
+
+# One phase at a time, each beside its torch twin.
+
+
+@triton.jit
+def rank_kernel(score_ptr, winner_ptr, N: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr):
+    offs_n = tl.arange(0, N)[None, :]
+    best = take_best(pack(tl.load(score_ptr + offs_n), offs_n), K, K_PAD)
+    tl.store(winner_ptr + tl.arange(0, K_PAD)[None, :], position_of(best))
+
+
+def test_packed_ranking_equals_the_twin() -> None:
+    score = torch.randint(-3, 4, (64,)).float() * torch.tensor([1.0, 0.0, -0.0, 1e-40] * 16)
+    winner = torch.empty(8, dtype=torch.int32)
+    rank_kernel[(1,)](score, winner, 64, 5, 8)
+    packed = reference._pack(score, torch.arange(64))
+    assert winner[:5].tolist() == reference._unpack_index(packed.topk(5).values).tolist()
+
+
+@triton.jit
+def layout_kernel(winner_ptr, row_ptr, source_ptr, max_spans, mid_lo, mid_hi, span_size, W: tl.constexpr,
+                  S: tl.constexpr):  # fmt: skip
+    offs_w = tl.arange(0, W)
+    kept = vote(tl.load(winner_ptr + offs_w), max_spans, W)
+    start, offset, selected = select(kept, mid_lo, mid_hi, span_size, W)
+    tl.store(row_ptr, selected)
+    tl.store(source_ptr + tl.arange(0, S), locate(tl.arange(0, S), start, offset))
+
+
+@pytest.mark.parametrize("span_size", [2, 8, 32])
+@pytest.mark.parametrize("max_spans", [1, 5, 16])
+def test_vote_select_and_locate_equal_their_twins(span_size: int, max_spans: int) -> None:
+    generator = torch.Generator().manual_seed(span_size + max_spans)
+    for spread in (4, 20, 90):
+        winner = torch.randint(10, 10 + spread, (16,), generator=generator)
+        start_BP, offset_BP, length_B = reference.select(
+            reference.vote(winner[None], max_spans), 10, 100, 100, span_size
+        )
+        length = int(length_B)
+        expected = reference.locate(torch.arange(length), start_BP, offset_BP)[0]
+        # A place without a winner, as absent keys leave them, changes nothing.
+        padded = torch.full((32,), NOWHERE, dtype=torch.int32)
+        padded[3:19] = winner.int()
+        rows, source = torch.empty(1, dtype=torch.int32), torch.empty(128, dtype=torch.int32)
+        layout_kernel[(1,)](padded, rows, source, max_spans, 10, 100, span_size, 32, 128)
+        assert int(rows) == length - 10
+        assert source[:length].tolist() == expected.tolist()
+
+
+@triton.jit
+def rotate_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, N: tl.constexpr, HALF: tl.constexpr):
+    offs = tl.arange(0, N)[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
+    table = tl.arange(0, N)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    a, b = rotate(
+        tl.load(x_ptr + offs), tl.load(x_ptr + offs + HALF), tl.load(cos_ptr + table), tl.load(sin_ptr + table)
+    )
+    tl.store(out_ptr + offs, a)
+    tl.store(out_ptr + offs + HALF, b)
+
+
+def test_rotate_equals_its_twin() -> None:
+    x, out = torch.randn(8, 16), torch.full((8, 16), torch.nan)
+    cos, sin = rope_table(8, 16)
+    rotate_kernel[(1,)](x, cos, sin, out, 8, 8)
+    torch.testing.assert_close(out, reference.rotate(x.clone(), cos, sin))

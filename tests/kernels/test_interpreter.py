@@ -1,0 +1,33 @@
+"""Runs the fused kernel's tests in Triton's interpreter, in a process where kernels are not yet imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.interpret
+def test_fused_kernel_in_the_interpreter() -> None:
+    tests = Path(__file__).with_name("interpreted.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+
+
+@pytest.mark.interpret
+def test_triton_on_a_cpu_without_the_interpreter_is_refused() -> None:
+    code = (
+        "import torch; from minirea.kernels import *\n"
+        "x = torch.zeros(1, 2, 4); k = torch.zeros(1, 9, 4); t = torch.zeros(9, 2)\n"
+        "reattention(x, k, k, 9, t, t, ReAttentionConfig(1, 2), impl='triton')"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert "InputError: the tensors are on cpu, expected a CUDA device" in run.stderr
