@@ -199,7 +199,7 @@ def generate(
     cache.reserve(cache.seq_len + len(ids) + config.max_tokens)
     prefill(model, cache, ids[:-1], chunk_size, 1, progress)
     sampler = Sampler(config, context + ids, model.config.vocab_size, model.device)
-    text = tokenizer.stream() if tokenizer else None
+    text = tokenizer.stream(continues=True) if tokenizer else None
     stops = StopStrings(config.stop)
 
     for token_id in decode(model, cache, ids[-1], sampler):

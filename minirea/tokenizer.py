@@ -109,9 +109,12 @@ class Tokenizer:
         text = [stream.put(self._checked(token_id)) for token_id in ids]
         return "".join(text) + stream.flush()
 
-    def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
-        """A decoder that takes one token at a time."""
-        return StreamDecoder(self, self._backend, skip_special_tokens)
+    def stream(self, skip_special_tokens: bool = True, continues: bool = False) -> StreamDecoder:
+        """A decoder that takes one token at a time.
+
+        With `continues` the tokens go on from a text: a leading space is theirs, not SentencePiece's dummy prefix.
+        """
+        return StreamDecoder(self, self._backend, skip_special_tokens, at_start=not continues)
 
     @property
     def has_chat_template(self) -> bool:
@@ -162,12 +165,12 @@ class StreamDecoder:
     byte tokens is ever held back, so a token costs the same anywhere in a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, backend: _Backend, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, backend: _Backend, skip_special_tokens: bool, at_start: bool) -> None:
         self._tokenizer = tokenizer
         self._backend = backend
         self._skipped = backend.special_ids if skip_special_tokens else frozenset()
         self._bytes = backend.byte_decoder()
-        self._at_start = True
+        self._at_start = at_start
 
     def put(self, token_id: int) -> str:
         """The text that is certain now that `token_id` has come, maybe "".

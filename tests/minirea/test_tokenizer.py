@@ -387,6 +387,20 @@ class TestSentencePiece:
         ids = data.draw(st.lists(st.one_of(st.sampled_from(ordinary), st.sampled_from(tokens_of_bytes)), max_size=12))
         assert ours.decode(ids) == streamed(ours, ids) == model.decode(ids)
 
+    @settings(max_examples=60, deadline=None)
+    @given(text=known_text, cut=st.integers(0, 40))
+    def test_a_continuation_keeps_its_leading_space(
+        self, sentencepiece_pair: tuple[Tokenizer, Any], text: str, cut: int
+    ) -> None:
+        """What a model says after a prompt is what the whole has more than the prompt."""
+        ours, _ = sentencepiece_pair
+        ids = ours.encode(text, add_special_tokens=False)
+        prompt, more = ids[:cut], ids[cut:]
+        if not ours.decode(prompt) or "\ufffd" in ours.decode(prompt):  # cut inside a character
+            return
+        stream = ours.stream(continues=True)
+        assert ours.decode(prompt) + "".join([*map(stream.put, more), stream.flush()]) == ours.decode(ids)
+
     @pytest.mark.parametrize("spaces", [1, 2, 3])
     def test_spaces_at_the_start_of_ids(self, sentencepiece_pair: tuple[Tokenizer, Any], spaces: int) -> None:
         ours, model = sentencepiece_pair
