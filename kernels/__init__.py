@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
+from types import ModuleType
 from typing import Any, Final
 
 import torch
@@ -16,6 +18,17 @@ from minirea.config import ReAttentionConfig
 from minirea.errors import InputError
 
 __all__ = ["ReAttentionConfig", "reattention"]
+
+
+class _Package(ModuleType):
+    """Keeps `reattention` the function: importing the submodule of the same name would put the module in its place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name == "reattention" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 IMPLS: Final = ("auto", "triton", "torch")
 CACHE_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)

@@ -419,14 +419,18 @@ def attend(
     GATHER, else at the rows themselves. Section 3, steps 7 and 8.
 
     Only the distance between query and key matters to RoPE. RELATIVE uses that: keys get positions 0, 1, ... within
-    their tile, so that all tiles share one small table that stays in the first-level cache, and the query, at row
-    q_row, gets its distance to the tile's first row. Else positions are rows + shift: in float32 the tables' own
+    their tile, so that all tiles share one small table that stays in registers, and the query, at row q_row, gets its
+    distance to the tile's first row. Else positions are rows + shift: in float32 the tables' own
     rounding would show.
     """
     dtype = k_ptr.dtype.element_ty
     offs_h = tl.arange(0, HALF_PAD)
     offs_d = tl.arange(0, BLOCK_D)
     mask_h = offs_h < D // 2
+    if RELATIVE:
+        offs_tile = tl.arange(0, BLOCK_A)
+        cos = load_rows(cos_ptr, offs_tile, D // 2, offs_tile < row_hi - row_lo, offs_h, 1, D // 2)
+        sin = load_rows(sin_ptr, offs_tile, D // 2, offs_tile < row_hi - row_lo, offs_h, 1, D // 2)
     for first in tl.range(row_lo, row_hi, BLOCK_A, num_stages=STAGES):
         offs_r = first + tl.arange(0, BLOCK_A)
         mask_r = offs_r < row_hi
@@ -437,13 +441,11 @@ def attend(
         k_b = load_rows(k_ptr + D // 2 * stride_kd, source, stride_kn, mask_r, offs_h, stride_kd, D // 2)
         v = load_rows(v_ptr, source, stride_vn, mask_r, offs_d, stride_vd, D)
         if RELATIVE:
-            position = tl.arange(0, BLOCK_A)
             q_position = q_row - first
         else:
-            position = offs_r + shift
             q_position = q_row + shift
-        cos = load_rows(cos_ptr, position, D // 2, mask_r, offs_h, 1, D // 2)
-        sin = load_rows(sin_ptr, position, D // 2, mask_r, offs_h, 1, D // 2)
+            cos = load_rows(cos_ptr, offs_r + shift, D // 2, mask_r, offs_h, 1, D // 2)
+            sin = load_rows(sin_ptr, offs_r + shift, D // 2, mask_r, offs_h, 1, D // 2)
         k_a, k_b = rotate(k_a, k_b, cos, sin)
         q_cos = tl.load(cos_ptr + q_position * (D // 2) + offs_h, mask=mask_h, other=0.0)[None, :]
         q_sin = tl.load(sin_ptr + q_position * (D // 2) + offs_h, mask=mask_h, other=0.0)[None, :]

@@ -71,6 +71,12 @@ def test_seq_len_from_memory_strides_and_repeats() -> None:
             assert torch.equal(reattention(*strided.arguments(), impl="triton"), expected)
 
 
+def test_the_package_offers_the_function_not_its_submodule() -> None:
+    import minirea.kernels
+
+    assert minirea.kernels.reattention is reattention and callable(reattention)
+
+
 def test_limits_are_named() -> None:
     with pytest.raises(InputError, match="head_dim is 258, expected at most 256"):
         reattention(*make_case(ReAttentionConfig(2, 8), 5, D=258).arguments(), impl="triton")
