@@ -249,15 +249,13 @@ def select(kept, mid_lo, mid_hi, span_size, W_PAD: tl.constexpr):
     fills, NOWHERE where a span adds none) and the number of rows selected.
     """
     offs_w = tl.arange(0, W_PAD)
+    # Of equal positions all but the first come after one whose cover is theirs too, and so add nothing.
     before = kept[None, :] < kept[:, None]
-    earlier = (kept[None, :] == kept[:, None]) & (offs_w[None, :] < offs_w[:, None])
-    adds = (tl.sum(earlier.to(tl.int32), axis=1) == 0) & (kept != NOWHERE)
-    # NOWHERE is before nobody, so its cover cannot reach into another's.
-    stop = tl.where(kept == NOWHERE, mid_lo, tl.minimum(kept, mid_hi) + span_size // 2)
-    stop = tl.minimum(stop, mid_hi)
+    before |= (kept[None, :] == kept[:, None]) & (offs_w[None, :] < offs_w[:, None])
+    stop = tl.minimum(tl.where(kept == NOWHERE, mid_lo, kept + span_size // 2), mid_hi)
     previous_stop = tl.max(tl.where(before, stop[None, :], mid_lo), axis=1)
-    start = tl.maximum(tl.where(adds, kept, mid_hi) - span_size // 2, previous_stop)
-    rows = tl.where(adds, tl.maximum(stop - start, 0), 0)
+    start = tl.maximum(kept - span_size // 2, previous_stop)
+    rows = tl.where(kept == NOWHERE, 0, tl.maximum(stop - start, 0))
     offset = mid_lo + tl.sum(tl.where(before, rows[None, :], 0), axis=1)
     return start, tl.where(rows > 0, offset, NOWHERE), tl.sum(rows, axis=0)
 
