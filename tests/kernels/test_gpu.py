@@ -1,0 +1,134 @@
+"""The fused kernel on a GPU: exact selections, errors, repeats, graphs. The judge is the torch path on the same GPU."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import Case, as_list, error, make_case, plain_attention
+
+from minirea.kernels import ReAttentionConfig, reattention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+HALF = torch.bfloat16
+# Heads, key/value heads, head_dim, dtype, span_top_k, scope: each is compiled twice, for decode and for chunks.
+SHAPES = [
+    (32, 8, 128, HALF, 4, "layer"),
+    (32, 8, 128, HALF, 4, "kv_head"),
+    (4, 2, 64, torch.float32, 4, "layer"),
+    (8, 1, 80, torch.float16, 3, "layer"),
+    (6, 6, 16, HALF, 5, "kv_head"),
+    (16, 2, 256, HALF, 4, "layer"),
+]
+
+
+def on_gpu(case: Case, dtype: torch.dtype = HALF) -> Case:
+    tensors = {name: getattr(case, name).to("cuda", dtype) for name in ("q", "k_cache", "v_cache")}
+    return replace(case, **tensors, cos=case.cos.cuda(), sin=case.sin.cuda())
+
+
+def check(case: Case) -> None:
+    dtype = case.q.dtype
+    out_THD, selection = reattention(*case.arguments(), impl="triton", return_selection=True)
+    _, expected = reattention(*case.arguments(), impl="torch", return_selection=True)
+    scopes = as_list(expected)
+    for found, scope in zip(as_list(selection), scopes, strict=True):
+        assert torch.equal(found, scope)
+    wide = {name: getattr(case, name).double() for name in ("q", "k_cache", "v_cache", "cos", "sin")}
+    exact_THD = plain_attention(replace(case, **wide), scopes)
+    assert error(out_THD, exact_THD) <= 2 * error(plain_attention(case, scopes), exact_THD) + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(("H", "G", "D", "dtype", "span_top_k", "span_scope"), SHAPES)
+@pytest.mark.parametrize("decode", [True, False])
+def test_exact_on_random_lengths(
+    H: int, G: int, D: int, dtype: torch.dtype, span_top_k: int, span_scope: str, decode: bool
+) -> None:
+    r = random.Random(H * D + decode)
+    for seed in range(30):
+        config = ReAttentionConfig(
+            r.choice([0, 4, 32]),
+            r.choice([8, 64, 300]),
+            span_top_k,
+            r.choice([2, 8, 32]),
+            300,
+            span_scope=span_scope,
+        )
+        T = 1 if decode else min(r.choice([2, 7, 8, 31, 64]), config.local_size)
+        edge = config.global_size + config.local_size
+        lengths = [r.randint(T, edge), edge, edge + r.randint(1, 3), edge + r.randint(0, 3000), edge + 9000]
+        case = make_case(config, max(T, r.choice(lengths)), T=T, H=H, G=G, D=D, largest=r.choice([1, 3]), seed=seed)
+        check(on_gpu(case, dtype))
+
+
+@pytest.mark.parametrize("max_spans", [3, 100])
+@pytest.mark.parametrize("T", [1, 64])
+def test_exact_when_votes_are_cut(max_spans: int, T: int) -> None:
+    for seed in range(5):
+        config = ReAttentionConfig(4, 64, 4, 8, max_spans)
+        check(on_gpu(make_case(config, 3000 + seed, T=T, H=32, G=8, D=128, largest=1, seed=seed)))
+
+
+@pytest.mark.parametrize("T", [1, 64])
+def test_repeats_are_bitwise_equal(T: int) -> None:
+    case = on_gpu(make_case(ReAttentionConfig(32, 256, 4, 32, 128), 20000, T=T, H=32, G=8, D=128))
+    first = reattention(*case.arguments(), impl="triton")
+    for _ in range(200):
+        assert torch.equal(reattention(*case.arguments(), impl="triton"), first)
+
+
+def test_a_captured_graph_follows_seq_len() -> None:
+    config = ReAttentionConfig(32, 256, 4, 32, 128)
+    case = on_gpu(make_case(config, 5000, H=32, G=8, D=128, capacity=5000))
+    seq_len = torch.tensor([3000], device="cuda", dtype=torch.int32)
+    captured = replace(case, seq_len=seq_len)  # type: ignore[arg-type]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        reattention(*captured.arguments(), impl="triton")
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out_THD = reattention(*captured.arguments(), impl="triton")
+    torch.cuda.synchronize()
+    for n in [100, 287, 288, 289, *range(3000, 5000)]:
+        seq_len.fill_(n)
+        graph.replay()
+        fresh = reattention(*replace(case, seq_len=n).arguments(), impl="triton")
+        assert torch.equal(out_THD, fresh)
+
+
+def test_two_streams_at_once() -> None:
+    case = on_gpu(make_case(ReAttentionConfig(32, 256, 4, 32, 128), 20000, H=32, G=8, D=128))
+    expected = reattention(*case.arguments(), impl="triton")
+    outputs = []
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                outputs.append(reattention(*case.arguments(), impl="triton"))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in outputs)
+
+
+@pytest.mark.slow
+def test_a_cache_of_more_than_2_31_elements() -> None:
+    if torch.cuda.mem_get_info()[0] < 20 << 30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    config, n = ReAttentionConfig(4, 64, 2, 8, 64), (1 << 31) // 256 + 1000
+    case = make_case(config, 100, H=2, G=1, D=256, capacity=100)
+    cache = torch.zeros(1, n, 256, device="cuda", dtype=HALF)
+    value = torch.randn(1, n, 256, device="cuda", dtype=HALF)
+    needle = n - 700  # beyond 2^31 elements
+    cache[0, needle] = 1.0
+    cos, sin = torch.ones(config.max_scope, 128, device="cuda"), torch.zeros(config.max_scope, 128, device="cuda")
+    case = Case(torch.ones_like(case.q, device="cuda", dtype=HALF), cache, value, n, cos, sin, config)
+    out_THD, selection = reattention(*case.arguments(), impl="triton", return_selection=True)
+    assert needle in selection.tolist()
+    expected = plain_attention(replace(case, k_cache=cache, v_cache=value), [selection])
+    assert error(out_THD, expected.double()) < 0.02
