@@ -29,6 +29,7 @@ _PAD are the next powers of two, with the surplus masked.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any, Final, NamedTuple
 
@@ -936,7 +937,9 @@ def reattention_triton(
     step = _decode if T == 1 and (in_registers or not config.max_selected) else _chunk
     cos, sin = cos.contiguous(), sin.contiguous()
     out_THD = torch.empty(T, H, D, dtype=q_THD.dtype, device=q_THD.device)
-    workspace = step(q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, cos, sin, config, return_selection, tiles)
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(q_THD.device) if q_THD.is_cuda else contextlib.nullcontext():
+        workspace = step(q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, cos, sin, config, return_selection, tiles)
     if not return_selection:
         return out_THD, None
     scopes = [s[:n] for s, n in zip(workspace.selection.clone(), workspace.length.tolist(), strict=True)]

@@ -204,7 +204,7 @@ def select(
     stop_BP = F.pad((kept_BP + half).clamp_(max=mid_hi), (1, 1), value=seq_len)
     start_BP[:, -1] = mid_hi
     stop_BP[:, 0] = mid_lo
-    start_BP[:, 1:] = torch.maximum(start_BP[:, 1:], stop_BP[:, :-1])
+    torch.maximum(start_BP[:, 1:], stop_BP[:, :-1], out=start_BP[:, 1:])
     rows_BP = stop_BP - start_BP
     end_BP = rows_BP.cumsum(1)
     return start_BP, end_BP - rows_BP, end_BP[:, -1]
