@@ -17,7 +17,7 @@ import torch
 from minirea.config import ReAttentionConfig
 from minirea.errors import InputError
 
-__all__ = ["ReAttentionConfig", "reattention"]
+__all__ = ["ReAttentionConfig", "reattention", "resolve_impl"]
 
 
 class _Package(ModuleType):
@@ -72,7 +72,7 @@ def reattention(
     """
     _check_tensors(q_THD, k_cache_GND, v_cache_GND, cos, sin)
     _check_seq_len(seq_len)
-    impl = _resolve(impl, q_THD.device)
+    impl = resolve_impl(impl, q_THD.device)
     if impl == "torch" or not isinstance(seq_len, torch.Tensor) or seq_len.device != q_THD.device:
         seq_len = int(seq_len)
         _check_lengths(q_THD.shape[0], seq_len, k_cache_GND.shape[1], config)
@@ -85,8 +85,8 @@ def reattention(
     return (out_THD, selection) if return_selection else out_THD
 
 
-def _resolve(impl: str, device: torch.device) -> str:
-    """ "torch" or "triton"."""
+def resolve_impl(impl: str, device: torch.device) -> str:
+    """The implementation, "torch" or "triton", that `impl` means on `device`. Raises InputError."""
     if impl not in IMPLS:
         raise InputError(f"impl is {impl!r}, expected one of {', '.join(IMPLS)}")
     if impl == "auto":

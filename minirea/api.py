@@ -139,7 +139,8 @@ class LLM:
         return ids  # type: ignore[return-value]
 
     def _cache(self, capacity: int) -> KVCache:
-        return KVCache(self.model.config, capacity, self.model.device, self.model.dtype)
+        model = self.model
+        return KVCache(model.config, capacity, model.attention.dense_limit, model.device, model.dtype)
 
 
 class Session:

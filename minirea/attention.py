@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from minirea.cache import KVCache
+from minirea.cache import ALL_TOKENS, KVCache
 from minirea.config import ModelConfig, ReAttentionConfig
-from minirea.kernels import reattention
+from minirea.kernels import reattention, resolve_impl
 from minirea.rope import apply_rope, inverse_frequencies, rope_table
 
 MODES: Final = ("reattention", "streaming", "full")
@@ -20,8 +20,10 @@ MODES: Final = ("reattention", "streaming", "full")
 class Attention:
     """Attention of one model: what a layer calls with its q, k and v.
 
-    `reattention` and `streaming` cache keys without RoPE, since their positions change from step to step. `full`
-    gives every key its true position once and for all, so it caches keys already rotated.
+    As long as everything is in scope, each mode is ordinary attention at true positions, so keys that get RoPE once
+    when they are written serve every later step. Beyond `dense_limit` tokens positions change from step to step, and
+    minirea.kernels.reattention places keys kept without RoPE. `full` never leaves the first case. The fused kernel
+    rotates as fast as it reads and needs no second copy of the keys, so with it the first case never comes.
 
     Args:
         mode: one of MODES; "streaming" is reattention that selects nothing.
@@ -35,55 +37,65 @@ class Attention:
         self.model = model
         self.mode = mode
         self.config = config
-        self.impl = impl
+        self.impl = resolve_impl(impl, device)
         self.device = device
         self.horizon = 0  # tokens in context once the prompt is read
-        self.selected = 0  # keys selected from the middle in the last decode step, in the first layer
+        self.last_query: Tensor | None = None  # of the first layer, for `scope`
+        self.sliding_window = model.sliding_window if mode == "full" else None
+        in_scope = 0 if self.impl == "triton" else config.global_size + config.local_size
+        self.dense_limit = ALL_TOKENS if mode == "full" else in_scope
         # A dynamic RoPE stretches only beyond the trained range, which a bounded scope never leaves.
         self.cos, self.sin = self._table(0, 0 if mode == "full" else config.max_scope, config.max_scope)
 
     def begin(self, seq_len: int, num_tokens: int) -> None:
-        """Announce a step of `num_tokens` queries that ends at `seq_len`; `full` makes its rows of the table.
+        """Prepare a step of `num_tokens` queries that ends at `seq_len`: cos and sin of their true positions.
 
         A dynamic RoPE depends on the length of the context. The whole prompt's counts, in whatever steps it is read.
         """
+        start, stop = seq_len - num_tokens, min(seq_len, self.dense_limit)
         if self.mode == "full":
-            self.cos, self.sin = self._table(seq_len - num_tokens, seq_len, max(seq_len, self.horizon))
+            cos, sin = self._table(start, stop, max(seq_len, self.horizon))
+        else:
+            cos, sin = self.cos[start:stop], self.sin[start:stop]
+        self.true_cos, self.true_sin = cos[:, None], sin[:, None]  # [T, 1, D/2], fewer rows beyond dense_limit
 
     def __call__(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, cache: KVCache) -> Tensor:
         """Write k and v to the cache and attend. All without RoPE; returns [T, H, D]."""
-        seq_len = cache.seq_len + q_THD.shape[0]
-        if self.mode == "full":
-            cos, sin = self.cos[:, None], self.sin[:, None]  # [T, 1, D/2]
-            cache.write(layer, apply_rope(k_TGD, cos, sin), v_TGD)
-            keys = slice(self._first_visible(seq_len, q_THD.shape[0]), seq_len)
-            q_THD = apply_rope(q_THD, cos, sin)
-            return full_attention(q_THD, cache.k[layer][:, keys], cache.v[layer][:, keys], self.model.sliding_window)
-        cache.write(layer, k_TGD, v_TGD)
-        arguments = (q_THD, cache.k[layer], cache.v[layer], seq_len, self.cos, self.sin, self.config, self.impl)
-        if layer > 0 or q_THD.shape[0] > 1:
-            return reattention(*arguments)
-        out_THD, selection = reattention(*arguments, return_selection=True)
-        self._count_selected(seq_len, selection)
-        return out_THD
+        T, seq_len = len(q_THD), cache.seq_len + len(q_THD)
+        cos, sin = self.true_cos, self.true_sin
+        cache.write(layer, k_TGD, apply_rope(k_TGD[: len(cos)], cos, sin) if len(cos) else None, v_TGD)
+        if seq_len <= self.dense_limit:
+            keys = slice(self._first_visible(seq_len, T), seq_len)
+            k_GND, v_GND = cache.k_rotated[layer][:, keys], cache.v[layer][:, keys]
+            return full_attention(apply_rope(q_THD, cos, sin), k_GND, v_GND, self.sliding_window)
+        if layer == 0:
+            self.last_query = q_THD
+        return reattention(q_THD, cache.k[layer], cache.v[layer], seq_len, self.cos, self.sin, self.config, self.impl)
 
-    def scope(self, seq_len: int) -> dict[str, int]:
-        """What the last decode step could see: tokens in the global, selected and local part, of how many."""
+    def scope(self, cache: KVCache) -> dict[str, int]:
+        """What the last step could see: tokens in the global, selected and local part, of how many.
+
+        It is asked once, after the last step, whose selection in the first layer is made again: no step waits for it.
+        """
+        seq_len = cache.seq_len
         if self.mode == "full":
-            seen = seq_len - self._first_visible(seq_len, 1)
-            return {"global": 0, "selected": 0, "local": seen, "seq_len": seq_len}
+            return {"global": 0, "selected": 0, "local": seq_len - self._first_visible(seq_len, 1), "seq_len": seq_len}
         local = min(seq_len, self.config.local_size)
         first = min(seq_len - local, self.config.global_size)
-        return {"global": first, "selected": self.selected, "local": local, "seq_len": seq_len}
+        return {"global": first, "selected": self._selected(cache), "local": local, "seq_len": seq_len}
 
-    def _count_selected(self, seq_len: int, selection: Tensor | list[Tensor]) -> None:
-        lengths = [len(s) for s in selection] if isinstance(selection, list) else [len(selection)]
-        self.selected = max(0, max(lengths) - min(seq_len, self.config.global_size + self.config.local_size))
+    def _selected(self, cache: KVCache) -> int:
+        outside = self.config.global_size + self.config.local_size
+        if self.last_query is None or cache.seq_len <= outside:
+            return 0
+        k_GND, v_GND = cache.k[0], cache.v[0]
+        arguments = (self.last_query, k_GND, v_GND, cache.seq_len, self.cos, self.sin, self.config, self.impl)
+        _, selection = reattention(*arguments, return_selection=True)
+        return max(map(len, selection if isinstance(selection, list) else [selection])) - outside
 
     def _first_visible(self, seq_len: int, num_tokens: int) -> int:
         """The first key that any of the last `num_tokens` queries can see."""
-        window = self.model.sliding_window or seq_len
-        return max(0, seq_len - num_tokens + 1 - window)
+        return max(0, seq_len - num_tokens + 1 - (self.sliding_window or seq_len))
 
     def _table(self, start: int, stop: int, seq_len: int) -> tuple[Tensor, Tensor]:
         frequencies, factor = inverse_frequencies(

@@ -55,6 +55,13 @@ class Stats:
     cache_bytes: int = 0
     peak_bytes: int = 0
 
+    def count(self, seconds: float) -> None:
+        """Book one more token, `seconds` after the start."""
+        if self.generated_tokens == 0:
+            self.time_to_first_token = seconds
+        self.generated_tokens += 1
+        self.decode_seconds = seconds - self.time_to_first_token
+
     @property
     def prompt_tokens_per_second(self) -> float:
         return self.prompt_tokens / self.time_to_first_token if self.time_to_first_token else 0.0
@@ -202,26 +209,18 @@ def generate(
     text = tokenizer.stream(continues=True) if tokenizer else None
     stops = StopStrings(config.stop)
 
-    for token_id in decode(model, cache, ids[-1], sampler):
-        _count(stats, started, model, cache)
-        ended = token_id in eos_ids and not config.ignore_eos
-        new_text = stops.put(text.put(token_id)) if text and not ended else ""
-        full = stats.generated_tokens == config.max_tokens
-        if text and (ended or full) and not stops.found:
-            new_text += stops.put(text.flush()) + stops.flush()
-        finish_reason = "stop" if ended or stops.found else "length" if full else None
-        yield Piece(new_text, [token_id], stats, finish_reason)
-        if finish_reason:
-            return
-
-
-def _count(stats: Stats, started: float, model: Model, cache: KVCache) -> None:
-    """Book one more token."""
-    seconds = time.perf_counter() - started
-    if stats.generated_tokens == 0:
-        stats.time_to_first_token = seconds
-    stats.generated_tokens += 1
-    stats.decode_seconds = seconds - stats.time_to_first_token
-    stats.scope = model.attention.scope(cache.seq_len)
-    stats.cache_bytes = cache.nbytes
-    stats.peak_bytes = peak_bytes(model.device)
+    try:
+        for token_id in decode(model, cache, ids[-1], sampler):
+            stats.count(time.perf_counter() - started)
+            ended = token_id in eos_ids and not config.ignore_eos
+            new_text = stops.put(text.put(token_id)) if text and not ended else ""
+            full = stats.generated_tokens == config.max_tokens
+            if text and (ended or full) and not stops.found:
+                new_text += stops.put(text.flush()) + stops.flush()
+            if ended or full or stops.found:
+                break
+            yield Piece(new_text, [token_id], stats)
+    finally:  # also when interrupted: what has been done is reported
+        stats.scope = model.attention.scope(cache)
+        stats.cache_bytes, stats.peak_bytes = cache.nbytes, peak_bytes(model.device)
+    yield Piece(new_text, [token_id], stats, "length" if full and not (ended or stops.found) else "stop")

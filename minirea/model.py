@@ -41,6 +41,8 @@ class Model:
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor], attention: Attention) -> None:
         self.config = config
         self.attention = attention
+        if weights["embed.weight"].device.type == "cpu":
+            weights = _columns_first(weights)
         self.embed = weights["embed.weight"]  # [V, E]
         self.norm = weights["norm.weight"]  # [E]
         self.head = weights["head.weight"]  # [V, E]
@@ -98,3 +100,17 @@ def _layer(weights: dict[str, Tensor], index: int) -> Layer:
         )
 
     return Layer(**{name: get(name) for name in Layer._fields})  # type: ignore[arg-type]
+
+
+def _columns_first(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same matrices, each stored column by column: a CPU's matrix-vector product reads them twice as fast so.
+
+    One by one, and emptying `weights`, so that no second copy of the model comes to be.
+    """
+    stored: dict[int, Tensor] = {}
+    for name in list(weights):
+        matrix = weights.pop(name)
+        if id(matrix) not in stored:  # a tied head stays one tensor with the embedding
+            stored[id(matrix)] = matrix.t().contiguous().t() if matrix.dim() == 2 else matrix
+        weights[name] = stored[id(matrix)]
+    return weights

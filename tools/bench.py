@@ -157,7 +157,7 @@ class Minirea:
 
         session = self.llm.session(context + self.num_tokens)
         with torch.inference_mode():
-            for tensor in session.cache.k + session.cache.v:
+            for tensor in session.cache.tensors:
                 tensor.normal_()
         session.cache.seq_len = context
         model = self.llm.model

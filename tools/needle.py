@@ -160,7 +160,7 @@ def measure(args: argparse.Namespace) -> list[Answer]:
     total = len(args.attention) * len(args.lengths) * args.haystacks * args.needles
     with tqdm(total=total, unit="needle", dynamic_ncols=True, disable=args.quiet) as bar:
         for attention in args.attention:
-            llm = minirea.load(args.model, device=args.device, attention=attention)
+            llm = minirea.load(args.model, device=args.device, impl=args.impl, attention=attention)
             field = field or Field(text, llm.tokenizer)
             for length in args.lengths:
                 for number in range(args.haystacks):
@@ -229,6 +229,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--needles", type=int, default=10, help="per haystack (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--impl", default="auto", help="auto, triton or torch")
     parser.add_argument("--json", type=Path, help="file to write every answer to")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)

@@ -94,7 +94,7 @@ def test_garbage_beyond_the_cached_tokens_changes_nothing(llm: minirea.LLM) -> N
     out = []
     for garbage in (0.0, float("nan")):
         session = llm.session(capacity=200)
-        for tensor in session.cache.k + session.cache.v:
+        for tensor in session.cache.tensors:
             tensor.fill_(garbage)
         out.append(session.generate(ids, max_tokens=20, ignore_eos=True).token_ids)
     assert out[0] == out[1]
@@ -139,7 +139,7 @@ def test_stats_count_what_was_done(llm: minirea.LLM) -> None:
     scope = stats.scope  # the last decode step feeds the fourth token
     assert (scope["global"], scope["local"], scope["seq_len"]) == (4, 24, 104)
     assert 0 < scope["selected"] <= SCOPE["max_spans"] * SCOPE["span_size"]
-    assert stats.cache_bytes == 105 * 2 * 2 * 2 * 16 * 4  # tokens x (k, v) x layers x G x D x float32
+    assert stats.cache_bytes == (105 * 2 + 28) * 2 * 2 * 16 * 4  # (k, v, dense k) x layers x G x D x float32
     assert stats.weight_bytes == sum(p.nbytes for p in tiny_model().parameters())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minirea.cache import KVCache
+from minirea.cache import ALL_TOKENS, KVCache
 from minirea.config import ModelConfig, RopeConfig
 from minirea.errors import MemoryLimitError
 from minirea.memory import available_bytes, check_fits, human, peak_bytes
@@ -31,28 +31,33 @@ def test_refusal_says_what_was_needed_what_there_is_and_what_to_do() -> None:
     assert isinstance(error.value, MemoryError)
 
 
-def test_cache_bytes_are_those_of_its_tensors() -> None:
-    cache = KVCache(CONFIG, 40, CPU, torch.float16)
-    assert cache.nbytes == sum(t.nbytes for t in cache.k + cache.v)
+@pytest.mark.parametrize("dense_limit", [0, 10, ALL_TOKENS])
+def test_cache_bytes_are_those_of_its_tensors(dense_limit: int) -> None:
+    cache = KVCache(CONFIG, 40, dense_limit, CPU, torch.float16)
+    assert cache.nbytes == sum(t.nbytes for t in cache.tensors)
+    per_token = 3 * 2 * 16 * 2  # layers x G x D x float16
+    assert cache.nbytes == per_token * {0: 80, 10: 90, ALL_TOKENS: 80}[dense_limit]
 
 
 def test_cache_doubles_and_keeps_its_tokens() -> None:
-    cache = KVCache(CONFIG, 4, CPU, torch.float32)
-    k_TGD, v_TGD = torch.randn(3, 2, 16), torch.randn(3, 2, 16)
+    cache = KVCache(CONFIG, 4, 50, CPU, torch.float32)
+    k_TGD, k_rotated_TGD, v_TGD = torch.randn(3, 2, 16), torch.randn(3, 2, 16), torch.randn(3, 2, 16)
     for layer in range(3):
-        cache.write(layer, k_TGD, v_TGD)
+        cache.write(layer, k_TGD, k_rotated_TGD, v_TGD)
     cache.seq_len = 3
     cache.reserve(5)
     assert cache.capacity == 8
     cache.reserve(100)
     assert cache.capacity == 100
+    assert cache.k_rotated[0].shape[1] == 50
     for layer in range(3):
         assert torch.equal(cache.k[layer][:, :3], k_TGD.transpose(0, 1))
+        assert torch.equal(cache.k_rotated[layer][:, :3], k_rotated_TGD.transpose(0, 1))
         assert torch.equal(cache.v[layer][:, :3], v_TGD.transpose(0, 1))
 
 
 def test_rewind_is_checked() -> None:
-    cache = KVCache(CONFIG, 4, CPU, torch.float32)
+    cache = KVCache(CONFIG, 4, 0, CPU, torch.float32)
     with pytest.raises(ValueError, match="cannot rewind to 1"):
         cache.rewind(1)
 
