@@ -59,15 +59,29 @@ class Attention:
             cos, sin = self.cos[start:stop], self.sin[start:stop]
         self.true_cos, self.true_sin = cos[:, None], sin[:, None]  # [T, 1, D/2], fewer rows beyond dense_limit
 
-    def __call__(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, cache: KVCache) -> Tensor:
-        """Write k and v to the cache and attend. All without RoPE; returns [T, H, D]."""
-        T, seq_len = len(q_THD), cache.seq_len + len(q_THD)
-        cos, sin = self.true_cos, self.true_sin
-        cache.write(layer, k_TGD, apply_rope(k_TGD[: len(cos)], cos, sin) if len(cos) else None, v_TGD)
+    def __call__(self, layer: int, qkv_TXD: Tensor, cache: KVCache) -> Tensor:
+        """Write keys and values to the cache and attend.
+
+        Args:
+            qkv_TXD: query, key and value heads side by side, X = H + 2G, without RoPE.
+
+        Returns:
+            [T, H, D].
+        """
+        H, G = self.model.num_heads, self.model.num_kv_heads
+        T = qkv_TXD.shape[0]
+        seq_len = cache.seq_len + T
+        q_THD, k_TGD, v_TGD = qkv_TXD.split_with_sizes((H, G, G), 1)
+        dense_rows = self.true_cos.shape[0]
+        if not dense_rows:
+            cache.write(layer, k_TGD, None, v_TGD)
+        else:
+            qk_rotated = apply_rope(qkv_TXD[:dense_rows, : H + G], self.true_cos, self.true_sin)
+            cache.write(layer, k_TGD, qk_rotated[:, H:], v_TGD)
         if seq_len <= self.dense_limit:
             keys = slice(self._first_visible(seq_len, T), seq_len)
             k_GND, v_GND = cache.k_rotated[layer][:, keys], cache.v[layer][:, keys]
-            return full_attention(apply_rope(q_THD, cos, sin), k_GND, v_GND, self.sliding_window)
+            return full_attention(qk_rotated[:, :H], k_GND, v_GND, self.sliding_window)
         if layer == 0:
             self.last_query = q_THD
         return reattention(q_THD, cache.k[layer], cache.v[layer], seq_len, self.cos, self.sin, self.config, self.impl)
@@ -115,7 +129,7 @@ def full_attention(q_THD: Tensor, k_GND: Tensor, v_GND: Tensor, sliding_window: 
         out = F.scaled_dot_product_attention(q_HTD[None], k_GND[None], v_GND[None], attn_mask=bias, enable_gqa=True)
         return out[0].transpose(0, 1)
     # The query heads of a group become extra rows of one head, so that keys and values are never repeated.
-    q_GRD = q_THD.view(T, G, H // G, D).permute(1, 2, 0, 3).reshape(G, H // G * T, D)
+    q_GRD = q_THD.unflatten(1, (G, H // G)).permute(1, 2, 0, 3).reshape(G, H // G * T, D)
     mask = None if T == 1 else _causal_mask(T, N, sliding_window, q_THD.device).repeat(H // G, 1)
     out_GRD = F.scaled_dot_product_attention(q_GRD[None], k_GND[None], v_GND[None], attn_mask=mask)[0]
     return out_GRD.view(G, H // G, T, D).permute(2, 0, 1, 3).reshape(T, H, D)

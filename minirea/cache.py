@@ -73,11 +73,12 @@ class KVCache:
         `k_rotated_TGD` holds as many of the keys as lie below dense_limit.
         """
         start = self.seq_len
-        self.v[layer][:, start : start + len(v_TGD)] = v_TGD.transpose(0, 1)
+        stop = start + k_TGD.shape[0]
+        self.v[layer][:, start:stop] = v_TGD.transpose(0, 1)
         if self.k:
-            self.k[layer][:, start : start + len(k_TGD)] = k_TGD.transpose(0, 1)
+            self.k[layer][:, start:stop] = k_TGD.transpose(0, 1)
         if k_rotated_TGD is not None:
-            self.k_rotated[layer][:, start : start + len(k_rotated_TGD)] = k_rotated_TGD.transpose(0, 1)
+            self.k_rotated[layer][:, start : start + k_rotated_TGD.shape[0]] = k_rotated_TGD.transpose(0, 1)
 
     def rewind(self, seq_len: int) -> None:
         """Forget every token from `seq_len` on."""
