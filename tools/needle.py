@@ -17,6 +17,7 @@ import platform
 import random
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ class Needle:
 
 @dataclass(frozen=True)
 class Answer:
-    """One question's outcome."""
+    """One question's outcome, `seconds` after the reading of its haystack began."""
 
     attention: str
     length: int
@@ -59,6 +60,7 @@ class Answer:
     value: str
     answer: str
     correct: bool
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -167,11 +169,12 @@ def measure(args: argparse.Namespace) -> list[Answer]:
                     # The same haystacks for every attention mode.
                     rng = random.Random(f"{args.seed} {length} {number}")
                     haystack = field.haystack(rng, length, args.needles)
+                    place = (attention, length, number)
+                    started = time.perf_counter()
                     for needle, answer in zip(haystack.needles, ask(llm, haystack), strict=True):
-                        correct = is_correct(answer, needle.value)
-                        answers.append(
-                            Answer(attention, length, number, needle.depth, needle.key, needle.value, answer, correct)
-                        )
+                        correct, seconds = is_correct(answer, needle.value), round(time.perf_counter() - started, 3)
+                        asked = (round(needle.depth, 4), needle.key, needle.value)
+                        answers.append(Answer(*place, *asked, answer, correct, seconds))
                         bar.update()
     return answers
 
@@ -247,14 +250,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(table(answers))
     if args.json:
-        result = {
-            **machine(),
-            "model": args.model.name,
-            "text": [path.name for path in args.text] if args.text else "generated",
-            "seed": args.seed,
-            "answers": [asdict(answer) for answer in answers],
-        }
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        text = [path.name for path in args.text] if args.text else "generated"
+        head = {**machine(), "model": args.model.name, "impl": args.impl, "text": text, "seed": args.seed}
+        lines = ",\n".join(json.dumps(asdict(answer)) for answer in answers)  # one answer a line
+        args.json.write_text(f'{json.dumps(head)[:-1]}, "answers": [\n{lines}\n]}}\n', encoding="utf-8")
     return 0
 
 
