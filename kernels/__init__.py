@@ -77,11 +77,15 @@ def reattention(
         seq_len = int(seq_len)
         _check_lengths(q_THD.shape[0], seq_len, k_cache_GND.shape[1], config)
     _check_tables(cos, seq_len if isinstance(seq_len, int) else k_cache_GND.shape[1], config)
+    tensors = (q_THD, k_cache_GND, v_cache_GND)
     if impl == "torch":
-        from minirea.kernels.reference import reattention_reference as step
+        from minirea.kernels.reference import reattention_reference
+
+        out_THD, selection = reattention_reference(*tensors, int(seq_len), cos, sin, config, return_selection)
     else:
-        from minirea.kernels.reattention import reattention_triton as step
-    out_THD, selection = step(q_THD, k_cache_GND, v_cache_GND, seq_len, cos, sin, config, return_selection)
+        from minirea.kernels.reattention import reattention_triton
+
+        out_THD, selection = reattention_triton(*tensors, seq_len, cos, sin, config, return_selection)
     return (out_THD, selection) if return_selection else out_THD
 
 
