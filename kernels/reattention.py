@@ -180,20 +180,17 @@ def pick(
     """
     tl.debug_barrier()  # other threads of this program wrote what is read here
     offs_k = tl.arange(0, K_PAD)
-    offs_n = tl.arange(0, BLOCK_N)
+    # A row's tiles as one axis from the start: reducing a [M, K, N] tensor reshaped to [M, K * N] goes wrong in Triton
+    # 3.6 where the compiler deals out M between K and N, since its reduction across warps expects an axis in one piece.
+    offs_c = tl.arange(0, K_PAD * BLOCK_N)
     for first in range(0, tl.minimum(num_rows, BLOCK_M), PICK_M):
         offs_m = first + tl.arange(0, PICK_M)
-        slots = offs_m[:, None] * K_PAD + offs_k[None, :]
-        start = position_of(tl.load(best_ptr + slots))
-        filled = (offs_k < K)[None, :] & (start >= 0)
-        scores = tl.load(
-            block_ptr + slots[:, :, None] * BLOCK_N + offs_n[None, None, :],
-            mask=filled[:, :, None],
-            other=float("-inf"),
-        )
-        packed = pack(scores, start[:, :, None] + offs_n[None, None, :])
-        packed = tl.where(scores > float("-inf"), packed, NO_KEY)
-        best = take_best(tl.reshape(packed, [PICK_M, K_PAD * BLOCK_N]), K, K_PAD)
+        start = position_of(tl.load(best_ptr + offs_m[:, None] * K_PAD + (offs_c // BLOCK_N)[None, :]))
+        filled = (offs_c < K * BLOCK_N)[None, :] & (start >= 0)
+        block_ptrs = block_ptr + offs_m[:, None] * (K_PAD * BLOCK_N) + offs_c[None, :]
+        scores = tl.load(block_ptrs, mask=filled, other=float("-inf"))
+        packed = pack(scores, start + (offs_c % BLOCK_N)[None, :])
+        best = take_best(tl.where(scores > float("-inf"), packed, NO_KEY), K, K_PAD)
         candidate_ptrs = candidate_ptr + offs_m[:, None] * stride_row + offs_k[None, :]
         tl.store(candidate_ptrs, best, mask=(offs_m < num_rows)[:, None])
     tl.debug_barrier()  # before this program's next unit writes there again
@@ -399,12 +396,26 @@ def rotate(a, b, cos, sin):
 
 
 @triton.jit
-def softmax_step(logits, acc, row_max, row_sum):
-    """One step of the online softmax in base 2: the tile's probabilities, and the state rescaled to the new maximum."""
-    new_max = tl.maximum(row_max, tl.max(logits, axis=1))
+def softmax_step(
+    logits, v, acc, row_max, row_sum,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: the state (acc, row_max, row_sum) with a tile's logits [M, N] and v [N, D] added.
+
+    In base 2, which is what the GPU computes: row_max is in units of log2. The fused multiply-add rounds only the
+    distance to the maximum, not the logit, and the maximum's own rounding cancels in the final division.
+    """
+    new_max = tl.maximum(row_max, tl.max(logits, axis=1) * (SCALE * LOG2_E))
     rescale = tl.exp2(row_max - new_max)
-    probability = tl.exp2(logits - new_max[:, None])
-    return probability, acc * rescale[:, None], new_max, row_sum * rescale + tl.sum(probability, axis=1)
+    probability = tl.exp2(tl.fma(logits, SCALE * LOG2_E, -new_max[:, None]))
+    row_sum = row_sum * rescale + tl.sum(probability, axis=1)
+    if v.dtype == tl.float32:
+        # One chain of additions over all rows of the scope would lose several bits. A tile's sum on its own, then one
+        # addition per tile, does not; as a multiply-add, for a plain one would be folded back into the product.
+        acc = tl.fma(acc, rescale[:, None], tl.dot(probability, v, input_precision=PRECISION))
+    else:
+        acc = tl.dot(probability.to(v.dtype), v, acc * rescale[:, None])
+    return acc, new_max, row_sum
 
 
 @triton.jit
@@ -451,9 +462,8 @@ def attend(
         qr_a, qr_b = rotate(q_a, q_b, q_cos, q_sin)
         logits = tl.dot(qr_a.to(dtype), tl.trans(k_a.to(dtype)), input_precision=PRECISION)
         logits = tl.dot(qr_b.to(dtype), tl.trans(k_b.to(dtype)), logits, input_precision=PRECISION)
-        logits = tl.where(mask_r[None, :], logits * (SCALE * LOG2_E), float("-inf"))
-        probability, acc, row_max, row_sum = softmax_step(logits, acc, row_max, row_sum)
-        acc = tl.dot(probability.to(dtype), v, acc, input_precision=PRECISION)
+        logits = tl.where(mask_r[None, :], logits, float("-inf"))
+        acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, SCALE, PRECISION)
     return acc, row_max, row_sum
 
 
@@ -495,10 +505,11 @@ def gather(
     sin = load_rows(sin_ptr, offs_r, D // 2, mask_r, offs_h, 1, D // 2)
     k_a, k_b = rotate(k_a, k_b, cos, sin)
     mask_rh = mask_r[:, None] & (offs_h < D // 2)[None, :]
-    k_ptrs = k_rot_ptr + offs_r[:, None] * D + offs_h[None, :]
+    rows = offs_r.to(tl.int64)[:, None] * D
+    k_ptrs = k_rot_ptr + rows + offs_h[None, :]
     tl.store(k_ptrs, k_a.to(dtype), mask=mask_rh)
     tl.store(k_ptrs + D // 2, k_b.to(dtype), mask=mask_rh)
-    tl.store(v_sel_ptr + offs_r[:, None] * D + offs_d[None, :], v, mask=mask_r[:, None] & (offs_d < D)[None, :])
+    tl.store(v_sel_ptr + rows + offs_d[None, :], v, mask=mask_r[:, None] & (offs_d < D)[None, :])
 
 
 @triton.jit
@@ -510,7 +521,7 @@ def rotate_queries(
     dtype = q_rot_ptr.dtype.element_ty
     offs_h = tl.arange(0, HALF_PAD)
     mask_rh = mask_r[:, None] & (offs_h < D // 2)[None, :]
-    q_ptrs = q_ptr + (t * stride_qt + head * stride_qh)[:, None] + offs_h[None, :] * stride_qd
+    q_ptrs = q_ptr + (t.to(tl.int64) * stride_qt + head * stride_qh)[:, None] + offs_h[None, :] * stride_qd
     q_a = tl.load(q_ptrs, mask=mask_rh, other=0.0)
     q_b = tl.load(q_ptrs + D // 2 * stride_qd, mask=mask_rh, other=0.0)
     cos = load_rows(cos_ptr, position, D // 2, mask_r, offs_h, 1, D // 2)
@@ -528,18 +539,16 @@ def attend_tiles(
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Flash attention of q [M, D] over rows [lo, hi) of the gathered scope; CAUSAL hides keys after last_key [M]."""
-    dtype = k_ptr.dtype.element_ty
     offs_d = tl.arange(0, BLOCK_D)
     for first in tl.range(lo, hi, BLOCK_A, num_stages=STAGES):
         offs_r = first + tl.arange(0, BLOCK_A)
         mask_r = offs_r < hi
         k = load_rows(k_ptr, offs_r, D, mask_r, offs_d, 1, D)
         v = load_rows(v_ptr, offs_r, D, mask_r, offs_d, 1, D)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * LOG2_E)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if CAUSAL:
             logits = tl.where(offs_r[None, :] <= last_key[:, None], logits, float("-inf"))
-        probability, acc, row_max, row_sum = softmax_step(logits, acc, row_max, row_sum)
-        acc = tl.dot(probability.to(dtype), v, acc, input_precision=PRECISION)
+        acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, SCALE, PRECISION)
     return acc, row_max, row_sum
 
 
@@ -557,7 +566,7 @@ def score_unit(
     """Score rows [first_row, first_row + BLOCK_M) of head g's num_rows against slice `part` of the middle."""
     rows = first_row + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    q_ptrs = q_ptr + (rows // GROUP)[:, None] * stride_qt + (g * GROUP + rows % GROUP)[:, None] * stride_qh
+    q_ptrs = q_ptr + (rows // GROUP).to(tl.int64)[:, None] * stride_qt + (g * GROUP + rows % GROUP)[:, None] * stride_qh
     q = tl.load(
         q_ptrs + offs_d[None, :] * stride_qd, mask=(rows < num_rows)[:, None] & (offs_d < D)[None, :], other=0.0
     )

@@ -71,6 +71,21 @@ def test_seq_len_from_memory_strides_and_repeats() -> None:
             assert torch.equal(reattention(*strided.arguments(), impl="triton"), expected)
 
 
+@pytest.mark.parametrize("stride_n", [1 << 27, 8])
+def test_offsets_beyond_2_31_elements(stride_n: int) -> None:
+    """Few keys far apart, or two heads far apart, in memory that is reserved but hardly touched."""
+    for T in (1, 3):
+        case = make_case(ReAttentionConfig(2, 4, 2, 4, 2), 20, T=T, D=8, dtype=torch.float16)
+        expected = reattention(*case.arguments(), impl="triton")
+        stride_g = 8 if stride_n > 8 else (1 << 31) + 8
+        memory = torch.empty(20 * stride_n + 2 * stride_g, dtype=torch.float16)
+        far = torch.as_strided(memory, (2, 20, 8), (stride_g, stride_n, 1))
+        for name in ("k_cache", "v_cache"):
+            cast = {"k_cache": case.k_cache[:, :20], "v_cache": case.v_cache[:, :20]}
+            cast[name] = far.copy_(cast[name])
+            assert torch.equal(reattention(*replace(case, **cast).arguments(), impl="triton"), expected)
+
+
 def test_the_package_offers_the_function_not_its_submodule() -> None:
     import minirea.kernels
 

@@ -24,6 +24,8 @@ SHAPES = [
     (8, 1, 80, torch.float16, 3, "layer"),
     (6, 6, 16, HALF, 5, "kv_head"),
     (16, 2, 256, HALF, 4, "layer"),
+    (8, 4, 128, HALF, 2, "layer"),  # so few candidates that a reshape before `take_best` was miscompiled
+    (2, 1, 256, HALF, 1, "layer"),
 ]
 
 
