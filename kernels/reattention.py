@@ -904,8 +904,8 @@ def chunk_tiles(block_d: int, itemsize: int) -> Tiles:
     """Tiles for the tensor cores in half precision; in float32, whose products are not theirs, tiles that fit."""
     if itemsize == 4:
         return Tiles(32, 32, 32, num_warps=4, num_stages=1, programs_per_sm=1)
-    block = 128 if block_d <= 128 else 64
-    return Tiles(block, block, block, num_warps=8, num_stages=3, programs_per_sm=1)
+    block_m = 128 if block_d <= 128 else 64
+    return Tiles(block_m, 128 if block_d <= 128 else 64, 64, num_warps=8, num_stages=3, programs_per_sm=1)
 
 
 class Workspace:
