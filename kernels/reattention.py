@@ -470,31 +470,23 @@ def attend(
 @triton.jit
 def combine(
     partial_acc_ptr, partial_max_ptr, partial_sum_ptr, out_ptr, g,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, SLICES: tl.constexpr, SLICES_PAD: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, SLICES: tl.constexpr, SLICES_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Join the slices' partial attention of one key/value head's query heads: weights by maximum, then one division.
-
-    HEADS query heads at a time, since what a head costs is mostly the wait for its loads.
-    """
+    """Join the slices' partial attention of one key/value head's query heads: weights by maximum, then one division."""
     offs_s = tl.arange(0, SLICES_PAD)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_s = (offs_s < SLICES)[None, :]
+    mask_s = offs_s < SLICES
     mask_d = offs_d < D
-    for first in range(0, GROUP, HEADS):
-        heads = g * GROUP + tl.minimum(first + tl.arange(0, HEADS), GROUP - 1)  # surplus ones repeat the last
-        partial = heads[:, None] * SLICES + offs_s[None, :]
+    for h in range(g * GROUP, g * GROUP + GROUP):
+        partial = h * SLICES + offs_s
         row_max = tl.load(partial_max_ptr + partial, mask=mask_s, other=float("-inf"))
         row_sum = tl.load(partial_sum_ptr + partial, mask=mask_s, other=0.0)
         acc = tl.load(
-            partial_acc_ptr + partial[:, :, None] * D + offs_d[None, None, :],
-            mask=mask_s[:, :, None] & mask_d[None, None, :],
-            other=0.0,
+            partial_acc_ptr + partial[:, None] * D + offs_d[None, :], mask=mask_s[:, None] & mask_d[None, :], other=0.0
         )
-        weight = tl.exp2(row_max - tl.max(row_max, axis=1)[:, None])
-        out = tl.sum(acc * weight[:, :, None], axis=1) / tl.sum(row_sum * weight, axis=1)[:, None]
-        out_ptrs = out_ptr + heads[:, None] * D + offs_d[None, :]
-        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_d[None, :])
+        weight = tl.exp2(row_max - tl.max(row_max, axis=0))
+        out = tl.sum(acc * weight[:, None], axis=0) / tl.sum(row_sum * weight, axis=0)
+        tl.store(out_ptr + h * D + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_d)
 
 
 @triton.jit
@@ -614,7 +606,7 @@ def decode_kernel(
     BALLOT_ROWS_PAD: tl.constexpr, VOTES: tl.constexpr, W_PAD: tl.constexpr, SCALE: tl.constexpr,
     RELATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr, HALF_PAD: tl.constexpr,
-    PICK_M: tl.constexpr, COMBINE_HEADS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    PICK_M: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of one query per head: q [1, H, D] against k and v [G, N, D], to out [1, H, D].
 
@@ -730,7 +722,7 @@ def decode_kernel(
         if tl.atomic_add(counters_ptr + HEADS_DONE + g, 1, sem="acq_rel", scope="gpu") == SLICES - 1:
             tl.debug_barrier()
             combine(partial_acc_ptr, partial_max_ptr, partial_sum_ptr, out_ptr, g,
-                    GROUP, COMBINE_HEADS, SLICES, SLICES_PAD, D, BLOCK_D)  # fmt: skip
+                    GROUP, SLICES, SLICES_PAD, D, BLOCK_D)  # fmt: skip
     leave(counters_ptr, HEADS_DONE + G)
 
 
@@ -879,8 +871,6 @@ INTERPRETED: Final = not isinstance(decode_kernel, triton.JITFunction)
 MAX_WINNERS_IN_REGISTERS: Final = 256
 # Packed candidates that one program holds in registers at a time.
 MAX_CANDIDATES: Final = 8192
-# Elements of partial results that one program holds in registers at a time.
-MAX_PARTIALS: Final = 8192
 
 
 class Tiles(NamedTuple):
@@ -1037,7 +1027,6 @@ def _decode(
         BLOCK_N=tiles.BLOCK_N,
         BLOCK_A=tiles.BLOCK_A,
         PICK_M=max(1, min(_pad(group), MAX_CANDIDATES // (common["K_PAD"] * tiles.BLOCK_N))),
-        COMBINE_HEADS=max(1, min(_pad(group), MAX_PARTIALS // (_pad(slices) * common["BLOCK_D"]))),
         STAGES=tiles.num_stages,
         num_warps=tiles.num_warps,
     )
