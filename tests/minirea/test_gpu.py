@@ -52,11 +52,11 @@ def test_full_attention_is_that_of_the_cpu(num_queries: int, sliding_window: int
 
 def test_not_enough_memory_is_said_before_it_is_tried(tmp_path: Path) -> None:
     llm = minirea.load(write_checkpoint(tmp_path, tiny_model()))
-    with pytest.raises(minirea.MemoryLimitError, match=r"not enough memory on cuda: .* is free; "):
+    with pytest.raises(minirea.MemoryLimitError, match=r"not enough memory on cuda:\d+: .* is free; "):
         llm.generate([3, 4, 5], max_tokens=10**12)
 
 
-def test_the_demo_finds_the_needle() -> None:
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_the_demo_finds_the_needle(impl: str) -> None:
     prompt = (DEMO / "prompts" / "needle-16k.txt").read_text()
-    out = [minirea.load(DEMO, device=device).generate(prompt, max_tokens=8).text for device in ("cuda", "cpu")]
-    assert out[0] == out[1]
+    assert minirea.load(DEMO, impl=impl).generate(prompt, max_tokens=8).text.startswith(" 604218")
