@@ -7,7 +7,6 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from minirea.cache import ALL_TOKENS, KVCache
 from minirea.config import ModelConfig, ReAttentionConfig
@@ -125,6 +124,8 @@ def full_attention(q_THD: Tensor, k_GND: Tensor, v_GND: Tensor, sliding_window: 
     """
     (T, H, D), (G, N, _) = q_THD.shape, k_GND.shape
     if T > 1 and q_THD.is_cuda and (sliding_window is None or sliding_window >= N):
+        from torch.nn.attention.bias import causal_lower_right  # takes 1.7 s, which a CPU need not wait for
+
         q_HTD, bias = q_THD.transpose(0, 1), causal_lower_right(T, N)
         out = F.scaled_dot_product_attention(q_HTD[None], k_GND[None], v_GND[None], attn_mask=bias, enable_gqa=True)
         return out[0].transpose(0, 1)

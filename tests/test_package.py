@@ -87,6 +87,10 @@ def test_help_does_not_import_torch(arguments: list[str]) -> None:
     assert "torch" not in modules_after(statement)
 
 
+def test_importing_the_engine_does_not_load_the_compiler_of_torch() -> None:
+    assert not {name for name in modules_after("import minirea.api") if name.startswith("torch._dynamo")}
+
+
 def test_import_minirea_is_lazy() -> None:
     assert "torch" not in modules_after("import minirea")
 

@@ -94,3 +94,48 @@ def write_tokenizer(directory: Path, vocab_size: int = TINY["vocab_size"], **con
     tokenizer.save(str(directory / "tokenizer.json"))
     values = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"} | config
     (directory / "tokenizer_config.json").write_text(json.dumps(values))
+
+
+def write_mistral(directory: Path, model: Any) -> Path:
+    """The same weights in Mistral's own format: its names, and rows of q and k in neighbouring RoPE pairs."""
+    from safetensors.torch import save_file
+
+    c = model.config
+    directory.mkdir(parents=True, exist_ok=True)
+    names = {
+        "model.embed_tokens": "tok_embeddings",
+        "model.norm": "norm",
+        "lm_head": "output",
+        "self_attn.q_proj": "attention.wq",
+        "self_attn.k_proj": "attention.wk",
+        "self_attn.v_proj": "attention.wv",
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "model.layers": "layers",
+    }
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # halves side by side -> pairs
+            tensor = tensor.view(-1, 2, c.head_dim // 2, c.hidden_size).transpose(1, 2).reshape(tensor.shape)
+        for theirs, mistral in names.items():
+            name = name.replace(theirs, mistral)
+        tensors[name] = tensor.contiguous()
+    save_file(tensors, directory / "consolidated.safetensors")
+    params = {
+        "dim": c.hidden_size,
+        "n_layers": c.num_hidden_layers,
+        "head_dim": c.head_dim,
+        "hidden_dim": c.intermediate_size,
+        "n_heads": c.num_attention_heads,
+        "n_kv_heads": c.num_key_value_heads,
+        "norm_eps": c.rms_norm_eps,
+        "vocab_size": c.vocab_size,
+        "rope_theta": c.rope_parameters["rope_theta"],
+        "max_position_embeddings": c.max_position_embeddings,
+    }
+    (directory / "params.json").write_text(json.dumps(params))
+    return directory

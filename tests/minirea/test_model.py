@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from testing import oracle_greedy, oracle_logits, random_ids, tiny_model, write_checkpoint
+from testing import oracle_greedy, oracle_logits, random_ids, tiny_model, write_checkpoint, write_mistral
 
 import minirea
 
@@ -101,3 +101,14 @@ def test_shards_give_the_same_logits(tmp_path: Path) -> None:
     assert len(list(many.glob("*.safetensors"))) > 1
     ids = random_ids(60)
     assert torch.equal(minirea.load(one).logits(ids), minirea.load(many).logits(ids))
+
+
+@pytest.mark.parametrize("fields", [{}, {"head_dim": 24}, {"num_key_value_heads": 4}])
+def test_mistrals_own_format_gives_the_same_logits(tmp_path: Path, fields: dict[str, Any]) -> None:
+    model = tiny_model(mistral=True, sliding_window=None, **fields)
+    theirs = write_checkpoint(tmp_path / "hugging-face", model)
+    own = write_mistral(tmp_path / "mistral", model)
+    ids = random_ids(120)
+    logits = minirea.load(own, attention="full").logits(ids)
+    assert torch.equal(logits, minirea.load(theirs, attention="full").logits(ids))
+    torch.testing.assert_close(logits, oracle_logits(theirs, ids), atol=1e-4, rtol=0)
