@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,16 +128,19 @@ class LLM:
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt, checked against the vocabulary."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else list(prompt)
+        vocab_size = self.model.config.vocab_size
+        ids: list[int] = []
+        for token_id in self.tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else prompt:
+            try:
+                ids.append(operator.index(token_id))  # also numpy's and torch's integers
+            except TypeError:
+                ids.append(-1)
+            if not 0 <= ids[-1] < vocab_size:
+                found = f"the prompt holds token id {token_id!r}"
+                raise InputError(f"{found}, expected integers from 0 to {vocab_size - 1}")
         if not ids:
             raise InputError("the prompt is empty, expected at least one token")
-        vocab_size = self.model.config.vocab_size
-        for token_id in ids:
-            if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-                raise InputError(
-                    f"the prompt holds token id {token_id!r}, expected integers from 0 to {vocab_size - 1}"
-                )
-        return ids  # type: ignore[return-value]
+        return ids
 
     def _cache(self, capacity: int) -> KVCache:
         model = self.model

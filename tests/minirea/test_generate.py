@@ -161,6 +161,15 @@ def test_unusable_prompts(llm: minirea.LLM, prompt: str | list[int], message: st
         llm.generate(prompt)
 
 
+def test_ids_may_be_any_integers(llm: minirea.LLM) -> None:
+    ids = random_ids(20)
+    expected = llm.generate(ids, max_tokens=3).token_ids
+    for prompt in (torch.tensor(ids), torch.tensor(ids).numpy(), tuple(ids)):
+        assert llm.generate(prompt, max_tokens=3).token_ids == expected
+    with pytest.raises(minirea.InputError, match=r"token id 1\.5"):
+        llm.generate([3, 1.5])  # type: ignore[list-item]
+
+
 def test_unknown_options_are_named(llm: minirea.LLM) -> None:
     with pytest.raises(minirea.InputError, match="unknown option 'max_token'"):
         llm.generate([3], max_token=5)
