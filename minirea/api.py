@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,9 @@ class LLM:
         """
         return self.session().generate(prompt, progress, **options)
 
-    def stream(self, prompt: str | Sequence[int], progress: bool = False, **options: Any) -> Iterator[Piece]:
+    def stream(
+        self, prompt: str | Sequence[int], progress: bool = False, **options: Any
+    ) -> Generator[Piece, None, None]:
         """Like `generate`, yielding each piece of text as soon as it is certain."""
         return self.session().stream(prompt, progress, **options)
 
@@ -130,7 +132,8 @@ class LLM:
         """Token ids of a prompt, checked against the vocabulary."""
         vocab_size = self.model.config.vocab_size
         ids: list[int] = []
-        for token_id in self.tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else prompt:
+        given: Sequence[Any] = self.tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else prompt
+        for token_id in given:
             try:
                 ids.append(operator.index(token_id))  # also numpy's and torch's integers
             except TypeError:
@@ -175,22 +178,16 @@ class Session:
         ids = [token_id for piece in pieces for token_id in piece.token_ids]
         return Generation("".join(piece.text for piece in pieces), ids, last.finish_reason, last.stats)
 
-    def stream(self, prompt: str | Sequence[int], progress: bool = False, **options: Any) -> Iterator[Piece]:
+    def stream(
+        self, prompt: str | Sequence[int], progress: bool = False, **options: Any
+    ) -> Generator[Piece, None, None]:
         """Like `generate`, yielding each piece of text as soon as it is certain."""
         config = generation_config(options)
-        self.ids += self.llm.encode(prompt)
-        cached = self.cache.seq_len
-        context, ids = self.ids[:cached], self.ids[cached:]
         llm = self.llm
-        pieces = loop.generate(
-            llm.model, self.cache, ids, context, config, llm._tokenizer, llm.eos_ids, llm.chunk_size, progress
+        self.ids += llm.encode(prompt)
+        return loop.generate(
+            llm.model, self.cache, self.ids, config, llm._tokenizer, llm.eos_ids, llm.chunk_size, progress
         )
-        return self._remember(pieces)
-
-    def _remember(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        for piece in pieces:
-            self.ids += piece.token_ids
-            yield piece
 
 
 def generation_config(options: dict[str, Any]) -> GenerationConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -88,6 +89,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
                 sys.stdout.flush()
     except KeyboardInterrupt:
         finish_reason = "interrupted"
+        with contextlib.suppress(KeyboardInterrupt):
+            pieces.throw(KeyboardInterrupt)  # wherever it struck, the stream completes its statistics
     if arguments.json:
         _print_json(text, token_ids, finish_reason, len(ids), stats)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -185,32 +185,34 @@ def generate(
     model: Model,
     cache: KVCache,
     ids: list[int],
-    context: list[int],
     config: GenerationConfig,
     tokenizer: Tokenizer | None,
     eos_ids: frozenset[int],
     chunk_size: int,
     progress: bool = False,
-) -> Iterator[Piece]:
-    """Continue the cached context and `ids`, token by token.
+) -> Generator[Piece, None, None]:
+    """Continue a context, token by token.
 
     Args:
-        ids: the prompt's tokens that are not yet in the cache; at least one.
-        context: those that are, for the repetition penalty.
+        ids: the whole context. What the cache does not hold yet, at least one token, is read first; every sampled token
+            is appended.
         tokenizer: turns tokens into text; without one every piece's text is empty.
         eos_ids: tokens that end the text, unless config.ignore_eos.
         chunk_size: prompt tokens per step.
+
+    Raises:
+        KeyboardInterrupt: passed on, after the statistics of what was done have been completed.
     """
     started = time.perf_counter()
-    stats = Stats(prompt_tokens=len(context) + len(ids), weight_bytes=model.nbytes)
-    cache.reserve(cache.seq_len + len(ids) + config.max_tokens)
-    prefill(model, cache, ids[:-1], chunk_size, 1, progress)
-    sampler = Sampler(config, context + ids, model.config.vocab_size, model.device)
+    stats = Stats(prompt_tokens=len(ids), weight_bytes=model.nbytes)
+    cache.reserve(len(ids) + config.max_tokens)
+    prefill(model, cache, ids[cache.seq_len : -1], chunk_size, 1, progress)
+    sampler = Sampler(config, ids, model.config.vocab_size, model.device)
     text = tokenizer.stream(continues=True) if tokenizer else None
     stops = StopStrings(config.stop)
-
     try:
         for token_id in decode(model, cache, ids[-1], sampler):
+            ids.append(token_id)
             stats.count(time.perf_counter() - started)
             ended = token_id in eos_ids and not config.ignore_eos
             new_text = stops.put(text.put(token_id)) if text and not ended else ""
@@ -220,7 +222,14 @@ def generate(
             if ended or full or stops.found:
                 break
             yield Piece(new_text, [token_id], stats)
-    finally:  # also when interrupted: what has been done is reported
-        stats.scope = model.attention.scope(cache)
-        stats.cache_bytes, stats.peak_bytes = cache.nbytes, peak_bytes(model.device)
-    yield Piece(new_text, [token_id], stats, "length" if full and not (ended or stops.found) else "stop")
+    except KeyboardInterrupt:
+        _complete(stats, model, cache)
+        raise
+    _complete(stats, model, cache)
+    yield Piece(new_text, [token_id], stats, "stop" if ended or stops.found else "length")
+
+
+def _complete(stats: Stats, model: Model, cache: KVCache) -> None:
+    """What is only known, or only asked, once the last step is done."""
+    stats.scope = model.attention.scope(cache)
+    stats.cache_bytes, stats.peak_bytes = cache.nbytes, peak_bytes(model.device)
