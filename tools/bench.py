@@ -96,7 +96,7 @@ def row_text(row: dict[str, Any], ours: dict[str, Any], copy_gb_per_s: float) ->
     ratio = row["decode_ms"] / ours["decode_ms"]
     parts = [
         f"{row['context']:>9,} tokens  {row['engine']:<12}",
-        f"decode {row['decode_ms']:8.2f} ms/token (floor {floor:.2f}, {ratio:.1f}x ours)",
+        f"decode {row['decode_ms']:8.2f} ms/token (floor {floor:.3f}, {ratio:.1f}x ours)",
         f"memory {row['peak_bytes'] / 1e9:.2f} GB",
     ]
     if row["prefill_seconds"] is not None:
