@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,23 @@ class LLM:
     def eos_ids(self) -> frozenset[int]:
         """Every token that ends a text, by config.json, generation_config.json or the tokenizer's own files."""
         return self.model.config.eos_token_ids | (self._tokenizer.eos_ids if self._tokenizer else frozenset())
+
+    @property
+    def can_share_prefix(self) -> bool:
+        """Whether a prefix that was read once serves prompts of any length.
+
+        It does unless a dynamic RoPE turns all keys by how long the whole prompt is.
+        """
+        return self.model.attention.mode != "full" or self.model.config.rope.type != "dynamic"
+
+    def with_attention(self, attention: str, allow_out_of_distribution: bool = False, **reattention_fields: Any) -> LLM:
+        """The same weights, not copied, under another attention mode or scope. Arguments and errors as for `load`."""
+        _choice("attention", attention, MODES)
+        config, old = self.model.config, self.model.attention
+        scope = _scope(config, attention, reattention_fields, allow_out_of_distribution)
+        model = copy.copy(self.model)
+        model.attention = Attention(config, attention, scope, old.impl, old.device)
+        return LLM(model, self._tokenizer, scope.chunk_size)
 
     def session(self, capacity: int = 0) -> Session:
         """A context that is kept between calls; `capacity` tokens of cache are allocated at once."""

@@ -1,0 +1,322 @@
+"""What an evaluation is made of. A Task lists Cells; a Cell reads one context and yields a record for each answer.
+
+A task is a frozen dataclass. Its fields are its options: `option(...)` makes one, and every option is both a flag of
+`minirea eval NAME` and a keyword argument of `minirea.evaluate`. Modules that define tasks are imported for `--help`,
+so they must not import torch or numpy when they are imported: do it in the function that needs it, or in another module.
+
+The runner gives every cell to a model in every attention mode, writes one JSON line for each record the moment it
+comes, and on restart asks a cell only for the records that are missing. Therefore:
+
+- `Task.cells` is cheap. It says which records there will be, and leaves prompts to be built when a cell is run.
+- What a record holds is a pure function of the task's options, of its place and of the model: seed random numbers with
+  `rng(task.seed, *place)`, never with anything that depends on what ran before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from minirea.errors import InputError
+
+if TYPE_CHECKING:
+    from minirea.api import LLM
+    from minirea.tokenizer import Tokenizer
+
+Record = dict[str, Any]  # one line of records.jsonl; JSON values only
+Place = Mapping[str, str | int | float]  # where a record stands: {"kind": "niah_single_1", "length": 4096, "sample": 3}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Options
+# ---------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Option:
+    """How an option looks on the command line.
+
+    Args:
+        help: one line for --help.
+        metavar: what stands for its value there.
+        parse: str -> value; raises ValueError whose message says what was expected. A value given in Python that is no
+            str is taken as it is.
+        many: "" (one value), "comma" (a,b,c) or "list" (A B C: for files). The field is a tuple then.
+        choices: the only values allowed, each of them where there are many.
+    """
+
+    help: str
+    metavar: str = ""
+    parse: Callable[[str], Any] = str
+    many: str = ""
+    choices: tuple[Any, ...] = ()
+
+
+def option(default: Any, help: str, **how: Any) -> Any:  # noqa: A002  as argparse calls it
+    """A field of a Task. See Option for the keyword arguments. A bool with default False becomes a switch."""
+    return field(default=default, metadata={"option": Option(help, **how)})
+
+
+def parse_length(text: str) -> int:
+    """Tokens from "4096", "4k" or "1m" (k is 1024, m is 1024 * 1024)."""
+    match = re.fullmatch(r"([1-9]\d*)([kKmM]?)", text)
+    if match is None:
+        raise ValueError("a number of tokens such as 4096, 16k or 1m")
+    return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()]
+
+
+def short_length(length: int) -> str:
+    """4096 as 4K, the reverse of parse_length."""
+    for size, unit in ((1024**2, "M"), (1024, "K")):
+        if length % size == 0:
+            return f"{length // size}{unit}"
+    return str(length)
+
+
+def rng(seed: int, *place: object) -> random.Random:
+    """The random numbers of one place in a run, the same in every mode and in every order of running."""
+    return random.Random(" ".join(map(str, (seed, *place))))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Cells
+# ---------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Cell(ABC):
+    """Work on one context, which gives one record for each of `places`.
+
+    Args:
+        places: where each record stands. Every place of a task is different from all others. "length" (tokens, int) and
+            "kind" (row of the summary) are what the default summary and pictures group by; either may be absent.
+        tokens: length of the context.
+        modes: the attention modes that it applies to; None: all that the user asked for.
+        fields: ReAttentionConfig fields that replace the user's for this cell (a sweep's), and
+            allow_out_of_distribution where they need it. Name them in `places` too.
+    """
+
+    places: tuple[Place, ...]
+    tokens: int
+    modes: tuple[str, ...] | None = field(default=None, kw_only=True)
+    fields: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+
+    @abstractmethod
+    def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:
+        """One record for each index in `wanted`, in that order; it is saved as soon as it is yielded.
+
+        The runner adds the place, the attention mode and the settings, and turns a MemoryLimitError or torch's
+        OutOfMemoryError into records that say `skipped`. A record needs `score` (float, higher is better, 1 is
+        perfect; or None), everything else is up to the cell.
+        """
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked after a context.
+
+    Args:
+        ids: the tokens that follow the context, at least one.
+        expected: the right answers, as they go into the record.
+        score: of an answer's text, 0 to 1.
+        max_tokens: of the answer.
+        stop: strings that end it.
+        extra: goes into the record beside what the frame puts there.
+    """
+
+    ids: Sequence[int]
+    expected: Sequence[str]
+    score: Callable[[str], float]
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A context and the questions about it. A prompt that shares nothing has all of its tokens in its one question."""
+
+    context: Sequence[int]
+    questions: Sequence[Question]
+
+
+@dataclass(frozen=True)
+class PromptCell(Cell):
+    """Questions to be answered greedily; the context that they share is read once.
+
+    Args:
+        build: makes the prompt, with one question for each place. Called when the cell is run, once.
+    """
+
+    build: Callable[[], Prompt]
+
+    def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:
+        """The answers, each the same as if its whole prompt had been read from the beginning."""
+        prompt = self.build()
+        questions = [prompt.questions[index] for index in wanted]
+        context = list(prompt.context)
+        session = llm.session(len(context) + max(len(q.ids) + q.max_tokens for q in questions))
+        # Whole steps of the context are shared. Its rest is read again with each question, so that the prompt is cut
+        # into the same steps as one that is read alone: a step's queries vote together.
+        shared = len(context) // llm.chunk_size * llm.chunk_size if llm.can_share_prefix else 0
+        if shared:
+            session.prefill(context[:shared], progress)
+        for question in questions:
+            rest = [*context[shared:], *question.ids]
+            out = session.generate(rest, progress, max_tokens=question.max_tokens, stop=question.stop)
+            session.rewind(shared)
+            yield {
+                "prompt_sha256": sha256_of_ids([*context, *question.ids]),
+                "prompt_tokens": out.stats.prompt_tokens,
+                "expected": list(question.expected),
+                "answer": out.text,
+                "score": float(question.score(out.text)),
+                "finish_reason": out.finish_reason,
+                **question.extra,
+            }
+
+
+def sha256_of_ids(ids: Iterable[int]) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of token ids, each as 4 bytes, lowest first."""
+    return hashlib.sha256(b"".join(int(i).to_bytes(4, "little") for i in ids)).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tasks
+# ---------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """One kind of evaluation. Subclasses are frozen dataclasses (kw_only=True) and are listed in registry.py.
+
+    A subclass may declare a field again to give it another default or help, and checks its values in `check`.
+    """
+
+    name: ClassVar[str]  # as on the command line
+    about: ClassVar[str]  # one line for --help
+    # More prompts of these leave the others as they are, so a directory of results may grow by them.
+    GROWS: ClassVar[tuple[str, ...]] = ("lengths", "samples")
+
+    lengths: tuple[int, ...] = option(
+        (4096, 16384), "prompt and answer together, in tokens", metavar="N,N", parse=parse_length, many="comma"
+    )
+    samples: int = option(5, "how often everything is asked, each time with another prompt", metavar="N", parse=int)
+    seed: int = option(0, "same seed: same prompts", metavar="S", parse=int)
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise InputError for values that cannot be used. Extend it with super().check().
+
+        Messages begin "NAME is VALUE, expected ...", with the field's name: the command line turns it into the flag.
+        """
+        require("lengths", self.lengths, bool(self.lengths) and min(self.lengths) >= 1, "lengths of at least 1 token")
+        require("samples", self.samples, self.samples >= 1, "at least 1")
+
+    @abstractmethod
+    def cells(self, tokenizer: Tokenizer) -> Sequence[Cell]:
+        """All the work, the same in every attention mode, in the order in which it is to be done: shortest first.
+
+        Raises:
+            InputError, MissingFileError: options that do not fit this tokenizer, or files that cannot be used.
+        """
+
+    def summarize(self, records: Sequence[Record]) -> list[Record]:
+        """Rows for summary.json: the mean score of every attention mode, kind and length.
+
+        `records` holds one record for each place and mode, skipped ones (with "skipped": reason) included.
+        """
+        groups: dict[tuple[Any, ...], list[Record]] = {}
+        for record in records:
+            groups.setdefault(tuple(record.get(name) for name in _GROUPED_BY), []).append(record)
+        rows = []
+        for group, members in groups.items():
+            scores = [r["score"] for r in members if "skipped" not in r and r["score"] is not None]
+            rows.append(
+                {name: value for name, value in zip(_GROUPED_BY, group, strict=True) if value is not None}
+                | {"score": sum(scores) / len(scores) if scores else None, "answers": len(scores)}
+                | {"skipped": sum("skipped" in r for r in members)}
+            )
+        return rows
+
+    def table(self, rows: Sequence[Record]) -> list[list[str]]:
+        """The summary for the terminal: cells of text, the heading first. By default scores in percent by length."""
+        lengths = sorted({row["length"] for row in rows if "length" in row})
+        heads = [name for name in _GROUPED_BY[:2] if any(name in row for row in rows)]
+        lines: dict[tuple[str, ...], dict[int | None, str]] = {}
+        for row in rows:
+            shown = "skipped" if row["score"] is None else f"{100 * row['score']:.1f}"
+            lines.setdefault(tuple(row.get(name, "") for name in heads), {})[row.get("length")] = shown
+        columns: list[int | None] = [*lengths] if lengths else [None]
+        titles = [short_length(length) for length in lengths] if lengths else ["score"]
+        return [[*heads, *titles], *([*head, *(of.get(c, "-") for c in columns)] for head, of in lines.items())]
+
+    def plot(self, records: Sequence[Record], folder: Path) -> list[Path]:
+        """Draw pictures into `folder` and return their paths. By default score, speed and memory against length.
+
+        Raises:
+            InputError: matplotlib is not installed (minirea.evaluation.plots says so).
+        """
+        from minirea.evaluation import plots
+
+        return plots.against_length(records, folder, title=self.name)
+
+    def identity(self) -> Record:
+        """What a directory of results belongs to: every option but those it may grow by; files by their content."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.GROWS}
+        return {"task": self.name} | {name: _identified(value) for name, value in values.items()}
+
+
+_GROUPED_BY: Final = ("attention", "kind", "length")
+
+
+def require(name: str, value: object, valid: bool, expected: str) -> None:
+    """Raise InputError "NAME is VALUE, expected ..." unless `valid`."""
+    if not valid:
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        raise InputError(f"{name} is {shown!r}, expected {expected}")
+
+
+def make_task(cls: type[Task], options: Mapping[str, Any]) -> Task:
+    """A task from options as they come from Python or, as str, from the command line.
+
+    Raises:
+        InputError: an unknown option, or a value that cannot be used; names it.
+    """
+    known = {f.name: f.metadata["option"] for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(options) - set(known)):
+        raise InputError(f"unknown option {unknown[0]!r} of {cls.name}, expected one of {', '.join(known)}")
+    return cls(**{name: _parsed(name, value, known[name]) for name, value in options.items() if value is not None})
+
+
+def _parsed(name: str, value: Any, how: Option) -> Any:
+    if how.many and isinstance(value, str):
+        value = value.split(",") if how.many == "comma" else [value]
+    elif how.many and not isinstance(value, Iterable):
+        value = [value]
+    try:
+        parsed = tuple(how.parse(v) if isinstance(v, str) else v for v in value) if how.many else value
+        parsed = how.parse(value) if isinstance(value, str) and not how.many else parsed
+    except ValueError as error:
+        shown = ",".join(map(str, value)) if how.many else value
+        expected = "a number" if how.parse in (int, float) else str(error)
+        raise InputError(f"{name} is {shown!r}, expected {expected}") from None
+    if how.choices:
+        for one in parsed if how.many else [parsed]:
+            require(name, one, one in how.choices, f"one of {', '.join(map(str, how.choices))}")
+    return parsed
+
+
+def _identified(value: Any) -> Any:
+    """JSON that says what a value is; a file is what it holds, wherever it lies."""
+    if isinstance(value, tuple):
+        return [_identified(v) for v in value]
+    if isinstance(value, Path) and value.is_dir():
+        return {p.name: _identified(p) for p in sorted(value.iterdir()) if p.is_file()}
+    if isinstance(value, Path):
+        return hashlib.sha256(value.read_bytes()).hexdigest()[:16] if value.is_file() else str(value)
+    return json.loads(json.dumps(value))
