@@ -24,7 +24,8 @@ ALLOWED = {
     "minirea.sampling": {"errors"},
     "minirea.cache": {"config", "memory", "errors"},
     "minirea.attention": {"kernels", "cache", "config", "rope", "errors"},
-    "minirea.model": {"attention", "cache", "config"},
+    "minirea.cpu": set(),
+    "minirea.model": {"attention", "cache", "config", "cpu"},
     "minirea.generate": {"model", "cache", "sampling", "tokenizer", "memory", "errors"},
     "minirea.api": {
         *("generate", "attention", "model", "cache", "config", "tokenizer", "memory", "weights", "errors"),
