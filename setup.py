@@ -2,7 +2,9 @@
 
 from setuptools import setup
 
+EVAL = ["rouge", "rouge-score", "jieba"]  # metrics of LongBench, L-Eval and InfiniteBench
 TEST = [
+    *EVAL,
     "pytest>=8",
     "pytest-timeout",
     "hypothesis",
@@ -22,7 +24,7 @@ setup(
     description="A minimal transformer inference engine that reads a million tokens with ReAttention",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["minirea", "minirea.kernels", "minirea.weights"],
+    packages=["minirea", "minirea.evaluation", "minirea.evaluation.benchmarks", "minirea.kernels", "minirea.weights"],
     package_dir={"minirea.kernels": "kernels", "minirea.weights": "weights"},
     package_data={"minirea": ["py.typed"], "minirea.weights": ["demo/*", "demo/*/*"], "minirea.kernels": ["README.md"]},
     install_requires=[
@@ -34,6 +36,6 @@ setup(
         "jinja2>=3.1.6",
         "tqdm",
     ],
-    extras_require={"test": TEST, "plot": PLOT},
+    extras_require={"test": TEST, "plot": PLOT, "eval": EVAL},
     entry_points={"console_scripts": ["minirea = minirea.cli:main"]},
 )

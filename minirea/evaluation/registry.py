@@ -12,6 +12,9 @@ from minirea.evaluation.task import Task
 _TASKS: Final[dict[str, tuple[str, str]]] = {
     "needle": ("needle", "Needle"),
     "passkey": ("needle", "Passkey"),
+    "longbench": ("benchmarks.longbench", "LongBench"),
+    "leval": ("benchmarks.leval", "LEval"),
+    "infinitebench": ("benchmarks.infinitebench", "InfiniteBench"),
 }
 
 

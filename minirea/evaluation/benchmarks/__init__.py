@@ -1,0 +1,1 @@
+"""LongBench, L-Eval and InfiniteBench on their published data files, which the user brings."""
