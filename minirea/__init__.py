@@ -1,6 +1,7 @@
 """minirea: a minimal transformer inference engine that reads a million tokens with ReAttention (arXiv 2407.15176).
 
-`load` a model directory, then `generate`, `stream` or ask for `logits`; see minirea.api.
+`load` a model directory, then `generate`, `stream` or ask for `logits`; see minirea.api. `evaluate` measures what a
+model finds in long contexts; see minirea.evaluation.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from minirea.errors import InputError, MemoryLimitError, MinireaError, MissingFi
 
 if TYPE_CHECKING:
     from minirea.api import LLM, Generation, Session, load
+    from minirea.evaluation import Evaluation, evaluate
     from minirea.generate import GenerationConfig, Piece, Stats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "Evaluation",
     "Generation",
     "GenerationConfig",
     "InputError",
@@ -27,17 +30,20 @@ __all__ = [
     "Piece",
     "Session",
     "Stats",
+    "evaluate",
     "load",
 ]
 
 # Torch takes seconds to import, and the command line must answer `--help` without it.
 _LAZY = {
     "LLM": "minirea.api",
+    "Evaluation": "minirea.evaluation",
     "Generation": "minirea.api",
     "GenerationConfig": "minirea.generate",
     "Piece": "minirea.generate",
     "Session": "minirea.api",
     "Stats": "minirea.generate",
+    "evaluate": "minirea.evaluation",
     "load": "minirea.api",
 }
 

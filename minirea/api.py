@@ -117,6 +117,11 @@ class LLM:
         model.attention = Attention(config, attention, scope, old.impl, old.device)
         return LLM(model, self._tokenizer, scope.chunk_size)
 
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given, so that a clock can be read."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
     def session(self, capacity: int = 0) -> Session:
         """A context that is kept between calls; `capacity` tokens of cache are allocated at once."""
         return Session(self, capacity)

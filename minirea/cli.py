@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minirea import __version__
-from minirea.errors import InputError, MinireaError, MissingFileError
+from minirea.errors import InputError, MinireaError, MissingExtraError, MissingFileError
 
 if TYPE_CHECKING:
     from minirea.api import LLM
+    from minirea.evaluation.task import Option, Task
     from minirea.generate import Stats
+
+_MODES = ("reattention", "streaming", "full")
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -45,16 +51,17 @@ _GENERATION_OPTIONS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 (bad input), 2 (usage) or 130 (Ctrl-C)."""
-    parser = _parser()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser(with_tasks=argv[:1] == ["eval"])
     arguments = parser.parse_args(argv)
-    if arguments.system is not None and not arguments.chat:
+    if arguments.command == "generate" and arguments.system is not None and not arguments.chat:
         parser.error("--system needs --chat")
     try:
-        return run_generate(arguments)
+        return run_generate(arguments) if arguments.command == "generate" else run_eval(arguments)
     except MinireaError as error:
         if arguments.debug:
             raise
-        return _fail(_as_flag(str(error)))
+        return _fail(_as_flag(str(error), set(vars(arguments))))
     except KeyboardInterrupt:
         if arguments.debug:
             raise
@@ -98,6 +105,27 @@ def run_generate(arguments: argparse.Namespace) -> int:
     if stats and not arguments.quiet:
         print(footer(stats, finish_reason), file=sys.stderr)
     return EXIT_INTERRUPTED if finish_reason == "interrupted" else 0
+
+
+def run_eval(arguments: argparse.Namespace) -> int:
+    """`minirea eval`: put a task to a model, print the summary, draw the pictures."""
+    from minirea.evaluation import SCOPE_FIELDS, evaluate
+
+    options = vars(arguments)
+    names = {*_LOAD_OPTIONS, *SCOPE_FIELDS, *arguments.task_options, "attention", "out", "at_most"} - {"task"}
+    try:
+        evaluation = evaluate(
+            arguments.task, arguments.model, progress=not arguments.quiet, **{name: options[name] for name in names}
+        )
+    except KeyboardInterrupt:
+        print(f"minirea: interrupted; {arguments.out} keeps the answers, the same command goes on", file=sys.stderr)
+        raise
+    print(evaluation.table, flush=True)
+    try:
+        evaluation.plot(arguments.out)
+    except MissingExtraError as error:  # a server may well have no matplotlib, and the results are complete
+        print(f"minirea: no pictures: {error}", file=sys.stderr)
+    return 0
 
 
 def read_prompt(arguments: argparse.Namespace) -> str:
@@ -158,9 +186,8 @@ def _print_json(
     print(json.dumps(record), flush=True)
 
 
-def _as_flag(message: str) -> str:
+def _as_flag(message: str, names: set[str]) -> str:
     """Name a field at the beginning of a message the way it was typed: max_tokens is --max-tokens."""
-    names = _LOAD_OPTIONS + _REATTENTION_OPTIONS + _GENERATION_OPTIONS
     return re.sub(r"^(\w+)(?= is )", lambda m: "--" + m[1].replace("_", "-") if m[1] in names else m[1], message)
 
 
@@ -173,7 +200,7 @@ class _HelpFormatter(argparse.HelpFormatter):
     """Shows the defaults that say something: not those of switches and of options that are off."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        shown = action.default not in (None, False, [], argparse.SUPPRESS)
+        shown = action.default not in (None, False, [], {}, argparse.SUPPRESS)
         return (action.help or "") + (" (default: %(default)s)" if shown else "")
 
 
@@ -182,7 +209,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"minirea: error: {message} (see `{self.prog} --help`)\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(with_tasks: bool = True) -> argparse.ArgumentParser:
+    """The whole command line; without the tasks of `eval` where they would only cost time."""
     parser = _Parser(
         prog="minirea", description="Run a LLaMA or Mistral model on prompts of any length, with ReAttention."
     )
@@ -196,9 +224,80 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_input(generate)
     _add_sampling(generate)
-    _add_attention(generate)
+    add = _add_attention(generate)
+    add("--attention", choices=_MODES, default="reattention", help="what a token can see")
     _add_execution(generate)
+    generate.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    _add_eval(commands, with_tasks)
     return parser
+
+
+def _add_eval(commands: Any, with_tasks: bool) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="measure what a model finds in long contexts",
+        description="Put a task to a model in several attention modes. The summary goes to standard output; every "
+        "answer, the summary and pictures go to --out. Run the same command again to go on after an interruption.",
+    )
+    if not with_tasks:
+        return
+    from minirea.evaluation import registry
+
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK", parser_class=_Parser)
+    for name in registry.names():
+        task = registry.task_class(name)
+        command = tasks.add_parser(name, help=task.about, description=task.about, formatter_class=_HelpFormatter)
+        command.add_argument("--model", required=True, metavar="DIR", help="Hugging Face or Mistral model directory")
+        command.add_argument("--out", required=True, metavar="DIR", help="where results are kept")
+        _add_task_options(command, task)
+        add = _add_attention(command)
+        add("--attention", default="reattention", metavar="MODE,MODE", help=f"modes to compare: {', '.join(_MODES)}")
+        at_most = "longest length of a mode (repeatable): longer ones are recorded as skipped"
+        add("--at-most", action=_Limit, default={}, metavar="MODE=N", help=at_most)
+        _add_execution(command)
+
+
+def _add_task_options(parser: argparse.ArgumentParser, task: type[Task]) -> None:
+    """A flag for every field of the task; one that is not given is left to the task's default."""
+    group = parser.add_argument_group("task")
+    fields = dataclasses.fields(task)
+    parser.set_defaults(task_options=[field.name for field in fields])
+    for field in fields:
+        how: Option = field.metadata["option"]
+        flag, shown = "--" + field.name.replace("_", "-"), _default_of(field.default, how)
+        if field.default is False:
+            group.add_argument(flag, action="store_true", default=None, help=how.help)
+        else:
+            metavar = how.metavar or (",".join(map(str, how.choices)) and "{" + ",".join(map(str, how.choices)) + "}")
+            parse, nargs = functools.partial(_task_option, field.name, how), "+" if how.many == "list" else None
+            group.add_argument(flag, type=parse, nargs=nargs, metavar=metavar, help=how.help + shown)
+
+
+def _default_of(default: Any, how: Option) -> str:
+    """What --help says about a default: nothing where it says nothing or is said already."""
+    text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    hidden = default in (None, "", ()) or "(default" in how.help
+    return "" if hidden else f" (default: {json.dumps(text) if ' ' in text else text})".replace("%", "%%")
+
+
+def _task_option(name: str, how: Option, text: str) -> Any:
+    from minirea.evaluation.task import parsed
+
+    try:
+        value = parsed(name, text, how)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error).split(" is ", 1)[1]) from None
+    return value[0] if how.many == "list" else value
+
+
+class _Limit(argparse.Action):
+    """--at-most MODE=N into a dictionary."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:  # noqa: ARG002
+        mode, equals, length = values.partition("=")
+        if not equals:
+            raise argparse.ArgumentError(self, f"{values!r}, expected MODE=LENGTH such as full=64k")
+        setattr(namespace, self.dest, getattr(namespace, self.dest) | {mode: length})
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
@@ -223,10 +322,10 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--ignore-eos", action="store_true", help="go on past the end-of-text token")
 
 
-def _add_attention(parser: argparse.ArgumentParser) -> None:
+def _add_attention(parser: argparse.ArgumentParser) -> Callable[..., Any]:
+    """The flags of a scope; returns what adds further flags to their group."""
     about = "Sizes in tokens. Where two defaults are given, the second is for trained contexts C below 32768."
     add = parser.add_argument_group("attention", about).add_argument
-    add("--attention", choices=("reattention", "streaming", "full"), default="reattention", help="what a token can see")
     add("--global-size", type=int, metavar="N", help="first tokens, always seen (default: 32, or C/64)")
     add("--local-size", type=int, metavar="N", help="last tokens, always seen (default: 8192, or C/2)")
     add("--span-top-k", type=int, metavar="K", help="winners per head and query (default: 4)")
@@ -235,6 +334,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     add("--chunk-size", type=int, metavar="N", help="prompt tokens per step, at most --local-size (default: 512)")
     add("--span-scope", choices=("layer", "kv_head"), help="who votes together (default: layer)")
     add("--allow-out-of-distribution", action="store_true", help="let the scope exceed the trained context")
+    return add
 
 
 def _add_execution(parser: argparse.ArgumentParser) -> None:
@@ -242,6 +342,5 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="of weights and cache")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     add("--impl", choices=("auto", "triton", "torch"), default="auto", help="the fused kernel or the torch path")
-    add("--json", action="store_true", help="print one JSON object instead of the text")
     add("--quiet", action="store_true", help="no progress bar, no statistics")
     add("--debug", action="store_true", help="show tracebacks")

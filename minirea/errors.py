@@ -15,3 +15,7 @@ class MissingFileError(MinireaError, FileNotFoundError):
 
 class MemoryLimitError(MinireaError, MemoryError):
     """Weights or cache do not fit; the message says how much was needed, how much there is and what to change."""
+
+
+class MissingExtraError(MinireaError, ImportError):
+    """A library that only an extra installs is needed; the message names the extra."""

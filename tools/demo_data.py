@@ -20,10 +20,10 @@ from typing import Final
 
 import numpy as np
 import torch
-from demo_text import generate_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from minirea.errors import InputError, MissingFileError
+from minirea.evaluation.diary import generate_text
 
 BOS: Final = "<s>"
 EOS: Final = "</s>"

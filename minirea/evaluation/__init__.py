@@ -1,1 +1,113 @@
-"""Evaluation: does a model keep its ability far beyond its trained length? `minirea eval`, and `evaluate` in Python."""
+"""Evaluation: does a model keep its ability far beyond its trained length? `minirea eval`, and `evaluate` in Python.
+
+A task (registry.py lists them, task.py says what one is) makes prompts; runner.py puts them to a model in every
+attention mode; results.py keeps each answer as one line of JSON; plots.py draws the pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minirea.errors import InputError
+from minirea.evaluation.registry import task_class
+from minirea.evaluation.task import Record, Task, make_task, parse_length
+
+if TYPE_CHECKING:
+    from minirea.api import LLM
+
+__all__ = ["Evaluation", "evaluate"]
+
+_MODES = ("reattention", "streaming", "full")
+SCOPE_FIELDS = ("global_size", "local_size", "span_top_k", "span_size", "max_spans", "chunk_size", "span_scope")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out: every record, and the rows of the summary."""
+
+    task: Task
+    records: list[Record]
+    rows: list[Record]
+
+    @property
+    def table(self) -> str:
+        """The summary for the terminal."""
+        from minirea.evaluation.runner import render
+
+        return render(self.task.table(self.rows))
+
+    def plot(self, folder: str | Path) -> list[Path]:
+        """Draw the pictures as PNG files into an existing folder. Raises InputError without matplotlib."""
+        return self.task.plot(self.records, Path(folder))
+
+
+def evaluate(
+    task: str,
+    model: str | Path | LLM,
+    *,
+    attention: str | Sequence[str] = ("reattention",),
+    out: str | Path | None = None,
+    at_most: Mapping[str, int | str] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    impl: str = "auto",
+    allow_out_of_distribution: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> Evaluation:
+    """Put a task to a model, as `minirea eval` does, and return the same records.
+
+    Args:
+        task: "needle", "ruler", ...: one of minirea.evaluation.registry.names().
+        model: a directory, or a model that is loaded already, to which device, dtype and impl do not apply.
+        attention: modes to compare: "reattention", "streaming", "full".
+        out: directory for settings.json, records.jsonl and summary.json. Answers that it holds are not asked for again.
+            None keeps everything in memory.
+        at_most: the longest length by attention mode; longer ones are recorded as skipped.
+        device, dtype, impl, allow_out_of_distribution: as for minirea.load.
+        progress: show a bar on stderr.
+        options: fields of the task (lengths, samples, seed, ...) and of ReAttentionConfig.
+
+    Raises:
+        MissingFileError, InputError, MemoryLimitError: with one line that says what to mend. A length that does not fit
+            into memory raises nothing: its records say `skipped`.
+    """
+    modes = tuple(attention.split(",")) if isinstance(attention, str) else tuple(attention)
+    for mode in modes:
+        if mode not in _MODES:
+            raise InputError(f"attention is {','.join(modes)!r}, expected {', '.join(_MODES)} or several with commas")
+    if not modes or len(set(modes)) < len(modes):
+        raise InputError(f"attention is {','.join(modes)!r}, expected different modes")
+    fields = {name: options.pop(name) for name in SCOPE_FIELDS if name in options}
+    chosen = make_task(task_class(task), options)
+    limits = _limits(at_most or {})
+
+    import minirea.api as api  # imports torch, which a bad option need not wait for
+    from minirea.evaluation.results import Results
+    from minirea.evaluation.runner import Runner, environment
+
+    fields["allow_out_of_distribution"] = allow_out_of_distribution
+    llm = model
+    if not isinstance(llm, api.LLM):
+        llm = api.load(llm, device, dtype, modes[0], impl, progress=progress, **fields)
+    runner = Runner(chosen, llm, modes, limits, fields)
+    with Results(None if out is None else Path(out), runner.settings) as results:
+        records = runner.run(results, progress)
+        evaluation = Evaluation(chosen, records, chosen.summarize(records))
+        results.summarize({"settings": runner.settings, "environment": environment(), "rows": evaluation.rows})
+    return evaluation
+
+
+def _limits(at_most: Mapping[str, int | str]) -> dict[str, int]:
+    limits = {}
+    for mode, length in at_most.items():
+        if mode not in _MODES:
+            raise InputError(f"at_most is {mode!r}, expected one of {', '.join(_MODES)}")
+        try:
+            limits[mode] = parse_length(str(length))
+        except ValueError as error:
+            raise InputError(f"at_most is '{mode}={length}', expected {error}") from None
+    return limits

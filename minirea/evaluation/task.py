@@ -1,8 +1,8 @@
 """What an evaluation is made of. A Task lists Cells; a Cell reads one context and yields a record for each answer.
 
 A task is a frozen dataclass. Its fields are its options: `option(...)` makes one, and every option is both a flag of
-`minirea eval NAME` and a keyword argument of `minirea.evaluate`. Modules that define tasks are imported for `--help`,
-so they must not import torch or numpy when they are imported: do it in the function that needs it, or in another module.
+`minirea eval NAME` and a keyword argument of `minirea.evaluate`. Modules that define tasks are imported for `--help`.
+So they must not import torch or numpy themselves, only in the function that needs it or in another module.
 
 The runner gives every cell to a model in every attention mode, writes one JSON line for each record the moment it
 comes, and on restart asks a cell only for the records that are missing. Therefore:
@@ -19,7 +19,10 @@ import hashlib
 import json
 import random
 import re
+import sys
+import time
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +32,7 @@ from minirea.errors import InputError
 
 if TYPE_CHECKING:
     from minirea.api import LLM
+    from minirea.generate import Stats
     from minirea.tokenizer import Tokenizer
 
 Record = dict[str, Any]  # one line of records.jsonl; JSON values only
@@ -163,8 +167,11 @@ class PromptCell(Cell):
         # Whole steps of the context are shared. Its rest is read again with each question, so that the prompt is cut
         # into the same steps as one that is read alone: a step's queries vote together.
         shared = len(context) // llm.chunk_size * llm.chunk_size if llm.can_share_prefix else 0
+        started = time.perf_counter()
         if shared:
             session.prefill(context[:shared], progress)
+            llm.synchronize()
+        shared_seconds = time.perf_counter() - started
         for question in questions:
             rest = [*context[shared:], *question.ids]
             out = session.generate(rest, progress, max_tokens=question.max_tokens, stop=question.stop)
@@ -177,12 +184,31 @@ class PromptCell(Cell):
                 "score": float(question.score(out.text)),
                 "finish_reason": out.finish_reason,
                 **question.extra,
+                **_costs(out.stats, shared, shared_seconds),
             }
+
+
+def _costs(stats: Stats, shared: int, shared_seconds: float) -> Record:
+    """What an answer took: the first `shared` tokens were read once for all questions, in `shared_seconds`."""
+    return {
+        "shared_tokens": shared,
+        "shared_seconds": round(shared_seconds, 4),
+        "first_token_seconds": round(stats.time_to_first_token, 4),  # after the shared tokens
+        "generated_tokens": stats.generated_tokens,
+        "decode_seconds": round(stats.decode_seconds, 4),
+        "scope": stats.scope,
+        "weight_bytes": stats.weight_bytes,
+        "cache_bytes": stats.cache_bytes,
+        "peak_bytes": stats.peak_bytes,
+    }
 
 
 def sha256_of_ids(ids: Iterable[int]) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of token ids, each as 4 bytes, lowest first."""
-    return hashlib.sha256(b"".join(int(i).to_bytes(4, "little") for i in ids)).hexdigest()[:16]
+    words = array("I", ids)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return hashlib.sha256(words.tobytes()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -290,25 +316,24 @@ def make_task(cls: type[Task], options: Mapping[str, Any]) -> Task:
     known = {f.name: f.metadata["option"] for f in dataclasses.fields(cls)}
     if unknown := sorted(set(options) - set(known)):
         raise InputError(f"unknown option {unknown[0]!r} of {cls.name}, expected one of {', '.join(known)}")
-    return cls(**{name: _parsed(name, value, known[name]) for name, value in options.items() if value is not None})
+    return cls(**{name: parsed(name, value, known[name]) for name, value in options.items() if value is not None})
 
 
-def _parsed(name: str, value: Any, how: Option) -> Any:
+def parsed(name: str, value: Any, how: Option) -> Any:
+    """The value of an option. Raises InputError "NAME is VALUE, expected ..."."""
     if how.many and isinstance(value, str):
         value = value.split(",") if how.many == "comma" else [value]
     elif how.many and not isinstance(value, Iterable):
         value = [value]
     try:
-        parsed = tuple(how.parse(v) if isinstance(v, str) else v for v in value) if how.many else value
-        parsed = how.parse(value) if isinstance(value, str) and not how.many else parsed
+        values = [how.parse(v) if isinstance(v, str) else v for v in (value if how.many else [value])]
     except ValueError as error:
         shown = ",".join(map(str, value)) if how.many else value
-        expected = "a number" if how.parse in (int, float) else str(error)
+        expected = {int: "an integer", float: "a number"}.get(how.parse, str(error))
         raise InputError(f"{name} is {shown!r}, expected {expected}") from None
-    if how.choices:
-        for one in parsed if how.many else [parsed]:
-            require(name, one, one in how.choices, f"one of {', '.join(map(str, how.choices))}")
-    return parsed
+    for one in values:
+        require(name, one, not how.choices or one in how.choices, f"one of {', '.join(map(str, how.choices))}")
+    return tuple(values) if how.many else values[0]
 
 
 def _identified(value: Any) -> Any:

@@ -1,0 +1,143 @@
+"""A directory of results: settings.json, records.jsonl (one line for each answer, written at once), summary.json."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import IO, Any, Final
+
+from minirea.errors import InputError
+from minirea.evaluation.task import Record
+
+SETTINGS: Final = "settings.json"
+RECORDS: Final = "records.jsonl"
+SUMMARY: Final = "summary.json"
+
+
+class Results:
+    """The records of one evaluation, kept in a directory if there is one.
+
+    A line that was torn when an earlier run was killed is cut off. While a run has the directory no other may.
+
+    Args:
+        folder: made if it is not there; None: records live in memory only.
+        settings: what the records depend on. A directory that holds other settings is refused.
+
+    Raises:
+        InputError: the directory belongs to other settings or to a running evaluation, or its files cannot be used.
+    """
+
+    def __init__(self, folder: Path | None, settings: Record) -> None:
+        self.folder = folder
+        self._records: dict[str, Record] = {}
+        self._file: IO[bytes] | None = None
+        if folder is None:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = _locked(folder / RECORDS)
+            self._claim(folder, settings)
+        except OSError as error:
+            raise InputError(f"out is {str(folder)!r}, which cannot be written: {error.strerror}") from None
+        self._read(folder / RECORDS)
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file:
+            self._file.close()
+
+    def finished(self, record_id: str) -> bool:
+        """Whether the record is there. One that was skipped is not: it is tried again."""
+        return record_id in self._records and "skipped" not in self._records[record_id]
+
+    def add(self, record: Record) -> None:
+        """Keep a record, on disk before this returns."""
+        self._records[record["id"]] = record
+        if self._file:
+            line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+            self._file.write(line.encode("utf-8", "replace") + b"\n")
+            self._file.flush()
+
+    def records(self, ids: list[str]) -> list[Record]:
+        """Those records, in the order of `ids`."""
+        return [self._records[record_id] for record_id in ids]
+
+    def summarize(self, summary: Record) -> None:
+        """Write summary.json."""
+        if self.folder:
+            _write_json(self.folder / SUMMARY, summary)
+
+    def _claim(self, folder: Path, settings: Record) -> None:
+        """Write down what the directory belongs to, or compare with what it says."""
+        path = folder / SETTINGS
+        settings = json.loads(json.dumps(settings))
+        if not path.exists():
+            if (folder / RECORDS).stat().st_size:
+                raise InputError(
+                    f"out is {str(folder)!r}, which has {RECORDS} but no {SETTINGS}; expected a new directory"
+                )
+            _write_json(path, settings)
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise InputError(f"{path}: not a JSON object, expected the settings of an evaluation")
+        if difference := _difference(found, settings):
+            raise InputError(
+                f"out {folder}: holds another evaluation's results: {difference}; expected a new directory"
+            )
+
+    def _read(self, path: Path) -> None:
+        """Take over the records of an earlier run."""
+        assert self._file is not None
+        raw = path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        self._file.truncate(len(whole))
+        for number, line in enumerate(whole.splitlines(), 1):
+            record = None
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("id"), str):
+                raise InputError(f"{path}: line {number} is no record, expected a JSON object with an id")
+            self._records[record["id"]] = record
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """The file, open for appending by this process only."""
+    file = path.open("ab")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # not a POSIX system: trust the user
+        pass
+    except OSError:
+        file.close()
+        raise InputError(f"out is {str(path.parent)!r}, which another evaluation is writing to") from None
+    return file
+
+
+def _difference(found: Record, wanted: Record) -> str:
+    """The first setting that differs, in words; "" if none does."""
+    for name in {**wanted, **found}:
+        if found.get(name) != wanted.get(name):
+            return f"{name} is {_shown(found.get(name))} there and {_shown(wanted.get(name))} here"
+    return ""
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _write_json(path: Path, value: Record) -> None:
+    """Replace the file in one step, so that it is never half there."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,154 @@
+"""Runs a task's cells on a model, one attention mode after another, and keeps every record the moment it comes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from minirea.api import LLM
+from minirea.errors import MemoryLimitError
+from minirea.evaluation.results import Results
+from minirea.evaluation.task import Cell, Place, Record, Task, short_length
+
+
+class Runner:
+    """One evaluation: a task, a model, and where the results go.
+
+    Args:
+        llm: any attention mode; its weights serve all of them.
+        attention: the modes to run, each on every cell.
+        at_most: longest length by mode; what is longer is recorded as skipped.
+        fields: ReAttentionConfig fields as the user gave them, and allow_out_of_distribution.
+    """
+
+    def __init__(
+        self, task: Task, llm: LLM, attention: Sequence[str], at_most: Mapping[str, int], fields: Mapping[str, Any]
+    ) -> None:
+        self.task = task
+        self.llm = llm
+        self.at_most = at_most
+        self.fields = fields
+        cells = task.cells(llm.tokenizer)
+        # Every mode reads a cell before the next, longer one: what is there after an interruption can be compared.
+        self.work = [(cell, mode) for cell in cells for mode in attention if cell.modes is None or mode in cell.modes]
+        self._models: dict[str, LLM] = {}
+
+    @cached_property
+    def settings(self) -> Record:
+        """What every record of a directory has in common."""
+        return {
+            **self.task.identity(),
+            "model": fingerprint(self.llm),
+            "dtype": str(self.llm.model.dtype).removeprefix("torch."),
+            "device": self.llm.model.device.type,
+            "impl": self.llm.model.attention.impl,
+            "reattention": {name: value for name, value in self.fields.items() if value is not None},
+        }
+
+    def run(self, results: Results, progress: bool) -> list[Record]:
+        """All records, in the order of the work; those that `results` has already are not made again."""
+        ids = [record_id(mode, place) for cell, mode in self.work for place in cell.places]
+        done = sum(map(results.finished, ids))
+        with tqdm(total=len(ids), initial=done, unit="answer", dynamic_ncols=True, disable=not progress) as bar:
+            for cell, mode in self.work:
+                wanted = [i for i, p in enumerate(cell.places) if not results.finished(record_id(mode, p))]
+                if wanted:
+                    bar.set_description(f"{mode} {short_length(cell.tokens)}")
+                for index, record in zip(wanted, self._records(cell, mode, wanted, progress), strict=True):
+                    results.add(self._complete(record, cell, mode, cell.places[index]))
+                    bar.update()
+        return results.records(ids)
+
+    def _records(self, cell: Cell, mode: str, wanted: Sequence[int], progress: bool) -> Iterator[Record]:
+        """A record for each index in `wanted`. Once memory runs out the rest say so."""
+        longest = self.at_most.get(mode)
+        if longest is not None and cell.tokens > longest:
+            yield from [_skipped(f"longer than {short_length(longest)} tokens (at_most)")] * len(wanted)
+            return
+        done = 0
+        try:
+            llm = self._model(mode, cell.fields)
+            _forget_peak(llm)
+            for record in cell.run(llm, wanted, progress):
+                yield record
+                done += 1
+        except MemoryLimitError as error:
+            reason = str(error)
+        except torch.OutOfMemoryError as error:
+            reason = f"not enough memory: {str(error).splitlines()[0]}"
+        else:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # in blocks of the failed length, of no use to what follows
+        yield from [_skipped(reason)] * (len(wanted) - done)
+
+    def _model(self, mode: str, fields: Mapping[str, Any]) -> LLM:
+        """The model in that mode; one is kept for each mode and scope, on the same weights."""
+        options = {**self.fields, **fields}
+        key = f"{mode} {sorted(options.items())}"
+        if key not in self._models:
+            self._models[key] = self.llm.with_attention(mode, **options)
+        return self._models[key]
+
+    def _complete(self, record: Record, cell: Cell, mode: str, place: Place) -> Record:
+        """The record with what the frame knows about it."""
+        head = {"id": record_id(mode, place), "task": self.task.name, "attention": mode, **place}
+        return head | record | {"settings": self._settings_of(mode, cell)}
+
+    def _settings_of(self, mode: str, cell: Cell) -> Record:
+        config = dataclasses.asdict(self._model(mode, cell.fields).model.attention.config)
+        if mode == "full":
+            config = {"chunk_size": config["chunk_size"]}
+        common = {name: value for name, value in self.settings.items() if name in ("dtype", "device", "impl", "seed")}
+        return config | common
+
+
+def record_id(mode: str, place: Place) -> str:
+    """Names a record within its evaluation: "full length=4096 depth=0.5 sample=0"."""
+    return " ".join([mode, *(f"{name}={value}" for name, value in place.items())])
+
+
+def fingerprint(llm: LLM) -> str:
+    """Tells models apart by their shape, a row of every matrix and their tokenizer; where they lie does not matter."""
+    config = dataclasses.asdict(llm.model.config) | {"eos_token_ids": sorted(llm.model.config.eos_token_ids)}
+    digest = hashlib.sha256(repr(sorted(config.items())).encode())
+    digest.update(repr(llm.tokenizer.encode("The quick brown fox jumps over 1234567890 lazy dogs.\n")).encode())
+    model = llm.model
+    for tensor in [model.embed, model.norm, model.head, *(t for layer in model.layers for t in layer if t is not None)]:
+        row = (tensor[-1] if tensor.dim() > 1 else tensor).float().cpu()
+        digest.update(row.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def environment() -> dict[str, str]:
+    """Where and with what records were made."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"machine": name, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def render(table: Sequence[Sequence[str]]) -> str:
+    """Lines of columns, the first ones flush left and numbers flush right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    numeric = [all(c[:1].isdigit() or c in ("-", "skipped") for c in column[1:]) for column in zip(*table, strict=True)]
+    lines = []
+    for row in table:
+        cells = [c.rjust(w) if right else c.ljust(w) for c, w, right in zip(row, widths, numeric, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _skipped(reason: str) -> Record:
+    return {"score": None, "skipped": reason}
+
+
+def _forget_peak(llm: LLM) -> None:
+    """Let the peak of memory count from here; a CPU's process cannot forget it."""
+    if llm.model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(llm.model.device)
