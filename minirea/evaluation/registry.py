@@ -12,6 +12,8 @@ from minirea.evaluation.task import Task
 _TASKS: Final[dict[str, tuple[str, str]]] = {
     "needle": ("needle", "Needle"),
     "passkey": ("needle", "Passkey"),
+    "perplexity": ("perplexity", "Perplexity"),
+    "mechanism": ("mechanism", "Mechanism"),
     "longbench": ("benchmarks.longbench", "LongBench"),
     "leval": ("benchmarks.leval", "LEval"),
     "infinitebench": ("benchmarks.infinitebench", "InfiniteBench"),

@@ -1,0 +1,234 @@
+"""Why ReAttention works, or where it does not: studies of what a model's attention does with a long prompt.
+
+- overlap: do q . k without RoPE choose the keys that attention with RoPE would look at?
+- spread: do positions stay in the range that the model knows, and does attention stay as concentrated?
+- sweep: what is each size of the scope good for? The score of the task `needle` under each setting.
+- cost: what does each of these settings cost? The time of reading a prompt and of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from minirea.evaluation import mechanism_summary
+from minirea.evaluation.needle import Needle, parse_file
+from minirea.evaluation.task import Cell, Place, PromptCell, Record, Task, option, require, rng, sha256_of_ids
+from minirea.evaluation.text import Encoder, read_haystack
+from minirea.evaluation.windows import radical_inverse
+
+if TYPE_CHECKING:
+    from minirea.api import LLM
+    from minirea.tokenizer import Tokenizer
+
+STUDIES: Final = ("overlap", "spread", "sweep", "cost")
+# Small enough for every model with a trained context of 2,048 tokens or more.
+SWEEPS: Final = (
+    "span_size=2,8,32,64",
+    "span_top_k=0,1,2,4,8",
+    "max_spans=1,2,4,8,16,31",
+    "local_size=64,128,256,512,1024",
+    "chunk_size=32,128,512",
+    "span_scope=layer,kv_head",
+)
+_SIZES: Final = ("global_size", "local_size", "span_top_k", "span_size", "max_spans", "chunk_size")
+_TEXT_STEPS: Final = 16  # tokens at the end of running text that are observed
+_TIMED_TOKENS: Final = 32
+_TIMED_RUNS: Final = 3
+
+
+def parse_sweep(text: str) -> str:
+    """Check "span_size=8,32,64"; raises ValueError."""
+    try:
+        settings(text)
+    except ValueError:
+        raise ValueError(f"FIELD=VALUE,VALUE with a field of {', '.join(_SIZES)} or span_scope") from None
+    return text
+
+
+def settings(sweep: str) -> list[tuple[str, int | str]]:
+    """Field and value of each setting of a sweep."""
+    name, _, values = sweep.partition("=")
+    field = name.replace("-", "_")
+    if field == "span_scope" and values:
+        return [(field, value) for value in values.split(",")]
+    if field not in _SIZES:
+        raise ValueError
+    return [(field, int(value)) for value in values.split(",")]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A prompt of which the last `steps` tokens are to be observed as decode steps."""
+
+    ids: list[int]
+    steps: int
+
+
+@dataclass(frozen=True)
+class OverlapCell(Cell):
+    """One record: for each layer and head, what the selection has in common with attention."""
+
+    build: Callable[[], Watched]
+
+    def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:  # noqa: ARG002  one place
+        from minirea.evaluation.mechanism_measures import Overlap
+        from minirea.evaluation.observer import observe_end
+
+        prompt = self.build()
+        config = llm.model.attention.config
+        needed = config.global_size + config.local_size + prompt.steps + 1
+        if len(prompt.ids) < needed or not config.span_top_k:
+            reason = f"nothing is selected from {len(prompt.ids)} tokens, expected at least {needed} and a span_top_k"
+            yield {"score": None, "skipped": reason}
+            return
+        overlap = Overlap(llm.model.config)
+        observe_end(llm.model, prompt.ids, prompt.steps, llm.chunk_size, overlap, progress)
+        head = {"prompt_sha256": sha256_of_ids(prompt.ids), "score": None, "steps": prompt.steps}
+        yield head | {"chance": overlap.chance, "per_head": overlap.per_head}
+
+
+@dataclass(frozen=True)
+class SpreadCell(Cell):
+    """One record: the positions that keys got, and for each layer and head the entropy of attention."""
+
+    build: Callable[[], Watched]
+
+    def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:  # noqa: ARG002  one place
+        from minirea.evaluation.mechanism_measures import Spread
+        from minirea.evaluation.observer import observe_end
+
+        prompt, model = self.build(), llm.model
+        spread = Spread(model.config)
+        observe_end(model, prompt.ids, prompt.steps, llm.chunk_size, spread, progress)
+        yield {
+            "prompt_sha256": sha256_of_ids(prompt.ids),
+            "score": None,
+            "steps": prompt.steps,
+            "trained_context": model.config.trained_context,
+            "bound": None if model.attention.mode == "full" else model.attention.config.max_scope,
+            "highest_position": spread.highest_position,
+            "widest_scope": spread.widest_scope,
+            "entropy": spread.entropy,
+        }
+
+
+@dataclass(frozen=True)
+class CostCell(Cell):
+    """One record: the time to read a prompt and the time of a token after it, the best of some runs."""
+
+    build: Callable[[], Watched]
+
+    def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:  # noqa: ARG002  one place
+        ids = self.build().ids
+        options = {"max_tokens": _TIMED_TOKENS, "ignore_eos": True}
+        runs = [llm.generate(ids, progress, **options).stats for _ in range(_TIMED_RUNS)]  # the first one compiles
+        yield {
+            "prompt_sha256": sha256_of_ids(ids),
+            "score": None,
+            "prompt_tokens": len(ids),
+            "prefill_seconds": min(stats.time_to_first_token for stats in runs),
+            "token_seconds": min(stats.decode_seconds for stats in runs) / (_TIMED_TOKENS - 1),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mechanism(Task):
+    """Studies of attention itself. Prompts are running text, or haystacks with a needle and its question and answer."""
+
+    name: ClassVar[str] = "mechanism"
+    about: ClassVar[str] = "what is selected and why: overlap with attention, entropy, positions, sweeps of the sizes"
+    GROWS: ClassVar[tuple[str, ...]] = (*Task.GROWS, "studies", "sweep")
+
+    samples: int = option(3, "prompts of each length", metavar="N", parse=int)
+    studies: tuple[str, ...] = option(
+        STUDIES, f"of {', '.join(STUDIES)}", metavar="NAME,NAME", many="comma", choices=STUDIES
+    )
+    sweep: tuple[str, ...] = option(
+        SWEEPS, "settings for sweep and cost", metavar="FIELD=X,X", parse=parse_sweep, many="list"
+    )
+    depths: int = option(10, "needles in each haystack of a sweep, at evenly spread depths", metavar="N", parse=int)
+    text: tuple[Path, ...] = option(
+        (), "UTF-8 text to read (default: generated text)", metavar="FILE", parse=parse_file, many="list"
+    )
+
+    def check(self) -> None:
+        super().check()
+        require("studies", self.studies, bool(self.studies), f"some of {', '.join(STUDIES)}")
+        require("depths", self.depths, self.depths >= 1, "at least 1")
+        require("lengths", self.lengths, min(self.lengths) >= 256, "lengths of at least 256 tokens")
+
+    def cells(self, tokenizer: Tokenizer) -> list[Cell]:
+        encode = Encoder(tokenizer)
+        cells = [cell for study in self.studies for cell in getattr(self, f"_{study}")(tokenizer, encode)]
+        return sorted(cells, key=lambda cell: cell.tokens)
+
+    def _overlap(self, tokenizer: Tokenizer, encode: Encoder) -> Iterator[Cell]:
+        both = {"needle": self._questions(tokenizer, encode), "text": self._texts(encode)}
+        for prompt, builds in both.items():
+            for length, sample, build in builds:
+                place: Place = {"study": "overlap", "kind": prompt, "length": length, "sample": sample}
+                yield OverlapCell((place,), length, build, modes=("reattention", "full"))
+
+    def _spread(self, tokenizer: Tokenizer, encode: Encoder) -> Iterator[Cell]:  # noqa: ARG002  as its sisters
+        for length, sample, build in self._texts(encode):
+            yield SpreadCell(({"study": "spread", "length": length, "sample": sample},), length, build)
+
+    def _sweep(self, tokenizer: Tokenizer, encode: Encoder) -> Iterator[Cell]:  # noqa: ARG002
+        for cell in self._needle(samples=self.samples, depths=self.depths).cells(tokenizer):
+            for field, value in self._settings():
+                places = tuple({"study": "sweep", "field": field, "value": value, **place} for place in cell.places)
+                yield replace(cell, places=places, modes=("reattention",), fields={field: value})
+
+    def _cost(self, tokenizer: Tokenizer, encode: Encoder) -> Iterator[Cell]:  # noqa: ARG002
+        for length, sample, build in self._texts(encode):
+            for field, value in self._settings() if sample == 0 else ():
+                place = {"study": "cost", "field": field, "value": value, "length": length}
+                yield CostCell((place,), length, build, modes=("reattention",), fields={field: value})
+
+    def _settings(self) -> list[tuple[str, int | str]]:
+        return [setting for sweep in self.sweep for setting in settings(sweep)]
+
+    def _needle(self, **options: object) -> Needle:
+        return Needle(lengths=self.lengths, seed=self.seed, haystack=self.text, **options)  # type: ignore[arg-type]
+
+    def _texts(self, encode: Encoder) -> Iterator[tuple[int, int, Callable[[], Watched]]]:
+        """Running text: length, sample, and what makes the prompt."""
+        haystack = read_haystack(self.text, encode)
+
+        def build(length: int, sample: int) -> Watched:
+            tokens = length - len(encode.beginning)
+            stretch = haystack.stretch(rng(self.seed, self.name, length, sample), tokens)
+            return Watched([*encode.beginning, *stretch.ids], _TEXT_STEPS)
+
+        for length in sorted(set(self.lengths)):
+            for sample in range(self.samples):
+                yield length, sample, partial(build, length, sample)
+
+    def _questions(self, tokenizer: Tokenizer, encode: Encoder) -> Iterator[tuple[int, int, Callable[[], Watched]]]:
+        """Needles at spread depths, one in each haystack; observed are the steps that give the answer's tokens."""
+
+        def build(cell: PromptCell) -> Watched:
+            prompt = cell.build()
+            question = prompt.questions[0]
+            answer = encode(f" {question.expected[0]}")
+            return Watched([*prompt.context, *question.ids, *answer[:-1]], len(answer))
+
+        depths = tuple(radical_inverse(sample + 1) for sample in range(self.samples))
+        for index, cell in enumerate(self._needle(samples=1, at=depths, separate=True).cells(tokenizer)):
+            assert isinstance(cell, PromptCell)
+            yield cell.tokens, index % self.samples, partial(build, cell)
+
+    def summarize(self, records: Sequence[Record]) -> list[Record]:
+        return mechanism_summary.summarize(records)
+
+    def table(self, rows: Sequence[Record]) -> list[list[str]]:
+        return mechanism_summary.table(rows)
+
+    def plot(self, records: Sequence[Record], folder: Path) -> list[Path]:
+        from minirea.evaluation import mechanism_plots
+
+        return mechanism_plots.draw(records, folder)

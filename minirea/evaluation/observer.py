@@ -1,0 +1,123 @@
+"""Looks over a model's shoulder: every layer's queries, its keys without RoPE, and what it attended to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from minirea.attention import Attention
+from minirea.cache import KVCache
+from minirea.generate import chunks, prefill
+from minirea.kernels import reattention
+from minirea.model import Model
+
+
+class Step:
+    """One layer's attention in one step: T queries, the last of `seq_len` tokens.
+
+    Attributes:
+        q_THD: queries without RoPE.
+        q_GRD: the last of them, the only one of a decode step; R query heads for each key/value head.
+        k_GND: the keys of all seq_len tokens without RoPE.
+    """
+
+    def __init__(self, attention: ObservedAttention, layer: int, q_THD: Tensor, cache: KVCache) -> None:
+        self.attention = attention
+        self.layer = layer
+        self.q_THD = q_THD
+        self.seq_len = cache.seq_len + len(q_THD)
+        self.k_GND = cache.k[layer][:, : self.seq_len]
+        self.q_GRD = q_THD[-1].unflatten(0, (len(self.k_GND), -1))
+        self._cache = cache
+
+    @property
+    def is_decode(self) -> bool:
+        return len(self.q_THD) == 1
+
+    def scopes(self) -> list[Tensor]:
+        """Cache positions that the step attended to, ascending, one int64 [S] for each key/value head.
+
+        In the mode "full" these are all tokens, or those in the sliding window of any of the step's queries.
+        """
+        attention, T, G = self.attention, len(self.q_THD), len(self.k_GND)
+        if attention.mode == "full":
+            first = max(0, self.seq_len - T + 1 - (attention.sliding_window or self.seq_len))
+            return [torch.arange(first, self.seq_len, device=self.q_THD.device)] * G
+        k_GND, v_GND = self._cache.k[self.layer], self._cache.v[self.layer]
+        arguments = (self.q_THD, k_GND, v_GND, self.seq_len, attention.cos, attention.sin, attention.config)
+        _, selection = reattention(*arguments, attention.impl, return_selection=True)
+        return selection if isinstance(selection, list) else [selection] * G
+
+    def last_position(self, scope: Tensor) -> int:
+        """The position of the step's last query and key, the highest there is."""
+        return self.seq_len - 1 if self.attention.mode == "full" else len(scope) - 1
+
+    def tables(self, scope: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, [S, D/2], of the positions that the keys of a scope have in this mode."""
+        if self.attention.mode == "full":
+            cos, sin = self.attention.true_tables(self.seq_len)
+            return cos[scope], sin[scope]
+        return self.attention.cos[: len(scope)], self.attention.sin[: len(scope)]
+
+
+class Observer(Protocol):
+    """Called after each layer of each observed step."""
+
+    def __call__(self, step: Step) -> None: ...
+
+
+class ObservedAttention(Attention):
+    """A model's attention and someone who watches it. The model's own attention knows nothing of it."""
+
+    def __init__(self, attention: Attention, observer: Observer, horizon: int) -> None:
+        super().__init__(attention.model, attention.mode, attention.config, attention.impl, attention.device)
+        self.horizon = horizon
+        self.observer = observer
+        self._true_tables: tuple[int, tuple[Tensor, Tensor]] = (0, (self.cos[:0], self.sin[:0]))
+
+    def __call__(self, layer: int, qkv_TXD: Tensor, cache: KVCache) -> Tensor:
+        out_THD = super().__call__(layer, qkv_TXD, cache)
+        self.observer(Step(self, layer, qkv_TXD[:, : self.model.num_heads], cache))
+        return out_THD
+
+    def true_tables(self, seq_len: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of the true positions 0..seq_len-1, [seq_len, D/2], made once for all layers of a step."""
+        if self._true_tables[0] != seq_len:
+            self._true_tables = (seq_len, self._table(0, seq_len, max(seq_len, self.horizon)))
+        return self._true_tables[1]
+
+
+@contextmanager
+def observed(model: Model, observer: Observer, horizon: int) -> Iterator[None]:
+    """While it lasts, `observer` sees every layer of every step of `model`, in a context of `horizon` tokens."""
+    attention = model.attention
+    model.attention = ObservedAttention(attention, observer, horizon)
+    try:
+        yield
+    finally:
+        model.attention = attention
+
+
+@torch.inference_mode()
+def observe_end(
+    model: Model, ids: Sequence[int], num_steps: int, chunk_size: int, observer: Observer, progress: bool = False
+) -> None:
+    """Read a prompt as `generate` does; observe its last `num_steps` tokens as decode steps, and the chunk before.
+
+    Args:
+        ids: the prompt, longer than num_steps.
+    """
+    observed_start, observed_stop = chunks(len(ids) - num_steps, chunk_size)[-1]
+    # Up to dense_limit, keys are kept both with RoPE and without, in "full" too, whose own caches drop the latter.
+    dense_limit = min(model.attention.dense_limit, len(ids))
+    cache = KVCache(model.config, len(ids), dense_limit, model.device, model.dtype)
+    prefill(model, cache, list(ids[:observed_start]), chunk_size, len(ids) - observed_start, progress)
+    ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
+    with observed(model, observer, horizon=len(ids)):
+        model.forward(ids_T[observed_start:observed_stop], cache)
+        for position in range(observed_stop, len(ids)):
+            model.forward(ids_T[position : position + 1], cache)
