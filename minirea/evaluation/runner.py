@@ -59,8 +59,9 @@ class Runner:
         with tqdm(total=len(ids), initial=done, unit="answer", dynamic_ncols=True, disable=not progress) as bar:
             for cell, mode in self.work:
                 wanted = [i for i, p in enumerate(cell.places) if not results.finished(record_id(mode, p))]
-                if wanted:
-                    bar.set_description(f"{mode} {short_length(cell.tokens)}")
+                if not wanted:
+                    continue
+                bar.set_description(f"{mode} {short_length(cell.tokens)}")
                 for index, record in zip(wanted, self._records(cell, mode, wanted, progress), strict=True):
                     results.add(self._complete(record, cell, mode, cell.places[index]))
                     bar.update()
