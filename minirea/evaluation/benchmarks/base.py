@@ -99,7 +99,12 @@ class Benchmark(Task):
     samples: int = option(0, "lines of each data file, from the first; 0 is all", metavar="N", parse=int)
     data: Path | None = option(None, "directory of the published data files", metavar="DIR", parse=Path)  # noqa: RUF009
     datasets: tuple[str, ...] = option((), "only these, by file name", metavar="A,B", many="comma")
-    prompts: Path | None = option(None, "JSON of dataset: template", metavar="FILE", parse=Path)  # noqa: RUF009
+    prompts: Path | None = option(  # noqa: RUF009
+        None,
+        "JSON object of dataset: template (default: the one published in DIR, if there is, else minirea's wording)",
+        metavar="FILE",
+        parse=Path,
+    )
     chat: bool = option(False, "put prompts into the model's chat template, where the benchmark does")
 
     def check(self) -> None:
@@ -224,7 +229,7 @@ class Benchmark(Task):
             if self.samples and count == self.samples:
                 break
             for index, item in enumerate(self.items(name, files.parse(path, number, line))):
-                key = hashlib.sha256(item.fields[self.FIELDS[0]].encode(errors="surrogatepass")).digest()
+                key = hashlib.sha256(item.fields[self.FIELDS[0]].encode()).digest()
                 groups.setdefault(key, []).append(_Where(number, offset, index))
                 sizes[key] = max(sizes.get(key, 0), len(line))
         if not groups:

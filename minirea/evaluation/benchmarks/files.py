@@ -24,18 +24,27 @@ class Entry(JsonObject):
     """One line of a data file."""
 
     def string(self, key: str) -> str:
-        """Raises InputError if it is absent or no text."""
+        """Raises InputError if it is absent or no text that can be a prompt."""
         value = self.values.get(key)
-        if not isinstance(value, str):
-            raise self.fail(key, "a string")
+        if not isinstance(value, str) or not _is_unicode(value):
+            raise self.fail(key, "a string of valid Unicode")
         return value
 
     def strings(self, key: str) -> tuple[str, ...]:
         """Raises InputError unless it is a list of at least one string."""
         value = self.values.get(key)
-        if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
-            raise self.fail(key, "a list of strings")
+        if not isinstance(value, list) or not value or not all(isinstance(v, str) and _is_unicode(v) for v in value):
+            raise self.fail(key, "a list of strings of valid Unicode")
         return tuple(value)
+
+
+def _is_unicode(text: str) -> bool:
+    r"""Whether it holds no half of a surrogate pair, as "\ud800" in JSON gives: no tokenizer takes one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def find(directory: Path, names: set[str]) -> dict[str, Path]:

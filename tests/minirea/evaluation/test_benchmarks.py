@@ -34,7 +34,7 @@ CHOICE = {"context": "A book.", "input": "Who?", "options": ["Ann", "Bob", "Cid"
 
 def write(path: Path, *lines: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
@@ -282,6 +282,7 @@ def test_results_belong_to_what_the_files_hold(tmp_path: Path) -> None:
         (LongBench, "hotpotqa", {"context": "x", "answers": ["x"]}, "input is absent, expected a string"),
         (LongBench, "trec", LONGBENCH | {"all_classes": None}, "all_classes is null, expected a list of strings"),
         (LongBench, "passage_count", LONGBENCH, "answers is .*, expected answers with a number in them"),
+        (LongBench, "hotpotqa", LONGBENCH | {"context": "\ud800"}, "context is .*, expected a string of valid Unicode"),
         (LongBench, "hotpotqa", [1], "holds a JSON list, expected an object"),
         (LEval, "quality", LEVAL | {"outputs": ["B"]}, r"outputs is \[\"B\"\], expected as many as .* instructions, 2"),
         (LEval, "quality", LEVAL | {"evaluation": "taste"}, "evaluation is .*, expected one of f1, rouge, exam, human"),
