@@ -1,9 +1,12 @@
 """Streams a checkpoint's safetensors files into tensors on the device.
 
-Files are read with plain reads straight into their destination, or through one small staging buffer where dtype, device
-or row order differ. They are never mapped: mapped pages count as resident memory, so a mapped 16 GB checkpoint looks
-like a second copy of the model. The format: an 8-byte little-endian length, a JSON header of that length that gives
-each tensor's dtype, shape and byte range, then the tensors' bytes (https://github.com/huggingface/safetensors).
+A few threads read blocks of bounded size, with plain reads, straight into their destination or through a staging buffer
+each where dtype, device or row order differ. On the way to a GPU every thread copies on a stream of its own, so that
+disk, page cache and PCIe work at the same time. Files are never mapped: mapped pages count as resident memory, so a
+mapped 16 GB checkpoint looks like a second copy of the model.
+
+The format: an 8-byte little-endian length, a JSON header of that length that gives each tensor's dtype, shape and byte
+range, then the tensors' bytes (https://github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
@@ -14,11 +17,14 @@ import math
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, Final, TypeGuard
+from queue import SimpleQueue
+from typing import Any, Final, NamedTuple, TypeGuard
 
 import torch
 from tqdm import tqdm
@@ -28,7 +34,9 @@ from minirea.errors import InputError, MemoryLimitError, MissingFileError
 from minirea.weights.names import NameTable, Place, is_ignored
 
 MAX_HEADER_BYTES: Final = 100_000_000
-STAGING_BYTES: Final = 16 * 2**20
+STAGING_BYTES: Final = 8 * 2**20  # of one reader
+# A disk wants several requests at a time; PCIe takes ten times what one core copies out of the page cache.
+READERS: Final = {"cpu": 4, "cuda": 8}
 
 _DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OTHER_FORMATS: Final = (".bin", ".pth", ".pt", ".gguf")
@@ -59,15 +67,18 @@ def load_weights(
     device: torch.device,
     dtype: torch.dtype | None = None,
     progress: bool = False,
+    keep_half: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Read a checkpoint into frozen tensors under our names (names.py), q/k/v and gate/up stacked.
 
-    Host memory stays under the model's size plus one tensor. All headers are checked before anything is allocated.
+    Beside the result it holds a staging buffer of STAGING_BYTES per reader. All headers are checked before anything is
+    allocated. On an error or Ctrl-C the readers finish the blocks they are at, and no thread remains.
 
     Args:
         directory: a model directory; its config has been read into `config`.
         dtype: of the result; None means checkpoint_dtype.
         progress: show a bar of bytes read on stderr.
+        keep_half: leave matrices that the files hold in float16 or bfloat16 so, whatever dtype says.
 
     Returns:
         Shapes in the project's letters: embed.weight and head.weight [V, E] (one tensor object if tied), norm.weight
@@ -84,8 +95,9 @@ def load_weights(
     table = NameTable(config)
     assigned = _assign(Path(directory), tensors, table)
     dtype = dtype or _declared_dtype(config) or _most_common_dtype(tensors)
+    kept = _kept_dtypes(assigned) if keep_half else {}
     try:
-        weights = _allocate(config, table, dtype, device)
+        weights = empty_weights(config, dtype, device, kept)
         transfers = [
             _Transfer(tensor, weights[place.name][place.rows], place.interleaved, table.is_redundant(place))
             for tensor, place in assigned
@@ -95,7 +107,7 @@ def load_weights(
         with tqdm(
             total=total, unit="B", unit_scale=True, desc="weights", delay=1, leave=False, disable=not progress
         ) as bar:
-            for nbytes in _fill(transfers):
+            for nbytes in _fill(transfers, device):
                 bar.update(nbytes)
     except RuntimeError as error:
         # Only a GPU's allocator has an exception of its own; the CPU's is known by its message.
@@ -105,6 +117,19 @@ def load_weights(
                 f"{device}; use a smaller dtype or another device"
             ) from None
         raise
+    return weights
+
+
+def empty_weights(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, other_dtypes: Mapping[str, torch.dtype] | None = None
+) -> dict[str, torch.Tensor]:
+    """Tensors of the names and shapes that load_weights returns, not filled. `other_dtypes`: name -> an exception."""
+    other_dtypes = other_dtypes or {}
+    weights = {
+        name: torch.empty(shape, dtype=other_dtypes.get(name, dtype), device=device) for name, shape in _shapes(config)
+    }
+    if config.tie_word_embeddings:
+        weights["head.weight"] = weights["embed.weight"]
     return weights
 
 
@@ -118,6 +143,7 @@ def checkpoint_dtype(directory: str | Path, config: ModelConfig) -> torch.dtype:
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """How many bytes load_weights allocates for its result; a tied embedding counts once."""
+    # Not by way of _shapes: the config may claim two billion layers, and no file has been asked yet.
     elements = sum(
         math.prod(shape) * (config.num_layers if "*" in pattern else 1)
         for pattern, shape in NameTable(config).shapes.items()
@@ -125,17 +151,27 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return elements * dtype.itemsize
 
 
-def _allocate(
-    config: ModelConfig, table: NameTable, dtype: torch.dtype, device: torch.device
-) -> dict[str, torch.Tensor]:
-    weights = {
-        pattern.replace("*", str(layer)): torch.empty(shape, dtype=dtype, device=device)
-        for pattern, shape in table.shapes.items()
-        for layer in range(config.num_layers if "*" in pattern else 1)
-    }
-    if config.tie_word_embeddings:
-        weights["head.weight"] = weights["embed.weight"]
-    return weights
+def kept_weight_bytes(directory: str | Path, config: ModelConfig, dtype: torch.dtype) -> int:
+    """Like weight_bytes, with keep_half. Raises what load_weights raises for the files' headers."""
+    kept = _kept_dtypes(_assign(Path(directory), _read_headers(Path(directory)), NameTable(config)))
+    return sum(math.prod(shape) * kept.get(name, dtype).itemsize for name, shape in _shapes(config))
+
+
+def _shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Our names with their shapes, a tied head left out."""
+    for pattern, shape in NameTable(config).shapes.items():
+        for layer in range(config.num_layers if "*" in pattern else 1):
+            yield pattern.replace("*", str(layer)), shape
+
+
+def _kept_dtypes(assigned: list[tuple[StoredTensor, Place]]) -> dict[str, torch.dtype]:
+    """Those of our matrices all parts of which are stored in one half-precision dtype, with that dtype."""
+    stored: dict[str, set[torch.dtype]] = {}
+    for tensor, place in assigned:
+        if len(tensor.shape) == 2:
+            stored.setdefault(place.name, set()).add(tensor.dtype)
+    halves = ({torch.float16}, {torch.bfloat16})
+    return {name: next(iter(dtypes)) for name, dtypes in stored.items() if dtypes in halves}
 
 
 def _declared_dtype(config: ModelConfig) -> torch.dtype | None:
@@ -319,8 +355,7 @@ def _assign(directory: Path, tensors: list[StoredTensor], table: NameTable) -> l
         problems.append(f"holds {_listed(extra, len(extra))}, for which the config has no place")
     if problems:
         raise InputError(f"{directory}: the checkpoint {' and '.join(problems)}")
-    # A redundant head is compared with the embedding, which therefore comes first.
-    return sorted(assigned.values(), key=lambda pair: table.is_redundant(pair[1]))
+    return list(assigned.values())
 
 
 def _listed(names: list[str], count: int) -> str:
@@ -356,47 +391,92 @@ class _Transfer:
         unit = self.interleaved or 1
         return min(len(self.rows), max(1, STAGING_BYTES // (self.row_bytes * unit)) * unit)
 
-    def run(self, file: FileIO, staging: torch.Tensor) -> Iterator[int]:
-        """Move the tensor; yields each block's size in the file. `staging` is needed unless in_place."""
+    def blocks(self) -> Iterator[_Block]:
+        """The tensor in pieces, in file order."""
         for first_row in range(0, len(self.rows), self.block_rows):
-            block = self.rows[first_row : first_row + self.block_rows]
-            nbytes = len(block) * self.row_bytes
-            offset = self.tensor.offset + first_row * self.row_bytes
-            if self.in_place:
-                _read_into(file, offset, _bytes_of(block))
-            else:
-                _read_into(file, offset, _bytes_of(staging[:nbytes]))
-                self._unstage(block, staging[:nbytes].view(self.tensor.dtype))
-            low, high = torch.aminmax(block)  # NaN makes both NaN
-            if not math.isfinite(low) or not math.isfinite(high):
-                raise InputError(
-                    f"{self.tensor} has a NaN or infinity as {_short(block.dtype)}, expected finite numbers"
-                )
-            yield nbytes
+            yield _Block(self, first_row, self.rows[first_row : first_row + self.block_rows])
 
-    def _unstage(self, block: torch.Tensor, staged: torch.Tensor) -> None:
-        """Convert on the destination's device: the bytes cross over as they are."""
-        if self.interleaved:  # block row half * D/2 + i of a head comes from row 2 * i + half
-            block = block.unflatten(0, (-1, 2, self.interleaved // 2)).transpose(1, 2)
-        staged = staged.view(block.shape).to(block.device)
+    def unstage(self, rows: torch.Tensor, staged: torch.Tensor) -> None:
+        """Put a block's values, in the file's dtype and row order, into `rows`, or compare them."""
+        if self.interleaved:  # row half * D/2 + i of a head comes from row 2 * i + half
+            rows = rows.unflatten(0, (-1, 2, self.interleaved // 2)).transpose(1, 2)
+        staged = staged.view(rows.shape)
+        if not rows.is_contiguous() or rows.dtype != staged.dtype or self.compare:
+            # Converted on the device, which is faster there: the bytes cross over as they are.
+            staged = staged.to(rows.device, non_blocking=True)
         if not self.compare:
-            block.copy_(staged)
-        elif not torch.equal(block, staged.to(block.dtype)):
+            rows.copy_(staged, non_blocking=True)
+        elif not torch.equal(rows, staged.to(rows.dtype)):
             raise InputError(f"{self.tensor} differs from the embedding, expected the same: the config ties the two")
 
 
-def _fill(transfers: list[_Transfer]) -> Iterator[int]:
-    """Run all transfers, each file opened once; yields the bytes read."""
-    staged = [transfer for transfer in transfers if not transfer.in_place]
-    staging = torch.empty(
-        max((transfer.block_rows * transfer.row_bytes for transfer in staged), default=0),
-        dtype=torch.uint8,
-        pin_memory=any(transfer.rows.is_cuda for transfer in staged),
-    )
-    for path, of_file in itertools.groupby(transfers, key=lambda transfer: transfer.tensor.path):
-        with _open(path) as file:
-            for transfer in of_file:
-                yield from transfer.run(file, staging)
+class _Block(NamedTuple):
+    """A part of a transfer that is read at once: `rows` of ours, from row `first_row` of the tensor on."""
+
+    transfer: _Transfer
+    first_row: int
+    rows: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """In the file."""
+        return len(self.rows) * self.transfer.row_bytes
+
+    def read(self, workspace: _Workspace) -> int:
+        """Move the block; returns its size in the file. The GPU has then finished with the workspace."""
+        transfer, tensor = self.transfer, self.transfer.tensor
+        offset = tensor.offset + self.first_row * transfer.row_bytes
+        # Opened anew for every block: a file object has one position, which threads cannot share.
+        with _open(tensor.path) as file, workspace.on_stream, torch.inference_mode():
+            if transfer.in_place:
+                _read_into(file, offset, _bytes_of(self.rows))
+            else:
+                staging = workspace.staging[: self.nbytes]
+                _read_into(file, offset, _bytes_of(staging))
+                transfer.unstage(self.rows, staging.view(tensor.dtype))
+            low, high = torch.aminmax(self.rows)  # NaN makes both NaN
+            if not math.isfinite(low) or not math.isfinite(high):  # asking waits for the stream
+                raise InputError(
+                    f"{tensor} has a NaN or infinity as {_short(self.rows.dtype)}, expected finite numbers"
+                )
+        return self.nbytes
+
+
+class _Workspace(NamedTuple):
+    """What a reader needs: bytes to stage a block in, pinned for a GPU, and a context that makes its stream current."""
+
+    staging: torch.Tensor
+    on_stream: AbstractContextManager[Any]
+
+
+def _fill(transfers: list[_Transfer], device: torch.device) -> Iterator[int]:
+    """Run all transfers; yields the bytes read, block by block in file order.
+
+    So an error is that of the first bad block, whichever reader was faster. Leaving early cancels the blocks that no
+    reader has begun and waits for the others.
+    """
+    on_gpu = device.type == "cuda"
+    staged = max((t.block_rows * t.row_bytes for t in transfers if not t.in_place), default=0)
+    free: SimpleQueue[_Workspace] = SimpleQueue()
+    readers = READERS["cuda" if on_gpu else "cpu"]
+    for _ in range(readers):
+        staging = torch.empty(staged, dtype=torch.uint8, pin_memory=on_gpu)
+        free.put(_Workspace(staging, torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu else nullcontext()))
+
+    def read(block: _Block) -> int:
+        workspace = free.get()
+        try:
+            return block.read(workspace)
+        finally:
+            free.put(workspace)
+
+    with ThreadPoolExecutor(readers, "reader") as pool:
+        # A redundant head is compared with the embedding, which must be complete by then.
+        for compare in (False, True):
+            part = [transfer.blocks() for transfer in transfers if transfer.compare == compare]
+            yield from pool.map(read, itertools.chain.from_iterable(part))
+    if on_gpu:
+        torch.cuda.empty_cache()  # what the readers' streams have cached can serve no other stream
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
