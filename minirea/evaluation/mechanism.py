@@ -8,11 +8,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 from minirea.evaluation import mechanism_summary
 from minirea.evaluation.needle import Needle, parse_file
@@ -66,6 +67,14 @@ class Watched:
 
     ids: list[int]
     steps: int
+
+
+class _Prompt(NamedTuple):
+    """What is read: its length, which of the samples of this length it is, and what makes it."""
+
+    length: int
+    sample: int
+    build: Callable[[], Watched]
 
 
 @dataclass(frozen=True)
@@ -162,54 +171,59 @@ class Mechanism(Task):
         require("lengths", self.lengths, min(self.lengths) >= 256, "lengths of at least 256 tokens")
 
     def cells(self, tokenizer: Tokenizer) -> list[Cell]:
-        encode = Encoder(tokenizer)
-        cells = [cell for study in self.studies for cell in getattr(self, f"_{study}")(tokenizer, encode)]
+        studies: dict[str, Callable[[Tokenizer, list[_Prompt]], Iterator[Cell]]] = {
+            "overlap": self._overlap,
+            "spread": self._spread,
+            "sweep": self._sweep,
+            "cost": self._cost,
+        }
+        texts = self._texts(Encoder(tokenizer))
+        cells = [cell for study in STUDIES if study in self.studies for cell in studies[study](tokenizer, texts)]
         return sorted(cells, key=lambda cell: cell.tokens)
 
-    def _overlap(self, tokenizer: Tokenizer, encode: Encoder) -> Iterator[Cell]:
-        both = {"needle": self._questions(tokenizer, encode), "text": self._texts(encode)}
-        for prompt, builds in both.items():
-            for length, sample, build in builds:
-                place: Place = {"study": "overlap", "kind": prompt, "length": length, "sample": sample}
-                yield OverlapCell((place,), length, build, modes=("reattention", "full"))
+    def _overlap(self, tokenizer: Tokenizer, texts: list[_Prompt]) -> Iterator[Cell]:
+        for kind, prompts in (("needle", self._questions(tokenizer)), ("text", texts)):
+            for prompt in prompts:
+                place: Place = {"study": "overlap", "kind": kind, "length": prompt.length, "sample": prompt.sample}
+                yield OverlapCell((place,), prompt.length, prompt.build, modes=("reattention", "full"))
 
-    def _spread(self, tokenizer: Tokenizer, encode: Encoder) -> Iterator[Cell]:  # noqa: ARG002  as its sisters
-        for length, sample, build in self._texts(encode):
-            yield SpreadCell(({"study": "spread", "length": length, "sample": sample},), length, build)
+    def _spread(self, _: Tokenizer, texts: list[_Prompt]) -> Iterator[Cell]:
+        for prompt in texts:
+            place: Place = {"study": "spread", "length": prompt.length, "sample": prompt.sample}
+            yield SpreadCell((place,), prompt.length, prompt.build)
 
-    def _sweep(self, tokenizer: Tokenizer, encode: Encoder) -> Iterator[Cell]:  # noqa: ARG002
+    def _sweep(self, tokenizer: Tokenizer, _: list[_Prompt]) -> Iterator[Cell]:
         for cell in self._needle(samples=self.samples, depths=self.depths).cells(tokenizer):
             for field, value in self._settings():
                 places = tuple({"study": "sweep", "field": field, "value": value, **place} for place in cell.places)
                 yield replace(cell, places=places, modes=("reattention",), fields={field: value})
 
-    def _cost(self, tokenizer: Tokenizer, encode: Encoder) -> Iterator[Cell]:  # noqa: ARG002
-        for length, sample, build in self._texts(encode):
-            for field, value in self._settings() if sample == 0 else ():
-                place = {"study": "cost", "field": field, "value": value, "length": length}
-                yield CostCell((place,), length, build, modes=("reattention",), fields={field: value})
+    def _cost(self, _: Tokenizer, texts: list[_Prompt]) -> Iterator[Cell]:
+        for prompt in texts:
+            for field, value in self._settings() if prompt.sample == 0 else ():
+                place: Place = {"study": "cost", "field": field, "value": value, "length": prompt.length}
+                yield CostCell((place,), prompt.length, prompt.build, modes=("reattention",), fields={field: value})
 
     def _settings(self) -> list[tuple[str, int | str]]:
         return [setting for sweep in self.sweep for setting in settings(sweep)]
 
-    def _needle(self, **options: object) -> Needle:
-        return Needle(lengths=self.lengths, seed=self.seed, haystack=self.text, **options)  # type: ignore[arg-type]
+    def _needle(self, **options: Any) -> Needle:
+        return Needle(lengths=self.lengths, seed=self.seed, haystack=self.text, **options)
 
-    def _texts(self, encode: Encoder) -> Iterator[tuple[int, int, Callable[[], Watched]]]:
-        """Running text: length, sample, and what makes the prompt."""
+    def _texts(self, encode: Encoder) -> list[_Prompt]:
+        """Running text."""
         haystack = read_haystack(self.text, encode)
 
         def build(length: int, sample: int) -> Watched:
-            tokens = length - len(encode.beginning)
-            stretch = haystack.stretch(rng(self.seed, self.name, length, sample), tokens)
+            stretch = haystack.stretch(rng(self.seed, self.name, length, sample), length - len(encode.beginning))
             return Watched([*encode.beginning, *stretch.ids], _TEXT_STEPS)
 
-        for length in sorted(set(self.lengths)):
-            for sample in range(self.samples):
-                yield length, sample, partial(build, length, sample)
+        places = itertools.product(sorted(set(self.lengths)), range(self.samples))
+        return [_Prompt(length, sample, partial(build, length, sample)) for length, sample in places]
 
-    def _questions(self, tokenizer: Tokenizer, encode: Encoder) -> Iterator[tuple[int, int, Callable[[], Watched]]]:
+    def _questions(self, tokenizer: Tokenizer) -> list[_Prompt]:
         """Needles at spread depths, one in each haystack; observed are the steps that give the answer's tokens."""
+        encode = Encoder(tokenizer)
 
         def build(cell: PromptCell) -> Watched:
             prompt = cell.build()
@@ -218,9 +232,9 @@ class Mechanism(Task):
             return Watched([*prompt.context, *question.ids, *answer[:-1]], len(answer))
 
         depths = tuple(radical_inverse(sample + 1) for sample in range(self.samples))
-        for index, cell in enumerate(self._needle(samples=1, at=depths, separate=True).cells(tokenizer)):
-            assert isinstance(cell, PromptCell)
-            yield cell.tokens, index % self.samples, partial(build, cell)
+        cells = self._needle(samples=1, at=depths, separate=True).cells(tokenizer)
+        prompts = [cell for cell in cells if isinstance(cell, PromptCell)]
+        return [_Prompt(cell.tokens, i % self.samples, partial(build, cell)) for i, cell in enumerate(prompts)]
 
     def summarize(self, records: Sequence[Record]) -> list[Record]:
         return mechanism_summary.summarize(records)

@@ -170,7 +170,7 @@ class Perplexity(Task):
 _SHOWN: Final = (
     ("nats/token", "nll_per_token", "{:.3f}"),
     ("nats/byte", "nll_per_byte", "{:.3f}"),
-    ("change in range", "change", "{:+.1%}"),
+    ("change in range", "change", "{:+z.1%}"),
 )
 
 

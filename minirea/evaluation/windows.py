@@ -50,9 +50,9 @@ def read_texts(paths: Sequence[Path], tokenizer: Tokenizer, tokens: int) -> list
     for path, text in zip(paths, texts, strict=True):
         found = len(text.ids) + len(text.beginning)
         if found < tokens:
-            raise InputError(f"text {path}: found {found} tokens, expected at least {tokens}, the longest of lengths")
+            raise InputError(f"text is '{path}' with {found} tokens, expected {tokens}, the longest of lengths")
         if [other.name for other in texts].count(text.name) > 1:
-            raise InputError(f"text {path}: another file has the same name, expected names that tell the texts apart")
+            raise InputError(f"text is '{path}', expected names that tell the texts apart: another has this one")
     return texts
 
 
