@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from minirea.evaluation.task import Cell, Place, Prompt, PromptCell, Question, Record, Task, option, require, rng
@@ -16,12 +17,12 @@ from minirea.evaluation.text import (
     PATTERNS,
     Encoder,
     Haystack,
+    Stretch,
     distinct,
     hide,
     random_value,
     read_haystack,
     same_size,
-    split_sentences,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ class Needle(Task):
         10, "evenly spread places for needles, from the text's start to its end", metavar="N", parse=int
     )
     at: tuple[float, ...] = option((), "these depths instead, from 0 to 1", metavar="X,X", parse=float, many="comma")
+    share: int = option(
+        1, "so many samples share a haystack: less to read, and more needles in it", metavar="N", parse=int
+    )
     separate: bool = option(False, "a haystack for every question, instead of one for all depths")
     needles: int = option(
         1, "with --separate: so many in the haystack, of which one is asked for", metavar="N", parse=int
@@ -76,6 +80,8 @@ class Needle(Task):
         require("at", self.at, len(set(self.at)) == len(self.at), "different depths")
         require("needles", self.needles, self.needles >= 1, "at least 1")
         require("needles", self.needles, self.needles == 1 or self.separate, "1 without separate (see --separate)")
+        require("share", self.share, self.share >= 1, "at least 1")
+        require("share", self.share, self.share == 1 or not self.separate, "1 with separate (see --separate)")
         require("digits", self.digits, 1 <= self.digits <= 100, "1 to 100")
         require("answer_tokens", self.answer_tokens, self.answer_tokens >= 0, "at least 1, or 0 for the default")
         _check_template("needle", self.needle, ("key", "value"))
@@ -92,28 +98,33 @@ class Needle(Task):
     def cells(self, tokenizer: Tokenizer) -> list[Cell]:
         encode = Encoder(tokenizer)
         haystack = read_haystack(self.haystack, encode)
-        depths = self.all_depths()
-        groups = [(depth,) for depth in depths] if self.separate else [depths]
         cells: list[Cell] = []
         for length in sorted(set(self.lengths)):
-            for sample in range(self.samples):
-                for group in groups:
-                    places = tuple({"length": length, "depth": depth, "sample": sample} for depth in group)
-                    cells.append(PromptCell(places, length, partial(self._prompt, haystack, encode, places)))
+            for group in self._groups():
+                places = tuple({"length": length, "depth": depth, "sample": sample} for sample, depth in group)
+                cells.append(PromptCell(places, length, partial(self._prompt, haystack, encode, places)))
         self._prompt(haystack, encode, cells[0].places)  # the shortest: says now if there is no room
         return cells
 
+    def _groups(self) -> list[list[tuple[int, float]]]:
+        """The (sample, depth) of each question, by haystack."""
+        samples, depths = range(self.samples), self.all_depths()
+        if self.separate:
+            return [[(sample, depth)] for sample in samples for depth in depths]
+        return [
+            [(s, d) for s in samples[start : start + self.share] for d in depths] for start in samples[:: self.share]
+        ]
+
     def _prompt(self, haystack: Haystack, encode: Encoder, places: Sequence[Place]) -> Prompt:
-        """A haystack with a needle at each of the places, and with --separate `needles` - 1 others anywhere."""
-        length, sample = int(places[0]["length"]), places[0]["sample"]
-        depths = [float(place["depth"]) for place in places]
-        random = rng(self.seed, self.name, length, sample, *(depths if self.separate else ()))
+        """A haystack with a needle at each of the places and, with --separate, `needles` - 1 others anywhere."""
+        length, first = int(places[0]["length"]), int(places[0]["sample"])
+        random = rng(self.seed, self.name, length, first, *([places[0]["depth"]] if self.separate else []))
         stretch = haystack.stretch(random, length)
-        all_depths = [*depths, *(random.random() for _ in range(self.needles - 1))]
+        depths = self._hidden_at(random, float(places[0]["depth"]))
         key = partial(random_value, random, self.keys, haystack.words, self.digits)
         value = partial(random_value, random, self.values, haystack.words, self.digits)
-        keys = same_size(key, len(all_depths), lambda key: len(self._asked(encode, key)), stretch.text)
-        values = distinct(value, len(all_depths), " ".join([stretch.text, *keys]))
+        keys = same_size(key, len(depths), lambda key: len(self._asked(encode, key)), stretch.text)
+        values = distinct(value, len(depths), " ".join([stretch.text, *keys]))
         hidden = [self.needle.format(key=k, value=v) for k, v in zip(keys, values, strict=True)]
         context = length - self.room - len(self._asked(encode, keys[0]))
         questions = [
@@ -125,9 +136,22 @@ class Needle(Task):
                 stop=("\n",),
                 extra={"key": key},
             )
-            for key, value in zip(keys[: len(depths)], values, strict=False)
+            for key, value, _ in zip(keys, values, places, strict=False)
         ]
-        return Prompt(hide(encode, stretch, context, list(zip(all_depths, hidden, strict=True))), questions)
+        return Prompt(hide(encode, stretch, context, list(zip(depths, hidden, strict=True))), questions)
+
+    def _hidden_at(self, random: Random, depth: float) -> list[float]:
+        """Where needles go; the first of them are asked for.
+
+        Always as many as a whole haystack has, so that more samples leave those alone that are there. The needles of
+        one depth that share a haystack stand a little apart.
+        """
+        if self.separate:
+            return [depth, *(random.random() for _ in range(self.needles - 1))]
+        depths = self.all_depths()
+        apart = 0.5 / max(1, len(depths) - 1)
+        offsets = [((sample + 0.5) / self.share - 0.5) * apart for sample in range(self.share)]
+        return [min(1.0, max(0.0, depth + offset)) for offset in offsets for depth in depths]
 
     def _asked(self, encode: Encoder, key: str) -> list[int]:
         return encode(self.question.format(key=key))
@@ -146,12 +170,13 @@ class Needle(Task):
         return [plots.heat_map(records, folder, self.name), *super().plot(records, folder)]
 
 
-NOISE: Final = " The grass is green. The sky is blue. The sun is bright. Off we go. There and back again."
-INTRODUCTION: Final = (
-    "Among many idle words this text holds a pass key. Find it and keep it in mind: it will be asked for."
+NOISE: Final = (
+    " The grass is green.",
+    " The sky is blue.",
+    " The sun is bright.",
+    " Off we go.",
+    " There and back again.",
 )
-PASSKEY: Final = " The pass key is {value}. Remember it: {value} is the pass key."
-ASK_PASSKEY: Final = "\nWhat is the pass key? The pass key is"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +185,14 @@ class Passkey(Task):
 
     name: ClassVar[str] = "passkey"
     about: ClassVar[str] = "a number hidden in sentences that repeat without end"
+    introduction: ClassVar[str] = (
+        "A pass key is hidden in many idle words. Find it and keep it in mind: you will need it."
+    )
+    hidden: ClassVar[str] = " The pass key is {value}. Remember it: {value} is the pass key."
+    question: ClassVar[str] = "\nWhat is the pass key? The pass key is"
 
-    depths: int = option(10, "evenly spread places for the pass key, from start to end", metavar="N", parse=int)
-    digits: int = option(5, "of the pass key", metavar="N", parse=int)
+    depths: int = option(10, "evenly spread places for what is hidden, from start to end", metavar="N", parse=int)
+    digits: int = option(5, "of what is hidden", metavar="N", parse=int)
 
     def check(self) -> None:
         super().check()
@@ -171,26 +201,29 @@ class Passkey(Task):
 
     def cells(self, tokenizer: Tokenizer) -> list[Cell]:
         encode = Encoder(tokenizer)
-        noise = Haystack(encode, cycle(split_sentences(NOISE)))
         cells: list[Cell] = []
         for length in sorted(set(self.lengths)):
             for sample in range(self.samples):
                 for depth in even_depths(self.depths):
                     place = {"length": length, "depth": depth, "sample": sample}
-                    cells.append(PromptCell((place,), length, partial(self._prompt, noise, encode, place)))
-        self._prompt(noise, encode, cells[0].places[0])
+                    cells.append(PromptCell((place,), length, partial(self._prompt, encode, place)))
+        self._prompt(encode, cells[0].places[0])
         return cells
 
-    def _prompt(self, noise: Haystack, encode: Encoder, place: Place) -> Prompt:
+    def value(self, random: Random) -> str:
+        """What is to be hidden."""
+        return random_value(random, "numbers", (), self.digits)
+
+    def _prompt(self, encode: Encoder, place: Place) -> Prompt:
         length, depth = int(place["length"]), float(place["depth"])
-        random = rng(self.seed, self.name, length, depth, place["sample"])
-        value = random_value(random, "numbers", (), self.digits)
-        introduction, ids = encode(INTRODUCTION), encode(ASK_PASSKEY)
-        room = ANSWER_TOKENS["numbers"]
-        tokens = length - room - len(ids) - len(introduction)
-        context = hide(encode, noise.beginning(length), tokens, [(depth, PASSKEY.format(value=value))])
+        value = self.value(rng(self.seed, self.name, length, depth, place["sample"]))
+        introduction, question = encode(self.introduction), encode(self.question)
+        room = ANSWER_TOKENS["numbers"] + self.digits
+        tokens = length - room - len(question) - len(introduction)
+        noise = Stretch.of(encode, cycle(NOISE), length)
+        body = hide(encode, noise, tokens, [(depth, self.hidden.format(value=value))])
         start = len(encode.beginning)
-        ids = [*context[:start], *introduction, *context[start:], *ids]
+        ids = [*body[:start], *introduction, *body[start:], *question]
         return Prompt([], [Question(ids, [value], partial(first_is, "numbers", value), room, stop=("\n",))])
 
     def plot(self, records: Sequence[Record], folder: Path) -> list[Path]:

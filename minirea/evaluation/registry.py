@@ -12,6 +12,10 @@ from minirea.evaluation.task import Task
 _TASKS: Final[dict[str, tuple[str, str]]] = {
     "needle": ("needle", "Needle"),
     "passkey": ("needle", "Passkey"),
+    "ruler": ("ruler", "Ruler"),
+    "kv": ("synthetic", "KeyValue"),
+    "number-string": ("synthetic", "NumberString"),
+    "code-run": ("synthetic", "CodeRun"),
     "perplexity": ("perplexity", "Perplexity"),
     "mechanism": ("mechanism", "Mechanism"),
     "longbench": ("benchmarks.longbench", "LongBench"),

@@ -11,8 +11,9 @@ import bisect
 import random
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -28,6 +29,7 @@ _DIARY_SEED: Final = 2  # the demo model was trained on seed 1000
 # Tokens in which stretches start and words are looked for. A constant, so that a prompt depends on no other's length.
 _FIRST_PART: Final = 2**17
 _FEWEST_WORDS: Final = 100
+_REMEMBERED: Final = 4096  # pieces of text: noise repeats them without end
 _TRIES: Final = 1000  # for each key or value
 
 
@@ -36,10 +38,14 @@ class Encoder:
 
     Some tokenizers put a space before whatever they encode. Encoding a piece behind an anchor and taking the anchor's
     ids away again gives the ids that the piece has in place.
+
+    Attributes:
+        beginning: ids that the tokenizer puts before a text (BOS).
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._remembered = lru_cache(_REMEMBERED)(self._encode)
         self._anchors = [(a, tokenizer.encode(a, add_special_tokens=False)) for a in ("\n", "a", ".", "1")]
         framed = tokenizer.encode("a")
         bare = tokenizer.encode("a", add_special_tokens=False)
@@ -47,6 +53,13 @@ class Encoder:
 
     def __call__(self, text: str) -> list[int]:
         """The ids of `text` in the middle of a text."""
+        return self._remembered(text)[:]
+
+    def filling(self, tokens: int) -> list[int]:
+        """`tokens` ids of empty lines: what makes up for items that do not fit a length exactly."""
+        return (self("\n")[-1:] * tokens)[: max(0, tokens)]
+
+    def _encode(self, text: str) -> list[int]:
         for anchor, anchor_ids in self._anchors:
             ids = self._tokenizer.encode(anchor + text, add_special_tokens=False)
             if ids[: len(anchor_ids)] == anchor_ids:  # otherwise a token straddles anchor and text
@@ -56,21 +69,35 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Part of a haystack: token ids, their text, and where sentences start. The last "start" is the end of the ids."""
+    """Part of a haystack: token ids, their text (or a little more), and where sentences start in them."""
 
     ids: list[int]
     text: str
     starts: list[int]
 
+    @staticmethod
+    def of(encode: Encoder, sentences: Iterable[str], tokens: int) -> Stretch:
+        """The first `tokens` ids of sentences; fewer if they run out."""
+        ids: list[int] = []
+        starts: list[int] = []
+        parts: list[str] = []
+        for sentence in sentences:
+            if len(ids) >= tokens:
+                break
+            starts.append(len(ids))
+            parts.append(sentence)
+            ids += encode(sentence)
+        return Stretch(ids[:tokens], "".join(parts), starts)
+
     def start_near(self, depth: float) -> int:
-        """The sentence start nearest to `depth`, from 0 (the beginning) to 1 (the end)."""
+        """The sentence start nearest to `depth`, from 0 (the beginning) to 1 (the last sentence)."""
         wanted = depth * len(self.ids)
         after = bisect.bisect_left(self.starts, wanted)
         return min(self.starts[max(0, after - 1) : after + 1], key=lambda start: abs(start - wanted))
 
     def head(self, tokens: int) -> Stretch:
         """The first `tokens` ids; the text is not cut."""
-        return Stretch(self.ids[:tokens], self.text, [*(start for start in self.starts if start < tokens), tokens])
+        return Stretch(self.ids[:tokens], self.text, self.starts[: bisect.bisect_left(self.starts, tokens)])
 
 
 class Haystack:
@@ -92,18 +119,10 @@ class Haystack:
         self._read(_FIRST_PART)
         self.words = sorted({word for part in self._sentences for word in re.findall(r"\b[a-z]{4,9}\b", part)})
 
-    def beginning(self, tokens: int) -> Stretch:
-        """The first `tokens` ids."""
-        return self._from(0, tokens)
-
     def stretch(self, rng: random.Random, tokens: int) -> Stretch:
         """`tokens` consecutive ids from the start of a random sentence: the same, whatever was asked for before."""
         self._read(_FIRST_PART + tokens)
-        return self._from(rng.randrange(self._candidates(tokens)), tokens)
-
-    def _from(self, sentence: int, tokens: int) -> Stretch:
-        """`tokens` ids from the start of that sentence."""
-        self._read(tokens)
+        sentence = rng.randrange(self._candidates(tokens))
         ids: list[int] = []
         starts: list[int] = []
         parts: list[str] = []
@@ -112,7 +131,7 @@ class Haystack:
             ids += self._ids_of(sentence)
             parts.append(self._sentences[sentence])
             sentence = (sentence + 1) % len(self._sentences)
-        return Stretch(ids[:tokens], "".join(parts), [*starts, tokens])
+        return Stretch(ids[:tokens], "".join(parts), starts)
 
     def _candidates(self, tokens: int) -> int:
         """How many of the first sentences a stretch may start at: not so late that it would have to begin anew."""
