@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import itertools
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -127,21 +129,30 @@ class SpreadCell(Cell):
 
 @dataclass(frozen=True)
 class CostCell(Cell):
-    """One record: the time to read a prompt and the time of a token after it, the best of some runs."""
+    """One record: the time to the first token, and the median time of a token after it; the best of some runs."""
 
     build: Callable[[], Watched]
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:  # noqa: ARG002  one place
         ids = self.build().ids
-        options = {"max_tokens": _TIMED_TOKENS, "ignore_eos": True}
-        runs = [llm.generate(ids, progress, **options).stats for _ in range(_TIMED_RUNS)]  # the first one compiles
+        runs = [_timed(llm, ids, progress) for _ in range(_TIMED_RUNS)]  # the first one compiles
+        prefill_seconds, token_seconds = map(min, zip(*runs, strict=True))
         yield {
             "prompt_sha256": sha256_of_ids(ids),
             "score": None,
             "prompt_tokens": len(ids),
-            "prefill_seconds": min(stats.time_to_first_token for stats in runs),
-            "token_seconds": min(stats.decode_seconds for stats in runs) / (_TIMED_TOKENS - 1),
+            "prefill_seconds": prefill_seconds,
+            "token_seconds": token_seconds,
         }
+
+
+def _timed(llm: LLM, ids: list[int], progress: bool) -> tuple[float, float]:
+    """Seconds to the first token, and of a later one: the median, since an early one waits for a graph's capture."""
+    times = [time.perf_counter()]
+    for _ in llm.stream(ids, progress, max_tokens=_TIMED_TOKENS, ignore_eos=True):
+        times.append(time.perf_counter())  # noqa: PERF401  each when it comes
+    first, *later = [stop - start for start, stop in itertools.pairwise(times)]
+    return first, statistics.median(later)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,7 +163,7 @@ def sweeps(scores: Sequence[Record], costs: Sequence[Record], path: Path) -> Pat
             if study == "sweep":
                 ax.set_ylim(-5, 105)
             else:
-                ax.set_yscale("log")
+                _log_seconds(ax)
         _share_y(line)
         line[0].set_ylabel(label)
     for ax, field in zip(axes[-1], fields, strict=True):
@@ -183,6 +183,17 @@ def _lines(ax: Axes, rows: Sequence[Record], lengths: Sequence[int], value_of: C
         y = [value_of(row) for row in of]
         ax.plot(x, y, color=colour, marker=marker, label=short_length(length), alpha=0.85)
     ax.set_xticks(range(len(names)), names)
+    ax.margins(x=0.15)
+
+
+def _log_seconds(ax: Axes) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2 and 5 of every decade."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter("{x:g}")
 
 
 def _share_y(axes: Sequence[Axes]) -> None:
@@ -192,4 +203,4 @@ def _share_y(axes: Sequence[Axes]) -> None:
         ax.set_ylim(min(bottoms), max(tops))
         ax.grid(True, axis="y", alpha=0.3)
         if ax is not axes[0]:
-            ax.tick_params(labelleft=False, which="both")
+            ax.tick_params(labelleft=False)

@@ -164,7 +164,8 @@ class Perplexity(Task):
     def plot(self, records: Sequence[Record], folder: Path) -> list[Path]:
         from minirea.evaluation.perplexity_plots import against_position
 
-        return [against_position(records, folder / "perplexity.png")]
+        whole = [record for record in records if "skipped" not in record]
+        return [against_position(whole, folder / "perplexity.png")] if whole else []
 
 
 _SHOWN: Final = (

@@ -22,9 +22,8 @@ def against_position(records: Sequence[Record], path: Path) -> Path:
 
     Only the longest length is drawn. Error bars are standard errors over windows.
     """
-    whole = [record for record in records if "skipped" not in record]
-    longest = max(record["length"] for record in whole)
-    whole = [record for record in whole if record["length"] == longest]
+    longest = max(record["length"] for record in records)
+    whole = [record for record in records if record["length"] == longest]
     compared = all(bucket["nll_in_range"] is not None for record in whole for bucket in record["buckets"])
     figure, axes = new_figure(1, 2 if compared else 1, width=12 if compared else 6, height=4.6)
     windows = {(record["kind"], record["sample"]) for record in whole}
