@@ -117,25 +117,25 @@ class Ruler(Task):
         return [kind for kind in KINDS if (kind in self.kinds if self.kinds else kind not in missing)]
 
     def cells(self, tokenizer: Tokenizer) -> list[Cell]:
+        chosen, makers = self.chosen(), dict[str, Maker]()
+        for kind, read, file in (("qa_1", read_squad, self.squad), ("qa_2", read_hotpotqa, self.hotpotqa)):
+            if kind in chosen and file is not None:
+                makers[kind] = partial(question_prompt, read(file))
         encode = Encoder(tokenizer)
         haystack = read_haystack(self.haystack, encode)
-        makers: dict[str, Maker] = {
-            **{kind: partial(needle_prompt, haystack, how) for kind, how in NEEDLE_KINDS.items()},
+        makers |= {kind: partial(needle_prompt, haystack, how) for kind, how in NEEDLE_KINDS.items()}
+        makers |= {
             "vt": tracking_prompt,
             "cwe": partial(common_words_prompt, haystack.words),
             "fwe": frequent_words_prompt,
         }
-        readers = {"qa_1": read_squad, "qa_2": read_hotpotqa}
-        for kind, file in self._files().items():
-            if kind in self.chosen() and file is not None:
-                makers[kind] = partial(question_prompt, readers[kind](file))
         cells: list[Cell] = []
         for length in sorted(set(self.lengths)):
-            for kind in self.chosen():
+            for kind in chosen:
                 for sample in range(self.samples):
-                    place = {"kind": kind, "length": length, "sample": sample}
+                    place: Place = {"kind": kind, "length": length, "sample": sample}
                     cells.append(PromptCell((place,), length, partial(self._prompt, makers[kind], encode, place)))
-        for kind in self.chosen():  # says now if the shortest length has no room
+        for kind in chosen:  # says now if the shortest length has no room
             makers[kind](rng(self.seed), encode, min(self.lengths) - ROOM[kind])
         return cells
 

@@ -117,14 +117,17 @@ def record_id(mode: str, place: Place) -> str:
 
 
 def fingerprint(llm: LLM) -> str:
-    """Tells models apart by their shape, a row of every matrix and their tokenizer; where they lie does not matter."""
-    config = dataclasses.asdict(llm.model.config) | {"eos_token_ids": sorted(llm.model.config.eos_token_ids)}
+    """Tells models apart by their shape, their norms, rows of their embedding and their tokenizer, wherever they lie.
+
+    Not by their other matrices, which a device may keep in a layout of its own.
+    """
+    model = llm.model
+    config = dataclasses.asdict(model.config) | {"eos_token_ids": sorted(model.config.eos_token_ids)}
     digest = hashlib.sha256(repr(sorted(config.items())).encode())
     digest.update(repr(llm.tokenizer.encode("The quick brown fox jumps over 1234567890 lazy dogs.\n")).encode())
-    model = llm.model
-    for tensor in [model.embed, model.norm, model.head, *(t for layer in model.layers for t in layer if t is not None)]:
-        row = (tensor[-1] if tensor.dim() > 1 else tensor).float().cpu()
-        digest.update(row.numpy().tobytes())
+    norms = [norm for layer in model.layers for norm in (layer.attn_norm, layer.mlp_norm)]
+    for tensor in (*model.embed[:8], model.norm, *norms):
+        digest.update(tensor.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -160,7 +160,9 @@ class CodeRun(Task):
         cells: list[Cell] = []
         for length in sorted(set(self.lengths)):
             for sample in range(self.samples):
-                places = tuple({"kind": f"{calls} calls", "length": length, "sample": sample} for calls in self.calls)
+                places: tuple[Place, ...] = tuple(
+                    {"kind": f"{calls} calls", "length": length, "sample": sample} for calls in self.calls
+                )
                 cells.append(PromptCell(places, length, partial(self._prompt, encode, places)))
         self._prompt(encode, cells[0].places)
         return cells
@@ -209,7 +211,7 @@ class CodeRun(Task):
 
 def _names(random: Random) -> Iterator[str]:
     """Different names without end, or nearly so."""
-    seen = set()
+    seen: set[int] = set()
     while len(seen) < 800_000:
         number = random.randrange(100_000, 1_000_000)
         if number not in seen:

@@ -329,7 +329,7 @@ def parsed(name: str, value: Any, how: Option) -> Any:
         values = [how.parse(v) if isinstance(v, str) else v for v in (value if how.many else [value])]
     except ValueError as error:
         shown = ",".join(map(str, value)) if how.many else value
-        expected = {int: "an integer", float: "a number"}.get(how.parse, str(error))
+        expected = "an integer" if how.parse is int else "a number" if how.parse is float else str(error)
         raise InputError(f"{name} is {shown!r}, expected {expected}") from None
     for one in values:
         require(name, one, not how.choices or one in how.choices, f"one of {', '.join(map(str, how.choices))}")

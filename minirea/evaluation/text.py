@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _SENTENCE: Final = re.compile(r"\s*\S.*?(?:[.!?]['\"\u201d\u2019)]*(?=\s)|(?=\n\s*\n)|\Z)", re.DOTALL)
 _DIARY_SEED: Final = 2  # the demo model was trained on seed 1000
 # Tokens in which stretches start and words are looked for. A constant, so that a prompt depends on no other's length.
-_FIRST_PART: Final = 2**17
+_FIRST_PART: Final = 2**16
 _FEWEST_WORDS: Final = 100
 _REMEMBERED: Final = 4096  # pieces of text: noise repeats them without end
 _TRIES: Final = 1000  # for each key or value
