@@ -39,7 +39,6 @@ class Attention:
         self.impl = resolve_impl(impl, device)
         self.device = device
         self.horizon = 0  # tokens in context once the prompt is read
-        self.last_query: Tensor | None = None  # of the first layer, for `scope`
         self.sliding_window = model.sliding_window if mode == "full" else None
         in_scope = 0 if self.impl == "triton" else config.global_size + config.local_size
         self.dense_limit = ALL_TOKENS if mode == "full" else in_scope
@@ -81,28 +80,36 @@ class Attention:
             keys = slice(self._first_visible(seq_len, T), seq_len)
             k_GND, v_GND = cache.k_rotated[layer][:, keys], cache.v[layer][:, keys]
             return full_attention(qk_rotated[:, :H], k_GND, v_GND, self.sliding_window)
-        if layer == 0:
-            self.last_query = q_THD
+        return self.over_cache(layer, q_THD, cache, seq_len)
+
+    def over_cache(self, layer: int, q_THD: Tensor, cache: KVCache, seq_len: int | Tensor) -> Tensor:
+        """ReAttention of a step whose keys and values the cache already holds. Not for mode "full".
+
+        A seq_len on the GPU is read there, so that a captured launch follows it.
+        """
         return reattention(q_THD, cache.k[layer], cache.v[layer], seq_len, self.cos, self.sin, self.config, self.impl)
 
-    def scope(self, cache: KVCache) -> dict[str, int]:
+    def scope(self, cache: KVCache, q_1HD: Tensor) -> dict[str, int]:
         """What the last step could see: tokens in the global, selected and local part, of how many.
 
         It is asked once, after the last step, whose selection in the first layer is made again: no step waits for it.
+
+        Args:
+            q_1HD: the first layer's query of that step, without RoPE.
         """
         seq_len = cache.seq_len
         if self.mode == "full":
             return {"global": 0, "selected": 0, "local": seq_len - self._first_visible(seq_len, 1), "seq_len": seq_len}
         local = min(seq_len, self.config.local_size)
         first = min(seq_len - local, self.config.global_size)
-        return {"global": first, "selected": self._selected(cache), "local": local, "seq_len": seq_len}
+        return {"global": first, "selected": self._selected(cache, q_1HD), "local": local, "seq_len": seq_len}
 
-    def _selected(self, cache: KVCache) -> int:
+    def _selected(self, cache: KVCache, q_1HD: Tensor) -> int:
         outside = self.config.global_size + self.config.local_size
-        if self.last_query is None or cache.seq_len <= outside:
+        if cache.seq_len <= outside:
             return 0
         k_GND, v_GND = cache.k[0], cache.v[0]
-        arguments = (self.last_query, k_GND, v_GND, cache.seq_len, self.cos, self.sin, self.config, self.impl)
+        arguments = (q_1HD, k_GND, v_GND, cache.seq_len, self.cos, self.sin, self.config, self.impl)
         _, selection = reattention(*arguments, return_selection=True)
         return max(map(len, selection if isinstance(selection, list) else [selection])) - outside
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +15,7 @@ from tqdm import tqdm
 
 from minirea.cache import KVCache
 from minirea.errors import InputError
+from minirea.graph import can_capture, decode_ahead
 from minirea.memory import peak_bytes
 from minirea.model import Model
 from minirea.sampling import NON_FINITE, Sampler, SamplingConfig
@@ -163,22 +166,34 @@ def all_logits(model: Model, cache: KVCache, ids: list[int], chunk_size: int) ->
 
 
 @torch.inference_mode()
-def decode(model: Model, cache: KVCache, last_id: int, sampler: Sampler) -> Iterator[int]:
-    """Feed `last_id`, then every sampled token, and yield the samples without end.
+def decode(
+    model: Model, cache: KVCache, last_id: int, sampler: Sampler, limit: int = sys.maxsize
+) -> Generator[int, None, None]:
+    """Feed `last_id`, then every sampled token, and yield the samples, at most `limit`.
 
     Raises:
         InputError: the logits are not finite.
     """
+    start = cache.seq_len
+    steps = decode_ahead if can_capture(model) else decode_one_by_one
+    with contextlib.closing(steps(model, cache, last_id, sampler, limit)) as token_ids:
+        for count, token_id in enumerate(token_ids, 1):
+            if token_id == NON_FINITE:
+                raise InputError(
+                    f"the logits are not finite after {start + count} tokens: the weights are damaged, or too large "
+                    f"for {str(model.dtype).removeprefix('torch.')} (try --dtype float32)"
+                )
+            yield token_id
+
+
+def decode_one_by_one(
+    model: Model, cache: KVCache, last_id: int, sampler: Sampler, limit: int
+) -> Generator[int, None, None]:
+    """`decode` by the model's ordinary forward pass, each token read before the next step begins."""
     ids_T = torch.tensor([last_id], dtype=torch.long, device=model.device)
-    while True:
+    for _ in range(limit):
         ids_T = sampler(model.logits(model.forward(ids_T, cache))[-1])
-        token_id = int(ids_T)
-        if token_id == NON_FINITE:
-            raise InputError(
-                f"the logits are not finite after {cache.seq_len} tokens: the weights are damaged, or too large for "
-                f"{str(model.dtype).removeprefix('torch.')} (try --dtype float32)"
-            )
-        yield token_id
+        yield int(ids_T)
 
 
 def generate(
@@ -211,25 +226,27 @@ def generate(
     text = tokenizer.stream(continues=True) if tokenizer else None
     stops = StopStrings(config.stop)
     try:
-        for token_id in decode(model, cache, ids[-1], sampler):
-            ids.append(token_id)
-            stats.count(time.perf_counter() - started)
-            ended = token_id in eos_ids and not config.ignore_eos
-            new_text = stops.put(text.put(token_id)) if text and not ended else ""
-            full = stats.generated_tokens == config.max_tokens
-            if text and (ended or full) and not stops.found:
-                new_text += stops.put(text.flush()) + stops.flush()
-            if ended or full or stops.found:
-                break
-            yield Piece(new_text, [token_id], stats)
+        with contextlib.closing(decode(model, cache, ids[-1], sampler, config.max_tokens)) as token_ids:
+            for token_id in token_ids:
+                ids.append(token_id)
+                stats.count(time.perf_counter() - started)
+                ended = token_id in eos_ids and not config.ignore_eos
+                new_text = stops.put(text.put(token_id)) if text and not ended else ""
+                full = stats.generated_tokens == config.max_tokens
+                if text and (ended or full) and not stops.found:
+                    new_text += stops.put(text.flush()) + stops.flush()
+                if ended or full or stops.found:
+                    break
+                yield Piece(new_text, [token_id], stats)
     except KeyboardInterrupt:
-        _complete(stats, model, cache)
+        _complete(stats, model, cache, ids)
         raise
-    _complete(stats, model, cache)
+    _complete(stats, model, cache, ids)
     yield Piece(new_text, [token_id], stats, "stop" if ended or stops.found else "length")
 
 
-def _complete(stats: Stats, model: Model, cache: KVCache) -> None:
+@torch.inference_mode()
+def _complete(stats: Stats, model: Model, cache: KVCache, ids: list[int]) -> None:
     """What is only known, or only asked, once the last step is done."""
-    stats.scope = model.attention.scope(cache)
+    stats.scope = model.attention.scope(cache, model.first_query(ids[cache.seq_len - 1]))
     stats.cache_bytes, stats.peak_bytes = cache.nbytes, peak_bytes(model.device)

@@ -83,6 +83,13 @@ class Model:
         """Scores of the next token, float32 [T, V]."""
         return linear(self._norm(x_TE, self.norm), self.head).float()
 
+    def first_query(self, token_id: int) -> Tensor:
+        """What the first layer asks for with a token, without RoPE, [1, H, D]: no other token has a part in it."""
+        x_1E = F.embedding(torch.tensor([token_id], device=self.device), self.embed).to(self.dtype)
+        layer = self.layers[0]
+        qkv = linear(self._norm(x_1E, layer.attn_norm), layer.qkv, layer.qkv_bias)
+        return qkv.unflatten(-1, (-1, self.config.head_dim))[:, : self.config.num_heads]
+
     def _attend(self, index: int, layer: Layer, x_TE: Tensor, cache: KVCache) -> Tensor:
         qkv = linear(self._norm(x_TE, layer.attn_norm), layer.qkv, layer.qkv_bias)
         out_THD = self.attention(index, qkv.unflatten(-1, (-1, self.config.head_dim)), cache)

@@ -11,6 +11,8 @@ from torch import Tensor
 from minirea.errors import InputError
 
 NON_FINITE = -1  # stands for the token when the logits hold NaN or infinity
+# A probability of 1 as an integer. A GPU adds in no fixed order, and only integers have the same sum in every order.
+FIXED_POINT = 2.0**60
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,16 @@ class Sampler:
         else:
             self.generator.manual_seed(config.seed)
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether the next token is simply that of the largest logit."""
+        return self.config.temperature == 0 and self.seen_V is None
+
     def __call__(self, logits_V: Tensor) -> Tensor:
         """The next token, int64 [1] on the device; NON_FINITE where the logits are not usable.
 
-        The mark travels with the token, so that checking it costs no extra wait for a GPU.
+        The mark travels with the token, so that checking it costs no extra wait for a GPU; nothing here waits for one,
+        so a CUDA graph can hold it.
         """
         best = logits_V.max()
         logits_V = self._penalise(logits_V)
@@ -89,8 +97,9 @@ class Sampler:
 
     def _draw(self, logits_V: Tensor) -> Tensor:
         probs_V = keep_likely((logits_V / self.config.temperature).softmax(-1), self.config)
-        probs_V = torch.where(probs_V.isfinite(), probs_V, 1.0)  # the caller reports NaN; multinomial would abort a GPU
-        return probs_V.multinomial(1, generator=self.generator)
+        # Token i comes first in a race of exponential clocks with probability p_i: a draw that no GPU has to wait for.
+        clock_V = torch.empty_like(probs_V).exponential_(generator=self.generator)
+        return (probs_V / clock_V).argmax(keepdim=True)
 
 
 def keep_likely(probs_V: Tensor, config: SamplingConfig) -> Tensor:
@@ -99,8 +108,9 @@ def keep_likely(probs_V: Tensor, config: SamplingConfig) -> Tensor:
         probs_V = probs_V.where(probs_V >= probs_V.topk(config.top_k).values[-1], 0.0)
     if config.top_p < 1:
         sorted_V, order_V = probs_V.sort(descending=True, stable=True)
-        before_V = sorted_V.cumsum(-1) - sorted_V  # probability of all tokens better than this one
-        sorted_V = sorted_V.where(before_V < config.top_p * sorted_V.sum(), 0.0)
+        mass_V = (sorted_V * FIXED_POINT).long()
+        before_V = mass_V.cumsum(-1) - mass_V  # probability of all tokens better than this one
+        sorted_V = sorted_V.where(before_V < (config.top_p * mass_V.sum().double()).long(), 0.0)
         probs_V = torch.zeros_like(probs_V).scatter(0, order_V, sorted_V)
     if config.min_p > 0:
         probs_V = probs_V.where(probs_V >= config.min_p * probs_V.max(), 0.0)

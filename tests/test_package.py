@@ -26,7 +26,8 @@ ALLOWED = {
     "minirea.attention": {"kernels", "cache", "config", "rope", "errors"},
     "minirea.cpu": set(),
     "minirea.model": {"attention", "cache", "config", "cpu"},
-    "minirea.generate": {"model", "cache", "sampling", "tokenizer", "memory", "errors"},
+    "minirea.graph": {"kernels", "model", "cache", "sampling"},
+    "minirea.generate": {"graph", "model", "cache", "sampling", "tokenizer", "memory", "errors"},
     "minirea.api": {
         *("generate", "attention", "model", "cache", "config", "tokenizer", "memory", "weights", "errors"),
     },

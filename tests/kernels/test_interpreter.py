@@ -1,4 +1,4 @@
-"""Runs the fused kernel's tests in Triton's interpreter, in a process where kernels are not yet imported."""
+"""Runs the kernels' tests in Triton's interpreter, in a process where kernels are not yet imported."""
 
 from __future__ import annotations
 
@@ -13,9 +13,18 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.interpret
-def test_fused_kernel_in_the_interpreter() -> None:
-    tests = Path(__file__).with_name("interpreted.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
+@pytest.mark.parametrize("tests", ["interpreted.py", "interpreted_decode_step.py"])
+def test_kernels_in_the_interpreter(tests: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__).with_name(tests)),
+    ]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from testing import random_ids, tiny_model, write_checkpoint
 
 import minirea
 from minirea.attention import full_attention
+from minirea.generate import decode, decode_one_by_one
+from minirea.sampling import Sampler, SamplingConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,3 +63,104 @@ def test_not_enough_memory_is_said_before_it_is_tried(tmp_path: Path) -> None:
 def test_the_demo_finds_the_needle(impl: str) -> None:
     prompt = (DEMO / "prompts" / "needle-16k.txt").read_text()
     assert minirea.load(DEMO, impl=impl).generate(prompt, max_tokens=8).text.startswith(" 604218")
+
+
+def eager(llm: minirea.LLM, ids: list[int], max_tokens: int, **options: float) -> list[int]:
+    """The tokens of one forward pass after another, without a graph."""
+    session = llm.session(len(ids) + max_tokens)
+    if ids[:-1]:
+        session.prefill(ids[:-1])
+    model = llm.model
+    sampler = Sampler(SamplingConfig(**options), ids, model.config.vocab_size, model.device)  # type: ignore[arg-type]
+    with torch.inference_mode():
+        return list(decode_one_by_one(model, session.cache, ids[-1], sampler, max_tokens))
+
+
+@pytest.mark.parametrize("context", [1, 500, 2048, 9000, 70_000])
+def test_graph_gives_the_text_of_the_torch_path(context: int) -> None:
+    """500 greedy tokens of the demo model in float32: fused kernels in a graph against plain torch, on one GPU."""
+    text = (DEMO / "prompts" / "needle-16k.txt").read_text()
+    fused, plain = (minirea.load(DEMO, dtype="float32", impl=impl) for impl in ("triton", "torch"))
+    ids = (fused.tokenizer.encode(text) * 5)[:context]
+    expected = eager(plain, ids, 500)
+    assert fused.generate(ids, max_tokens=500, ignore_eos=True).token_ids == expected
+
+
+VARIANTS = [
+    {},
+    {"attention_bias": True, "mlp_bias": True, "head_dim": 24},
+    {"tie_word_embeddings": True, "num_key_value_heads": 4},
+    {"hidden_size": 80, "intermediate_size": 5000, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 20},
+]
+
+
+@pytest.mark.parametrize("attention", ["reattention", "streaming", "full"])
+@pytest.mark.parametrize("fields", VARIANTS)
+def test_graph_of_every_kind_of_model(fields: dict[str, Any], attention: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, tiny_model(**fields))
+    fused, plain = (
+        minirea.load(directory, impl=impl, dtype="float32", attention=attention, **SCOPE)
+        for impl in ("triton", "torch")
+    )
+    for num_tokens in (1, 20, 90):
+        ids = random_ids(num_tokens)
+        expected = eager(plain, ids, 40)
+        assert fused.generate(ids, max_tokens=40, ignore_eos=True).token_ids == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+        {"repetition_penalty": 1.5},
+        {"temperature": 1.2, "repetition_penalty": 1.2},
+    ],
+)
+def test_graph_samples_what_the_sampler_samples(options: dict[str, float], tmp_path: Path) -> None:
+    llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), dtype="float32", **SCOPE)
+    ids = random_ids(60)
+    out = [llm.generate(ids, max_tokens=60, ignore_eos=True, seed=seed, **options).token_ids for seed in (3, 3, 4)]
+    assert out[0] == out[1] == eager(llm, ids, 60, seed=3, **options)
+    assert (out[2] == out[0]) == ("temperature" not in options)
+
+
+def test_a_chat_outgrows_its_cache_and_its_graph(tmp_path: Path) -> None:
+    llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), dtype="float32", **SCOPE)
+    grown, roomy = llm.session(), llm.session(capacity=600)
+    for turn in range(4):
+        ids = random_ids(30, seed=turn)
+        first, second = (s.generate(ids, max_tokens=40, ignore_eos=True).token_ids for s in (grown, roomy))
+        assert first == second
+    model, (cache, _) = llm.model, (grown.cache, roomy.cache)
+    capacity, tokens = cache.capacity, decode(model, cache, 5, Sampler(SamplingConfig(), [], 97, model.device))
+    endless = [next(tokens) for _ in range(2 * capacity)]  # beyond what was reserved: it grows under the running loop
+    tokens.close()
+    assert cache.capacity > capacity
+    roomy.cache.reserve(5 * capacity)
+    tokens = decode(model, roomy.cache, 5, Sampler(SamplingConfig(), [], 97, model.device))
+    assert endless == [next(tokens) for _ in endless]
+
+
+def test_a_token_that_nobody_asked_for_is_taken_back(tmp_path: Path) -> None:
+    llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), dtype="float32", **SCOPE)
+    ids, more = random_ids(60), random_ids(9, seed=1)
+    session = llm.session(300)
+    stream = session.stream(ids, max_tokens=100, ignore_eos=True)
+    taken = [next(stream).token_ids[0] for _ in range(7)]
+    stream.close()
+    assert session.ids == ids + taken
+    assert session.cache.seq_len == len(ids) + 6
+    other = llm.session(300)
+    assert other.generate(ids, max_tokens=7, ignore_eos=True).token_ids == taken
+    after = [s.generate(more, max_tokens=20, ignore_eos=True).token_ids for s in (session, other)]
+    assert after[0] == after[1]
+
+
+def test_logits_that_are_not_finite_are_reported(tmp_path: Path) -> None:
+    llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), **SCOPE)
+    with torch.inference_mode():
+        llm.model.norm.fill_(float("inf"))
+    for options in ({}, {"temperature": 1.0, "top_p": 0.9}):
+        with pytest.raises(minirea.InputError, match="not finite after 3 tokens"):
+            llm.generate([3, 4, 5], max_tokens=9, **options)

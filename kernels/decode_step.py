@@ -1,0 +1,371 @@
+"""A decode step's kernels beside attention: one row of activations against every matrix of the model.
+
+    embed         token id -> x, and one more cached token
+    norm_qkv      x -> q, and k and v into the cache
+    (reattention  q, cache -> out)
+    add_product   out -> x, through the output projection; also the MLP's last product
+    norm_gate_up  x -> silu(gate) * up
+    norm_logits   x -> logits
+    best_token    logits -> the next token id
+
+A token at batch one costs one read of the weights, so each kernel is a stream of weights with as little as possible
+around it. A program owns a few rows of the matrix, keeps its next tile of weights in flight while it multiplies this
+one, and needs no other program. RMSNorm costs no pass of its own: W (g * x / rms) = (W (g * x)) / rms, and the program
+that multiplies g * x sums the squares of x on the way.
+
+On Hopper the kernels are launched as programmatic dependents: a kernel's programs start in the room that the one
+before it leaves when it runs out of work, read their first weights, which nobody writes, and only then wait for it to
+end. Every program waits, so that the end of a kernel also means the end of all kernels before it.
+
+Letters are the project's: E model width, F MLP width, V vocabulary, H, G, D heads and head dim. x is a vector in the
+model's dtype, products are summed in float32.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, Final, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+# ------------------------------------------------------------------------------------------------------------- device
+
+
+@triton.jit
+def load_weights(w_ptrs, offs_k, K: tl.constexpr):
+    """A tile of weights at columns offs_k, zero beyond K. Each is used once: the first to leave the caches."""
+    return tl.load(w_ptrs + offs_k[None, :], mask=(offs_k < K)[None, :], other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def product(
+    w_ptr, rows, x_ptr, norm_ptr, eps, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """W[rows] . x, or with NORM W[rows] . rms_norm(x): float32 [rows]. W is row-major with K columns."""
+    if EARLY:
+        gdc_launch_dependents()
+    offs_k = tl.arange(0, BLOCK_K)
+    w_ptrs = w_ptr + rows.to(tl.int64)[:, None] * K
+    w = load_weights(w_ptrs, offs_k, K)
+    if EARLY:
+        gdc_wait()
+    acc = tl.zeros([rows.shape[0], BLOCK_K], tl.float32)
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for _ in range(0, K, BLOCK_K):
+        following = load_weights(w_ptrs, offs_k + BLOCK_K, K)
+        mask_k = offs_k < K
+        x = tl.load(x_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+        if NORM:
+            squares += x * x
+            x *= tl.load(norm_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+        acc += w.to(tl.float32) * x[None, :]
+        w = following
+        offs_k += BLOCK_K
+    out = tl.sum(acc, axis=1)
+    if NORM:
+        out *= tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
+    return out
+
+
+@triton.jit
+def my_rows(N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's rows, and which of them exist; the last program repeats row N - 1 instead of reading beyond."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return tl.minimum(rows, N - 1), rows < N
+
+
+@triton.jit
+def embed_kernel(
+    token_ptr, table_ptr, seq_len_ptr, x_ptr, E: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.maximum(tl.load(token_ptr), 0)  # below zero stands for a token that could not be sampled
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    row = tl.load(table_ptr + token.to(tl.int64) * E + offs_k, mask=offs_k < E)
+    tl.store(x_ptr + offs_k, row, mask=offs_k < E)
+    if tl.program_id(0) == 0:
+        tl.store(seq_len_ptr, tl.load(seq_len_ptr) + 1)
+
+
+@triton.jit
+def norm_qkv_kernel(
+    x_ptr, norm_ptr, w_ptr, bias_ptr, eps, seq_len_ptr, q_ptr, k_ptr, v_ptr, stride_kg, stride_kn, stride_vg, stride_vn,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    rows, mask = my_rows((H + 2 * G) * D, BLOCK_N)
+    out = product(w_ptr, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, EARLY)
+    if BIAS:
+        out += tl.load(bias_ptr + rows).to(tl.float32)
+    out = out.to(q_ptr.dtype.element_ty)
+    head = rows // D
+    position = tl.load(seq_len_ptr).to(tl.int64) - 1
+    k_ptrs = k_ptr + (head - H).to(tl.int64) * stride_kg + position * stride_kn + rows % D
+    v_ptrs = v_ptr + (head - H - G).to(tl.int64) * stride_vg + position * stride_vn + rows % D
+    tl.store(q_ptr + rows, out, mask=mask & (head < H))
+    tl.store(k_ptrs, out, mask=mask & (head >= H) & (head < H + G))
+    tl.store(v_ptrs, out, mask=mask & (head >= H + G))
+
+
+@triton.jit
+def add_product_kernel(
+    x_ptr, w_ptr, bias_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    rows, mask = my_rows(N, BLOCK_N)
+    out = product(w_ptr, rows, x_ptr, x_ptr, 0.0, K, False, BLOCK_K, EARLY)
+    if BIAS:
+        out += tl.load(bias_ptr + rows).to(tl.float32)
+    out += tl.load(out_ptr + rows).to(tl.float32)
+    tl.store(out_ptr + rows, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def norm_gate_up_kernel(
+    x_ptr, norm_ptr, w_ptr, bias_ptr, eps, out_ptr, F: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N rows of the matrix are BLOCK_N / 2 features: their gate rows, then their up rows."""
+    half: tl.constexpr = BLOCK_N // 2
+    features, mask = my_rows(F, half)
+    offs_n = tl.arange(0, BLOCK_N)
+    rows = tl.minimum(tl.program_id(0) * half + offs_n % half, F - 1) + offs_n // half * F
+    out = product(w_ptr, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, EARLY)
+    if BIAS:
+        out += tl.load(bias_ptr + rows).to(tl.float32)
+    offs_f = tl.arange(0, half)[:, None]
+    gate = tl.sum(tl.where(offs_n[None, :] == offs_f, out[None, :], 0.0), axis=1)
+    up = tl.sum(tl.where(offs_n[None, :] == offs_f + half, out[None, :], 0.0), axis=1)
+    act = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + features, act.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def norm_logits_kernel(
+    x_ptr, norm_ptr, w_ptr, eps, logits_ptr, V: tl.constexpr, K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    rows, mask = my_rows(V, BLOCK_N)
+    tl.store(logits_ptr + rows, product(w_ptr, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, EARLY), mask=mask)
+
+
+@triton.jit
+def lowest_of_best(logit, token_id):
+    """The largest of some logits, and the lowest id that has it."""
+    best = tl.max(logit, axis=0)
+    return best, tl.min(tl.where(logit == best, token_id, 2147483647), axis=0)
+
+
+@triton.jit
+def best_token_kernel(
+    logits_ptr, best_ptr, best_id_ptr, done_ptr, token_ptr, V: tl.constexpr, SLICE: tl.constexpr,
+    PROGRAMS: tl.constexpr, BLOCK_V: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Each program ranks one slice; the last one to finish ranks the slices' best."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    best = tl.full([BLOCK_V], float("-inf"), tl.float32)
+    best_id = tl.zeros([BLOCK_V], tl.int32)
+    first = tl.program_id(0) * SLICE
+    for lo in range(first, tl.minimum(first + SLICE, V), BLOCK_V):
+        offs_v = lo + tl.arange(0, BLOCK_V)
+        logit = tl.load(logits_ptr + offs_v, mask=offs_v < V, other=float("-inf"))
+        logit = tl.where(logit == logit, logit, float("inf"))
+        best_id = tl.where(logit > best, offs_v, best_id)
+        best = tl.maximum(best, logit)
+    slice_best, slice_best_id = lowest_of_best(best, best_id)
+    tl.store(best_ptr + tl.program_id(0), slice_best)
+    tl.store(best_id_ptr + tl.program_id(0), slice_best_id)
+    tl.debug_barrier()
+    if tl.atomic_add(done_ptr, 1, sem="acq_rel", scope="gpu") == PROGRAMS - 1:
+        tl.debug_barrier()
+        programs = tl.arange(0, PROGRAMS)
+        winner, token = lowest_of_best(tl.load(best_ptr + programs), tl.load(best_id_ptr + programs))
+        tl.store(token_ptr, tl.where(tl.abs(winner) < float("inf"), token, -1).to(tl.int64))
+        tl.store(done_ptr, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------- launchers
+
+INTERPRETED: Final = not isinstance(embed_kernel, triton.JITFunction)
+BEST_PROGRAMS: Final = 64
+
+
+class Tile(NamedTuple):
+    """Rows and columns of weights that a program multiplies at a time, and its warps."""
+
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+
+
+def tile(num_columns: int, itemsize: int) -> Tile:
+    """Two rows of up to 4 KiB: 16 bytes per thread and row, and as much again on its way."""
+    block_k = min(4096 // itemsize, max(16, triton.next_power_of_2(num_columns)))
+    return Tile(2, block_k, max(1, block_k * itemsize // 512))
+
+
+def embed(token: torch.Tensor, table_VE: torch.Tensor, seq_len: torch.Tensor, x_E: torch.Tensor) -> None:
+    """x = table[token], and seq_len += 1. token int64 [1] and seq_len int32 [1] on the device."""
+    E = table_VE.shape[1]
+    _launch(embed_kernel, triton.cdiv(E, 1024), x_E.device, token, table_VE, seq_len, x_E, E=E, BLOCK_K=1024)
+
+
+def norm_qkv(
+    x_E: torch.Tensor,
+    norm_E: torch.Tensor,
+    qkv_XE: torch.Tensor,
+    bias_X: torch.Tensor | None,
+    eps: float,
+    seq_len: torch.Tensor,
+    q_HD: torch.Tensor,
+    k_cache_GND: torch.Tensor,
+    v_cache_GND: torch.Tensor,
+) -> None:
+    """q, k, v = qkv . rms_norm(x) + bias: q to q_HD, k and v to the caches at seq_len - 1. X = (H + 2G) D."""
+    (H, D), (G, _, _), E = q_HD.shape, k_cache_GND.shape, x_E.shape[0]
+    t = tile(E, x_E.element_size())
+    _launch(
+        norm_qkv_kernel,
+        triton.cdiv((H + 2 * G) * D, t.BLOCK_N),
+        x_E.device,
+        x_E,
+        norm_E,
+        qkv_XE,
+        bias_X if bias_X is not None else x_E,
+        eps,
+        seq_len,
+        q_HD,
+        k_cache_GND,
+        v_cache_GND,
+        *k_cache_GND.stride()[:2],
+        *v_cache_GND.stride()[:2],
+        H=H,
+        G=G,
+        D=D,
+        K=E,
+        BIAS=bias_X is not None,
+        **t._asdict(),
+    )
+
+
+def add_product(x_K: torch.Tensor, w_NK: torch.Tensor, bias_N: torch.Tensor | None, out_N: torch.Tensor) -> None:
+    """out += w . x + bias."""
+    N, K = w_NK.shape
+    t = tile(K, x_K.element_size())
+    _launch(
+        add_product_kernel,
+        triton.cdiv(N, t.BLOCK_N),
+        x_K.device,
+        x_K,
+        w_NK,
+        bias_N if bias_N is not None else x_K,
+        out_N,
+        N=N,
+        K=K,
+        BIAS=bias_N is not None,
+        **t._asdict(),
+    )
+
+
+def norm_gate_up(
+    x_E: torch.Tensor,
+    norm_E: torch.Tensor,
+    gate_up_ME: torch.Tensor,
+    bias_M: torch.Tensor | None,
+    eps: float,
+    out_F: torch.Tensor,
+) -> None:
+    """out = silu(gate) * up with gate, up = gate_up . rms_norm(x) + bias. M = 2F: gate's rows, then up's."""
+    F, E = out_F.shape[0], x_E.shape[0]
+    t = tile(E, x_E.element_size())
+    _launch(
+        norm_gate_up_kernel,
+        triton.cdiv(F, t.BLOCK_N // 2),
+        x_E.device,
+        x_E,
+        norm_E,
+        gate_up_ME,
+        bias_M if bias_M is not None else x_E,
+        eps,
+        out_F,
+        F=F,
+        K=E,
+        BIAS=bias_M is not None,
+        **t._asdict(),
+    )
+
+
+def norm_logits(
+    x_E: torch.Tensor, norm_E: torch.Tensor, head_VE: torch.Tensor, eps: float, logits_V: torch.Tensor
+) -> None:
+    """logits = head . rms_norm(x), float32."""
+    V, E = head_VE.shape
+    t = tile(E, x_E.element_size())
+    _launch(
+        norm_logits_kernel,
+        triton.cdiv(V, t.BLOCK_N),
+        x_E.device,
+        x_E,
+        norm_E,
+        head_VE,
+        eps,
+        logits_V,
+        V=V,
+        K=E,
+        **t._asdict(),
+    )
+
+
+class BestTokenWorkspace(NamedTuple):
+    """One maximum per program, and a counter that is zero between calls. It serves one call at a time."""
+
+    best: torch.Tensor
+    best_id: torch.Tensor
+    done: torch.Tensor
+
+    @classmethod
+    def on(cls, device: torch.device) -> BestTokenWorkspace:
+        sizes = ((torch.float32, BEST_PROGRAMS), (torch.int32, BEST_PROGRAMS), (torch.int32, 1))
+        return cls(*(torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes))
+
+
+def best_token(logits_V: torch.Tensor, workspace: BestTokenWorkspace, token: torch.Tensor) -> None:
+    """token int64 [1] = the id of the largest logit, the lowest of equals; -1 if one is NaN or the largest infinite."""
+    V = logits_V.shape[0]
+    _launch(
+        best_token_kernel,
+        BEST_PROGRAMS,
+        logits_V.device,
+        logits_V,
+        *workspace,
+        token,
+        V=V,
+        SLICE=triton.cdiv(V, BEST_PROGRAMS),
+        PROGRAMS=BEST_PROGRAMS,
+        BLOCK_V=1024,
+    )
+
+
+def _launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
+    early = _starts_early(device)
+    if early:
+        constants["launch_pdl"] = True
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](*arguments, **constants, EARLY=early)
+
+
+@functools.cache
+def _starts_early(device: torch.device) -> bool:
+    """Whether the device knows programmatic dependent launch (Hopper and later)."""
+    return not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)

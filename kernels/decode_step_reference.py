@@ -1,0 +1,61 @@
+"""The twins of decode_step.py in plain torch: same names, arguments and results, one line of arithmetic each.
+
+They run in the tensors' own dtype. On float64 tensors they are the exact result that the kernels are judged by.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def embed(token: torch.Tensor, table_VE: torch.Tensor, seq_len: torch.Tensor, x_E: torch.Tensor) -> None:
+    x_E.copy_(table_VE[token.clamp(min=0)][0])
+    seq_len += 1
+
+
+def norm_qkv(
+    x_E: torch.Tensor,
+    norm_E: torch.Tensor,
+    qkv_XE: torch.Tensor,
+    bias_X: torch.Tensor | None,
+    eps: float,
+    seq_len: torch.Tensor,
+    q_HD: torch.Tensor,
+    k_cache_GND: torch.Tensor,
+    v_cache_GND: torch.Tensor,
+) -> None:
+    (H, D), G = q_HD.shape, k_cache_GND.shape[0]
+    qkv_XD = F.linear(F.rms_norm(x_E, x_E.shape, norm_E, eps), qkv_XE, bias_X).view(-1, D)
+    q, k_GD, v_GD = qkv_XD.split_with_sizes((H, G, G))
+    position = int(seq_len) - 1
+    q_HD.copy_(q)
+    k_cache_GND[:, position] = k_GD
+    v_cache_GND[:, position] = v_GD
+
+
+def add_product(x_K: torch.Tensor, w_NK: torch.Tensor, bias_N: torch.Tensor | None, out_N: torch.Tensor) -> None:
+    out_N += F.linear(x_K, w_NK, bias_N)
+
+
+def norm_gate_up(
+    x_E: torch.Tensor,
+    norm_E: torch.Tensor,
+    gate_up_ME: torch.Tensor,
+    bias_M: torch.Tensor | None,
+    eps: float,
+    out_F: torch.Tensor,
+) -> None:
+    gate_F, up_F = F.linear(F.rms_norm(x_E, x_E.shape, norm_E, eps), gate_up_ME, bias_M).chunk(2)
+    out_F.copy_(F.silu(gate_F) * up_F)
+
+
+def norm_logits(
+    x_E: torch.Tensor, norm_E: torch.Tensor, head_VE: torch.Tensor, eps: float, logits_V: torch.Tensor
+) -> None:
+    logits_V.copy_(F.linear(F.rms_norm(x_E, x_E.shape, norm_E, eps), head_VE))
+
+
+def best_token(logits_V: torch.Tensor, _workspace: object, token: torch.Tensor) -> None:
+    best = logits_V.max()
+    token.copy_(torch.where(best.isfinite(), logits_V.argmax(), -1))

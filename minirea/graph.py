@@ -1,0 +1,163 @@
+"""Decoding on a GPU: a step is one CUDA graph, and the CPU reads tokens one step behind.
+
+A graph replays what was captured: the same kernels with the same addresses. Everything that changes from token to token
+is therefore kept on the device: the token id, which one replay leaves for the next, and the number of cached tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Generator
+
+import torch
+
+from minirea.cache import KVCache
+from minirea.model import Model
+from minirea.sampling import Sampler
+
+
+def can_capture(model: Model) -> bool:
+    """Whether a step of this model can be a graph.
+
+    The fused kernel reads the number of cached tokens on the device. "full" attention and impl "torch" give their
+    tensors shapes that grow with it, so their steps are launched one operation at a time.
+    """
+    attention = model.attention
+    return model.device.type == "cuda" and attention.impl == "triton" and attention.mode != "full"
+
+
+def decode_ahead(
+    model: Model, cache: KVCache, last_id: int, sampler: Sampler, limit: int
+) -> Generator[int, None, None]:
+    """Feed `last_id`, then every sampled token, and yield at most `limit` samples.
+
+    When a token is yielded, the GPU is at work on the next one. If nobody asks for that one, it is taken back.
+    """
+    step = DecodeGraph(model, cache, last_id, sampler)
+    try:
+        step.launch()
+        yield step.read()  # by itself: what follows is captured, and the first token should not wait for that
+        for launched in range(1, limit):
+            step.launch()
+            if launched > 1:
+                yield step.read()
+        if limit > 1:
+            yield step.read()
+    finally:
+        step.take_back()
+
+
+class DecodeStep:
+    """The kernels of one decode step over one cache, and the memory between them.
+
+    Attributes:
+        token: int64 [1], the token to feed; afterwards the sampled one.
+        seq_len: int32 [1], cached tokens, on the device; `run` adds this step's.
+    """
+
+    def __init__(self, model: Model, cache: KVCache, last_id: int, sampler: Sampler) -> None:
+        from minirea.kernels import decode_step  # imports triton
+
+        self.kernels = decode_step
+        self.model, self.cache, self.sampler = model, cache, sampler
+        c, device = model.config, model.device
+        self.token = torch.tensor([last_id], device=device)
+        self.seq_len = torch.tensor([cache.seq_len], dtype=torch.int32, device=device)
+        self.x_E = torch.empty(c.hidden_size, dtype=model.dtype, device=device)
+        self.q_1HD = torch.empty(1, c.num_heads, c.head_dim, dtype=model.dtype, device=device)
+        self.act_F = torch.empty(c.mlp_size, dtype=model.dtype, device=device)
+        self.logits_V = torch.empty(c.vocab_size, dtype=torch.float32, device=device)
+        self.best = decode_step.BestTokenWorkspace.on(device)
+
+    def run(self) -> None:
+        """One step, without waiting for the device and without a value from it."""
+        model, kernels, x_E, eps = self.model, self.kernels, self.x_E, self.model.config.norm_eps
+        kernels.embed(self.token, model.embed, self.seq_len, x_E)
+        for i, layer in enumerate(model.layers):
+            k_GND, v_GND = self.cache.k[i], self.cache.v[i]
+            kernels.norm_qkv(
+                x_E, layer.attn_norm, layer.qkv, layer.qkv_bias, eps, self.seq_len, self.q_1HD[0], k_GND, v_GND
+            )
+            out_1HD = model.attention.over_cache(i, self.q_1HD, self.cache, self.seq_len)
+            kernels.add_product(out_1HD.view(-1), layer.o, layer.o_bias, x_E)
+            kernels.norm_gate_up(x_E, layer.mlp_norm, layer.gate_up, layer.gate_up_bias, eps, self.act_F)
+            kernels.add_product(self.act_F, layer.down, layer.down_bias, x_E)
+        kernels.norm_logits(x_E, model.norm, model.head, eps, self.logits_V)
+        if self.sampler.takes_best:
+            kernels.best_token(self.logits_V, self.best, self.token)
+        else:
+            self.token.copy_(self.sampler(self.logits_V))
+
+
+class DecodeGraph:
+    """A DecodeStep that is launched as a graph, and the tokens on their way to the CPU.
+
+    A step over addresses that are new runs launch by launch: that compiles the kernels and allocates their workspaces,
+    which a capture may not. The step after that is captured. When the cache grows, its addresses are new again.
+    """
+
+    def __init__(self, model: Model, cache: KVCache, last_id: int, sampler: Sampler) -> None:
+        self.cache, self.sampler, self.device = cache, sampler, model.device
+        self.step = DecodeStep(model, cache, last_id, sampler)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.capacity = 0  # of the cache when the step last ran; 0 before the first
+        self.start = cache.seq_len
+        self.launched = self.read_back = 0
+        # Two tokens can be on their way: the one that is read next, and the one that is being computed.
+        self.arrived = [torch.cuda.Event(), torch.cuda.Event()]
+        self.token_ids = torch.empty(2, dtype=torch.int64, pin_memory=True)
+
+    def launch(self) -> None:
+        """Start a step on the current stream. The cache counts its token from now on."""
+        self.cache.reserve(self.cache.seq_len + 1)
+        if self.capacity != self.cache.capacity:
+            self.capacity, self.graph = self.cache.capacity, None
+            self._run_aside()
+        else:
+            if self.graph is None:
+                self.graph = self._capture()
+            self.graph.replay()
+        slot = self.launched % 2
+        self.token_ids[slot : slot + 1].copy_(self.step.token, non_blocking=True)
+        self.arrived[slot].record()
+        self.launched += 1
+        self.cache.seq_len = self.start + self.launched
+
+    def read(self) -> int:
+        """The next token that was launched and not read; waits for it."""
+        slot = self.read_back % 2
+        self.arrived[slot].synchronize()
+        self.read_back += 1
+        return int(self.token_ids[slot])
+
+    def take_back(self) -> None:
+        """Wait for the step that nobody has read, and let the cache forget its token."""
+        self.cache.rewind(self.start + self.read_back)
+        while self.read_back < self.launched:
+            self.read()
+
+    def _run_aside(self) -> None:
+        """Run the step launch by launch on the stream that captures, since workspaces belong to a stream."""
+        current, aside = torch.cuda.current_stream(self.device), capture_stream(self.device)
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            self.step.run()
+        current.wait_stream(aside)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        if not self.sampler.takes_best:
+            graph.register_generator_state(self.sampler.generator)  # type: ignore[attr-defined]
+        with torch.cuda.stream(capture_stream(self.device)):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self.step.run()
+            finally:
+                graph.capture_end()
+        return graph
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all captures: kernels keep a workspace for every stream that they ever ran on."""
+    return torch.cuda.Stream(device)

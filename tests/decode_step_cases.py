@@ -1,0 +1,99 @@
+"""Inputs for the kernels of a decode step, and the judgement of what they write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from kernel_cases import error
+
+from minirea.kernels import decode_step_reference as twins
+
+EPS = 1e-5
+# H, G, D, E, F, V: sizes that tiles divide, sizes that they do not, and rows that take several tiles.
+SMALL = [(4, 2, 16, 64, 112, 64), (3, 1, 10, 40, 51, 33), (2, 1, 4, 2600, 7, 9)]
+
+
+def check(kernel: Callable[..., None], out: list[int], *arguments: Any) -> None:
+    """`kernel` writes arguments `out`: everything that its twin writes, nothing else, and no less exactly.
+
+    The error is judged against the twin in float64: at most twice that of the twin in the tensors' dtype, and rounding.
+    """
+    twin = getattr(twins, kernel.__name__)
+    exact = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else _copy(x) for x in arguments]
+    plain, got = [_copy(x) for x in arguments], [_copy(x) for x in arguments]
+    twin(*exact)
+    twin(*plain)
+    kernel(*got)
+    for index, argument in enumerate(arguments):
+        if index in out:
+            assert torch.equal(got[index].isnan(), exact[index].isnan())
+            found, rough, right = (x[index].nan_to_num() for x in (got, plain, exact))
+            assert error(found, right) <= 2 * error(rough, right) + torch.finfo(found.dtype).eps
+        elif isinstance(argument, torch.Tensor):
+            assert torch.equal(got[index], plain[index])
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+class Inputs:
+    """Random vectors and matrices of one dtype on one device, of a size that keeps products near 1."""
+
+    def __init__(self, dtype: torch.dtype, device: str, seed: int = 0) -> None:
+        self.dtype, self.device = dtype, device
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        spread = shape[-1] ** -0.5 if len(shape) > 1 else 1.0
+        return (torch.randn(shape, generator=self.generator) * spread).to(self.device, self.dtype)
+
+    def poison(self, *shape: int) -> torch.Tensor:
+        return torch.full(shape, torch.nan, device=self.device, dtype=self.dtype)
+
+    def count(self, value: int) -> torch.Tensor:
+        return torch.tensor([value], dtype=torch.int32, device=self.device)
+
+    def token(self, value: int) -> torch.Tensor:
+        return torch.tensor([value], device=self.device)
+
+
+def check_all(shape: tuple[int, ...], dtype: torch.dtype, device: str, bias: bool) -> None:
+    """Every kernel of the step, once."""
+    from minirea.kernels import decode_step as step
+
+    H, G, D, E, F, V = shape
+    r = Inputs(dtype, device, seed=sum(shape))
+    x_E, norm_E = r.normal(E), r.normal(E)
+
+    def maybe(size: int) -> torch.Tensor | None:
+        return r.normal(size) if bias else None
+
+    for token in (V - 1, -1):
+        check(step.embed, [3], r.token(token), r.normal(V, E), r.count(5), r.poison(E))
+    caches = (r.poison(H, D), r.poison(G, 9, D), r.poison(9, G, D).transpose(0, 1))
+    X = (H + 2 * G) * D
+    check(step.norm_qkv, [6, 7, 8], x_E, norm_E, r.normal(X, E), maybe(X), EPS, r.count(7), *caches)
+    check(step.norm_gate_up, [5], x_E, norm_E, r.normal(2 * F, E), maybe(2 * F), EPS, r.poison(F))
+    for N, K in ((min(E, 64), H * D), (5, F), (5, E)):
+        check(step.add_product, [3], r.normal(K), r.normal(N, K), maybe(N), r.normal(N))
+    check(step.norm_logits, [4], x_E, norm_E, r.normal(V, E), EPS, torch.full((V,), torch.nan, device=device))
+
+
+def check_best_token(device: str) -> None:
+    """The lowest of the best; a token that is no token where the logits are not usable; and a clean second call."""
+    from minirea.kernels import decode_step as step
+
+    workspace, token = step.BestTokenWorkspace.on(torch.device(device)), torch.tensor([7], device=device)
+    expected = token.clone()
+    generator = torch.Generator().manual_seed(0)
+    for V in (1, 97, 2048, 70_001):
+        for spoil in (None, torch.nan, -torch.nan, torch.inf, -torch.inf):
+            logits_V = torch.randint(-9, 9, (V,), generator=generator).float().to(device)
+            if spoil is not None:
+                logits_V[V // 2] = spoil
+            step.best_token(logits_V, workspace, token)
+            twins.best_token(logits_V, workspace, expected)
+            assert torch.equal(token, expected), (V, spoil)

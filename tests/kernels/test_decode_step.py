@@ -1,0 +1,54 @@
+"""The decode step's kernels on a GPU, at the sizes of real models, and in graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from decode_step_cases import EPS, SMALL, Inputs, check_all, check_best_token
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+# H, G, D, E, F, V of the demo model, LLaMA 3.2 3B with a small vocabulary, and sizes that nothing divides.
+REAL = [(4, 2, 64, 256, 688, 2048), (24, 8, 128, 3072, 8192, 4096), (32, 8, 80, 2560, 14336, 32003)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*SMALL, *REAL])
+def test_every_kernel_equals_its_twin(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check_all(shape, dtype, "cuda", bias=dtype == torch.float16 or shape == SMALL[1])
+
+
+def test_best_token_is_the_lowest_of_the_best() -> None:
+    check_best_token("cuda")
+
+
+def test_a_chain_that_starts_early_reads_nothing_early() -> None:
+    """Each kernel begins before the one that feeds it has ended; 400 of them in a graph give what one by one give."""
+    from minirea.kernels import decode_step as step
+
+    r = Inputs(torch.float32, "cuda")
+    E, F = 1024, 2048
+    norm_E, gate_up, down = r.normal(E), r.normal(2 * F, E), r.normal(E, F)
+    start_E, x_E, act_F = r.normal(E), r.poison(E), r.poison(F)
+
+    def chain(wait: bool) -> None:
+        x_E.copy_(start_E)
+        for _ in range(200):
+            step.norm_gate_up(x_E, norm_E, gate_up, None, EPS, act_F)
+            if wait:
+                torch.cuda.synchronize()
+            step.add_product(act_F, down, None, x_E)
+            if wait:
+                torch.cuda.synchronize()
+
+    chain(wait=True)
+    expected = x_E.clone()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph, stream=stream):
+        chain(wait=False)
+    for _ in range(20):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(x_E, expected)
