@@ -6,6 +6,7 @@ attention mode; results.py keeps each answer as one line of JSON; plots.py draws
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,8 @@ def evaluate(
 
     Args:
         task: "needle", "ruler", ...: one of minirea.evaluation.registry.names().
-        model: a directory, or a model that is loaded already, to which device, dtype and impl do not apply.
+        model: a directory, or a model that is loaded already. Then device, dtype and impl do not apply, and fields that
+            are not given are as it has them.
         attention: modes to compare: "reattention", "streaming", "full".
         out: directory for settings.json, records.jsonl and summary.json. Answers that it holds are not asked for again.
             None keeps everything in memory.
@@ -90,9 +92,14 @@ def evaluate(
     from minirea.evaluation.runner import Runner, environment
 
     fields["allow_out_of_distribution"] = allow_out_of_distribution
-    llm = model
-    if not isinstance(llm, api.LLM):
-        llm = api.load(llm, device, dtype, modes[0], impl, progress=progress, **fields)
+    if isinstance(model, api.LLM):
+        llm, attention_of_model = model, model.model.attention
+        scope = dataclasses.asdict(attention_of_model.config)
+        if attention_of_model.mode == "streaming":
+            del scope["span_top_k"]  # 0 there, whatever was given
+        fields = scope | {name: value for name, value in fields.items() if value is not None}
+    else:
+        llm = api.load(model, device, dtype, modes[0], impl, progress=progress, **fields)
     runner = Runner(chosen, llm, modes, limits, fields)
     with Results(None if out is None else Path(out), runner.settings) as results:
         records = runner.run(results, progress)

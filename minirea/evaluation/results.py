@@ -39,14 +39,21 @@ class Results:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = _locked(folder / RECORDS)
             self._claim(folder, settings)
-        except OSError as error:
-            raise InputError(f"out is {str(folder)!r}, which cannot be written: {error.strerror}") from None
-        self._read(folder / RECORDS)
+            self._read(folder / RECORDS)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                raise InputError(f"out is {str(folder)!r}, which cannot be written: {error.strerror}") from None
+            raise
 
     def __enter__(self) -> Results:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others have the directory."""
         if self._file:
             self._file.close()
 
@@ -90,7 +97,7 @@ class Results:
             raise InputError(f"{path}: not a JSON object, expected the settings of an evaluation")
         if difference := _difference(found, settings):
             raise InputError(
-                f"out {folder}: holds another evaluation's results: {difference}; expected a new directory"
+                f"out is {str(folder)!r}, which belongs to another evaluation: {difference}; expected a new directory"
             )
 
     def _read(self, path: Path) -> None:

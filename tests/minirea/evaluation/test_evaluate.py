@@ -1,0 +1,467 @@
+"""Running an evaluation: shared contexts, records, interruptions, refusals, the command line and its pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from testing import random_ids, tiny_model, write_checkpoint
+
+import minirea
+from minirea.cli import main
+from minirea.errors import InputError, MemoryLimitError, MissingExtraError
+from minirea.evaluation import figures
+from minirea.evaluation.registry import names, task_class
+from minirea.evaluation.results import Results
+from minirea.evaluation.runner import render
+from minirea.evaluation.task import Prompt, PromptCell, Question, parse_length, short_length
+
+DEMO = Path(__file__).parents[3] / "weights" / "demo"
+SCOPE: dict[str, Any] = {"global_size": 4, "local_size": 64, "span_size": 8, "max_spans": 6, "chunk_size": 32}
+NEEDLE: dict[str, Any] = {"lengths": (300, 450), "depths": 3, "samples": 2, "seed": 5} | SCOPE
+FLAGS = ["--lengths", "300,450", "--depths", "3", "--samples", "2", "--seed", "5", "--quiet", "--device", "cpu"]
+FLAGS += [part for name, value in SCOPE.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+MODES = ("reattention", "streaming", "full")
+NEEDS_MATPLOTLIB = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+TIMES = ("shared_seconds", "first_token_seconds", "decode_seconds", "peak_bytes")
+
+
+def write_model(directory: Path, seed: int = 0, **fields: Any) -> Path:
+    """A random model with the demo's tokenizer."""
+    write_checkpoint(directory, tiny_model(seed, vocab_size=2048, max_position_embeddings=128, **fields))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path) -> minirea.LLM:
+    return minirea.load(model, device="cpu", **SCOPE)
+
+
+def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+
+
+def lines(folder: Path) -> list[str]:
+    return (folder / "records.jsonl").read_text().splitlines()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Answers
+# ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("context_tokens", [0, 20, 32, 245])
+def test_an_answer_on_a_shared_context_is_that_of_a_fresh_prompt(
+    llm: minirea.LLM, mode: str, context_tokens: int
+) -> None:
+    llm = llm.with_attention(mode, **SCOPE)
+    context = random_ids(context_tokens, 2048, seed=1)
+    asked = [random_ids(size, 2048, seed=size) for size in (1, 9, 40)]
+    questions = [Question(ids, [""], lambda _: 0.0, max_tokens=12) for ids in asked]
+    cell = PromptCell(tuple({"question": i} for i in range(3)), context_tokens, lambda: Prompt(context, questions))
+    for order in ([0, 1, 2], [2, 0, 2]):
+        shared = [record["answer"] for record in cell.run(llm, order, progress=False)]
+        assert shared == [llm.generate([*context, *asked[i]], max_tokens=12).text for i in order]
+
+
+def test_a_dynamic_rope_shares_nothing_and_answers_alike(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    llm = minirea.load(write_model(tmp_path, rope_parameters=rope), device="cpu", attention="full")
+    assert not llm.can_share_prefix
+    context = random_ids(700, 2048)
+    questions = [Question(random_ids(size, 2048, seed=size), [""], lambda _: 0.0, 8) for size in (5, 90)]
+    cell = PromptCell(({"question": 0}, {"question": 1}), 700, lambda: Prompt(context, questions))
+    for record, question in zip(cell.run(llm, [0, 1], progress=False), questions, strict=True):
+        assert record["shared_tokens"] == 0
+        assert record["answer"] == llm.generate([*context, *question.ids], max_tokens=8).text
+
+
+def test_records_hold_what_a_reader_needs(llm: minirea.LLM) -> None:
+    records = minirea.evaluate("needle", llm, attention="reattention,full", **NEEDLE).records
+    assert len({record["id"] for record in records}) == len(records) == 2 * 2 * 2 * 3
+    first = records[0]
+    assert first["id"] == "reattention length=300 depth=0.0 sample=0"
+    assert first["prompt_tokens"] + 16 == 300
+    assert first["shared_tokens"] % 32 == 0
+    assert first["shared_tokens"] > 200
+    assert first["settings"]["local_size"] == 64
+    assert first["settings"]["seed"] == 5
+    assert {r["attention"] for r in records} == {"reattention", "full"}
+    for record in records:
+        assert record["score"] in (0.0, 1.0)
+        assert len(record["prompt_sha256"]) == 16
+        assert record["cache_bytes"] > 0
+    by_mode = {m: [r["prompt_sha256"] for r in records if r["attention"] == m] for m in ("reattention", "full")}
+    assert by_mode["reattention"] == by_mode["full"]  # the same prompts
+    assert len(set(by_mode["full"])) == 12
+
+
+def test_a_loaded_model_keeps_its_scope(llm: minirea.LLM) -> None:
+    options = {name: value for name, value in NEEDLE.items() if name not in SCOPE} | {"lengths": 300, "samples": 1}
+    for mode in MODES:
+        records = minirea.evaluate("needle", llm.with_attention(mode, **SCOPE), attention=MODES, **options).records
+        assert [r["settings"].get("span_size", 8) for r in records] == [8] * 9
+        assert {r["attention"]: r["settings"].get("span_top_k") for r in records} == dict(
+            zip(MODES, (4, 0, None), strict=True)
+        )
+
+
+def test_the_demo_model_finds_needles_beyond_its_context() -> None:
+    options: dict[str, Any] = {"lengths": "2500", "depths": 3, "samples": 1}
+    evaluation = minirea.evaluate("needle", DEMO, attention="reattention,streaming", device="cpu", **options)
+    scores = {(row["attention"]): row["score_by_depth"] for row in evaluation.rows}
+    assert scores["reattention"] == {"0.0": 1.0, "0.5": 1.0, "1.0": 1.0}
+    assert scores["streaming"] == {"0.0": 1.0, "0.5": 0.0, "1.0": 1.0}
+    assert evaluation.table.splitlines()[0].split() == ["attention", "2500"]
+    assert evaluation.table.splitlines()[1].split() == ["reattention", "100.0"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Interruptions
+# ---------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def uninterrupted(llm: minirea.LLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "results"
+    minirea.evaluate("needle", llm, attention=MODES, out=folder, **NEEDLE)
+    return folder
+
+
+def count_answers(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> Callable[[], int]:
+    """Counts answers that are given from here on, and presses Ctrl-C in the middle of one."""
+    asked = 0
+    generate = minirea.Session.generate
+
+    def counting(self: minirea.Session, *args: Any, **kwargs: Any) -> Any:
+        nonlocal asked
+        if asked == stop_after:
+            raise KeyboardInterrupt
+        asked += 1
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(minirea.Session, "generate", counting)
+    return lambda: asked
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 8, 35])
+def test_resumed_run_gives_the_same_as_an_uninterrupted_one(
+    llm: minirea.LLM, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    with monkeypatch.context() as patch:
+        count_answers(patch, stop_after)
+        with pytest.raises(KeyboardInterrupt):
+            minirea.evaluate("needle", llm, attention=MODES, out=tmp_path, **NEEDLE)
+    assert len(lines(tmp_path)) == stop_after
+    asked = count_answers(monkeypatch)
+    minirea.evaluate("needle", llm, attention=MODES, out=tmp_path, **NEEDLE)
+    assert asked() == 36 - stop_after
+    assert (tmp_path / "summary.json").read_bytes() == (uninterrupted / "summary.json").read_bytes()
+    expected, found = ([json.loads(line) for line in lines(f)] for f in (uninterrupted, tmp_path))
+    assert timeless(found) == timeless(expected)
+
+
+@pytest.mark.parametrize("tear", [1, 40, 10_000])
+def test_torn_last_line_is_asked_again(
+    llm: minirea.LLM, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tear: int
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    whole = (tmp_path / "records.jsonl").read_bytes()
+    cut = min(tear, len(lines(tmp_path)[-1]))
+    (tmp_path / "records.jsonl").write_bytes(whole[: -1 - cut])
+    asked = count_answers(monkeypatch)
+    minirea.evaluate("needle", llm, attention=MODES, out=tmp_path, **NEEDLE)
+    assert asked() == 1
+    assert [json.loads(line)["id"] for line in lines(tmp_path)] == [
+        json.loads(line)["id"] for line in lines(uninterrupted)
+    ]
+    assert (tmp_path / "summary.json").read_bytes() == (uninterrupted / "summary.json").read_bytes()
+
+
+def test_a_directory_grows_by_lengths_samples_and_modes(
+    llm: minirea.LLM, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = NEEDLE | {"lengths": (450,), "samples": 1}
+    minirea.evaluate("needle", llm, attention="full", out=tmp_path, **small)
+    asked = count_answers(monkeypatch)
+    grown = minirea.evaluate("needle", llm, attention=MODES, out=tmp_path, **NEEDLE)
+    assert asked() == 33
+    expected = {json.loads(line)["id"]: json.loads(line) for line in lines(uninterrupted)}
+    assert timeless(grown.records) == timeless([expected[record["id"]] for record in grown.records])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 6}, "seed is 5 there and 6 here"),
+        ({"depths": 2}, "depths is 3 there and 2 here"),
+        ({"local_size": 60}, "local_size is 64 there and 60 here"),
+        ({"task": "passkey"}, 'task is "needle" there and "passkey" here'),
+    ],
+)
+def test_results_of_other_settings_are_refused(
+    llm: minirea.LLM, uninterrupted: Path, change: dict[str, Any], message: str
+) -> None:
+    options = {"task": "needle"} | NEEDLE | change
+    before = (uninterrupted / "records.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"^out is '.*', which belongs to another evaluation: ") as error:
+        minirea.evaluate(model=llm, out=uninterrupted, **options)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert (uninterrupted / "records.jsonl").read_bytes() == before
+
+
+def test_results_of_another_model_are_refused(uninterrupted: Path, tmp_path: Path) -> None:
+    other = minirea.load(write_model(tmp_path, seed=1), device="cpu", **SCOPE)
+    with pytest.raises(InputError, match="which belongs to another evaluation: model is"):
+        minirea.evaluate("needle", other, out=uninterrupted, **NEEDLE)
+
+
+def test_directories_that_cannot_be_used(tmp_path: Path) -> None:
+    settings = {"task": "needle"}
+    with (
+        Results(tmp_path / "busy", settings),
+        pytest.raises(InputError, match="which another evaluation is writing to"),
+    ):
+        Results(tmp_path / "busy", settings)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"^out is '.*file', which cannot be written"):
+        Results(tmp_path / "file", settings)
+    (tmp_path / "stray").mkdir()
+    (tmp_path / "stray" / "records.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match=r"has records.jsonl but no settings.json"):
+        Results(tmp_path / "stray", settings)
+    (tmp_path / "stray" / "settings.json").write_text("[")
+    with pytest.raises(InputError, match=r"settings.json: not a JSON object"):
+        Results(tmp_path / "stray", settings)
+    (tmp_path / "stray" / "settings.json").write_text('{"task": "needle"}')
+    for line in ("{}", "[1]", "\x00", '{"id": 3}'):
+        (tmp_path / "stray" / "records.jsonl").write_text(f'{{"id": "a"}}\n{line}\n')
+        with pytest.raises(InputError, match=r"records.jsonl: line 2 is no record"):
+            Results(tmp_path / "stray", settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What does not fit
+# ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("error", [MemoryLimitError("too big"), torch.OutOfMemoryError("CUDA out of memory.\nTried")])
+def test_what_does_not_fit_is_skipped_and_tried_again(
+    llm: minirea.LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    session = minirea.LLM.session
+    with monkeypatch.context() as patch:
+
+        def refuse(self: minirea.LLM, capacity: int = 0) -> Any:
+            if capacity > 400 and self.model.attention.mode == "full":
+                raise error
+            return session(self, capacity)
+
+        patch.setattr(minirea.LLM, "session", refuse)
+        evaluation = minirea.evaluate("needle", llm, attention="full,streaming", out=tmp_path, **NEEDLE)
+    skipped = [record for record in evaluation.records if "skipped" in record]
+    assert {(record["attention"], record["length"]) for record in skipped} == {("full", 450)}
+    assert len(skipped) == 6
+    assert skipped[0]["score"] is None
+    assert str(error).splitlines()[0] in skipped[0]["skipped"]
+    assert evaluation.table.splitlines()[1].split()[2] == "skipped"
+    again = minirea.evaluate("needle", llm, attention="full,streaming", out=tmp_path, **NEEDLE)
+    assert not any("skipped" in record for record in again.records)
+
+
+def test_longer_than_wanted_is_skipped(llm: minirea.LLM) -> None:
+    evaluation = minirea.evaluate("needle", llm, attention="full,streaming", at_most={"full": 300}, **NEEDLE)
+    skipped = {(r["attention"], r["length"]) for r in evaluation.records if "skipped" in r}
+    assert skipped == {("full", 450)}
+    row = next(row for row in evaluation.rows if row["attention"] == "full" and row["length"] == 450)
+    assert (row["score"], row["answers"], row["skipped"], row["score_by_depth"]) == (None, 0, 6, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention": "fast"}, r"^attention is 'fast', expected reattention, streaming, full"),
+        ({"attention": ()}, r"^attention is '', expected different modes"),
+        ({"attention": "full,full"}, r"^attention is 'full,full', expected different modes"),
+        ({"at_most": {"fast": 3}}, r"^at_most is 'fast', expected one of"),
+        ({"at_most": {"full": "3x"}}, r"^at_most is 'full=3x', expected a number of tokens"),
+        ({"task": "nidle"}, r"^task is 'nidle', expected one of needle, "),
+        ({"span_size": 3}, r"^span_size is 3, expected an even number"),
+        ({"model": "nowhere"}, r"nowhere"),
+    ],
+)
+def test_arguments_that_cannot_be_used(llm: minirea.LLM, options: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"task": "needle", "model": llm} | NEEDLE | options
+    with pytest.raises(minirea.MinireaError, match=message):
+        minirea.evaluate(**arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tasks
+# ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", names())
+def test_every_task_has_flags_of_its_own(name: str) -> None:
+    task = task_class(name)
+    assert task.name == name
+    fields = dataclasses.fields(task)
+    others = {
+        *SCOPE,
+        "span_top_k",
+        "span_scope",
+        "attention",
+        "out",
+        "at_most",
+        "model",
+        "device",
+        "dtype",
+        "impl",
+        "task",
+    }
+    assert not others & {field.name for field in fields}
+    assert all("option" in field.metadata for field in fields)
+
+
+def test_importing_the_tasks_does_not_import_torch() -> None:
+    code = "import sys\nfrom minirea.evaluation import registry\n[registry.task_class(n) for n in registry.names()]\n"
+    code += "print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_lengths_are_read_and_shown_with_their_units() -> None:
+    assert [parse_length(text) for text in ("300", "4k", "64K", "1m")] == [300, 4096, 65536, 1048576]
+    assert [short_length(length) for length in (300, 4096, 1048576, 3 * 2**19)] == ["300", "4K", "1M", "1536K"]
+    for text in ("0", "-1", "", "4g", "1.5k"):
+        with pytest.raises(ValueError, match="a number of tokens"):
+            parse_length(text)
+
+
+def test_table_is_aligned() -> None:
+    assert render([["mode", "2K", "16K"], ["full", "100.0", "-"], ["reattention", "5.0", "skipped"]]) == (
+        "mode            2K      16K\nfull         100.0        -\nreattention    5.0  skipped"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    try:
+        status = main(["eval", *arguments])
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    return status, *capsys.readouterr()
+
+
+@NEEDS_MATPLOTLIB
+def test_command_gives_table_records_and_pictures(
+    model: Path, llm: minirea.LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["needle", "--model", str(model), "--attention", "reattention,full", "--out", str(tmp_path), *FLAGS]
+    status, out, err = run(capsys, *flags)
+    evaluation = minirea.evaluate("needle", llm, attention="reattention,full", **NEEDLE)
+    assert (status, out, err) == (0, evaluation.table + "\n", "")
+    assert timeless([json.loads(line) for line in lines(tmp_path)]) == timeless(evaluation.records)
+    assert json.loads((tmp_path / "summary.json").read_text())["rows"] == evaluation.rows
+    for name in ("heatmap.png", "score.png", "cost.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_results_are_saved_and_the_extra_is_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    status, out, err = run(capsys, "needle", "--model", str(model), "--out", str(tmp_path), *FLAGS)
+    assert status == 0
+    assert out.startswith("attention")
+    assert err.startswith("minirea: no pictures: matplotlib is not installed")
+    assert "minirea[plot]" in err
+    assert err.count("\n") == 1
+    assert len(lines(tmp_path)) == 12
+    with pytest.raises(MissingExtraError):
+        figures.new_figure(1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ([], 2, "the following arguments are required: TASK"),
+        (["nidle"], 2, "nidle"),
+        (["needle", "--out", "x"], 2, "the following arguments are required: --model"),
+        (
+            ["needle", "--model", "m", "--out", "x", "--lengths", "4q"],
+            2,
+            "--lengths: '4q', expected a number of tokens",
+        ),
+        (["needle", "--model", "m", "--out", "x", "--samples", "many"], 2, "--samples: 'many', expected an integer"),
+        (
+            ["needle", "--model", "m", "--out", "x", "--keys", "colours"],
+            2,
+            "--keys: 'colours', expected one of numbers",
+        ),
+        (["needle", "--model", "m", "--out", "x", "--at-most", "64k"], 2, "--at-most: '64k', expected MODE=LENGTH"),
+        (["needle", "--model", "m", "--out", "x", "--samples", "0"], 1, "--samples is 0, expected at least 1"),
+        (["needle", "--model", "m", "--out", "x", "--attention", "all"], 1, "--attention is 'all', expected"),
+        (["needle", "--model", "m", "--out", "x", "--at-most", "full=x"], 1, "--at-most is 'full=x', expected"),
+        (["needle", "--model", "nowhere", "--out", "x"], 1, "nowhere"),
+        (
+            ["needle", "--model", str(DEMO), "--out", "x", "--haystack", "no.txt"],
+            1,
+            "--haystack is 'no.txt': no such file",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    found, out, err = run(capsys, *arguments)
+    assert (found, out) == (status, "")
+    assert err.splitlines()[-1].startswith("minirea: error: ")
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count_answers(monkeypatch, stop_after=4)
+    status, out, err = run(capsys, "needle", "--model", str(model), "--out", str(tmp_path), *FLAGS)
+    assert (status, out) == (130, "")
+    assert f"{tmp_path} keeps the answers" in err
+    assert len(lines(tmp_path)) == 4
+
+
+def test_killed_in_the_middle_of_a_line_is_resumed(model: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """A process that is killed with no chance to clean up, and then run again."""
+    command = [sys.executable, "-m", "minirea", "eval", "needle", "--model", str(model), "--out", str(tmp_path)]
+    command += ["--attention", ",".join(MODES), *FLAGS]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "records.jsonl").exists() or len(lines(tmp_path)) < 5:
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    with (tmp_path / "records.jsonl").open("a") as file:
+        file.write('{"id": "torn')
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / "summary.json").read_bytes() == (uninterrupted / "summary.json").read_bytes()
+
+
+def test_help_of_a_task_shows_its_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "needle", "--help")
+    assert status == 0
+    assert "(default: 10)" in out
+    assert "(default: 4096,16384)" in " ".join(out.split())
