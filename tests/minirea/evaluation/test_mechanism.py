@@ -100,17 +100,25 @@ def outputs(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return seen
 
 
+ON_GPU = pytest.param(
+    "cuda",
+    2e-4,  # float32 sums of the fused kernel against torch's
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+)
+
+
+@pytest.mark.parametrize(("device", "tolerance"), [("cpu", 1e-5), ON_GPU])
 @pytest.mark.parametrize("how", MODES)
 def test_measured_weights_are_those_that_the_engine_uses(
-    directory: Path, outputs: list[torch.Tensor], how: str
+    directory: Path, outputs: list[torch.Tensor], how: str, device: str, tolerance: float
 ) -> None:
-    llm = minirea.load(directory, **MODES[how])
+    llm = minirea.load(directory, device=device, dtype="float32", **MODES[how])
     again = Recomputed()
     observe_end(llm.model, random_ids(155), 5, llm.chunk_size, again)
     assert again.steps == 2 * (5 + 1)  # 2 layers; the chunk before the 5 tokens is observed too
     assert len(again.outputs) == len(outputs) == 2 * 5
     for ours, theirs in zip(again.outputs, outputs, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
 def test_measured_weights_follow_a_sliding_window(tmp_path: Path, outputs: list[torch.Tensor]) -> None:
