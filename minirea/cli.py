@@ -19,6 +19,7 @@ from minirea.errors import InputError, MinireaError, MissingExtraError, MissingF
 
 if TYPE_CHECKING:
     from minirea.api import LLM
+    from minirea.evaluation import Evaluation
     from minirea.evaluation.task import Option, Task
     from minirea.generate import Stats
 
@@ -109,8 +110,10 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
 def run_eval(arguments: argparse.Namespace) -> int:
     """`minirea eval`: put a task to a model, print the summary, draw the pictures."""
-    from minirea.evaluation import SCOPE_FIELDS, evaluate
+    from minirea.evaluation import SCOPE_FIELDS, evaluate, report
 
+    if arguments.task == "report":
+        return _show(report(arguments.results, arguments.out), arguments.out)
     options = vars(arguments)
     names = {*_LOAD_OPTIONS, *SCOPE_FIELDS, *arguments.task_options, "attention", "out", "at_most"} - {"task"}
     try:
@@ -120,9 +123,14 @@ def run_eval(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"minirea: interrupted; {arguments.out} keeps the answers, the same command goes on", file=sys.stderr)
         raise
+    return _show(evaluation, arguments.out)
+
+
+def _show(evaluation: Evaluation, folder: str) -> int:
+    """The table to standard output and the pictures to the folder."""
     print(evaluation.table, flush=True)
     try:
-        evaluation.plot(arguments.out)
+        evaluation.plot(folder)
     except MissingExtraError as error:  # a server may well have no matplotlib, and the results are complete
         print(f"minirea: no pictures: {error}", file=sys.stderr)
     return 0
@@ -255,6 +263,11 @@ def _add_eval(commands: Any, with_tasks: bool) -> None:
         at_most = "longest length of a mode (repeatable): longer ones are recorded as skipped"
         add("--at-most", action=_Limit, default={}, metavar="MODE=N", help=at_most)
         _add_execution(command)
+    about = "summarize and draw again, several directories as one (modes or lengths that ran apart)"
+    command = tasks.add_parser("report", help=about, description=about, formatter_class=_HelpFormatter)
+    command.add_argument("results", nargs="+", metavar="DIR", help="an --out of earlier evaluations, all of one task")
+    command.add_argument("--out", required=True, metavar="DIR", help="where to; may be one of them")
+    command.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
 def _add_task_options(parser: argparse.ArgumentParser, task: type[Task]) -> None:

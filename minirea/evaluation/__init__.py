@@ -19,7 +19,7 @@ from minirea.evaluation.task import Record, Task, make_task, parse_length
 if TYPE_CHECKING:
     from minirea.api import LLM
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "evaluate", "report"]
 
 _MODES = ("reattention", "streaming", "full")
 SCOPE_FIELDS = ("global_size", "local_size", "span_top_k", "span_size", "max_spans", "chunk_size", "span_scope")
@@ -105,6 +105,32 @@ def evaluate(
         records = runner.run(results, progress)
         evaluation = Evaluation(chosen, records, chosen.summarize(records))
         results.summarize({"settings": runner.settings, "environment": environment(), "rows": evaluation.rows})
+    return evaluation
+
+
+def report(folders: Sequence[str | Path], out: str | Path) -> Evaluation:
+    """Put the results of directories together and summarize them anew; nothing is asked.
+
+    For modes or lengths that ran apart, and to draw pictures where matplotlib is.
+
+    Args:
+        folders: directories that `evaluate` wrote, with the same settings.
+        out: where the whole goes; may be one of them.
+
+    Raises:
+        MissingFileError, InputError: not results, or those of different evaluations.
+    """
+    from minirea.evaluation.results import Results, read_results
+
+    settings, records, environment = read_results([Path(folder) for folder in folders])
+    # Only what comes from the records is asked of the task: its options may name files that are elsewhere.
+    task = object.__new__(task_class(str(settings.get("task"))))
+    evaluation = Evaluation(task, records, task.summarize(records))
+    with Results(Path(out), settings) as results:
+        for record in records:
+            if not results.finished(record["id"]):
+                results.add(record)
+        results.summarize({"settings": settings, "environment": environment, "rows": evaluation.rows})
     return evaluation
 
 

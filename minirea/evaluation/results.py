@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
-from minirea.errors import InputError
+from minirea.errors import InputError, MissingFileError
 from minirea.evaluation.task import Record
 
 SETTINGS: Final = "settings.json"
@@ -89,13 +90,7 @@ class Results:
                 )
             _write_json(path, settings)
             return
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise InputError(f"{path}: not a JSON object, expected the settings of an evaluation")
-        if difference := _difference(found, settings):
+        if difference := _difference(_read_settings(folder), settings):
             raise InputError(
                 f"out is {str(folder)!r}, which belongs to another evaluation: {difference}; expected a new directory"
             )
@@ -103,16 +98,60 @@ class Results:
     def _read(self, path: Path) -> None:
         """Take over the records of an earlier run."""
         assert self._file is not None
+        records, size = _read_records(path)
+        self._file.truncate(size)
+        self._records = {record["id"]: record for record in records}
+
+
+def read_results(folders: Sequence[Path]) -> tuple[Record, list[Record], Record]:
+    """Settings, records and environment of directories that hold parts of one evaluation.
+
+    The records are those of the first directory, then what the next one adds, and so on.
+
+    Raises:
+        MissingFileError, InputError: not a directory of results, or they belong to different evaluations.
+    """
+    settings, records, environment = _read_settings(folders[0]), dict[str, Record](), Record()
+    for folder in folders:
+        if difference := _difference(settings, _read_settings(folder)):
+            raise InputError(f"{folders[0]} and {folder} hold different evaluations: {difference}")
+        for record in _read_records(folder / RECORDS)[0]:
+            if "skipped" not in record or record["id"] not in records:
+                records[record["id"]] = record
+        with contextlib.suppress(OSError, ValueError):
+            environment = environment or json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["environment"]
+    return settings, list(records.values()), environment
+
+
+def _read_settings(folder: Path) -> Record:
+    path = folder / SETTINGS
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingFileError(f"{folder}: no {SETTINGS}, expected a directory of results") from None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not a JSON object, expected the settings of an evaluation")
+    return found
+
+
+def _read_records(path: Path) -> tuple[list[Record], int]:
+    """The records of a file and the bytes that they take: a last line that was torn does not count."""
+    try:
         raw = path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        self._file.truncate(len(whole))
-        for number, line in enumerate(whole.splitlines(), 1):
-            record = None
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-            if not isinstance(record, dict) or not isinstance(record.get("id"), str):
-                raise InputError(f"{path}: line {number} is no record, expected a JSON object with an id")
-            self._records[record["id"]] = record
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    whole = raw[: raw.rfind(b"\n") + 1]
+    records = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        record = None
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+        if not isinstance(record, dict) or not isinstance(record.get("id"), str):
+            raise InputError(f"{path}: line {number} is no record, expected a JSON object with an id")
+        records.append(record)
+    return records, len(whole)
 
 
 def _locked(path: Path) -> IO[bytes]:

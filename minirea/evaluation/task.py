@@ -254,6 +254,7 @@ class Task(ABC):
     def summarize(self, records: Sequence[Record]) -> list[Record]:
         """Rows for summary.json: the mean score of every attention mode, kind and length.
 
+        Here, in `table` and in `plot` options must not be read: results are also summarized without them.
         `records` holds one record for each place and mode, skipped ones (with "skipped": reason) included.
         """
         groups: dict[tuple[Any, ...], list[Record]] = {}

@@ -18,8 +18,8 @@ from testing import random_ids, tiny_model, write_checkpoint
 
 import minirea
 from minirea.cli import main
-from minirea.errors import InputError, MemoryLimitError, MissingExtraError
-from minirea.evaluation import figures
+from minirea.errors import InputError, MemoryLimitError, MissingExtraError, MissingFileError
+from minirea.evaluation import figures, report
 from minirea.evaluation.registry import names, task_class
 from minirea.evaluation.results import Results
 from minirea.evaluation.runner import render
@@ -254,6 +254,30 @@ def test_directories_that_cannot_be_used(tmp_path: Path) -> None:
             Results(tmp_path / "stray", settings)
 
 
+def test_a_report_of_parts_is_that_of_the_whole(llm: minirea.LLM, uninterrupted: Path, tmp_path: Path) -> None:
+    parts = []
+    for mode in MODES:
+        parts.append(tmp_path / mode)
+        minirea.evaluate("needle", llm, attention=mode, out=parts[-1], at_most={"full": 300}, **NEEDLE)
+    minirea.evaluate("needle", llm, attention="full", out=tmp_path / "rest", **NEEDLE | {"lengths": (450,)})
+    report([*parts, tmp_path / "rest"], tmp_path / "all")
+    found, expected = (json.loads((f / "summary.json").read_text()) for f in (tmp_path / "all", uninterrupted))
+    assert sorted(found["rows"], key=str) == sorted(expected["rows"], key=str)
+    assert found["settings"] == expected["settings"]
+    before = (tmp_path / "all" / "records.jsonl").read_bytes()
+    report([tmp_path / "all"], tmp_path / "all")
+    assert (tmp_path / "all" / "records.jsonl").read_bytes() == before
+
+
+def test_a_report_of_different_evaluations_is_refused(llm: minirea.LLM, uninterrupted: Path, tmp_path: Path) -> None:
+    minirea.evaluate("passkey", llm, out=tmp_path / "other", lengths=300, samples=1, depths=1)
+    with pytest.raises(InputError, match="hold different evaluations: task is"):
+        report([uninterrupted, tmp_path / "other"], tmp_path / "all")
+    with pytest.raises(MissingFileError, match=r"nowhere: no settings.json"):
+        report([tmp_path / "nowhere"], tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # What does not fit
 # ---------------------------------------------------------------------------------------------------------------
@@ -376,6 +400,14 @@ def test_command_gives_table_records_and_pictures(
     assert json.loads((tmp_path / "summary.json").read_text())["rows"] == evaluation.rows
     for name in ("heatmap.png", "score.png", "cost.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@NEEDS_MATPLOTLIB
+def test_report_draws_again(uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "report", str(uninterrupted), "--out", str(tmp_path))
+    assert (status, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == ["attention", *MODES]
+    assert (tmp_path / "heatmap.png").exists()
 
 
 def test_without_matplotlib_results_are_saved_and_the_extra_is_named(
