@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ from minirea.cache import KVCache
 from minirea.config import DTYPES, ModelConfig, ReAttentionConfig, load_config
 from minirea.errors import InputError, MissingFileError
 from minirea.generate import GenerationConfig, Piece, Stats
-from minirea.memory import check_fits
 from minirea.model import Model
+from minirea.plan import keeps_half, plan_run, workspace_bytes
 from minirea.tokenizer import Tokenizer, load_tokenizer
-from minirea.weights import checkpoint_dtype, load_weights, weight_bytes
+from minirea.weights import checkpoint_dtype, load_weights
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,23 @@ def load(
     Raises:
         MissingFileError, InputError, MemoryLimitError: with one line that says what to mend.
     """
+    files = read_model(path, device, dtype, attention, impl, allow_out_of_distribution, **reattention_fields)
+    return files.load(progress)
+
+
+def read_model(
+    path: str | Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str = "reattention",
+    impl: str = "auto",
+    allow_out_of_distribution: bool = False,
+    **reattention_fields: Any,
+) -> ModelFiles:
+    """The first half of `load`: everything but the weights, so that a prompt can be counted before they are read.
+
+    Arguments and errors as for `load`.
+    """
     _choice("attention", attention, MODES)
     _choice("impl", impl, ("auto", "triton", "torch"))
     _choice("dtype", dtype, ("auto", *DTYPES))
@@ -70,21 +88,14 @@ def load(
     scope = _scope(config, attention, reattention_fields, allow_out_of_distribution)
     tokenizer = _tokenizer(path, config)
     torch_dtype = _dtype(path, config, dtype, target)
-    check_fits(
-        target, weight_bytes(config, torch_dtype), 0, "use a smaller --dtype, another --device or a smaller model"
-    )
-    weights = load_weights(path, config, target, torch_dtype, progress)
-    model = Model(config, weights, Attention(config, attention, scope, impl, target))
-    return LLM(model, tokenizer, scope.chunk_size)
+    return ModelFiles(path, config, tokenizer, Attention(config, attention, scope, impl, target), torch_dtype)
 
 
-class LLM:
-    """A loaded model. Made by `load`."""
+class _Encoder:
+    """What turns prompts into token ids: a tokenizer, and the size of the vocabulary that they must not leave."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer | None, chunk_size: int) -> None:
-        self.model = model
-        self.chunk_size = chunk_size
-        self._tokenizer = tokenizer
+    config: ModelConfig
+    _tokenizer: Tokenizer | None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -94,6 +105,66 @@ class LLM:
                 "the model directory has no tokenizer: expected tokenizer.json, tokenizer.model or tekken.json"
             )
         return self._tokenizer
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt, checked against the vocabulary."""
+        vocab_size = self.config.vocab_size
+        ids: list[int] = []
+        given: Sequence[Any] = self.tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else prompt
+        for token_id in given:
+            try:
+                ids.append(operator.index(token_id))  # also numpy's and torch's integers
+            except TypeError:
+                ids.append(-1)
+            if not 0 <= ids[-1] < vocab_size:
+                found = f"the prompt holds token id {token_id!r}"
+                raise InputError(f"{found}, expected integers from 0 to {vocab_size - 1}")
+        if not ids:
+            raise InputError("the prompt is empty, expected at least one token")
+        return ids
+
+
+class ModelFiles(_Encoder):
+    """A model directory that has been read and checked, but for its weights. Made by `read_model`."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        config: ModelConfig,
+        tokenizer: Tokenizer | None,
+        attention: Attention,
+        dtype: torch.dtype,
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.attention = attention
+        self.dtype = dtype
+        self._tokenizer = tokenizer
+
+    def load(self, progress: bool = False, num_tokens: int = 0) -> LLM:
+        """Read the weights.
+
+        Args:
+            progress: show a bar on stderr.
+            num_tokens: prompt and max_tokens together, if they are known: the cache for them must fit as well.
+
+        Raises:
+            MissingFileError, InputError, MemoryLimitError: with one line that says what to mend.
+        """
+        attention, dtype, device = self.attention, self.dtype, self.attention.device
+        plan_run(self.path, attention, dtype, num_tokens).check(device)
+        weights = load_weights(self.path, self.config, device, dtype, progress, keeps_half(dtype, device))
+        return LLM(Model(self.config, weights, attention), self._tokenizer, attention.config.chunk_size)
+
+
+class LLM(_Encoder):
+    """A loaded model. Made by `load`."""
+
+    def __init__(self, model: Model, tokenizer: Tokenizer | None, chunk_size: int) -> None:
+        self.model = model
+        self.config = model.config
+        self.chunk_size = chunk_size
+        self._tokenizer = tokenizer
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -151,26 +222,10 @@ class LLM:
         ids = self.encode(ids)
         return loop.all_logits(self.model, self._cache(len(ids)), ids, self.chunk_size)
 
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a prompt, checked against the vocabulary."""
-        vocab_size = self.model.config.vocab_size
-        ids: list[int] = []
-        given: Sequence[Any] = self.tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else prompt
-        for token_id in given:
-            try:
-                ids.append(operator.index(token_id))  # also numpy's and torch's integers
-            except TypeError:
-                ids.append(-1)
-            if not 0 <= ids[-1] < vocab_size:
-                found = f"the prompt holds token id {token_id!r}"
-                raise InputError(f"{found}, expected integers from 0 to {vocab_size - 1}")
-        if not ids:
-            raise InputError("the prompt is empty, expected at least one token")
-        return ids
-
     def _cache(self, capacity: int) -> KVCache:
         model = self.model
-        return KVCache(model.config, capacity, model.attention.dense_limit, model.device, model.dtype)
+        workspace = functools.partial(workspace_bytes, model.attention, model.dtype)
+        return KVCache(model.config, capacity, model.attention.dense_limit, model.device, model.dtype, workspace)
 
 
 class Session:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from minirea.config import ModelConfig
-from minirea.memory import check_fits
+from minirea.memory import MemoryPlan
 
 ALL_TOKENS: Final = sys.maxsize
+
+
+def cache_bytes(config: ModelConfig, capacity: int, dense_limit: int, dtype: torch.dtype) -> int:
+    """How many bytes a KVCache of `capacity` tokens allocates."""
+    values, keys = capacity, capacity if dense_limit < ALL_TOKENS else 0
+    tokens = values + keys + min(capacity, dense_limit)
+    return tokens * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
 class KVCache:
@@ -24,42 +32,54 @@ class KVCache:
         config: gives L, G and D.
         capacity: N, tokens. It is allocated at once and doubles when a conversation outgrows it.
         dense_limit: tokens up to which keys are also kept with RoPE.
+        workspace: bytes that a step needs beside a cache of so many tokens, and that must stay free.
 
     Raises:
         MemoryLimitError: the device cannot hold it.
     """
 
     def __init__(
-        self, config: ModelConfig, capacity: int, dense_limit: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        capacity: int,
+        dense_limit: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        workspace: Callable[[int], int] = lambda _: 0,
     ) -> None:
         self.device = device
         self.dtype = dtype
         self.capacity = capacity
         self.dense_limit = dense_limit
         self.seq_len = 0
-        self._token_shape = (config.num_kv_heads, config.head_dim)
-        self._num_layers = config.num_layers
+        self._config = config
+        self._workspace = workspace
         self.k: list[Tensor] = []
         self.k_rotated: list[Tensor] = []
         self.v: list[Tensor] = []
-        self._check(capacity)
+        self._plan(capacity, 0).check(device)
         for tensors, tokens in self._parts(capacity):
-            tensors += [self._allocate(tokens) for _ in range(self._num_layers)]
+            tensors += [self._allocate(tokens) for _ in range(config.num_layers)]
 
     @property
     def nbytes(self) -> int:
-        return self._bytes(self.capacity)
+        return cache_bytes(self._config, self.capacity, self.dense_limit, self.dtype)
 
     @property
     def tensors(self) -> list[Tensor]:
         return [*self.k, *self.k_rotated, *self.v]
 
     def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` tokens, at least doubling, one layer at a time so that the peak stays low."""
+        """Make room for `capacity` tokens, one layer at a time so that the peak stays low.
+
+        The room doubles at least, as long as memory allows: a conversation grows token by token.
+        """
         if capacity <= self.capacity:
             return
-        capacity = max(capacity, 2 * self.capacity)
-        self._check(capacity)
+        doubled = max(capacity, 2 * self.capacity)
+        if self._plan(doubled, self.capacity).fits(self.device):
+            capacity = doubled
+        self._plan(capacity, self.capacity).check(self.device)
         for tensors, tokens in self._parts(capacity):
             for layer, old in enumerate(tensors):
                 filled = min(self.seq_len, old.shape[1])
@@ -96,14 +116,12 @@ class KVCache:
         return parts
 
     def _allocate(self, tokens: int) -> Tensor:
-        num_kv_heads, head_dim = self._token_shape
-        return torch.empty(num_kv_heads, tokens, head_dim, device=self.device, dtype=self.dtype)
+        shape = (self._config.num_kv_heads, tokens, self._config.head_dim)
+        return torch.empty(shape, device=self.device, dtype=self.dtype)
 
-    def _bytes(self, capacity: int) -> int:
-        num_kv_heads, head_dim = self._token_shape
-        tokens = sum(tokens for _, tokens in self._parts(capacity))
-        return tokens * self._num_layers * num_kv_heads * head_dim * self.dtype.itemsize
-
-    def _check(self, capacity: int) -> None:
-        change = f"shorten the prompt ({capacity} tokens with --max-tokens), or lower --max-tokens"
-        check_fits(self.device, 0, self._bytes(capacity), change)
+    def _plan(self, capacity: int, held: int) -> MemoryPlan:
+        """What it takes to go from `held` tokens to `capacity`: the difference, and a layer that is there twice."""
+        old, new = (cache_bytes(self._config, tokens, self.dense_limit, self.dtype) for tokens in (held, capacity))
+        twice = old // self._config.num_layers
+        workspace = self._workspace(capacity)
+        return MemoryPlan(cache=new - old + twice, workspace=workspace, num_tokens=capacity, held_tokens=held)

@@ -18,7 +18,7 @@ from minirea import __version__
 from minirea.errors import InputError, MinireaError, MissingExtraError, MissingFileError
 
 if TYPE_CHECKING:
-    from minirea.api import LLM
+    from minirea.api import ModelFiles
     from minirea.evaluation import Evaluation
     from minirea.evaluation.task import Option, Task
     from minirea.generate import Stats
@@ -75,16 +75,18 @@ def main(argv: list[str] | None = None) -> int:
 def run_generate(arguments: argparse.Namespace) -> int:
     """`minirea generate`: load, read the prompt, print the text as it comes."""
     prompt = read_prompt(arguments)
-    from minirea.api import generation_config, load  # imports torch, which --help and a bad prompt need not wait for
+    from minirea.api import (
+        generation_config,
+        read_model,
+    )  # imports torch, which --help and a bad prompt need not wait for
 
     options = vars(arguments)
     generation_options = {name: options[name] for name in _GENERATION_OPTIONS}
     generation_config(generation_options)  # a bad value should not wait for the weights to load
     progress = not arguments.quiet
-    llm = load(
-        arguments.model, progress=progress, **{name: options[name] for name in _LOAD_OPTIONS + _REATTENTION_OPTIONS}
-    )
-    ids = _encode(llm, prompt, arguments)
+    files = read_model(arguments.model, **{name: options[name] for name in _LOAD_OPTIONS + _REATTENTION_OPTIONS})
+    ids = _encode(files, prompt, arguments)
+    llm = files.load(progress, len(ids) + arguments.max_tokens)
     pieces = llm.stream(ids, progress, **generation_options)
     text, token_ids, stats, finish_reason = "", [], None, None
     try:
@@ -179,11 +181,11 @@ def footer(stats: Stats, finish_reason: str | None) -> str:
     )
 
 
-def _encode(llm: LLM, prompt: str, arguments: argparse.Namespace) -> list[int]:
+def _encode(files: ModelFiles, prompt: str, arguments: argparse.Namespace) -> list[int]:
     if not arguments.chat:
-        return llm.encode(prompt)
+        return files.encode(prompt)
     system = [{"role": "system", "content": arguments.system}] if arguments.system is not None else []
-    return llm.encode(llm.tokenizer.encode_chat([*system, {"role": "user", "content": prompt}]))
+    return files.encode(files.tokenizer.encode_chat([*system, {"role": "user", "content": prompt}]))
 
 
 def _print_json(

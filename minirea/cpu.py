@@ -3,11 +3,12 @@
 A decode step reads every matrix once, so its speed is that of memory. torch's float32 matrix-vector product runs on one
 core; FBGEMM, which x86 builds of torch bring along, has a product of float32 vectors with float16 matrices that
 accumulates in float32, runs on all cores and reads half as many bytes. For weights that a checkpoint stores in bfloat16
-or float16 the change of format loses nothing (see `pack`), so it is exact float32 arithmetic at half the memory.
+or float16 the change of format loses nothing (see `pack`): it is float32 arithmetic at half the memory.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -19,6 +20,7 @@ from torch import Tensor
 HALF_TYPES: Final = (torch.bfloat16, torch.float16)
 PACKING_THREADS: Final = min(2, os.cpu_count() or 1)  # each holds one matrix in float32
 _LARGEST_EXPONENT: Final = 15  # packed weights lie in (-2^15, 2^15)
+_LARGEST_SCALE: Final = 126  # as an exponent: its inverse is a normal float32
 
 
 class PackedMatrix:
@@ -48,7 +50,7 @@ def pack(matrix_NK: Tensor) -> PackedMatrix:
     """
     low, high = torch.aminmax(matrix_NK)
     largest = max(-float(low), float(high))
-    scale = 2.0 ** (_LARGEST_EXPONENT - torch.frexp(torch.tensor(largest)).exponent.item())
+    scale = 2.0 ** min(_LARGEST_SCALE, _LARGEST_EXPONENT - math.frexp(largest)[1])
     scaled = torch.empty(matrix_NK.shape, dtype=torch.float32)
     torch.mul(matrix_NK, scale, out=scaled)
     packed = torch.ops.quantized.linear_prepack_fp16(scaled, None)

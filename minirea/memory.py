@@ -1,9 +1,10 @@
-"""How much memory there is, and the one-line refusal before something does not fit."""
+"""How much memory there is, what a run needs, and the one-line refusal before something does not fit."""
 
 from __future__ import annotations
 
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,23 +29,60 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def check_fits(device: torch.device, weights: int, cache: int, change: str) -> None:
-    """Refuse an allocation of `weights` + `cache` bytes that `device` cannot hold.
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run needs of one device, in bytes, before any of it is allocated.
 
     Args:
-        weights: bytes of weights still to be allocated; 0 once they are loaded.
-        cache: bytes of KV cache to be allocated.
-        change: what the user can do about it, the end of the sentence.
-
-    Raises:
-        MemoryLimitError: with what was needed, what there is and `change`.
+        weights: of the model; 0 once they are loaded.
+        loading: held beside the weights only while they are loaded.
+        cache: keys and values of `num_tokens`.
+        workspace: activations, logits and what kernels keep, beside weights and cache.
+        num_tokens: prompt and generated tokens together.
+        held_tokens: those of them whose keys and values are not in `cache`, because they have their place already.
     """
-    available = available_bytes(device)
-    if available is not None and weights + cache > available:
-        parts = [f"{human(size)} for {name}" for name, size in (("weights", weights), ("the KV cache", cache)) if size]
+
+    weights: int = 0
+    loading: int = 0
+    cache: int = 0
+    workspace: int = 0
+    num_tokens: int = 0
+    held_tokens: int = 0
+
+    def fits(self, device: torch.device) -> bool:
+        """Whether `device` can hold it; true where the system does not say how much there is."""
+        available = available_bytes(device)
+        return available is None or self.weights + max(self.loading, self.cache + self.workspace) <= available
+
+    def check(self, device: torch.device) -> None:
+        """Refuse what `device` cannot hold.
+
+        Raises:
+            MemoryLimitError: with what each part needs, what is free and what to change.
+        """
+        if self.fits(device):
+            return
+        available = available_bytes(device) or 0
+        parts = [
+            f"{human(size)} {purpose}"
+            for size, purpose in (
+                (self.weights, "for weights"),
+                (self.cache, "for the KV cache"),
+                (self.workspace if self.cache else self.loading, "to work in"),
+            )
+            if size
+        ]
         raise MemoryLimitError(
-            f"not enough memory on {device}: needs {' and '.join(parts)}, {human(available)} is free; {change}"
+            f"not enough memory on {device}: needs {' and '.join(filter(None, (', '.join(parts[:-1]), parts[-1])))}, "
+            f"{human(available)} is free; {self._change(available)}"
         )
+
+    def _change(self, available: int) -> str:
+        room = available - self.weights - self.workspace
+        if not self.cache or room <= 0 or self.weights + self.loading > available:
+            return "use a smaller --dtype, another --device or a smaller model"
+        fit = self.held_tokens + room * (self.num_tokens - self.held_tokens) // self.cache
+        return f"shorten the prompt or lower --max-tokens: about {fit:,} of {self.num_tokens:,} tokens fit"
 
 
 def human(size: float) -> str:

@@ -25,11 +25,12 @@ ALLOWED = {
     "minirea.cache": {"config", "memory", "errors"},
     "minirea.attention": {"kernels", "cache", "config", "rope", "errors"},
     "minirea.cpu": set(),
+    "minirea.plan": {"attention", "cache", "config", "cpu", "memory", "weights"},
     "minirea.model": {"attention", "cache", "config", "cpu"},
     "minirea.graph": {"kernels", "model", "cache", "sampling"},
     "minirea.generate": {"graph", "model", "cache", "sampling", "tokenizer", "memory", "errors"},
     "minirea.api": {
-        *("generate", "attention", "model", "cache", "config", "tokenizer", "memory", "weights", "errors"),
+        *("generate", "attention", "model", "cache", "config", "tokenizer", "plan", "weights", "errors"),
     },
     "minirea.cli": {"api", "generate", "memory", "errors"},
     "minirea.__main__": {"cli"},

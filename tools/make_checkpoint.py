@@ -55,7 +55,7 @@ def write_checkpoint(directory: Path, config: dict[str, object], dtype: str, sha
     generator = torch.Generator().manual_seed(0)
     block = torch.empty(BLOCK_ELEMENTS).normal_(0, SPREAD, generator=generator).to(getattr(torch, dtype))
     shards = list(split(tensors(directory), block.itemsize, shard_bytes))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         weight_map |= dict.fromkeys((tensor for tensor, _ in shard), name)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from minirea import memory
 from minirea.cache import ALL_TOKENS, KVCache
 from minirea.config import ModelConfig, RopeConfig
 from minirea.errors import MemoryLimitError
-from minirea.memory import available_bytes, check_fits, human, peak_bytes
+from minirea.memory import MemoryPlan, available_bytes, human, peak_bytes
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(3, 64, 112, 4, 2, 16, 97, 1e-5, RopeConfig(), 256)
@@ -22,13 +23,49 @@ def test_available_and_peak_are_plausible() -> None:
     assert peak_bytes(CPU) >= before > 10**6
 
 
-def test_refusal_says_what_was_needed_what_there_is_and_what_to_do() -> None:
+def fake_free(monkeypatch: pytest.MonkeyPatch, free: int | None) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda _: free)
+
+
+PLAN = MemoryPlan(weights=16_000, loading=3_000, cache=8_000, workspace=2_000, num_tokens=1_000_000)
+
+
+@pytest.mark.parametrize(
+    ("free", "message"),
+    [
+        (26_000, None),
+        (None, None),
+        (
+            25_999,
+            "not enough memory on cpu: needs 16.0 kB for weights, 8.0 kB for the KV cache and 2.0 kB to work in, "
+            "26.0 kB is free; shorten the prompt or lower --max-tokens: about 999,875 of 1,000,000 tokens fit",
+        ),
+        (19_000, "19.0 kB is free; shorten the prompt or lower --max-tokens: about 125,000 of 1,000,000 tokens fit"),
+        (18_999, "19.0 kB is free; use a smaller --dtype, another --device or a smaller model"),
+        (0, "0 B is free; use a smaller --dtype, another --device or a smaller model"),
+    ],
+)
+def test_plan_of_a_run(monkeypatch: pytest.MonkeyPatch, free: int | None, message: str | None) -> None:
+    fake_free(monkeypatch, free)
+    assert PLAN.fits(CPU) == (message is None)
+    if message is None:
+        PLAN.check(CPU)
+        return
     with pytest.raises(MemoryLimitError) as error:
-        check_fits(CPU, 10**15, 10**14, "buy more")
-    message = str(error.value)
-    assert "1000000.00 GB for weights and 100000.00 GB for the KV cache" in message
-    assert message.endswith("is free; buy more")
+        PLAN.check(CPU)
+    assert str(error.value).endswith(message)
+    assert "\n" not in str(error.value)
     assert isinstance(error.value, MemoryError)
+
+
+def test_plan_of_weights_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_free(monkeypatch, 18_999)
+    with pytest.raises(
+        MemoryLimitError, match=r"needs 16.0 kB for weights and 3.0 kB to work in, 19.0 kB is free; use"
+    ):
+        MemoryPlan(weights=16_000, loading=3_000).check(CPU)
+    with pytest.raises(MemoryLimitError, match=r"needs 20.0 kB for weights, 19.0 kB is free; use"):
+        MemoryPlan(weights=20_000).check(CPU)
 
 
 @pytest.mark.parametrize("dense_limit", [0, 10, ALL_TOKENS])
@@ -54,6 +91,26 @@ def test_cache_doubles_and_keeps_its_tokens() -> None:
         assert torch.equal(cache.k[layer][:, :3], k_TGD.transpose(0, 1))
         assert torch.equal(cache.k_rotated[layer][:, :3], k_rotated_TGD.transpose(0, 1))
         assert torch.equal(cache.v[layer][:, :3], v_TGD.transpose(0, 1))
+
+
+def test_growth_takes_what_is_there_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It doubles if that fits, else grows as far as asked, else is refused with the old cache unharmed."""
+    per_token = 3 * 2 * 16 * 4 * 2  # layers x G x D x float32, keys and values
+    cache = KVCache(CONFIG, 300, 0, CPU, torch.float32, workspace=lambda num_tokens: 10 * num_tokens)
+    keys = cache.k[0]
+    # 301 tokens: one more, one layer of 300 that is there twice, and the workspace.
+    needed = per_token + 300 * per_token // 3 + 10 * 301
+    fake_free(monkeypatch, needed - 1)
+    with pytest.raises(MemoryLimitError, match="about 300 of 301 tokens fit"):
+        cache.reserve(301)
+    assert cache.capacity == 300
+    assert cache.k[0] is keys
+    fake_free(monkeypatch, needed)
+    cache.reserve(301)
+    assert cache.capacity == 301
+    fake_free(monkeypatch, 10**9)
+    cache.reserve(302)
+    assert cache.capacity == 602
 
 
 def test_rewind_is_checked() -> None:

@@ -1,0 +1,67 @@
+"""What a run needs in memory, from the config and the lengths alone, so that it can be refused before it begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from minirea.attention import Attention
+from minirea.cache import cache_bytes
+from minirea.config import ModelConfig
+from minirea.cpu import PACKING_THREADS, can_pack
+from minirea.memory import MemoryPlan
+from minirea.weights import kept_weight_bytes, weight_bytes
+
+# Kernels that are loaded on first use, cuBLAS's workspaces, and what an allocator cannot use for its blocks' sizes.
+RESERVED: Final = {"cpu": 64 * 2**20, "cuda": 768 * 2**20}
+
+
+def keeps_half(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether half-precision matrices stay so: float32 arithmetic on a CPU that multiplies by them (minirea.cpu)."""
+    return device.type == "cpu" and dtype == torch.float32 and can_pack()
+
+
+def plan_run(path: str | Path, attention: Attention, dtype: torch.dtype, num_tokens: int = 0) -> MemoryPlan:
+    """Weights, what loading them takes beside them, and the cache and workspace of `num_tokens`; 0: not known yet.
+
+    Raises what load_weights raises for the files' headers.
+    """
+    weights, loading = _model_bytes(path, attention.model, dtype, attention.device)
+    if not num_tokens:
+        return MemoryPlan(weights, loading)
+    cache = cache_bytes(attention.model, num_tokens, attention.dense_limit, dtype)
+    return MemoryPlan(weights, loading, cache, workspace_bytes(attention, dtype, num_tokens), num_tokens)
+
+
+def _model_bytes(path: str | Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """Of the weights, and beside them while they are loaded."""
+    if device.type != "cpu":
+        return weight_bytes(config, dtype), 0
+    largest = max(config.vocab_size, 2 * config.mlp_size) * config.hidden_size
+    loading = PACKING_THREADS * largest * torch.float32.itemsize  # matrices that change their layout
+    if not keeps_half(dtype, device):
+        return weight_bytes(config, dtype), loading
+    weights = kept_weight_bytes(path, config, dtype)
+    if config.tie_word_embeddings:  # looked up and multiplied by: one layout cannot do both
+        weights += config.vocab_size * config.hidden_size * torch.float16.itemsize
+    return weights, loading
+
+
+def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -> int:
+    """What the largest step holds beside weights and cache: T = chunk_size queries of a context of `num_tokens`.
+
+    An estimate, rather too high: activations as if none were freed within a block, logits, and the scope's keys and
+    values, gathered and rotated, with a causal mask.
+    """
+    c, scope = attention.model, attention.config
+    T = min(scope.chunk_size, num_tokens)
+    heads = c.num_heads + 2 * c.num_kv_heads
+    activations = T * (5 * c.hidden_size + 3 * heads * c.head_dim + 3 * c.mlp_size) * dtype.itemsize
+    logits = c.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize)
+    S = num_tokens if attention.mode == "full" else min(num_tokens, scope.max_scope)
+    gathered = 0 if attention.mode == "full" else 4 * c.num_kv_heads * S * c.head_dim * torch.float32.itemsize
+    masked = attention.device.type == "cpu" or attention.impl == "torch"
+    mask = T * (c.num_heads // c.num_kv_heads) * S * (1 + torch.float32.itemsize) if masked else 0
+    return RESERVED[attention.device.type] + activations + logits + gathered + mask

@@ -1,0 +1,133 @@
+"""What a CPU does in its own way computes what plain float32 torch computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minirea import api
+from minirea.attention import Attention
+from minirea.cpu import PackedMatrix, can_pack, linear, pack, prepare, rms_norm
+from minirea.model import Model
+from minirea.weights import load_weights
+
+DEMO = Path(__file__).parents[2] / "weights" / "demo"
+HALVES = [torch.bfloat16, torch.float16]
+needs_fbgemm = pytest.mark.skipif(not can_pack(), reason="this torch has no FBGEMM")
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 7, 130])
+def test_packed_products_of_integers_are_exact(dtype: torch.dtype, rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    matrix = torch.randint(-127, 128, (70, 45), generator=generator).to(dtype)
+    x = torch.randint(-100, 101, (rows, 45), generator=generator).float()
+    assert torch.equal(linear(x, pack(matrix)), x @ matrix.float().t())
+
+
+@needs_fbgemm
+@pytest.mark.parametrize(
+    ("dtype", "largest"),
+    [
+        *[(torch.bfloat16, largest) for largest in (2.0**-120, 1e-30, 0.3, 1.0, 60000.0, 2.0**120)],
+        *[(torch.float16, largest) for largest in (1e-4, 0.3, 1.0, 60000.0)],
+    ],
+)
+def test_packed_products_are_as_exact_as_those_of_float32(dtype: torch.dtype, largest: float) -> None:
+    """Weights over 40 binary orders of magnitude: what float16 alone would flush to zero or overflow must count."""
+    spread = 2.0 ** -(40 * torch.rand(96, 256, generator=torch.Generator().manual_seed(1)))
+    matrix = (random(96, 256).clamp(-1, 1) * spread * largest).to(dtype)
+    x = random(3, 256, seed=2)
+    exact = x.double() @ matrix.double().t()
+    error = (linear(x, pack(matrix)).double() - exact).abs()
+    error_of_torch = (F.linear(x, matrix.float()).double() - exact).abs()
+    # FBGEMM sums in one chain, torch's BLAS in several: a few roundings of the sum of magnitudes more.
+    rounding = 2**-24 * (x.abs().double() @ matrix.abs().double().t())
+    assert (error <= 2 * error_of_torch.max() + 2 * rounding).all()
+
+
+@needs_fbgemm
+def test_zero_matrix_and_bias() -> None:
+    x, bias = random(2, 8), random(5)
+    assert torch.equal(linear(x, pack(torch.zeros(5, 8, dtype=torch.bfloat16)), bias), bias.expand(2, 5))
+
+
+def model_weights(dtype: torch.dtype, tied: bool) -> dict[str, torch.Tensor]:
+    weights = {
+        "embed.weight": random(11, 4).to(dtype),
+        "norm.weight": random(4),
+        "a.qkv.weight": random(6, 4).to(dtype),
+    }
+    return weights | {"head.weight": weights["embed.weight"] if tied else random(11, 4, seed=1).to(dtype)}
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("tied", [False, True])
+def test_half_precision_weights_are_packed_but_for_the_embedding(tied: bool) -> None:
+    weights = model_weights(torch.bfloat16, tied)
+    before = dict(weights)
+    prepared = prepare(weights, torch.float32)
+    assert not weights
+    assert prepared.keys() == before.keys()
+    assert prepared["embed.weight"] is before["embed.weight"]
+    assert prepared["norm.weight"] is before["norm.weight"]
+    x = random(1, 4, seed=3)
+    for name in ("head.weight", "a.qkv.weight"):
+        assert isinstance(prepared[name], PackedMatrix)
+        torch.testing.assert_close(linear(x, prepared[name]), F.linear(x, before[name].float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_other_matrices_are_stored_by_columns(tied: bool, dtype: torch.dtype) -> None:
+    weights = model_weights(dtype, tied)
+    before = dict(weights)
+    prepared = prepare(weights, dtype)
+    assert not weights
+    assert (prepared["head.weight"] is prepared["embed.weight"]) == tied
+    for name, matrix in before.items():
+        assert torch.equal(prepared[name], matrix)
+        assert matrix.dim() == 1 or prepared[name].stride() == (1, len(matrix))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_rms_norm(dtype: torch.dtype, rows: int, scale: float) -> None:
+    x, weight = (random(rows, 256) * scale).to(dtype), random(256, seed=1).to(dtype)
+    wide = x.double()
+    exact = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), exact.to(dtype))
+
+
+def test_rms_norm_passes_on_what_is_not_finite() -> None:
+    for value in (torch.nan, torch.inf):
+        x = torch.ones(1, 8)
+        x[0, 3] = value
+        assert rms_norm(x, torch.ones(8), 1e-5).isnan().any()
+
+
+@needs_fbgemm
+def test_demo_model_computes_the_same_as_with_float32_weights() -> None:
+    """Prefill in chunks and decode steps, inside and beyond the dense range."""
+    packed = api.load(DEMO, device="cpu", chunk_size=64)
+    assert isinstance(packed.model.head, PackedMatrix)
+    old = packed.model.attention
+    attention = Attention(packed.config, old.mode, old.config, "torch", old.device)
+    weights = load_weights(DEMO, packed.config, old.device, torch.float32)
+    plain = api.LLM(Model(packed.config, weights, attention), None, packed.chunk_size)
+    assert isinstance(plain.model.head, torch.Tensor)
+    text = (DEMO / "prompts" / "needle-16k.txt").read_text()
+    ids = packed.encode(text)[:1500]
+    torch.testing.assert_close(packed.logits(ids), plain.logits(ids), atol=1e-4, rtol=0)
+    generated = [llm.generate(ids, max_tokens=40, ignore_eos=True).token_ids for llm in (packed, plain)]
+    assert generated[0] == generated[1]
+    assert packed.model.nbytes < 0.6 * plain.model.nbytes
