@@ -130,30 +130,29 @@ class Perplexity(Task):
         ]
 
     def summarize(self, records: Sequence[Record]) -> list[Record]:
-        """Rows of attention, length and bucket, all texts and samples together."""
-        groups: dict[tuple[str, int, int, int], list[Record]] = {}
-        skipped: dict[tuple[str, int], int] = {}
+        """Rows of attention, length and bucket, all texts and samples together; where all were skipped, one row."""
+        groups: dict[tuple[str, int], list[Record]] = {}
         for record in records:
-            place = record["attention"], record["length"]
-            skipped[place] = skipped.get(place, 0) + ("skipped" in record)
-            for bucket in record.get("buckets", ()):
-                groups.setdefault((*place, bucket["from"], bucket["to"]), []).append(bucket)
-        rows = [
-            {"attention": attention, "length": length, "from": start, "to": stop, **_joined(buckets)}
-            for (attention, length, start, stop), buckets in groups.items()
-        ]
-        empty = [place for place, count in skipped.items() if count and not any(place == group[:2] for group in groups)]
-        return rows + [{"attention": a, "length": n, "skipped": skipped[a, n]} for a, n in empty]
+            groups.setdefault((record["attention"], record["length"]), []).append(record)
+        rows: list[Record] = []
+        for (attention, length), members in groups.items():
+            head = {"attention": attention, "length": length, "skipped": sum("skipped" in r for r in members)}
+            windows = [record["buckets"] for record in members if "skipped" not in record]
+            joined = [_joined(buckets) for buckets in zip(*windows, strict=True)]
+            rows += [head | bucket for bucket in joined or [{}]]
+        return rows
 
     def table(self, rows: Sequence[Record]) -> list[list[str]]:
         """Nats per token and per byte, and the change against the trained range, by position."""
         starts = sorted({row["from"] for row in rows if "from" in row})
         lines: dict[tuple[str, int, str], dict[int, str]] = {}
         for row in rows:
-            for title, key, form in _SHOWN:
-                line = lines.setdefault((row["attention"], row["length"], title), {})
-                if row.get(key) is not None:
-                    line[row["from"]] = form.format(row[key])
+            for title, key, form in _SHOWN if "from" in row else ():
+                if row[key] is not None:
+                    place = row["attention"], row["length"], title
+                    lines.setdefault(place, {})[row["from"]] = form.format(row[key])
+            if "from" not in row:
+                lines[row["attention"], row["length"], "skipped"] = {}
         heads = ["attention", "length", "from position"]
         body = [
             [attention, short_length(length), title, *(line.get(start, "-") for start in starts)]
@@ -171,7 +170,7 @@ class Perplexity(Task):
 _SHOWN: Final = (
     ("nats/token", "nll_per_token", "{:.3f}"),
     ("nats/byte", "nll_per_byte", "{:.3f}"),
-    ("change in range", "change", "{:+z.1%}"),
+    ("vs in range", "change", "{:+z.1%}"),
 )
 
 
@@ -181,6 +180,8 @@ def _joined(buckets: Sequence[Record]) -> Record:
     compared = all(bucket["nll_in_range"] is not None for bucket in buckets)
     in_range = sum(bucket["nll_in_range"] for bucket in buckets) if compared else None
     return {
+        "from": buckets[0]["from"],
+        "to": buckets[0]["to"],
         "windows": len(buckets),
         "tokens": tokens,
         "bytes": size,

@@ -167,7 +167,20 @@ def test_without_baseline_nothing_is_compared(directory: Path, tmp_path: Path) -
     path.write_text("1234" * 50)
     out = minirea.evaluate("perplexity", directory, lengths=100, samples=1, text=path, no_baseline=True)
     assert {row["change"] for row in out.rows} == {None}
-    assert "change" not in out.table.replace("change in range", "") and "nats/byte" in out.table
+    assert "nats/byte" in out.table
+    assert "in range" not in out.table
+
+
+def test_what_was_skipped_is_said(directory: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("1234" * 50)
+    options = {"lengths": 100, "samples": 1, "text": path, "at_most": {"full": 50}}
+    out = minirea.evaluate("perplexity", directory, attention=("full", "reattention"), **options)
+    assert [row["skipped"] for row in out.rows] == [1, 0]
+    assert ["full", "100", "skipped", "-"] in out.task.table(out.rows)
+    only_skipped = minirea.evaluate("perplexity", directory, attention="full", **options)
+    assert only_skipped.task.table(only_skipped.rows)[1:] == [["full", "100", "skipped"]]
+    assert only_skipped.plot(tmp_path) == []
 
 
 def test_a_text_is_needed_that_is_long_enough_and_has_its_own_name(tmp_path: Path) -> None:
