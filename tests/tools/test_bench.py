@@ -1,17 +1,27 @@
-"""tools/bench.py measures both engines and ends in one JSON line."""
+"""tools/bench.py: every command ends in one JSON line that holds what it was asked for."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import bench
+import bench_model
 import pytest
-from bench import tokens
+import torch
+from bench_machine import Lengths, lengths, tokens
+from shapes import SHAPES, named
 from testing import tiny_model, write_checkpoint
 
+from minirea.config import load_config
+from minirea.errors import MemoryLimitError
+
 BENCH = Path(__file__).parents[2] / "tools" / "bench.py"
+ON_CPU = ["--device", "cpu", "--dtype", "float32"]
 
 
 @pytest.mark.parametrize(("text", "expected"), [("512", 512), ("64k", 65536), ("64K", 65536), ("1m", 1048576)])
@@ -19,18 +29,100 @@ def test_lengths(text: str, expected: int) -> None:
     assert tokens(text) == expected
 
 
-def test_it_ends_in_one_json_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [["1k,32k", "8"], ["32k", "8,1k"], ["8,1k,32k,8"]])
+def test_lists_of_lengths(given: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--contexts", type=lengths, nargs="+", action=Lengths)
+    assert parser.parse_args(["--contexts", *given]).contexts == [8, 1024, 32768]
+
+
+def measure(*options: str, **environment: str) -> dict[str, Any]:
+    """What bench.py model says, as a user runs it."""
+    command = [sys.executable, str(BENCH), "model", *options, *ON_CPU]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment or None)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_model_directory_beside_transformers(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path, tiny_model())
-    options = ["--contexts", "100", "2000", "--tokens", "3", "--device", "cpu", "--dtype", "float32", "--prefill"]
-    command = [sys.executable, str(BENCH), "model", "--model", str(model), *options]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    result = json.loads(out.splitlines()[-1])
+    result = measure("--model", str(model), "--contexts", "2000,100", "--tokens", "3", "--prefill", "150")
     assert result["machine"]["copy_gb_per_s"] > 0
-    cells = [(row["engine"], row["context"]) for row in result["rows"]]
-    assert cells == [(engine, context) for context in (100, 2000) for engine in ("minirea", "transformers")]
-    for row in result["rows"]:
-        assert row["decode_ms"] > 0
-        assert row["prefill_seconds"] > 0
-        assert row["peak_bytes"] > 10**7
-    assert result["rows"][0]["step_bytes"] == result["rows"][1]["step_bytes"]  # both read all of 100 tokens
-    assert result["rows"][2]["step_bytes"] < result["rows"][3]["step_bytes"]
+    kinds = [("decode_ms", 100), ("decode_ms", 2000), ("prefill_seconds", 150)]
+    cells = [(engine, kind, context) for engine in ("minirea", "transformers") for kind, context in kinds]
+    rows = result["rows"]
+    assert [(row["engine"], *next((k, row["context"]) for k, _ in kinds if k in row)) for row in rows] == cells
+    assert all(row.get("decode_ms", row.get("prefill_seconds")) > 0 and row["peak_bytes"] > 10**7 for row in rows)
+    assert rows[2]["prefill_tokens"] == rows[5]["prefill_tokens"] == 150
+    assert rows[0]["step_bytes"] == rows[3]["step_bytes"]  # both read all of 100 tokens
+    assert rows[1]["step_bytes"] < rows[4]["step_bytes"]
+
+
+def test_shape_without_transformers(tmp_path: Path) -> None:
+    """Random weights need no files; an engine that is not there is skipped with the reason."""
+    (tmp_path / "transformers.py").write_text("raise ModuleNotFoundError('no transformers here')")
+    # Two chunks of 512 at the end of 2,000 tokens.
+    shape = ["--shape", "demo", "--layers", "1", "--contexts", "20", "--tokens", "2", "--no-fill"]
+    result = measure(*shape, "--prefill", "2000", "--last-chunks", "2", PYTHONPATH=str(tmp_path))
+    decode, prefill, skipped = result["rows"]
+    assert decode["decode_ms"] > 0
+    assert (prefill["context"], prefill["prefill_tokens"]) == (2000, 1024)
+    assert skipped == {"engine": "transformers", "skipped": "ModuleNotFoundError: no transformers here"}
+
+
+@pytest.mark.parametrize("error", [MemoryLimitError("needs 1 GB\nmore"), torch.OutOfMemoryError("needs 1 GB\nmore")])
+def test_out_of_memory_is_a_row(error: Exception) -> None:
+    def fail() -> dict[str, Any]:
+        raise error
+
+    row = bench_model.measure_one(argparse.Namespace(engine="minirea", device="cpu"), 7, fail)
+    assert row == {"engine": "minirea", "context": 7, "skipped": "out of memory: needs 1 GB"}
+    assert bench_model.row_text(row, [row], 1.0).endswith("minirea       skipped: out of memory: needs 1 GB")
+
+
+def test_floor_counts_what_a_step_reads() -> None:
+    """Checked by hand for LLaMA-3.1-8B in bfloat16, on a device that holds nothing."""
+    c = named("llama-3.1-8b")
+    layer = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336 + 2)
+    head = embedding = 128256 * 4096
+    key = 32 * 8 * 128 * 2
+    model = argparse.Namespace(
+        nbytes=2 * (32 * layer + head + embedding + 4096),
+        embed=argparse.Namespace(nbytes=2 * embedding),
+        head=None,
+        dtype=torch.bfloat16,
+        config=argparse.Namespace(num_layers=32, num_kv_heads=8, head_dim=128),
+        attention=argparse.Namespace(
+            mode="reattention",
+            config=argparse.Namespace(global_size=32, local_size=8192, span_top_k=4, max_scope=32 + 8192 + 8192),
+        ),
+    )
+    engine = bench_model.Minirea.__new__(bench_model.Minirea)
+    engine.llm = argparse.Namespace(model=model)
+    assert c["num_hidden_layers"] == 32
+    assert engine.step_bytes(1024) == 15_009_849_344 + 2 * 1024 * key
+    assert engine.step_bytes(131072) == 15_009_849_344 + (131072 - 8224 + 2 * 16416) * key
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_are_valid_configs(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(named(name)))
+    assert load_config(tmp_path).num_layers == SHAPES[name]["num_hidden_layers"]
+
+
+def test_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_checkpoint(tmp_path, tiny_model())
+    monkeypatch.setattr(sys, "argv", ["bench.py", "load", "--model", str(model), *ON_CPU])
+    bench.main()
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    expected = [(reader, state) for reader in ("floor", "minirea", "safetensors") for state in ("cold", "warm")]
+    assert [(row["reader"], row["state"]) for row in rows] == expected
+    assert all(row["gb_per_s"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("command", ["model", "load"])
+def test_help(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.py", command, "--help"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert f"bench.py {command}" in capsys.readouterr().out

@@ -1,0 +1,106 @@
+"""What every measurement shares: the machine and its copy bandwidth, lengths on the command line, timing, the end."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def tokens(text: str) -> int:
+    """64k is 65,536 and 1m is 1,048,576."""
+    scale = {"k": 1024, "m": 1024 * 1024}.get(text[-1:].lower())
+    return int(text[:-1]) * scale if scale else int(text)
+
+
+def lengths(text: str) -> list[int]:
+    """Lengths with commas between them."""
+    return [tokens(part) for part in text.split(",")]
+
+
+class Lengths(argparse.Action):
+    """`1k,32k`, `1k 32k` or both, as one ascending list."""
+
+    def __call__(self, _: Any, namespace: argparse.Namespace, values: Any, __: str | None = None) -> None:
+        setattr(namespace, self.dest, sorted({length for part in values for length in part}))
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The flags that say where, and in which precision."""
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16" if on_gpu else "float32"
+    )
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """What numbers are measured on, with the copy bandwidth that floors are made of."""
+    machine: dict[str, Any] = {"device": device_name(device), "python": platform.python_version()}
+    for package in ("torch", "triton", "transformers"):
+        machine[package] = package_version(package)
+    machine["copy_gb_per_s"] = round(copy_bandwidth(device) / 1e9, 1)
+    return machine
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()} x {torch.get_num_threads()} threads"
+
+
+def package_version(package: str) -> str | None:
+    """None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second that a copy within the device's memory reads and writes, together."""
+    buffer = torch.empty((2**30 if device == "cuda" else 2**27) // 4, device=device).normal_()
+    target = torch.empty_like(buffer)
+    return 2 * buffer.nbytes / median_seconds(lambda: target.copy_(buffer), 10, device)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_seconds(run: Callable[[], Any], repeat: int, device: str, warmup: int = 3) -> float:
+    """Median seconds of one call, the device waited for before and after each."""
+    seconds = []
+    for index in range(warmup + repeat):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        if index >= warmup:
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def print_machine(machine: dict[str, Any]) -> None:
+    """The first line of every command."""
+    print(", ".join(f"{key} {value or 'not installed'}" for key, value in machine.items()), flush=True)
+
+
+def print_result(machine: dict[str, Any], arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """The last line of every command: one JSON object with all that was measured, and how."""
+    options = {name: value for name, value in vars(arguments).items() if isinstance(value, (str, int, float, list))}
+    print(json.dumps({"machine": machine, "options": options, "rows": rows}), flush=True)

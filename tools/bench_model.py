@@ -1,0 +1,327 @@
+"""`bench.py model`: decode and prefill of minirea and of transformers, on the same weights or on the same shape.
+
+Each engine runs in a process of its own, so that its memory is its own, and goes through the contexts in ascending
+order. A decode step is timed over a cache of random keys and values, so that no prompt has to be read first (--no-fill
+reads one). The floor of a step is what it must read (weights, the keys that are scored, keys and values of the scope)
+over the machine's measured copy bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_machine import Lengths, add_device, describe_machine, lengths, print_machine, print_result, synchronize
+from shapes import SHAPES, named
+
+ENGINES = ("minirea", "transformers")
+WARMUP_STEPS = 8
+
+
+def add_command(subparsers: Any) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        "model", help="decode and prefill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="DIR", help="Hugging Face model directory")
+    source.add_argument("--shape", choices=SHAPES, help="random weights, made on the device")
+    parser.add_argument("--layers", type=int, metavar="N", help="with --shape: other than its own number")
+    length = {"type": lengths, "nargs": "+", "action": Lengths, "metavar": "N"}
+    parser.add_argument("--contexts", default=[512], **length, help="decode with so many tokens cached: 1k,32k,128k")
+    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="decode steps timed; the median counts")
+    parser.add_argument(
+        "--fill",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="decode over random keys and values instead of reading a prompt (default)",
+    )
+    parser.add_argument("--prefill", default=[], **length, help="also read prompts of so many random tokens: 8k,32k")
+    parser.add_argument(
+        "--last-chunks",
+        type=int,
+        metavar="N",
+        help="read only the last N chunks of those prompts, over random keys and values: the speed at that depth",
+    )
+    parser.add_argument("--attention", default="reattention", help="of minirea; transformers always attends to all")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--limit", type=int, default=600, metavar="S", help="seconds that an engine may take")
+    add_device(parser)
+    parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)  # the process that measures one of them
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.engine:
+        for row in measure(arguments):
+            print(json.dumps(row), flush=True)
+        return
+    machine = describe_machine(arguments.device)
+    print_machine(machine)
+    rows: list[dict[str, Any]] = []
+    for engine in arguments.engines:
+        for row in run_engine(engine, arguments.limit):
+            rows.append(row)
+            print(row_text(row, rows, machine["copy_gb_per_s"]), flush=True)
+    print_result(machine, arguments, rows)
+
+
+def run_engine(engine: str, limit: int) -> Iterator[dict[str, Any]]:
+    """The rows of one engine, measured by this program in another process, as they come."""
+    command = [sys.executable, str(Path(__file__).with_name("bench.py")), *sys.argv[1:], "--engine", engine]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(["timeout", str(limit), *command], stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield json.loads(line)
+        if process.wait():
+            errors.seek(0)
+            last = (errors.read().strip().splitlines() or ["no message"])[-1]
+            reason = f"took more than {limit} s" if process.returncode == 124 else last
+            yield {"engine": engine, "skipped": reason}
+
+
+def row_text(row: dict[str, Any], rows: list[dict[str, Any]], copy_gb_per_s: float) -> str:
+    """One line for people; ratios are to minirea's row of the same context."""
+    if "skipped" in row:
+        where = f"{row['context']:>9,} tokens  " if "context" in row else " " * 18
+        return f"{where}{row['engine']:<12}  skipped: {row['skipped']}"
+    parts = []
+    if "decode_ms" in row:
+        floor = row["step_bytes"] / copy_gb_per_s / 1e6
+        parts.append(f"decode {row['decode_ms']:8.3f} ms/token, floor {floor:.3f} ({row['decode_ms'] / floor:.2f}x)")
+    if "prefill_seconds" in row:
+        read = row["prefill_tokens"]
+        whole = read == row["context"]
+        parts.append(f"prefill {read / row['prefill_seconds']:,.0f} tokens/s")
+        parts.append(
+            f"first token after {row['prefill_seconds']:.3f} s" if whole else f"of the last {read:,} tokens only"
+        )
+    kind = "decode_ms" if "decode_ms" in row else "prefill_seconds"
+    same = [r for r in rows if kind in r and (r["engine"], r["context"]) == (ENGINES[0], row["context"])]
+    if same and row["engine"] != ENGINES[0]:
+        parts.append(f"{row[kind] / same[0][kind]:.2f}x minirea's time")
+    return (
+        f"{row['context']:>9,} tokens  {row['engine']:<12}  {', '.join(parts)}, peak {row['peak_bytes'] / 1e9:.2f} GB"
+    )
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All rows of one engine: decode at every context, then prefill of every length."""
+    with model_directory(arguments) as directory:
+        engine = (Minirea if arguments.engine == "minirea" else Transformers)(arguments, directory)
+    for context in arguments.contexts:
+        yield measure_one(arguments, context, functools.partial(measure_decode, arguments, engine, context))
+    for context in arguments.prefill:
+        yield measure_one(arguments, context, functools.partial(measure_prefill, arguments, engine, context))
+
+
+def measure_one(arguments: argparse.Namespace, context: int, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """One row, with its peak memory, or with the reason why there is none."""
+    from minirea.errors import MemoryLimitError
+    from minirea.memory import peak_bytes
+
+    row = {"engine": arguments.engine, "context": context}
+    if arguments.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        row |= run()
+    except (MemoryLimitError, torch.OutOfMemoryError) as error:
+        return row | {"skipped": f"out of memory: {str(error).splitlines()[0]}"}
+    return row | {"peak_bytes": peak_bytes(torch.device(arguments.device))}
+
+
+def measure_decode(arguments: argparse.Namespace, engine: Engine, context: int) -> dict[str, Any]:
+    """Milliseconds per step, and the bytes that it must read.
+
+    Clocked from token to token, not with the device waited for in between: an engine may read a token while the next
+    one is computed.
+    """
+    engine.open(context, WARMUP_STEPS + arguments.tokens + 8)
+    if arguments.fill:
+        engine.fill(context)
+    else:
+        engine.read(random_ids(context, engine.vocab_size))
+    steps = engine.steps()
+    seconds = []
+    for index in range(WARMUP_STEPS + arguments.tokens):
+        start = time.perf_counter()
+        next(steps)
+        if index >= WARMUP_STEPS:
+            seconds.append(time.perf_counter() - start)
+    steps.close()
+    return {"decode_ms": statistics.median(seconds) * 1e3, "step_bytes": engine.step_bytes(context)}
+
+
+def measure_prefill(arguments: argparse.Namespace, engine: Engine, context: int) -> dict[str, Any]:
+    """Seconds until the first token of a prompt, once everything is compiled, or of its last chunks."""
+    read = min(context, arguments.last_chunks * engine.chunk_size) if arguments.last_chunks else context
+    ids = random_ids(context, engine.vocab_size)
+    engine.open(context, 1)
+    for tokens in (min(read, engine.chunk_size), read):  # the first time is warming up
+        engine.fill(context - tokens)
+        synchronize(arguments.device)
+        seconds = engine.read(ids[context - tokens :])
+    return {"prefill_seconds": seconds, "prefill_tokens": read}
+
+
+@contextlib.contextmanager
+def model_directory(arguments: argparse.Namespace) -> Iterator[Path]:
+    """Where config.json lies: the model's directory, or one that is made for the shape."""
+    if arguments.model:
+        yield Path(arguments.model)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        config = named(arguments.shape, arguments.layers) | {"dtype": arguments.dtype}
+        Path(directory, "config.json").write_text(json.dumps(config))
+        yield Path(directory)
+
+
+def random_ids(count: int, vocab_size: int) -> list[int]:
+    return torch.randint(3, vocab_size, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+class Minirea:
+    """minirea, through the loops that `generate` runs."""
+
+    def __init__(self, arguments: argparse.Namespace, directory: Path) -> None:
+        from minirea import api
+
+        options = {"device": arguments.device, "dtype": arguments.dtype, "attention": arguments.attention}
+        if arguments.model:
+            self.llm = api.load(directory, **options)
+        else:
+            self.llm = random_model(api.read_model(directory, **options))
+        self.chunk_size = self.llm.chunk_size
+        self.vocab_size = self.llm.config.vocab_size
+
+    def open(self, context: int, to_follow: int) -> None:
+        """Make room for a context and the tokens after it; the room of the last context is given back first."""
+        self.session: Any = None
+        self.session = self.llm.session(context + to_follow)
+
+    def fill(self, context: int) -> None:
+        """Random keys and values for so many tokens, none of which is read."""
+        cache = self.session.cache
+        with torch.inference_mode():
+            for tensor in cache.tensors:
+                tensor.normal_()
+        cache.seq_len = context
+        self.session.ids = [3] * context
+
+    def read(self, ids: list[int]) -> float:
+        """Seconds to the first token after a prompt."""
+        return self.session.generate(ids, max_tokens=1, ignore_eos=True).stats.time_to_first_token
+
+    def steps(self) -> Generator[int, None, None]:
+        from minirea.generate import decode
+        from minirea.sampling import Sampler, SamplingConfig
+
+        model = self.llm.model
+        return decode(model, self.session.cache, 3, Sampler(SamplingConfig(), [], self.vocab_size, model.device))
+
+    def step_bytes(self, context: int) -> int:
+        """Weights but for an embedding that is not the head, keys that are scored, keys and values of the scope."""
+        model = self.llm.model
+        c, scope = model.config, model.attention.config
+        weights = model.nbytes - (model.embed.nbytes if model.embed is not model.head else 0)
+        key_bytes = c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
+        middle = max(0, context - scope.global_size - scope.local_size) if scope.span_top_k else 0
+        seen = min(context, scope.max_scope)
+        if model.attention.mode == "full":
+            middle, seen = 0, context
+        return weights + (middle + 2 * seen) * key_bytes
+
+
+def random_model(files: Any) -> Any:
+    """A model that was never on a disk: norms are 1, matrices random, of a spread that keeps activations finite."""
+    from minirea.api import LLM
+    from minirea.model import Model
+    from minirea.plan import keeps_half
+    from minirea.weights import empty_weights
+
+    device, dtype = files.attention.device, files.dtype
+    # On a CPU in float32, what a checkpoint in bfloat16 would give.
+    half = torch.bfloat16 if keeps_half(dtype, device) else dtype
+    shapes = empty_weights(files.config, dtype, torch.device("meta"))
+    matrices = {name: half for name, tensor in shapes.items() if tensor.dim() == 2}
+    weights = empty_weights(files.config, dtype, device, matrices)
+    for tensor in weights.values():
+        if tensor.dim() == 2:
+            tensor.normal_(0, tensor.shape[1] ** -0.5)
+        else:
+            tensor.fill_(1 if tensor.shape[0] == files.config.hidden_size else 0)
+    return LLM(Model(files.config, weights, files.attention), None, files.attention.config.chunk_size)
+
+
+class Transformers:
+    """Hugging Face transformers with its default cache and attention."""
+
+    chunk_size = 512  # of what is read for warming up; it reads a prompt in one piece
+
+    def __init__(self, arguments: argparse.Namespace, directory: Path) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        dtype = getattr(torch, arguments.dtype)
+        with torch.device(arguments.device):
+            if arguments.model:
+                self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+            else:
+                self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=dtype)
+        self.model = self.model.to(arguments.device).eval()
+        self.vocab_size = self.model.config.vocab_size
+
+    def open(self, context: int, to_follow: int) -> None:
+        """Its cache has no capacity: it is copied and grows with every token."""
+        del context, to_follow
+        self.cache: Any = None
+
+    def fill(self, context: int) -> None:
+        from transformers import DynamicCache
+
+        c = self.model.config
+        self.cache = DynamicCache()
+        shape = (1, c.num_key_value_heads, context, c.head_dim)
+        for layer in range(c.num_hidden_layers if context else 0):
+            k, v = (torch.randn(shape, device=self.model.device, dtype=self.model.dtype) for _ in range(2))
+            self.cache.update(k, v, layer)
+
+    @torch.inference_mode()
+    def read(self, ids: list[int]) -> float:
+        """Seconds to the first token after a prompt."""
+        if self.cache is None:
+            self.fill(0)
+        start = time.perf_counter()
+        int(self._feed(torch.tensor([ids], device=self.model.device)))
+        return time.perf_counter() - start
+
+    @torch.inference_mode()
+    def steps(self) -> Generator[int, None, None]:
+        ids = torch.tensor([[3]], device=self.model.device)
+        while True:
+            ids = self._feed(ids)
+            yield int(ids)
+
+    def _feed(self, ids: torch.Tensor) -> torch.Tensor:
+        logits = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1:].argmax(-1)
+
+    def step_bytes(self, context: int) -> int:
+        model, c = self.model, self.model.config
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        weights = sum(p.nbytes for p in model.parameters()) - (embedding.nbytes if embedding is not head else 0)
+        return weights + 2 * context * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
+
+
+Engine = Minirea | Transformers
