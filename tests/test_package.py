@@ -32,9 +32,14 @@ ALLOWED = {
     "minirea.api": {
         *("generate", "attention", "model", "cache", "config", "tokenizer", "plan", "weights", "errors"),
     },
-    "minirea.cli": {"api", "generate", "memory", "errors"},
+    "minirea.evaluation": {"evaluation", "api", "config", "generate", "tokenizer", "errors"},
+    "minirea.cli": {"api", "generate", "evaluation", "memory", "errors"},
     "minirea.__main__": {"cli"},
-    "minirea.__init__": {"errors", "api", "generate"},
+    "minirea.__init__": {"errors", "api", "evaluation", "generate"},
+    # What looks inside the model instead of only asking it.
+    "minirea.evaluation.likelihood": {"evaluation", "api", "cache", "generate", "errors"},
+    "minirea.evaluation.observer": {"evaluation", "attention", "cache", "generate", "kernels", "model", "errors"},
+    "minirea.evaluation.mechanism_measures": {"evaluation", "config", "kernels", "rope"},
     "kernels": {"config", "errors", "kernels"},
     "weights": {"config", "errors", "weights"},
 }
@@ -54,13 +59,16 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-SOURCES = sorted(path for folder in ("minirea", "kernels", "weights") for path in (ROOT / folder).glob("*.py"))
+FOLDERS = ("minirea", "minirea/evaluation", "minirea/evaluation/benchmarks", "kernels", "weights")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_dependencies_run_one_way(path: Path) -> None:
-    folder = path.parent.name
-    allowed = ALLOWED[f"minirea.{path.stem}" if folder == "minirea" else folder]
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    own = f"{package}.{path.stem}"
+    folder = "minirea.evaluation" if package.startswith("minirea.evaluation") else package
+    allowed = ALLOWED[own] if own in ALLOWED or package == "minirea" else ALLOWED[folder]
     public = {"__version__"}  # names of the package itself, not modules
     ours = {name.split(".")[1] for name in imports(path) if name.startswith("minirea.")}
     assert ours <= allowed | public
@@ -83,7 +91,10 @@ def test_importing_the_engine_loads_neither_triton_nor_cuda() -> None:
     assert out.split() == ["False", "False"]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["generate", "--help"], ["eval", "--help"], ["eval", "needle", "--help"], ["--version"]],
+)
 def test_help_does_not_import_torch(arguments: list[str]) -> None:
     statement = f"import minirea.cli\ntry: minirea.cli.main({arguments})\nexcept SystemExit: pass"
     assert "torch" not in modules_after(statement)
