@@ -208,10 +208,15 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def tile(num_columns: int, itemsize: int) -> Tile:
-    """Two rows of up to 4 KiB: 16 bytes per thread and row, and as much again on its way."""
-    block_k = min(4096 // itemsize, max(16, triton.next_power_of_2(num_columns)))
-    return Tile(2, block_k, max(1, block_k * itemsize // 512))
+def tile(num_columns: int, itemsize: int, piece: int = 4096) -> Tile:
+    """Two rows in pieces of up to `piece` bytes, of which two are in flight: 16 or 32 bytes per thread and row.
+
+    Rows of 16 KiB and more are taken eight at a time: there reading x costs as much as a row, and eight share it.
+    """
+    if num_columns * itemsize >= 16384:
+        return Tile(8, 2048 // itemsize, 8)
+    block_k = min(piece // itemsize, max(16, triton.next_power_of_2(num_columns)))
+    return Tile(2, block_k, max(1, min(8, block_k * itemsize // 512)))
 
 
 def embed(token: torch.Tensor, table_VE: torch.Tensor, seq_len: torch.Tensor, x_E: torch.Tensor) -> None:
@@ -310,7 +315,7 @@ def norm_logits(
 ) -> None:
     """logits = head . rms_norm(x), float32."""
     V, E = head_VE.shape
-    t = tile(E, x_E.element_size())
+    t = tile(E, x_E.element_size(), piece=8192)  # most rows of all, so one piece each where that is possible
     _launch(
         norm_logits_kernel,
         triton.cdiv(V, t.BLOCK_N),

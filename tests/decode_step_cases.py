@@ -77,7 +77,7 @@ def check_all(shape: tuple[int, ...], dtype: torch.dtype, device: str, bias: boo
     X = (H + 2 * G) * D
     check(step.norm_qkv, [6, 7, 8], x_E, norm_E, r.normal(X, E), maybe(X), EPS, r.count(7), *caches)
     check(step.norm_gate_up, [5], x_E, norm_E, r.normal(2 * F, E), maybe(2 * F), EPS, r.poison(F))
-    for N, K in ((min(E, 64), H * D), (5, F), (5, E)):
+    for N, K in ((min(E, 64), H * D), (5, F), (5, E), (11, 8500)):
         check(step.add_product, [3], r.normal(K), r.normal(N, K), maybe(N), r.normal(N))
     check(step.norm_logits, [4], x_E, norm_E, r.normal(V, E), EPS, torch.full((V,), torch.nan, device=device))
 
