@@ -49,7 +49,7 @@ class Runner:
             "dtype": str(self.llm.model.dtype).removeprefix("torch."),
             "device": self.llm.model.device.type,
             "impl": self.llm.model.attention.impl,
-            **{name: value for name, value in self.fields.items() if value is not None},
+            **dataclasses.asdict(self._model("full", {}).model.attention.config),  # full attention refuses no scope
         }
 
     def run(self, results: Results, progress: bool) -> list[Record]:
