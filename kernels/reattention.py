@@ -2,7 +2,7 @@
 
 The kernel at the bottom reads like section 3 of the design; every phase is a function of its own above it:
 
-    score   -> per query row, the span_top_k best keys of one slice of the middle      (every program, its own slice)
+    score   -> per query row, the span_top_k best keys of one slice of the middle
     merge   -> the slices' candidates -> the winners of a row
     vote    -> the max_spans positions that most rows chose
     select  -> where each span starts, in the cache and in the scope
@@ -11,13 +11,13 @@ The kernel at the bottom reads like section 3 of the design; every phase is a fu
     attend  -> flash attention over rows of the scope
     combine -> the partial results of a head (split-KV)
 
-Programs are persistent: the grid is what fits on the GPU at once, work is dealt out in units, and between phases all
-programs meet at a barrier in global memory. That is safe only because the launch is cooperative: a grid that does not
-fit fails to launch instead of waiting for programs that never start.
+Programs are persistent: the grid is what fits on the GPU at once, work is dealt out in units, and programs wait for
+each other at counters in global memory. That is safe only because the launch is cooperative: a grid that does not fit
+fails to launch instead of waiting for programs that never start.
 
-A decode step (T = 1) keeps winners and layout in registers, computed by every program alike, which is cheaper than
-a second barrier. A chunk (T > 1) has too many winners for that: it counts votes in memory and gathers the scope,
-rotated once, into scratch.
+A decode step (T = 1) has few winners. Most programs are workers, with a slice of one key/value head each; the one or
+few that are left over sort the winners of all workers, who attend to the local part meanwhile. A chunk (T > 1) has too
+many winners for one program: it counts votes in memory and gathers the scope, rotated once, into scratch.
 
 Shapes, beside the project's letters: R rows of one key/value head (row r is query r // (H / G)), K winners per row,
 B ballots (1 for span_scope "layer", G for "kv_head"), W winners of one ballot, P spans. Names in capitals ending in
@@ -25,7 +25,7 @@ _PAD are the next powers of two, with the surplus masked.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: SIM102  (an `if` on constants is decided at compile time; joined with one on data it would not be)
+# ruff: noqa: SIM102, RET505  (an `if` on constants is decided at compile time, and only with an `else` wholly)
 
 from __future__ import annotations
 
@@ -44,18 +44,19 @@ from minirea.errors import InputError
 # equal scores the lower position is the larger number. NO_KEY is a score of -inf at a position below zero.
 NO_KEY: tl.constexpr = tl.constexpr(-(2139095041 << 32))
 TAKEN: tl.constexpr = tl.constexpr(-(1 << 63))
-NEVER_REPLACED: tl.constexpr = tl.constexpr((1 << 63) - 1)
 NOWHERE: tl.constexpr = tl.constexpr((1 << 31) - 1)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# The interpreter runs no assembly.
+STORES_IN_PLACE: tl.constexpr = tl.constexpr(not triton.knobs.runtime.interpret)
+PREFETCHES: tl.constexpr = tl.constexpr(not triton.knobs.runtime.interpret)
 
 # Arguments that change from model to model or from step to step; without this every other value compiles anew.
 SIZES: Final = ("seq_len", "global_size", "local_size", "span_size", "max_spans", "max_scope")
 
-# Counters in global memory, all zero between launches: one per barrier, one for the programs that have left, and
-# from HEADS_DONE on one per key/value head.
-BARRIERS: Final = 6
-LEFT: tl.constexpr = tl.constexpr(BARRIERS)
-HEADS_DONE: tl.constexpr = tl.constexpr(BARRIERS + 1)
+# Counters in global memory that only ever grow: one for barriers, one for ballots whose winners are sorted, and from
+# HEADS_DONE on one per key/value head.
+SORTED: tl.constexpr = tl.constexpr(1)
+HEADS_DONE: tl.constexpr = tl.constexpr(2)
 
 
 # ---------------------------------------------------------------------------------------------------------- barrier
@@ -63,26 +64,23 @@ HEADS_DONE: tl.constexpr = tl.constexpr(BARRIERS + 1)
 
 @triton.jit
 def arrive(counter_ptr):
-    """Publish what this program has written. The debug barrier puts all its threads' writes before the one release."""
+    """Publish what this program has written; returns the count at which every program has.
+
+    Every program adds one per barrier and nobody passes before all have, so that the counts of a barrier end at the
+    next multiple of the number of programs, launch after launch. The debug barrier puts the writes of all threads of
+    the program before its one release.
+    """
     tl.debug_barrier()
-    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+    arrived = tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+    return (arrived // tl.num_programs(0) + 1) * tl.num_programs(0)
 
 
 @triton.jit
-def wait(counter_ptr):
-    """Until every program has arrived; then what they published is visible here."""
-    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < tl.num_programs(0):
+def wait(counter_ptr, count):
+    """Until the counter has come to count; then what those who added to it have published is visible here."""
+    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < count:
         pass
     tl.debug_barrier()
-
-
-@triton.jit
-def leave(counters_ptr, num_counters: tl.constexpr):
-    """The last program to leave zeroes the counters: nobody can still be waiting on one of them."""
-    tl.debug_barrier()
-    if tl.atomic_add(counters_ptr + LEFT, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
-        for i in range(num_counters):
-            tl.store(counters_ptr + i, 0)
 
 
 # ---------------------------------------------------------------------------------------------- scores with positions
@@ -103,12 +101,6 @@ def position_of(packed):
 
 
 @triton.jit
-def score_of(packed):
-    ordered = (packed >> 32).to(tl.int32)
-    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def take_best(packed, K: tl.constexpr, K_PAD: tl.constexpr):
     """The K largest of each row of packed [M, N], descending: int64 [M, K_PAD]."""
     offs_k = tl.arange(0, K_PAD)[None, :]
@@ -118,6 +110,68 @@ def take_best(packed, K: tl.constexpr, K_PAD: tl.constexpr):
         best = tl.where(offs_k == i, top, best)
         packed = tl.where(packed == top, TAKEN, packed)
     return best
+
+
+@triton.jit
+def store_in_place(ptrs, values, mask):
+    """`tl.store` of a matrix whose rows are nearly all masked, each thread what it holds.
+
+    `tl.store` first brings the whole tile into memory order through shared memory, which takes longer than the matrix
+    product that made it.
+    """
+    if STORES_IN_PLACE:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred wanted; setp.ne.b32 wanted, $3, 0; @wanted st.global.f32 [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,f,r",
+            [ptrs.to(tl.int64), values, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(ptrs, values, mask=mask)
+
+
+@triton.jit
+def slice_of(lo, hi, part, parts):
+    """Bounds of slice `part` of [lo, hi); the last ones may be short or empty."""
+    size = tl.cdiv(hi - lo, parts)
+    first = lo + part * size
+    return first, tl.minimum(first + size, hi)
+
+
+@triton.jit
+def prefetch(ptr, stride_n, offs_n, D: tl.constexpr):
+    """Have rows offs_n of a [N, D] cache brought to the L2 cache while something else is computed."""
+    LINE: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
+    offs_line = tl.minimum(tl.arange(0, triton.next_power_of_2(triton.cdiv(D, LINE))) * LINE, D - 1)
+    ptrs = ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_line[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs.to(tl.int64)], tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def prefetch_rows(ptr, stride_n, lo, hi, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`prefetch` for rows [lo, hi)."""
+    if PREFETCHES:
+        for first in range(lo, hi, BLOCK_N):
+            prefetch(ptr, stride_n, tl.minimum(first + tl.arange(0, BLOCK_N), hi - 1), D)
+
+
+@triton.jit
+def prefetch_spans(
+    k_ptr, stride_kn, v_ptr, stride_vn, kept_ptr, num_kept, part, mid_lo, mid_hi, span_size,
+    D: tl.constexpr, SLICES: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`prefetch_rows` for keys and values of slice `part` of the spans, before it is known which rows they fill."""
+    if PREFETCHES:
+        rows = tl.cdiv(num_kept * span_size, SLICES)
+        for first in range(part * rows, (part + 1) * rows, BLOCK_N):
+            row = tl.minimum(first + tl.arange(0, BLOCK_N), num_kept * span_size - 1)
+            position = tl.load(kept_ptr + row // span_size) - span_size // 2 + row % span_size
+            prefetch(k_ptr, stride_kn, tl.minimum(tl.maximum(position, mid_lo), mid_hi - 1), D)
+            prefetch(v_ptr, stride_vn, tl.minimum(tl.maximum(position, mid_lo), mid_hi - 1), D)
 
 
 @triton.jit
@@ -132,7 +186,7 @@ def load_rows(ptr, offs_row, stride_row, mask_row, offs_d, stride_d, D: tl.const
 
 @triton.jit
 def score(
-    q, k_ptr, stride_kn, stride_kd, lo, hi, block_ptr, best_ptr,
+    q, k_ptr, stride_kn, stride_kd, lo, hi, block_ptr, tag_ptr,
     D: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -140,43 +194,48 @@ def score(
 
     Section 3, step 3. A winner in any other tile would have K better keys before it, so these tiles hold all winners.
     A tile costs one matrix product and one maximum per row; only rows that the tile improves do more: they write
-    their scores over those of the tile that drops out. Later tiles must be strictly better, so ties keep the lower.
+    their scores over those of the tile that drops out. Later tiles must be strictly better, and of equal ones the
+    latest drops out, so ties keep the lower.
 
-    Writes block_ptr float32 [M, K_PAD, N] and best_ptr int64 [M, K_PAD] (packed maximum and first position of a tile).
+    Writes block_ptr float32 [M, K_PAD, N] and tag_ptr int32 [M, K_PAD]: tile * K_PAD + slot, below zero in a slot
+    without a tile.
     """
     offs_m = tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, K_PAD)
+    offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    # Distinct numbers below every score, so that exactly one entry of a row is the lowest.
-    empty = tl.where(offs_k < K, NO_KEY + offs_k.to(tl.int64), NEVER_REPLACED)
-    best = tl.zeros([BLOCK_M, K_PAD], tl.int64) + empty[None, :]
+    tag = tl.zeros([BLOCK_M, K_PAD], tl.int32) + (offs_k - K_PAD)[None, :]
+    best = tl.zeros([BLOCK_M, K_PAD], tl.float32) + tl.where(offs_k < K, float("-inf"), float("inf"))[None, :]
     threshold = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, offs_n, stride_kn, offs_n < hi, offs_d, stride_kd, D)
+    for tile in tl.range(0, tl.cdiv(hi - lo, BLOCK_N), num_stages=STAGES):
+        start = lo + tile * BLOCK_N
+        k_tile = k_ptr + tl.cast(start, tl.int64) * stride_kn
+        k = load_rows(k_tile, offs_n, stride_kn, offs_n < hi - start, offs_d, stride_kd, D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if start + BLOCK_N > hi:
-            scores = tl.where((offs_n < hi)[None, :], scores, float("-inf"))
+            scores = tl.where((offs_n < hi - start)[None, :], scores, float("-inf"))
         row_max = tl.max(scores, axis=1)
         better = row_max > threshold
         if tl.max(better.to(tl.int32), axis=0) > 0:
-            replaced = (best == tl.min(best, axis=1)[:, None]) & better[:, None]
-            slot = tl.sum(tl.where(replaced, offs_k[None, :], 0), axis=1)
-            block_ptrs = block_ptr + (offs_m * K_PAD + slot)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-            tl.store(block_ptrs, scores, mask=better[:, None])
-            best = tl.where(replaced, pack(row_max, start)[:, None], best)
-            threshold = score_of(tl.min(best, axis=1))
-    tl.store(best_ptr + offs_m[:, None] * K_PAD + offs_k[None, :], best)
+            worst = tl.max(tl.where(best == threshold[:, None], tag, -K_PAD), axis=1)
+            slot = worst & (K_PAD - 1)
+            row_ptrs = block_ptr + (offs_m * K_PAD + slot) * BLOCK_N
+            store_in_place(row_ptrs[:, None] + offs_n[None, :], scores, better[:, None])
+            replaced = (tag == worst[:, None]) & better[:, None]
+            tag = tl.where(replaced, (tile * K_PAD + slot)[:, None], tag)
+            best = tl.where(replaced, row_max[:, None], best)
+            threshold = tl.min(best, axis=1)
+    tl.store(tag_ptr + offs_m[:, None] * K_PAD + offs_k[None, :], tag)
 
 
 @triton.jit
 def pick(
-    block_ptr, best_ptr, candidate_ptr, stride_row, num_rows,
+    block_ptr, tag_ptr, candidate_ptr, stride_row, num_rows, lo,
     K: tl.constexpr, K_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PICK_M: tl.constexpr,
 ):  # fmt: skip
     """The K best keys of each row within the tiles that `score` kept. Section 3, step 4, for one slice of the middle.
 
-    Writes candidate_ptr int64 [rows, K_PAD], packed, best first, for the first num_rows rows.
+    Writes candidate_ptr int64, K_PAD packed numbers per row; rows lie stride_row apart.
     """
     tl.debug_barrier()  # other threads of this program wrote what is read here
     offs_k = tl.arange(0, K_PAD)
@@ -185,11 +244,11 @@ def pick(
     offs_c = tl.arange(0, K_PAD * BLOCK_N)
     for first in range(0, tl.minimum(num_rows, BLOCK_M), PICK_M):
         offs_m = first + tl.arange(0, PICK_M)
-        start = position_of(tl.load(best_ptr + offs_m[:, None] * K_PAD + (offs_c // BLOCK_N)[None, :]))
-        filled = (offs_c < K * BLOCK_N)[None, :] & (start >= 0)
+        tag = tl.load(tag_ptr + offs_m[:, None] * K_PAD + (offs_c // BLOCK_N)[None, :])
+        filled = (offs_c < K * BLOCK_N)[None, :] & (tag >= 0)
         block_ptrs = block_ptr + offs_m[:, None] * (K_PAD * BLOCK_N) + offs_c[None, :]
         scores = tl.load(block_ptrs, mask=filled, other=float("-inf"))
-        packed = pack(scores, start + (offs_c % BLOCK_N)[None, :])
+        packed = pack(scores, lo + tag // K_PAD * BLOCK_N + (offs_c % BLOCK_N)[None, :])
         best = take_best(tl.where(scores > float("-inf"), packed, NO_KEY), K, K_PAD)
         candidate_ptrs = candidate_ptr + offs_m[:, None] * stride_row + offs_k[None, :]
         tl.store(candidate_ptrs, best, mask=(offs_m < num_rows)[:, None])
@@ -239,34 +298,50 @@ def vote(winner, max_spans, W_PAD: tl.constexpr):
 
 
 @triton.jit
-def select(kept, mid_lo, mid_hi, span_size, W_PAD: tl.constexpr):
-    """Layout of the selected part from unsorted positions kept int32 [W_PAD]. Section 3, step 6.
+def sort(kept, sorted_ptr, num_kept_ptr, W_PAD: tl.constexpr):
+    """Write kept int32 [W_PAD] to sorted_ptr in ascending order, so that NOWHERE comes last, and how many there are.
 
-    Covers have equal lengths, so each adds what lies at or after both its own start and the end of the one before.
-    Returns start [W_PAD] (first cache position a span adds), offset [W_PAD] (the scope's row which that position
-    fills, NOWHERE where a span adds none) and the number of rows selected.
+    The place of each is how many come before it.
     """
     offs_w = tl.arange(0, W_PAD)
-    # Of equal positions all but the first come after one whose cover is theirs too, and so add nothing.
-    before = kept[None, :] < kept[:, None]
-    before |= (kept[None, :] == kept[:, None]) & (offs_w[None, :] < offs_w[:, None])
-    stop = tl.minimum(tl.where(kept == NOWHERE, mid_lo, kept + span_size // 2), mid_hi)
-    previous_stop = tl.max(tl.where(before, stop[None, :], mid_lo), axis=1)
-    start = tl.maximum(kept - span_size // 2, previous_stop)
-    rows = tl.where(kept == NOWHERE, 0, tl.maximum(stop - start, 0))
-    offset = mid_lo + tl.sum(tl.where(before, rows[None, :], 0), axis=1)
-    return start, tl.where(rows > 0, offset, NOWHERE), tl.sum(rows, axis=0)
+    before = (kept[None, :] < kept[:, None]) | ((kept[None, :] == kept[:, None]) & (offs_w[None, :] < offs_w[:, None]))
+    tl.store(sorted_ptr + tl.sum(before.to(tl.int32), axis=1), kept)
+    tl.store(num_kept_ptr, tl.sum((kept != NOWHERE).to(tl.int32), axis=0))
 
 
 @triton.jit
-def locate(offs_r, start, offset):
-    """Cache positions of the scope's rows offs_r [M] in the global and the selected part. Section 3, step 7.
+def select(kept_ptr, num_kept, mid_lo, mid_hi, span_size, P_PAD: tl.constexpr):
+    """Layout of the selected part from ascending positions kept_ptr int32 [num_kept]. Section 3, step 6.
 
-    How far a row lies from its source only grows from span to span, so it is the largest such distance of all
-    spans that begin at or before the row; 0 in the global part.
+    Covers have equal lengths, so each adds what lies at or after both its own start and the end of the one before; of
+    equal positions the second adds nothing. Returns, [P_PAD] each, start (the first cache position a span adds),
+    offset (the scope's row which that position fills) and rows (how many it adds).
     """
-    begun = offset[None, :] <= offs_r[:, None]
-    return offs_r + tl.max(tl.where(begun, (start - offset)[None, :], 0), axis=1)
+    offs_p = tl.arange(0, P_PAD)
+    kept = tl.load(kept_ptr + offs_p, mask=offs_p < num_kept, other=0)
+    previous = tl.load(kept_ptr + offs_p - 1, mask=(offs_p > 0) & (offs_p < num_kept), other=0)
+    stop = tl.minimum(kept + span_size // 2, mid_hi)
+    previous_stop = tl.where(offs_p > 0, tl.minimum(previous + span_size // 2, mid_hi), mid_lo)
+    start = tl.maximum(tl.maximum(kept - span_size // 2, previous_stop), mid_lo)
+    rows = tl.where(offs_p < num_kept, tl.maximum(stop - start, 0), 0)
+    offset = mid_lo + tl.cumsum(rows, axis=0) - rows
+    return start, offset, rows
+
+
+@triton.jit
+def locate(selection_ptr, start, offset, rows, lo, hi, global_size, span_size, P_PAD: tl.constexpr):
+    """Write the cache positions of the scope's rows [lo, hi), global and selected part. Section 3, step 7.
+
+    start, offset and rows [P] are those of `select`.
+    """
+    offs_i = tl.arange(0, 16)
+    for first in range(lo, tl.minimum(hi, global_size), 16):
+        tl.store(selection_ptr + first + offs_i, first + offs_i, mask=first + offs_i < tl.minimum(hi, global_size))
+    for first in range(0, span_size, 16):
+        i = tl.broadcast_to((first + offs_i)[None, :], [P_PAD, 16])
+        row = offset[:, None] + i
+        tl.store(selection_ptr + row, start[:, None] + i, mask=(i < rows[:, None]) & (row >= lo) & (row < hi))
+    tl.debug_barrier()  # before other threads of this program read it
 
 
 # ----------------------------------------------------------------------------- vote and select: chunks, through memory
@@ -351,48 +426,36 @@ def elect(
         place += tl.sum(keep.to(tl.int32), axis=0)
 
 
-@triton.jit
-def select_sorted(kept_ptr, num_kept, start_ptr, offset_ptr, mid_lo, mid_hi, span_size, P_PAD: tl.constexpr):
-    """`select` for positions that already are sorted and distinct, through memory private to the program.
-
-    Writes start and offset, [P_PAD], for `locate_sorted` to read in pieces and returns the number of rows selected.
-    """
-    offs_p = tl.arange(0, P_PAD)
-    kept = tl.load(kept_ptr + offs_p, mask=offs_p < num_kept, other=0)
-    previous = tl.load(kept_ptr + offs_p - 1, mask=(offs_p > 0) & (offs_p < num_kept), other=0)
-    stop = tl.minimum(kept + span_size // 2, mid_hi)
-    previous_stop = tl.where(offs_p > 0, tl.minimum(previous + span_size // 2, mid_hi), mid_lo)
-    start = tl.maximum(tl.maximum(kept - span_size // 2, previous_stop), mid_lo)
-    rows = tl.where(offs_p < num_kept, tl.maximum(stop - start, 0), 0)
-    offset = mid_lo + tl.cumsum(rows, axis=0) - rows
-    tl.debug_barrier()  # the layout of the ballot before may still be in use
-    tl.store(start_ptr + offs_p, start)
-    tl.store(offset_ptr + offs_p, tl.where(rows > 0, offset, NOWHERE))
-    tl.debug_barrier()
-    return tl.sum(rows, axis=0)
-
-
-@triton.jit
-def locate_sorted(offs_r, num_kept, start_ptr, offset_ptr, BLOCK_P: tl.constexpr):
-    """`locate` over a layout in memory, a piece at a time."""
-    distance = offs_r * 0
-    for first in range(0, num_kept, BLOCK_P):
-        offs_p = first + tl.arange(0, BLOCK_P)
-        start = tl.load(start_ptr + offs_p, mask=offs_p < num_kept, other=0)
-        offset = tl.load(offset_ptr + offs_p, mask=offs_p < num_kept, other=NOWHERE)
-        distance = tl.maximum(distance, locate(offs_r, start, offset) - offs_r)
-    return offs_r + distance
-
-
 # ------------------------------------------------------------------------------------------------------------- attend
 
 
 @triton.jit
-def rotate(a, b, cos, sin):
+def rotate_halves(a, b, cos, sin):
     """RoPE of the two halves of rows, in float32: element i turns with element i + D / 2."""
     a = a.to(tl.float32)
     b = b.to(tl.float32)
     return a * cos - b * sin, b * cos + a * sin
+
+
+@triton.jit
+def rotate(a, b, cos, sin, dtype: tl.constexpr):
+    """RoPE of rows that come in two halves [M, HALF_PAD]; the rotated rows [M, 2 * HALF_PAD] in one piece."""
+    a, b = rotate_halves(a, b, cos, sin)
+    both = tl.permute(tl.join(a.to(dtype), b.to(dtype)), (0, 2, 1))
+    return tl.reshape(both, [a.shape[0], 2 * a.shape[1]])
+
+
+@triton.jit
+def add_product(a, b, acc, rescale, PRECISION: tl.constexpr):
+    """acc * rescale + a @ b, where acc sums over many tiles.
+
+    In float32 one chain of additions over all rows of the scope would lose several bits. A tile's sum on its own, then
+    one addition per tile, does not; as a multiply-add, for a plain one would be folded back into the product.
+    """
+    if a.dtype == tl.float32:
+        return tl.fma(acc, tl.broadcast_to(rescale, acc.shape), tl.dot(a, b, input_precision=PRECISION))
+    else:
+        return tl.dot(a, b, acc * rescale)
 
 
 @triton.jit
@@ -409,44 +472,37 @@ def softmax_step(
     rescale = tl.exp2(row_max - new_max)
     probability = tl.exp2(tl.fma(logits, SCALE * LOG2_E, -new_max[:, None]))
     row_sum = row_sum * rescale + tl.sum(probability, axis=1)
-    if v.dtype == tl.float32:
-        # One chain of additions over all rows of the scope would lose several bits. A tile's sum on its own, then one
-        # addition per tile, does not; as a multiply-add, for a plain one would be folded back into the product.
-        acc = tl.fma(acc, rescale[:, None], tl.dot(probability, v, input_precision=PRECISION))
-    else:
-        acc = tl.dot(probability.to(v.dtype), v, acc * rescale[:, None])
+    acc = add_product(probability.to(v.dtype), v, acc, rescale[:, None], PRECISION)
     return acc, new_max, row_sum
 
 
 @triton.jit
 def attend(
     acc, row_max, row_sum, q_a, q_b, k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd, cos_ptr, sin_ptr,
-    row_lo, row_hi, q_row, shift, start, offset,
+    cos, sin, row_lo, row_hi, q_row, shift, selection_ptr,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr, HALF_PAD: tl.constexpr,
     GATHER: tl.constexpr, RELATIVE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Flash attention of the rows of q over rows [row_lo, row_hi), which lie in the cache where `locate` says if
+    """Flash attention of the rows of q over rows [row_lo, row_hi), which lie in the cache where selection_ptr says if
     GATHER, else at the rows themselves. Section 3, steps 7 and 8.
 
+    row_sum [M, N] keeps the columns of the tiles apart; the caller adds them up, once instead of once per tile.
+
     Only the distance between query and key matters to RoPE. RELATIVE uses that: keys get positions 0, 1, ... within
-    their tile, so that all tiles share one small table that stays in registers, and the query, at row q_row, gets its
-    distance to the tile's first row. Else positions are rows + shift: in float32 the tables' own
-    rounding would show.
+    their tile, so that all tiles share one small table, cos and sin [N, HALF_PAD], that stays in registers, and the
+    query, at row q_row, gets its distance to the tile's first row. Else positions are rows + shift: in float32 the
+    tables' own rounding would show.
     """
     dtype = k_ptr.dtype.element_ty
     offs_h = tl.arange(0, HALF_PAD)
     offs_d = tl.arange(0, BLOCK_D)
     mask_h = offs_h < D // 2
-    if RELATIVE:
-        offs_tile = tl.arange(0, BLOCK_A)
-        cos = load_rows(cos_ptr, offs_tile, D // 2, offs_tile < row_hi - row_lo, offs_h, 1, D // 2)
-        sin = load_rows(sin_ptr, offs_tile, D // 2, offs_tile < row_hi - row_lo, offs_h, 1, D // 2)
     for first in tl.range(row_lo, row_hi, BLOCK_A, num_stages=STAGES):
         offs_r = first + tl.arange(0, BLOCK_A)
         mask_r = offs_r < row_hi
         source = offs_r
         if GATHER:
-            source = locate(offs_r, start, offset)
+            source = tl.load(selection_ptr + offs_r, mask=mask_r, other=0)
         k_a = load_rows(k_ptr, source, stride_kn, mask_r, offs_h, stride_kd, D // 2)
         k_b = load_rows(k_ptr + D // 2 * stride_kd, source, stride_kn, mask_r, offs_h, stride_kd, D // 2)
         v = load_rows(v_ptr, source, stride_vn, mask_r, offs_d, stride_vd, D)
@@ -456,37 +512,49 @@ def attend(
             q_position = q_row + shift
             cos = load_rows(cos_ptr, offs_r + shift, D // 2, mask_r, offs_h, 1, D // 2)
             sin = load_rows(sin_ptr, offs_r + shift, D // 2, mask_r, offs_h, 1, D // 2)
-        k_a, k_b = rotate(k_a, k_b, cos, sin)
         q_cos = tl.load(cos_ptr + q_position * (D // 2) + offs_h, mask=mask_h, other=0.0)[None, :]
         q_sin = tl.load(sin_ptr + q_position * (D // 2) + offs_h, mask=mask_h, other=0.0)[None, :]
-        qr_a, qr_b = rotate(q_a, q_b, q_cos, q_sin)
-        logits = tl.dot(qr_a.to(dtype), tl.trans(k_a.to(dtype)), input_precision=PRECISION)
-        logits = tl.dot(qr_b.to(dtype), tl.trans(k_b.to(dtype)), logits, input_precision=PRECISION)
+        k = rotate(k_a, k_b, cos, sin, dtype)
+        q = rotate(q_a, q_b, q_cos, q_sin, dtype)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         logits = tl.where(mask_r[None, :], logits, float("-inf"))
-        acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, SCALE, PRECISION)
+        new_max = tl.maximum(row_max, tl.max(logits, axis=1) * (SCALE * LOG2_E))
+        rescale = tl.exp2(row_max - new_max)[:, None]
+        probability = tl.exp2(tl.fma(logits, SCALE * LOG2_E, -new_max[:, None]))
+        row_sum = row_sum * rescale + probability
+        acc = add_product(probability.to(dtype), v, acc, rescale, PRECISION)
+        row_max = new_max
     return acc, row_max, row_sum
 
 
 @triton.jit
 def combine(
     partial_acc_ptr, partial_max_ptr, partial_sum_ptr, out_ptr, g,
-    GROUP: tl.constexpr, SLICES: tl.constexpr, SLICES_PAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, SLICES: tl.constexpr, SLICES_PAD: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Join the slices' partial attention of one key/value head's query heads: weights by maximum, then one division."""
+    """Join the slices' partial attention of one key/value head's query heads: weights by maximum, then one division.
+
+    HEADS query heads at a time, since what a head costs is mostly the wait for its loads.
+    """
     offs_s = tl.arange(0, SLICES_PAD)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_s = offs_s < SLICES
+    mask_s = (offs_s < SLICES)[None, :]
     mask_d = offs_d < D
-    for h in range(g * GROUP, g * GROUP + GROUP):
-        partial = h * SLICES + offs_s
+    for first in range(0, GROUP, HEADS):
+        heads = g * GROUP + tl.minimum(first + tl.arange(0, HEADS), GROUP - 1)  # surplus ones repeat the last
+        partial = heads[:, None] * SLICES + offs_s[None, :]
         row_max = tl.load(partial_max_ptr + partial, mask=mask_s, other=float("-inf"))
         row_sum = tl.load(partial_sum_ptr + partial, mask=mask_s, other=0.0)
         acc = tl.load(
-            partial_acc_ptr + partial[:, None] * D + offs_d[None, :], mask=mask_s[:, None] & mask_d[None, :], other=0.0
+            partial_acc_ptr + partial[:, :, None] * D + offs_d[None, None, :],
+            mask=mask_s[:, :, None] & mask_d[None, None, :],
+            other=0.0,
         )
-        weight = tl.exp2(row_max - tl.max(row_max, axis=0))
-        out = tl.sum(acc * weight[:, None], axis=0) / tl.sum(row_sum * weight, axis=0)
-        tl.store(out_ptr + h * D + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_d)
+        weight = tl.exp2(row_max - tl.max(row_max, axis=1)[:, None])
+        out = tl.sum(acc * weight[:, :, None], axis=1) / tl.sum(row_sum * weight, axis=1)[:, None]
+        out_ptrs = out_ptr + heads[:, None] * D + offs_d[None, :]
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_d[None, :])
 
 
 @triton.jit
@@ -503,7 +571,7 @@ def gather(
     v = load_rows(v_ptr, source, stride_vn, mask_r, offs_d, stride_vd, D)
     cos = load_rows(cos_ptr, offs_r, D // 2, mask_r, offs_h, 1, D // 2)
     sin = load_rows(sin_ptr, offs_r, D // 2, mask_r, offs_h, 1, D // 2)
-    k_a, k_b = rotate(k_a, k_b, cos, sin)
+    k_a, k_b = rotate_halves(k_a, k_b, cos, sin)
     mask_rh = mask_r[:, None] & (offs_h < D // 2)[None, :]
     rows = offs_r.to(tl.int64)[:, None] * D
     k_ptrs = k_rot_ptr + rows + offs_h[None, :]
@@ -526,7 +594,7 @@ def rotate_queries(
     q_b = tl.load(q_ptrs + D // 2 * stride_qd, mask=mask_rh, other=0.0)
     cos = load_rows(cos_ptr, position, D // 2, mask_r, offs_h, 1, D // 2)
     sin = load_rows(sin_ptr, position, D // 2, mask_r, offs_h, 1, D // 2)
-    q_a, q_b = rotate(q_a, q_b, cos, sin)
+    q_a, q_b = rotate_halves(q_a, q_b, cos, sin)
     q_rot_ptrs = q_rot_ptr + row.to(tl.int64)[:, None] * D + offs_h[None, :]
     tl.store(q_rot_ptrs, q_a.to(dtype), mask=mask_rh)
     tl.store(q_rot_ptrs + D // 2, q_b.to(dtype), mask=mask_rh)
@@ -557,197 +625,180 @@ def attend_tiles(
 
 @triton.jit
 def score_unit(
-    q_ptr, stride_qt, stride_qh, stride_qd, k_ptr, stride_kn, stride_kd, block_ptr, best_ptr, candidate_ptr,
-    g, first_row, num_rows, part, mid_lo, mid_hi,
-    D: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, SLICES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PICK_M: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_ptr, stride_qt, stride_qh, stride_qd, k_ptr, stride_kn, stride_kd, block_ptr, tag_ptr,
+    g, first_row, num_rows, lo, hi,
+    D: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Score rows [first_row, first_row + BLOCK_M) of head g's num_rows against slice `part` of the middle."""
+    """Score rows [first_row, first_row + BLOCK_M) of head g's num_rows against keys [lo, hi)."""
+    prefetch_rows(k_ptr, stride_kn, lo, tl.minimum(lo + BLOCK_N, hi), D, BLOCK_N)  # while the queries are loaded
     rows = first_row + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     q_ptrs = q_ptr + (rows // GROUP).to(tl.int64)[:, None] * stride_qt + (g * GROUP + rows % GROUP)[:, None] * stride_qh
     q = tl.load(
         q_ptrs + offs_d[None, :] * stride_qd, mask=(rows < num_rows)[:, None] & (offs_d < D)[None, :], other=0.0
     )
-    slice_size = tl.cdiv(mid_hi - mid_lo, SLICES)
-    lo = mid_lo + part * slice_size
-    hi = tl.minimum(lo + slice_size, mid_hi)
-    # Scratch is the program's own, so that it stays in its cache.
-    block_ptr += tl.cast(tl.program_id(0), tl.int64) * (BLOCK_M * K_PAD * BLOCK_N)
-    best_ptr += tl.program_id(0) * (BLOCK_M * K_PAD)
-    score(q, k_ptr, stride_kn, stride_kd, lo, hi, block_ptr, best_ptr,
+    score(q, k_ptr, stride_kn, stride_kd, lo, hi, block_ptr, tag_ptr,
           D, K, K_PAD, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PRECISION)  # fmt: skip
-    row = tl.cast(g * num_rows + first_row, tl.int64)
-    pick(block_ptr, best_ptr, candidate_ptr + (row * SLICES + part) * K_PAD, SLICES * K_PAD, num_rows - first_row,
-         K, K_PAD, BLOCK_M, BLOCK_N, PICK_M)  # fmt: skip
 
 
-@triton.jit
-def write_selection(selection_ptr, length_ptr, ballot, length, seq_len, local_rows, start, offset, max_scope,
-                    BLOCK_R: tl.constexpr):  # fmt: skip
-    """The scope's cache positions, for the caller who asked for them."""
-    for first in range(0, length, BLOCK_R):
-        offs_r = first + tl.arange(0, BLOCK_R)
-        source = tl.where(offs_r < length - local_rows, locate(offs_r, start, offset), offs_r + seq_len - length)
-        tl.store(selection_ptr + ballot * max_scope + offs_r, source.to(tl.int64), mask=offs_r < length)
-    tl.store(length_ptr + ballot, length)
-
-
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "workers"])
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, seq_len, cos_ptr, sin_ptr, stride_qh, stride_qd, stride_kg, stride_kn, stride_kd,
-    stride_vg, stride_vn, stride_vd, counters_ptr, block_ptr, best_ptr, candidate_ptr,
-    partial_acc_ptr, partial_max_ptr, partial_sum_ptr, selection_ptr, length_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, seq_len, workers, cos_ptr, sin_ptr, stride_qh, stride_qd,
+    stride_kg, stride_kn, stride_kd, stride_vg, stride_vn, stride_vd, counters_ptr, block_ptr, tag_ptr,
+    candidate_ptr, kept_ptr, num_kept_ptr, partial_acc_ptr, partial_max_ptr, partial_sum_ptr, selection_ptr, front_ptr,
     global_size, local_size, span_size, max_spans, max_scope,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr,
-    BY_HEAD: tl.constexpr, SELECTS: tl.constexpr, SEQ_LEN_IN_MEMORY: tl.constexpr, RETURN_SELECTION: tl.constexpr,
+    BY_HEAD: tl.constexpr, SELECTS: tl.constexpr, SEQ_LEN_IN_MEMORY: tl.constexpr,
     SLICES: tl.constexpr, SLICES_PAD: tl.constexpr, CANDIDATES_PAD: tl.constexpr, BALLOT_ROWS: tl.constexpr,
     BALLOT_ROWS_PAD: tl.constexpr, VOTES: tl.constexpr, W_PAD: tl.constexpr, SCALE: tl.constexpr,
     RELATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr, HALF_PAD: tl.constexpr,
-    PICK_M: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    PICK_M: tl.constexpr, COMBINE_HEADS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of one query per head: q [1, H, D] against k and v [G, N, D], to out [1, H, D].
 
-    A unit of work is one slice of one key/value head: first of the middle to score, then of the local part to attend
-    to, then of the global and selected parts. Attending to the local part needs no selection, so it fills the time
-    until the last program has scored.
+    A worker's unit of work is one slice of one key/value head: first of the middle to score, then of the local part to
+    attend to, then of the global and selected parts. Attending to the local part needs no selection, so it fills the
+    time until the last worker has scored and the selecting program has sorted the winners.
     """
     n = tl.load(seq_len).to(tl.int32) if SEQ_LEN_IN_MEMORY else seq_len
     dense = n <= global_size + local_size
     local_lo = tl.where(dense, 0, n - local_size)
     mid_lo = global_size
     mid_hi = n - local_size
+    program = tl.program_id(0)
     units = G * SLICES
+    ballots: tl.constexpr = G if BY_HEAD else 1
+    # The programs after the workers select; a program that is alone does both.
+    selectors = tl.maximum(tl.num_programs(0) - workers, 1)
+    selector = tl.num_programs(0) - 1 - program
+    # This scratch is the program's own and stays in its cache.
+    block_ptr += program * (BLOCK_M * K_PAD * BLOCK_N)
+    tag_ptr += program * (BLOCK_M * K_PAD)
     offs_m = tl.arange(0, BLOCK_M)
     offs_h = tl.arange(0, HALF_PAD)
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < GROUP
+    offs_tile = tl.arange(0, BLOCK_A)
+    cos = load_rows(cos_ptr, offs_tile, D // 2, offs_tile < tl.minimum(n, max_scope), offs_h, 1, D // 2)
+    sin = load_rows(sin_ptr, offs_tile, D // 2, offs_tile < tl.minimum(n, max_scope), offs_h, 1, D // 2)
+    everyone = tl.cast(0, tl.int64)
 
     if SELECTS:
         if not dense:
-            for unit in range(tl.program_id(0), units, tl.num_programs(0)):
-                g = unit % G
-                k_head = k_ptr + tl.cast(g, tl.int64) * stride_kg
-                score_unit(q_ptr, 0, stride_qh, stride_qd, k_head, stride_kn, stride_kd, block_ptr, best_ptr,
-                           candidate_ptr, g, 0, GROUP, unit // G, mid_lo, mid_hi,
-                           D, GROUP, K, K_PAD, SLICES, BLOCK_M, BLOCK_N, BLOCK_D, PICK_M, STAGES,
-                           PRECISION)  # fmt: skip
-            arrive(counters_ptr)
+            if program < workers:
+                for unit in range(program, units, workers):
+                    g = unit % G
+                    part = unit // G
+                    k_head = k_ptr + tl.cast(g, tl.int64) * stride_kg
+                    lo, hi = slice_of(mid_lo, mid_hi, part, SLICES)
+                    score_unit(q_ptr, 0, stride_qh, stride_qd, k_head, stride_kn, stride_kd, block_ptr, tag_ptr,
+                               g, 0, GROUP, lo, hi,
+                               D, GROUP, K, K_PAD, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PRECISION)  # fmt: skip
+                    # The memory would be idle from here until this program attends to its local slice.
+                    local_first, local_last = slice_of(local_lo, n, part, SLICES)
+                    prefetch_rows(k_head, stride_kn, local_first, local_last, D, BLOCK_N)
+                    v_head = v_ptr + tl.cast(g, tl.int64) * stride_vg
+                    prefetch_rows(v_head, stride_vn, local_first, local_last, D, BLOCK_N)
+                    pick(block_ptr, tag_ptr, candidate_ptr + (g * GROUP * SLICES + part) * K_PAD, SLICES * K_PAD, GROUP,
+                         lo, K, K_PAD, BLOCK_M, BLOCK_N, PICK_M)  # fmt: skip
+            everyone = arrive(counters_ptr)
+            if selector < selectors:
+                wait(counters_ptr, everyone)
+                for ballot in range(selector, ballots, selectors):
+                    winner = merge(candidate_ptr, ballot * BALLOT_ROWS, (ballot + 1) * BALLOT_ROWS, BALLOT_ROWS_PAD,
+                                   SLICES * K_PAD, CANDIDATES_PAD, K, K_PAD)  # fmt: skip
+                    kept = tl.reshape(winner, [W_PAD])
+                    if VOTES:
+                        kept = vote(kept, max_spans, W_PAD)
+                    sort(kept, kept_ptr + ballot * W_PAD, num_kept_ptr + ballot, W_PAD)
+                tl.debug_barrier()
+                tl.atomic_add(counters_ptr + SORTED, 1, sem="release", scope="gpu")
 
-    no_start = tl.zeros([W_PAD], tl.int32)
-    no_offset = no_start + NOWHERE
-    if RELATIVE:
-        for unit in range(tl.program_id(0), units, tl.num_programs(0)):
+    if program < workers:
+        for unit in range(program, units, workers):
             g = unit % G
             part = unit // G
             heads = g * GROUP + offs_m
+            k_head = k_ptr + tl.cast(g, tl.int64) * stride_kg
+            v_head = v_ptr + tl.cast(g, tl.int64) * stride_vg
+            selection_head = selection_ptr + (g * max_scope if BY_HEAD else 0)
             q_a = load_rows(q_ptr, heads, stride_qh, mask_m, offs_h, stride_qd, D // 2)
             q_b = load_rows(q_ptr + D // 2 * stride_qd, heads, stride_qh, mask_m, offs_h, stride_qd, D // 2)
-            slice_size = tl.cdiv(n - local_lo, SLICES)
-            lo = local_lo + part * slice_size
             acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             row_max = tl.full([BLOCK_M], -1.0e38, tl.float32)
-            row_sum = tl.zeros([BLOCK_M], tl.float32)
+            row_sum = tl.zeros([BLOCK_M, BLOCK_A], tl.float32)
+
+            lo, hi = slice_of(local_lo, n, part, SLICES)
+            if RELATIVE:
+                acc, row_max, row_sum = attend(
+                    acc, row_max, row_sum, q_a, q_b, k_head, stride_kn, stride_kd, v_head, stride_vn, stride_vd,
+                    cos_ptr, sin_ptr, cos, sin, lo, hi, n - 1, 0, selection_head,
+                    SCALE, D, BLOCK_A, BLOCK_D, HALF_PAD, False, True, STAGES, PRECISION)  # fmt: skip
+            front = tl.where(dense, 0, global_size)  # rows of the scope before its local part
+            if SELECTS:
+                if not dense:
+                    wait(counters_ptr + SORTED, everyone // tl.num_programs(0) * selectors)
+                    ballot = g if BY_HEAD else 0
+                    num_kept = tl.load(num_kept_ptr + ballot)
+                    prefetch_spans(k_head, stride_kn, v_head, stride_vn, kept_ptr + ballot * W_PAD, num_kept, part,
+                                   mid_lo, mid_hi, span_size, D, SLICES, BLOCK_N)  # fmt: skip
+                    start, offset, rows = select(kept_ptr + ballot * W_PAD, num_kept, mid_lo, mid_hi, span_size, W_PAD)
+                    front += tl.sum(rows, axis=0)
+                    first, last = slice_of(0, front, part, SLICES)
+                    locate(selection_head, start, offset, rows, first, last, global_size, span_size, W_PAD)
+                    if part == 0:
+                        tl.store(front_ptr + ballot, front)
+            length = front + n - local_lo
+            if not RELATIVE:
+                acc, row_max, row_sum = attend(
+                    acc, row_max, row_sum, q_a, q_b, k_head, stride_kn, stride_kd, v_head, stride_vn, stride_vd,
+                    cos_ptr, sin_ptr, cos, sin, lo, hi, n - 1, length - n, selection_head,
+                    SCALE, D, BLOCK_A, BLOCK_D, HALF_PAD, False, False, STAGES, PRECISION)  # fmt: skip
+            lo, hi = slice_of(0, front, part, SLICES)
             acc, row_max, row_sum = attend(
-                acc, row_max, row_sum, q_a, q_b, k_ptr + tl.cast(g, tl.int64) * stride_kg, stride_kn, stride_kd,
-                v_ptr + tl.cast(g, tl.int64) * stride_vg, stride_vn, stride_vd, cos_ptr, sin_ptr,
-                lo, tl.minimum(lo + slice_size, n), n - 1, 0, no_start, no_offset,
-                SCALE, D, BLOCK_A, BLOCK_D, HALF_PAD, False, True, STAGES, PRECISION)  # fmt: skip
+                acc, row_max, row_sum, q_a, q_b, k_head, stride_kn, stride_kd, v_head, stride_vn, stride_vd,
+                cos_ptr, sin_ptr, cos, sin, lo, hi, length - 1, 0, selection_head,
+                SCALE, D, BLOCK_A, BLOCK_D, HALF_PAD, SELECTS, RELATIVE, STAGES, PRECISION)  # fmt: skip
             partial = heads * SLICES + part
             tl.store(partial_max_ptr + partial, row_max, mask=mask_m)
-            tl.store(partial_sum_ptr + partial, row_sum, mask=mask_m)
+            tl.store(partial_sum_ptr + partial, tl.sum(row_sum, axis=1), mask=mask_m)
             mask_md = mask_m[:, None] & (offs_d < D)[None, :]
             tl.store(partial_acc_ptr + partial[:, None] * D + offs_d[None, :], acc, mask=mask_md)
-
-    if SELECTS:
-        if not dense:
-            wait(counters_ptr)
-    tl.debug_barrier()
-
-    for unit in range(tl.program_id(0), units, tl.num_programs(0)):
-        g = unit % G
-        part = unit // G
-        heads = g * GROUP + offs_m
-        k_head = k_ptr + tl.cast(g, tl.int64) * stride_kg
-        v_head = v_ptr + tl.cast(g, tl.int64) * stride_vg
-        start = no_start
-        offset = no_offset
-        selected = 0
-        if SELECTS:
-            if not dense:
-                first_row = g * GROUP if BY_HEAD else 0
-                winner = merge(candidate_ptr, first_row, first_row + BALLOT_ROWS, BALLOT_ROWS_PAD, SLICES * K_PAD,
-                               CANDIDATES_PAD, K, K_PAD)  # fmt: skip
-                kept = tl.reshape(winner, [W_PAD])
-                if VOTES:
-                    kept = vote(kept, max_spans, W_PAD)
-                start, offset, selected = select(kept, mid_lo, mid_hi, span_size, W_PAD)
-        length = tl.where(dense, n, global_size + selected + local_size)
-        begin = length - (n - local_lo)  # first row of the local part in the scope
-
-        q_a = load_rows(q_ptr, heads, stride_qh, mask_m, offs_h, stride_qd, D // 2)
-        q_b = load_rows(q_ptr + D // 2 * stride_qd, heads, stride_qh, mask_m, offs_h, stride_qd, D // 2)
-        partial = heads * SLICES + part
-        mask_md = mask_m[:, None] & (offs_d < D)[None, :]
-        if RELATIVE:
-            row_max = tl.load(partial_max_ptr + partial, mask=mask_m, other=0.0)
-            row_sum = tl.load(partial_sum_ptr + partial, mask=mask_m, other=0.0)
-            acc = tl.load(partial_acc_ptr + partial[:, None] * D + offs_d[None, :], mask=mask_md, other=0.0)
-        else:
-            row_max = tl.full([BLOCK_M], -1.0e38, tl.float32)
-            row_sum = tl.zeros([BLOCK_M], tl.float32)
-            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            slice_size = tl.cdiv(n - local_lo, SLICES)
-            lo = local_lo + part * slice_size
-            acc, row_max, row_sum = attend(
-                acc, row_max, row_sum, q_a, q_b, k_head, stride_kn, stride_kd, v_head, stride_vn, stride_vd, cos_ptr,
-                sin_ptr, lo, tl.minimum(lo + slice_size, n), n - 1, length - n, start, offset,
-                SCALE, D, BLOCK_A, BLOCK_D, HALF_PAD, False, False, STAGES, PRECISION)  # fmt: skip
-        slice_size = tl.cdiv(begin, SLICES)
-        lo = part * slice_size
-        acc, row_max, row_sum = attend(
-            acc, row_max, row_sum, q_a, q_b, k_head, stride_kn, stride_kd, v_head, stride_vn, stride_vd, cos_ptr,
-            sin_ptr, lo, tl.minimum(lo + slice_size, begin), length - 1, 0, start, offset,
-            SCALE, D, BLOCK_A, BLOCK_D, HALF_PAD, True, RELATIVE, STAGES, PRECISION)  # fmt: skip
-        tl.store(partial_max_ptr + partial, row_max, mask=mask_m)
-        tl.store(partial_sum_ptr + partial, row_sum, mask=mask_m)
-        tl.store(partial_acc_ptr + partial[:, None] * D + offs_d[None, :], acc, mask=mask_md)
-        if RETURN_SELECTION:
-            if part == 0 and (BY_HEAD or g == 0):
-                write_selection(selection_ptr, length_ptr, g, length, n, n - local_lo, start, offset,
-                                max_scope, BLOCK_A)  # fmt: skip
-        tl.debug_barrier()
-        if tl.atomic_add(counters_ptr + HEADS_DONE + g, 1, sem="acq_rel", scope="gpu") == SLICES - 1:
             tl.debug_barrier()
-            combine(partial_acc_ptr, partial_max_ptr, partial_sum_ptr, out_ptr, g,
-                    GROUP, SLICES, SLICES_PAD, D, BLOCK_D)  # fmt: skip
-    leave(counters_ptr, HEADS_DONE + G)
+            done = tl.atomic_add(counters_ptr + HEADS_DONE + g, 1, sem="acq_rel", scope="gpu")
+            if done % SLICES == SLICES - 1:  # the last of this launch
+                combine(partial_acc_ptr, partial_max_ptr, partial_sum_ptr, out_ptr, g,
+                        GROUP, COMBINE_HEADS, SLICES, SLICES_PAD, D, BLOCK_D)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*SIZES, "T", "levels"])
 def chunk_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, seq_len, T, levels, cos_ptr, sin_ptr, stride_qt, stride_qh, stride_qd,
-    stride_kg, stride_kn, stride_kd, stride_vg, stride_vn, stride_vd, counters_ptr, block_ptr, best_ptr, candidate_ptr,
-    counts_ptr, stride_counts, num_votes_ptr, stride_votes, tally_ptr, kept_ptr, num_kept_ptr, start_ptr, offset_ptr,
-    q_rot_ptr, k_rot_ptr, v_sel_ptr, selection_ptr, length_ptr,
+    stride_kg, stride_kn, stride_kd, stride_vg, stride_vn, stride_vd, counters_ptr, block_ptr, tag_ptr, candidate_ptr,
+    counts_ptr, stride_counts, num_votes_ptr, stride_votes, tally_ptr, kept_ptr, num_kept_ptr,
+    q_rot_ptr, k_rot_ptr, v_sel_ptr, selection_ptr, front_ptr,
     global_size, local_size, span_size, max_spans, max_scope,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr,
-    BY_HEAD: tl.constexpr, SELECTS: tl.constexpr, SEQ_LEN_IN_MEMORY: tl.constexpr, RETURN_SELECTION: tl.constexpr,
+    BY_HEAD: tl.constexpr, SELECTS: tl.constexpr, SEQ_LEN_IN_MEMORY: tl.constexpr,
     SLICES: tl.constexpr, CANDIDATES_PAD: tl.constexpr, COUNT_ROWS: tl.constexpr, P_PAD: tl.constexpr,
     PROGRAMS_PAD: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
-    HALF_PAD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PICK_M: tl.constexpr, STAGES: tl.constexpr,
+    HALF_PAD: tl.constexpr, BLOCK_C: tl.constexpr, PICK_M: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of T queries: q [T, H, D] against k and v [G, N, D], to out [T, H, D]."""
     n = tl.load(seq_len).to(tl.int32) if SEQ_LEN_IN_MEMORY else seq_len
     program = tl.program_id(0)
     programs = tl.num_programs(0)
+    # Scratch of `score` is the program's own, so that it stays in its cache.
+    block_ptr += tl.cast(program, tl.int64) * (BLOCK_M * K_PAD * BLOCK_N)
+    tag_ptr += program * (BLOCK_M * K_PAD)
     dense = n <= global_size + local_size
     mid_lo = global_size
     mid_hi = n - local_size
+    local_lo = tl.where(dense, 0, n - local_size)
     ballots: tl.constexpr = G if BY_HEAD else 1
     heads_per_ballot: tl.constexpr = 1 if BY_HEAD else G
     num_rows = T * GROUP  # of one key/value head; row r is query r // GROUP
@@ -761,12 +812,14 @@ def chunk_kernel(
                 g = unit // SLICES % G
                 first_row = unit // SLICES // G * BLOCK_M
                 k_head = k_ptr + tl.cast(g, tl.int64) * stride_kg
-                score_unit(q_ptr, stride_qt, stride_qh, stride_qd, k_head, stride_kn, stride_kd, block_ptr, best_ptr,
-                           candidate_ptr, g, first_row, num_rows, part, mid_lo, mid_hi,
-                           D, GROUP, K, K_PAD, SLICES, BLOCK_M, BLOCK_N, BLOCK_D, PICK_M, STAGES,
-                           PRECISION)  # fmt: skip
-            arrive(counters_ptr)
-            wait(counters_ptr)
+                lo, hi = slice_of(mid_lo, mid_hi, part, SLICES)
+                score_unit(q_ptr, stride_qt, stride_qh, stride_qd, k_head, stride_kn, stride_kd, block_ptr, tag_ptr,
+                           g, first_row, num_rows, lo, hi,
+                           D, GROUP, K, K_PAD, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PRECISION)  # fmt: skip
+                row = tl.cast(g * num_rows + first_row, tl.int64)
+                pick(block_ptr, tag_ptr, candidate_ptr + (row * SLICES + part) * K_PAD, SLICES * K_PAD,
+                     num_rows - first_row, lo, K, K_PAD, BLOCK_M, BLOCK_N, PICK_M)  # fmt: skip
+            wait(counters_ptr, arrive(counters_ptr))
 
             count_blocks = tl.cdiv(num_rows, COUNT_ROWS)
             for unit in range(program, G * count_blocks, programs):
@@ -776,56 +829,52 @@ def chunk_kernel(
                 count_votes(candidate_ptr, counts_ptr + ballot * stride_counts, num_votes_ptr + ballot * stride_votes,
                             first_row, tl.minimum(first_row + COUNT_ROWS, (g + 1) * num_rows), levels,
                             COUNT_ROWS, SLICES * K_PAD, CANDIDATES_PAD, K, K_PAD)  # fmt: skip
-            arrive(counters_ptr + 1)
-            wait(counters_ptr + 1)
+            wait(counters_ptr, arrive(counters_ptr))
 
-            range_size = tl.cdiv(mid_hi - mid_lo, programs)
-            lo = mid_lo + program * range_size
-            hi = tl.minimum(lo + range_size, mid_hi)
+            lo, hi = slice_of(mid_lo, mid_hi, program, programs)
             for ballot in range(ballots):
                 needed = votes_needed(num_votes_ptr + ballot * stride_votes, levels, max_spans, BLOCK_C)
                 tally(counts_ptr + ballot * stride_counts, tally_ptr + 2 * (ballot * programs + program), lo, hi,
                       needed, BLOCK_C)  # fmt: skip
-            arrive(counters_ptr + 2)
-            wait(counters_ptr + 2)
+            wait(counters_ptr, arrive(counters_ptr))
 
             for ballot in range(ballots):
                 needed = votes_needed(num_votes_ptr + ballot * stride_votes, levels, max_spans, BLOCK_C)
                 elect(counts_ptr + ballot * stride_counts, tally_ptr + 2 * ballot * programs, kept_ptr + ballot * P_PAD,
                       num_kept_ptr + ballot, lo, hi, needed, max_spans, PROGRAMS_PAD, BLOCK_C)  # fmt: skip
-            arrive(counters_ptr + 3)
-            wait(counters_ptr + 3)
-            if program == 0:
-                for first in range(0, ballots * stride_votes, BLOCK_C):
-                    offs_c = first + tl.arange(0, BLOCK_C)
-                    tl.store(num_votes_ptr + offs_c, 0, mask=offs_c < ballots * stride_votes)
+            wait(counters_ptr, arrive(counters_ptr))
 
-    start_ptr += program * P_PAD
-    offset_ptr += program * P_PAD
+            for ballot in range(ballots):
+                start, offset, rows = select(kept_ptr + ballot * P_PAD, tl.load(num_kept_ptr + ballot), mid_lo, mid_hi,
+                                             span_size, P_PAD)  # fmt: skip
+                front = global_size + tl.sum(rows, axis=0)
+                first, last = slice_of(0, front, program, programs)
+                locate(selection_ptr + ballot * max_scope, start, offset, rows, first, last, global_size, span_size,
+                       P_PAD)  # fmt: skip
+                if program == 0:
+                    tl.store(front_ptr + ballot, front)
+                    for first in range(0, levels + 1, BLOCK_C):
+                        level = first + tl.arange(0, BLOCK_C)
+                        tl.store(num_votes_ptr + ballot * stride_votes + level, 0, mask=level <= levels)
+            wait(counters_ptr, arrive(counters_ptr))
+
     for ballot in range(ballots):
-        num_kept = 0
-        selected = 0
+        front = tl.where(dense, 0, global_size)  # rows of the scope before its local part
         if SELECTS:
             if not dense:
-                num_kept = tl.load(num_kept_ptr + ballot)
-                selected = select_sorted(kept_ptr + ballot * P_PAD, num_kept, start_ptr, offset_ptr, mid_lo, mid_hi,
-                                         span_size, P_PAD)  # fmt: skip
-        length = tl.where(dense, n, global_size + selected + local_size)
+                front = tl.load(front_ptr + ballot)
+        length = front + n - local_lo
         for unit in range(program, tl.cdiv(length, BLOCK_R) * heads_per_ballot, programs):
             g = ballot if BY_HEAD else unit % G
             offs_r = unit // heads_per_ballot * BLOCK_R + tl.arange(0, BLOCK_R)
             mask_r = offs_r < length
-            source = locate_sorted(offs_r, num_kept, start_ptr, offset_ptr, BLOCK_P)
-            source = tl.where(offs_r < length - local_size, source, offs_r + n - length)
+            source = tl.where(offs_r < front, offs_r, local_lo + offs_r - front)
+            if SELECTS:
+                source = tl.load(selection_ptr + ballot * max_scope + offs_r, mask=offs_r < front, other=source)
             gather(k_ptr + tl.cast(g, tl.int64) * stride_kg, stride_kn, stride_kd,
                    v_ptr + tl.cast(g, tl.int64) * stride_vg, stride_vn, stride_vd, cos_ptr, sin_ptr,
                    k_rot_ptr + tl.cast(g, tl.int64) * max_scope * D, v_sel_ptr + tl.cast(g, tl.int64) * max_scope * D,
                    offs_r, source, mask_r, D, BLOCK_D, HALF_PAD)  # fmt: skip
-            if RETURN_SELECTION:
-                if BY_HEAD or g == 0:
-                    tl.store(selection_ptr + ballot * max_scope + offs_r, source.to(tl.int64), mask=mask_r)
-        if program == 0:
-            tl.store(length_ptr + ballot, length)
         for unit in range(program, tl.cdiv(num_rows * heads_per_ballot, BLOCK_R), programs):
             row = unit * BLOCK_R + tl.arange(0, BLOCK_R)
             mask_r = row < num_rows * heads_per_ballot
@@ -834,14 +883,17 @@ def chunk_kernel(
             head = g * GROUP + row % GROUP
             rotate_queries(q_ptr, stride_qt, stride_qh, stride_qd, cos_ptr, sin_ptr, q_rot_ptr, t, head,
                            length - T + t, g * num_rows + row % num_rows, mask_r, D, HALF_PAD)  # fmt: skip
-    arrive(counters_ptr + 4)
-    wait(counters_ptr + 4)
+    wait(counters_ptr, arrive(counters_ptr))
 
     row_blocks = tl.cdiv(num_rows, BLOCK_M)
     for unit in range(program, G * row_blocks, programs):
         g = unit % G
         rows = unit // G * BLOCK_M + tl.arange(0, BLOCK_M)
-        length = tl.load(length_ptr + (g if BY_HEAD else 0))
+        front = tl.where(dense, 0, global_size)
+        if SELECTS:
+            if not dense:
+                front = tl.load(front_ptr + (g if BY_HEAD else 0))
+        length = front + n - local_lo
         last_key = length - T + rows // GROUP
         mask_m = rows < num_rows
         q = load_rows(q_rot_ptr, g * num_rows + rows, D, mask_m, offs_d, 1, D)
@@ -860,7 +912,6 @@ def chunk_kernel(
         out_ptrs = out_ptr + ((rows // GROUP) * (G * GROUP) + g * GROUP + rows % GROUP).to(tl.int64)[:, None] * D
         out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptrs + offs_d[None, :], out, mask=mask_m[:, None] & (offs_d < D)[None, :])
-    leave(counters_ptr, HEADS_DONE)
 
 
 # ------------------------------------------------------------------------------------------------------------ launcher
@@ -871,6 +922,8 @@ INTERPRETED: Final = not isinstance(decode_kernel, triton.JITFunction)
 MAX_WINNERS_IN_REGISTERS: Final = 256
 # Packed candidates that one program holds in registers at a time.
 MAX_CANDIDATES: Final = 8192
+# Elements of partial results that one program holds in registers at a time.
+MAX_PARTIALS: Final = 8192
 
 
 class Tiles(NamedTuple):
@@ -948,10 +1001,10 @@ def reattention_triton(
     out_THD = torch.empty(T, H, D, dtype=q_THD.dtype, device=q_THD.device)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(q_THD.device) if q_THD.is_cuda else contextlib.nullcontext():
-        workspace = step(q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, cos, sin, config, return_selection, tiles)
+        workspace = step(q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, cos, sin, config, tiles)
     if not return_selection:
         return out_THD, None
-    scopes = [s[:n] for s, n in zip(workspace.selection.clone(), workspace.length.tolist(), strict=True)]
+    scopes = _scopes(workspace, int(seq_len), config)
     return out_THD, scopes if config.span_scope == "kv_head" else scopes[0]
 
 
@@ -964,41 +1017,45 @@ def _decode(
     cos: torch.Tensor,
     sin: torch.Tensor,
     config: ReAttentionConfig,
-    return_selection: bool,
     tiles: Tiles | None,
 ) -> Workspace:
     _, H, D = q_THD.shape
     G = k_cache_GND.shape[0]
     group = H // G
-    common = _common(q_THD, k_cache_GND, seq_len, config, return_selection)
+    common = _common(q_THD, k_cache_GND, seq_len, config)
     tiles = tiles or decode_tiles(group, common["BLOCK_D"], q_THD.element_size())
     programs = _programs(q_THD.device, tiles)
     ballot_rows = group if common["BY_HEAD"] else H
     winners_pad = _pad(ballot_rows) * common["K_PAD"]
-    slices = max(1, min(programs // G, MAX_CANDIDATES // winners_pad))
+    slices = max(1, min((programs - 1) // G, MAX_CANDIDATES // winners_pad))
     ballots = G if common["BY_HEAD"] else 1
+    workers = max(1, min(programs - 1, G * slices))
+    programs = min(programs, workers + ballots)
     scratch = (programs, tiles.BLOCK_M, common["K_PAD"])
     workspace = _workspace(
         ("decode", tiles, config, q_THD.dtype, H, G, D),
         q_THD.device,
-        counters=(torch.int32, (BARRIERS + 1 + G,)),
+        counters=(torch.int64, (2 + G,)),
         block=(torch.float32, (*scratch, tiles.BLOCK_N)),
-        best=(torch.int64, scratch),
+        tag=(torch.int32, scratch),
         candidate=(torch.int64, (H, slices, common["K_PAD"])),
+        kept=(torch.int32, (ballots, winners_pad)),
+        num_kept=(torch.int32, (ballots,)),
         partial_acc=(torch.float32, (H, slices, D)),
         partial_max=(torch.float32, (H, slices)),
         partial_sum=(torch.float32, (H, slices)),
         selection=(torch.int64, (ballots, config.max_scope)),
-        length=(torch.int32, (ballots,)),
+        front=(torch.int32, (ballots,)),
     )
     _launch(
         decode_kernel,
-        min(programs, G * slices),
+        programs,
         q_THD,
         k_cache_GND,
         v_cache_GND,
         out_THD,
         seq_len,
+        workers,
         cos,
         sin,
         q_THD.stride(1),
@@ -1007,13 +1064,15 @@ def _decode(
         *v_cache_GND.stride(),
         workspace.counters,
         workspace.block,
-        workspace.best,
+        workspace.tag,
         workspace.candidate,
+        workspace.kept,
+        workspace.num_kept,
         workspace.partial_acc,
         workspace.partial_max,
         workspace.partial_sum,
         workspace.selection,
-        workspace.length,
+        workspace.front,
         **common,
         SLICES=slices,
         SLICES_PAD=_pad(slices),
@@ -1027,6 +1086,7 @@ def _decode(
         BLOCK_N=tiles.BLOCK_N,
         BLOCK_A=tiles.BLOCK_A,
         PICK_M=max(1, min(_pad(group), MAX_CANDIDATES // (common["K_PAD"] * tiles.BLOCK_N))),
+        COMBINE_HEADS=max(1, min(_pad(group), MAX_PARTIALS // (_pad(slices) * common["BLOCK_D"]))),
         STAGES=tiles.num_stages,
         num_warps=tiles.num_warps,
     )
@@ -1042,13 +1102,12 @@ def _chunk(
     cos: torch.Tensor,
     sin: torch.Tensor,
     config: ReAttentionConfig,
-    return_selection: bool,
     tiles: Tiles | None,
 ) -> Workspace:
     T, H, D = q_THD.shape
     G, N, _ = k_cache_GND.shape
     group = H // G
-    common = _common(q_THD, k_cache_GND, seq_len, config, return_selection)
+    common = _common(q_THD, k_cache_GND, seq_len, config)
     tiles = tiles or chunk_tiles(common["BLOCK_D"], q_THD.element_size())
     programs = _programs(q_THD.device, tiles)
     # Sizes by the next power of two of T and N, so that prompts of all lengths share few workspaces and kernels.
@@ -1065,22 +1124,20 @@ def _chunk(
     workspace = _workspace(
         ("chunk", tiles, config, q_THD.dtype, H, G, D, _pad(T), _pad(N)),
         q_THD.device,
-        counters=(torch.int32, (BARRIERS + 1,)),
+        counters=(torch.int64, (1,)),
         block=(torch.float32, (*scratch, tiles.BLOCK_N)),
-        best=(torch.int64, scratch),
+        tag=(torch.int32, scratch),
         candidate=(torch.int64, (G * rows, candidates)),
         counts=(torch.int32, (ballots, _pad(N))),
         num_votes=(torch.int32, (ballots, levels + 1)),
         tally=(torch.int32, (ballots, programs, 2)),
         kept=(torch.int32, (ballots, spans_pad)),
         num_kept=(torch.int32, (ballots,)),
-        start=(torch.int32, (programs, spans_pad)),
-        offset=(torch.int32, (programs, spans_pad)),
         q_rot=(q_THD.dtype, (G * rows, D)),
         k_rot=(q_THD.dtype, (G, config.max_scope, D)),
         v_sel=(q_THD.dtype, (G, config.max_scope, D)),
         selection=(torch.int64, (ballots, config.max_scope)),
-        length=(torch.int32, (ballots,)),
+        front=(torch.int32, (ballots,)),
     )
     _launch(
         chunk_kernel,
@@ -1099,7 +1156,7 @@ def _chunk(
         *v_cache_GND.stride(),
         workspace.counters,
         workspace.block,
-        workspace.best,
+        workspace.tag,
         workspace.candidate,
         workspace.counts,
         workspace.counts.stride(0),
@@ -1108,13 +1165,11 @@ def _chunk(
         workspace.tally,
         workspace.kept,
         workspace.num_kept,
-        workspace.start,
-        workspace.offset,
         workspace.q_rot,
         workspace.k_rot,
         workspace.v_sel,
         workspace.selection,
-        workspace.length,
+        workspace.front,
         **common,
         SLICES=slices,
         CANDIDATES_PAD=candidates,
@@ -1126,12 +1181,24 @@ def _chunk(
         BLOCK_R=32,
         BLOCK_A=tiles.BLOCK_A,
         BLOCK_C=1024,
-        BLOCK_P=min(128, spans_pad),
         PICK_M=max(1, min(tiles.BLOCK_M, MAX_CANDIDATES // (common["K_PAD"] * tiles.BLOCK_N))),
         STAGES=tiles.num_stages,
         num_warps=tiles.num_warps,
     )
     return workspace
+
+
+def _scopes(workspace: Workspace, seq_len: int, config: ReAttentionConfig) -> list[torch.Tensor]:
+    """The scope of each ballot: what the kernel wrote for the global and the selected part, then the local part."""
+    selection = workspace.selection
+    local_size = min(seq_len, config.local_size)
+    local = torch.arange(seq_len - local_size, seq_len, device=selection.device)
+    if seq_len <= config.global_size + config.local_size:
+        return [torch.arange(seq_len, device=selection.device) for _ in selection]
+    if not config.max_selected:
+        return [torch.cat([torch.arange(config.global_size, device=selection.device), local]) for _ in selection]
+    selected = workspace.front.tolist()
+    return [torch.cat([positions[:rows], local]) for positions, rows in zip(selection, selected, strict=True)]
 
 
 def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
@@ -1151,7 +1218,6 @@ def _common(
     k_cache_GND: torch.Tensor,
     seq_len: int | torch.Tensor,
     config: ReAttentionConfig,
-    return_selection: bool,
 ) -> dict[str, Any]:
     """The constants that both kernels are compiled for."""
     _, H, D = q_THD.shape
@@ -1170,7 +1236,6 @@ def _common(
         "BY_HEAD": config.span_scope == "kv_head",
         "SELECTS": config.max_selected > 0,
         "SEQ_LEN_IN_MEMORY": isinstance(seq_len, torch.Tensor),
-        "RETURN_SELECTION": return_selection,
         "SCALE": D**-0.5,
         "BLOCK_D": max(16, _pad(D)),
         "HALF_PAD": max(16, _pad(D // 2)),

@@ -16,9 +16,17 @@ from kernel_cases import Case, as_list, error, make_case, plain_attention, rando
 
 from minirea.errors import InputError
 from minirea.kernels import ReAttentionConfig, reattention, reference
-from minirea.kernels.reattention import locate, pack, position_of, rotate, select, take_best, vote
-
-NOWHERE = (1 << 31) - 1
+from minirea.kernels.reattention import (
+    NOWHERE,
+    locate,
+    pack,
+    position_of,
+    rotate,
+    select,
+    sort,
+    take_best,
+    vote,
+)
 
 
 def check(case: Case) -> None:
@@ -116,13 +124,15 @@ def test_packed_ranking_equals_the_twin() -> None:
 
 
 @triton.jit
-def layout_kernel(winner_ptr, row_ptr, source_ptr, max_spans, mid_lo, mid_hi, span_size, W: tl.constexpr,
-                  S: tl.constexpr):  # fmt: skip
-    offs_w = tl.arange(0, W)
-    kept = vote(tl.load(winner_ptr + offs_w), max_spans, W)
-    start, offset, selected = select(kept, mid_lo, mid_hi, span_size, W)
-    tl.store(row_ptr, selected)
-    tl.store(source_ptr + tl.arange(0, S), locate(tl.arange(0, S), start, offset))
+def layout_kernel(winner_ptr, kept_ptr, num_kept_ptr, row_ptr, selection_ptr, max_spans, mid_lo, mid_hi, span_size,
+                  W: tl.constexpr):  # fmt: skip
+    kept = vote(tl.load(winner_ptr + tl.arange(0, W)), max_spans, W)
+    sort(kept, kept_ptr, num_kept_ptr, W)
+    start, offset, rows = select(kept_ptr, tl.load(num_kept_ptr), mid_lo, mid_hi, span_size, W)
+    length = mid_lo + tl.sum(rows, axis=0)
+    for lo in range(0, length, 7):
+        locate(selection_ptr, start, offset, rows, lo, tl.minimum(lo + 7, length), mid_lo, span_size, W)
+    tl.store(row_ptr, tl.sum(rows, axis=0))
 
 
 @pytest.mark.parametrize("span_size", [2, 8, 32])
@@ -137,10 +147,12 @@ def test_vote_select_and_locate_equal_their_twins(span_size: int, max_spans: int
         length = int(length_B)
         expected = reference.locate(torch.arange(length), start_BP, offset_BP)[0]
         # A place without a winner, as absent keys leave them, changes nothing.
-        padded = torch.full((32,), NOWHERE, dtype=torch.int32)
+        padded = torch.full((32,), NOWHERE.value, dtype=torch.int32)
         padded[3:19] = winner.int()
-        rows, source = torch.empty(1, dtype=torch.int32), torch.empty(128, dtype=torch.int32)
-        layout_kernel[(1,)](padded, rows, source, max_spans, 10, 100, span_size, 32, 128)
+        rows, source = torch.empty(1, dtype=torch.int32), torch.empty(128, dtype=torch.int64)
+        layout_kernel[(1,)](
+            padded, torch.empty_like(padded), torch.empty_like(rows), rows, source, max_spans, 10, 100, span_size, 32
+        )
         assert int(rows) == length - 10
         assert source[:length].tolist() == expected.tolist()
 
@@ -149,11 +161,9 @@ def test_vote_select_and_locate_equal_their_twins(span_size: int, max_spans: int
 def rotate_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, N: tl.constexpr, HALF: tl.constexpr):
     offs = tl.arange(0, N)[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
     table = tl.arange(0, N)[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    a, b = rotate(
-        tl.load(x_ptr + offs), tl.load(x_ptr + offs + HALF), tl.load(cos_ptr + table), tl.load(sin_ptr + table)
-    )
-    tl.store(out_ptr + offs, a)
-    tl.store(out_ptr + offs + HALF, b)
+    a, b = tl.load(x_ptr + offs), tl.load(x_ptr + offs + HALF)
+    out = rotate(a, b, tl.load(cos_ptr + table), tl.load(sin_ptr + table), tl.float32)
+    tl.store(out_ptr + tl.arange(0, N)[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :], out)
 
 
 def test_rotate_equals_its_twin() -> None:
