@@ -27,7 +27,8 @@ def against_position(records: Sequence[Record], path: Path) -> Path:
     compared = all(bucket["nll_in_range"] is not None for record in whole for bucket in record["buckets"])
     figure, axes = new_figure(1, 2 if compared else 1, width=12 if compared else 6, height=4.6)
     windows = {(record["kind"], record["sample"]) for record in whole}
-    figure.suptitle(f"{len(windows)} stretches of {longest:,} tokens: {', '.join(sorted({r['kind'] for r in whole}))}")
+    texts = ", ".join(sorted({record["kind"] for record in whole}))
+    figure.suptitle(f"{texts}: {longest:,} tokens read in one go, mean of {len(windows)} place(s)")
     trained = whole[0]["trained_context"]
     for mode in dict.fromkeys(record["attention"] for record in whole):
         of = [record for record in whole if record["attention"] == mode]
