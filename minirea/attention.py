@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minirea import cpu
 from minirea.cache import ALL_TOKENS, KVCache
 from minirea.config import ModelConfig, ReAttentionConfig
 from minirea.kernels import reattention, resolve_impl
@@ -138,6 +139,8 @@ def full_attention(q_THD: Tensor, k_GND: Tensor, v_GND: Tensor, sliding_window: 
         return out[0].transpose(0, 1)
     # The query heads of a group become extra rows of one head, so that keys and values are never repeated.
     q_GRD = q_THD.unflatten(1, (G, H // G)).permute(1, 2, 0, 3).reshape(G, H // G * T, D)
+    if T == 1 and q_THD.is_cpu and q_THD.dtype == torch.float32:
+        return cpu.attend(q_GRD, k_GND, v_GND).reshape(1, H, D)
     mask = None if T == 1 else _causal_mask(T, N, sliding_window, q_THD.device).repeat(H // G, 1)
     out_GRD = F.scaled_dot_product_attention(q_GRD[None], k_GND[None], v_GND[None], attn_mask=mask)[0]
     return out_GRD.view(G, H // G, T, D).permute(2, 0, 1, 3).reshape(T, H, D)

@@ -1,4 +1,4 @@
-"""What a CPU does in its own way: matrices kept in half precision for float32 arithmetic, and a fast norm of one row.
+"""What a CPU does in its own way: half-precision matrices for float32 arithmetic, and attention and norm of one row.
 
 A decode step reads every matrix once, so its speed is that of memory. torch's float32 matrix-vector product runs on one
 core; FBGEMM, which x86 builds of torch bring along, has a product of float32 vectors with float16 matrices that
@@ -22,13 +22,15 @@ PACKING_THREADS: Final = min(2, os.cpu_count() or 1)  # each holds one matrix in
 _LARGEST_EXPONENT: Final = 15  # packed weights lie in (-2^15, 2^15)
 _LARGEST_SCALE: Final = 126  # as an exponent: its inverse is a normal float32
 
+_ZERO: Final = torch.zeros(())
+
 
 class PackedMatrix:
     """A matrix [N, K] in FBGEMM's layout of float16, times `scale`, a power of two. Made by `pack`."""
 
     def __init__(self, packed: Any, scale: float, nbytes: int) -> None:
         self.packed = packed
-        self.inverse_scale = 1 / scale
+        self.inverse_scale = torch.tensor(1 / scale)  # a product with a number costs twice one with a tensor
         self.nbytes = nbytes
 
     def multiply(self, x_TK: Tensor) -> Tensor:
@@ -94,14 +96,23 @@ def linear(x_TK: Tensor, matrix_NK: Tensor | PackedMatrix, bias_N: Tensor | None
     return F.linear(x_TK, matrix_NK, bias_N)
 
 
+def attend(q_GRD: Tensor, k_GND: Tensor, v_GND: Tensor) -> Tensor:
+    """Softmax attention of R rows per key/value head over all N keys, float32, scale 1 / sqrt(D): [G, R, D].
+
+    For the few rows of a decode step two matrix products beat torch's flash attention, which splits its work by rows.
+    """
+    p_GRN = torch.bmm(q_GRD, k_GND.mT).mul_(q_GRD.shape[-1] ** -0.5).softmax(-1)
+    return torch.bmm(p_GRN, v_GND)
+
+
 def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight per row.
 
     torch composes its own of nine operations on a CPU. One float32 row takes two: its mean square as a number, which
-    costs no wait where there is no device to wait for, and one product.
+    costs no wait where there is no device to wait for, and 0 + x * weight * number as one operation.
     """
     if x_TE.shape[0] > 1 or x_TE.dtype != torch.float32 or not x_TE.is_cpu:
         return F.rms_norm(x_TE, weight_E.shape, weight_E, eps)
     x_E = x_TE[0]
     inverse = (torch.dot(x_E, x_E).item() / len(x_E) + eps) ** -0.5
-    return (x_TE * weight_E).mul_(inverse)
+    return torch.addcmul(_ZERO, x_TE, weight_E, value=inverse)

@@ -87,4 +87,4 @@ def rope_table(frequencies: Tensor, attention_factor: float, start: int, stop: i
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [..., D] by tables that broadcast to [..., D/2], in float32: pair i is (x[i], x[i + D/2])."""
     a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return torch.cat(((a * cos).addcmul_(b, sin, value=-1), (b * cos).addcmul_(a, sin)), dim=-1).to(x.dtype)

@@ -23,7 +23,7 @@ ALLOWED = {
     "minirea.tokenizer": {"tekken", "tokenizer_config", "config", "errors"},
     "minirea.sampling": {"errors"},
     "minirea.cache": {"config", "memory", "errors"},
-    "minirea.attention": {"kernels", "cache", "config", "rope", "errors"},
+    "minirea.attention": {"kernels", "cache", "config", "cpu", "rope", "errors"},
     "minirea.cpu": set(),
     "minirea.plan": {"attention", "cache", "config", "cpu", "memory", "weights"},
     "minirea.model": {"attention", "cache", "config", "cpu"},

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from minirea import api
 from minirea.attention import Attention
-from minirea.cpu import PackedMatrix, can_pack, linear, pack, prepare, rms_norm
+from minirea.cpu import PackedMatrix, attend, can_pack, linear, pack, prepare, rms_norm
 from minirea.model import Model
 from minirea.weights import load_weights
 
@@ -96,6 +96,15 @@ def test_other_matrices_are_stored_by_columns(tied: bool, dtype: torch.dtype) ->
     for name, matrix in before.items():
         assert torch.equal(prepared[name], matrix)
         assert matrix.dim() == 1 or prepared[name].stride() == (1, len(matrix))
+
+
+@pytest.mark.parametrize("keys", [1, 7, 500])
+def test_attend(keys: int) -> None:
+    """Against float64, over a cache whose rows are not side by side."""
+    q, k, v = random(2, 3, 16), random(2, 600, 16, seed=1)[:, :keys], random(2, 600, 16, seed=2)[:, :keys]
+    scores = torch.einsum("grd,gnd->grn", q.double(), k.double()) / 4
+    exact = torch.einsum("grn,gnd->grd", scores.softmax(-1), v.double())
+    torch.testing.assert_close(attend(q, k, v), exact.float())
 
 
 @pytest.mark.parametrize("rows", [1, 3])
