@@ -51,7 +51,7 @@ STORES_IN_PLACE: tl.constexpr = tl.constexpr(not triton.knobs.runtime.interpret)
 PREFETCHES: tl.constexpr = tl.constexpr(not triton.knobs.runtime.interpret)
 
 # Arguments that change from model to model or from step to step; without this every other value compiles anew.
-SIZES: Final = ("seq_len", "global_size", "local_size", "span_size", "max_spans", "max_scope")
+SIZES: Final = ("seq_len", "global_size", "local_size", "span_size", "max_spans", "max_scope", "num_positions")
 
 # Counters in global memory that only ever grow: one for barriers, one for ballots whose winners are sorted, and from
 # HEADS_DONE on one per key/value head.
@@ -647,7 +647,7 @@ def decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, seq_len, workers, cos_ptr, sin_ptr, stride_qh, stride_qd,
     stride_kg, stride_kn, stride_kd, stride_vg, stride_vn, stride_vd, counters_ptr, block_ptr, tag_ptr,
     candidate_ptr, kept_ptr, num_kept_ptr, partial_acc_ptr, partial_max_ptr, partial_sum_ptr, selection_ptr, front_ptr,
-    global_size, local_size, span_size, max_spans, max_scope,
+    global_size, local_size, span_size, max_spans, max_scope, num_positions,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr,
     BY_HEAD: tl.constexpr, SELECTS: tl.constexpr, SEQ_LEN_IN_MEMORY: tl.constexpr,
     SLICES: tl.constexpr, SLICES_PAD: tl.constexpr, CANDIDATES_PAD: tl.constexpr, BALLOT_ROWS: tl.constexpr,
@@ -681,8 +681,8 @@ def decode_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < GROUP
     offs_tile = tl.arange(0, BLOCK_A)
-    cos = load_rows(cos_ptr, offs_tile, D // 2, offs_tile < tl.minimum(n, max_scope), offs_h, 1, D // 2)
-    sin = load_rows(sin_ptr, offs_tile, D // 2, offs_tile < tl.minimum(n, max_scope), offs_h, 1, D // 2)
+    cos = load_rows(cos_ptr, offs_tile, D // 2, offs_tile < num_positions, offs_h, 1, D // 2)
+    sin = load_rows(sin_ptr, offs_tile, D // 2, offs_tile < num_positions, offs_h, 1, D // 2)
     everyone = tl.cast(0, tl.int64)
 
     if SELECTS:
@@ -1074,6 +1074,7 @@ def _decode(
         workspace.selection,
         workspace.front,
         **common,
+        num_positions=cos.shape[0],
         SLICES=slices,
         SLICES_PAD=_pad(slices),
         CANDIDATES_PAD=_pad(slices * common["K_PAD"]),
