@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -355,6 +356,13 @@ def test_every_task_has_flags_of_its_own(name: str) -> None:
     }
     assert not others & {field.name for field in fields}
     assert all("option" in field.metadata for field in fields)
+
+
+def test_the_readme_lists_every_task() -> None:
+    readme = (DEMO.parents[1] / "README.md").read_text()
+    table = readme[readme.index("## Evaluation") : readme.index("## Measured")]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    assert sorted(re.findall(r"`([\w-]+)`", " ".join(rows))) == sorted(names())
 
 
 def test_importing_the_tasks_does_not_import_torch() -> None:
