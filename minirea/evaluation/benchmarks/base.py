@@ -97,9 +97,9 @@ class Benchmark(Task):
         many="comma",
     )
     samples: int = option(0, "lines of each data file, from the first; 0 is all", metavar="N", parse=int)
-    data: Path | None = option(None, "directory of the published data files", metavar="DIR", parse=Path)  # noqa: RUF009
+    data: Path | None = option(None, "directory of the published data files", metavar="DIR", parse=Path)
     datasets: tuple[str, ...] = option((), "only these, by file name", metavar="A,B", many="comma")
-    prompts: Path | None = option(  # noqa: RUF009
+    prompts: Path | None = option(
         None,
         "JSON object of dataset: template (default: the one published in DIR, if there is, else minirea's wording)",
         metavar="FILE",
