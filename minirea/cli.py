@@ -123,7 +123,8 @@ def run_eval(arguments: argparse.Namespace) -> int:
             arguments.task, arguments.model, progress=not arguments.quiet, **{name: options[name] for name in names}
         )
     except KeyboardInterrupt:
-        print(f"minirea: interrupted; {arguments.out} keeps the answers, the same command goes on", file=sys.stderr)
+        if Path(arguments.out).exists():
+            print(f"minirea: interrupted; {arguments.out} keeps the answers, the same command goes on", file=sys.stderr)
         raise
     return _show(evaluation, arguments.out)
 
