@@ -3,6 +3,7 @@
     python tools/bench.py model --shape llama-3.1-8b --contexts 1k,32k,128k --prefill 8k,32k
     python tools/bench.py model --model weights/demo --contexts 512,64k
     python tools/bench.py load --model DIR
+    python tools/bench.py kernel --contexts 8k,128k
 
 Every command prints the machine and its versions first, each number beside its floor and a baseline of the same run,
 and one JSON object as its last line.
@@ -12,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 
+import bench_kernel
 import bench_load
 import bench_model
 
-COMMANDS = (bench_model, bench_load)  # each has add_command(subparsers) and run(arguments)
+COMMANDS = (bench_model, bench_load, bench_kernel)  # each has add_command(subparsers) and run(arguments)
 
 
 def main() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import replace
 
 import pytest
 import torch
+from bench_kernel import gpu_activities
 from kernel_cases import Case, as_list, error, make_case, plain_attention
 
 from minirea.kernels import ReAttentionConfig, reattention
@@ -116,6 +118,40 @@ def test_two_streams_at_once() -> None:
                 outputs.append(reattention(*case.arguments(), impl="triton"))
     torch.cuda.synchronize()
     assert all(torch.equal(out, expected) for out in outputs)
+
+
+@pytest.mark.parametrize("work", ["matmul", "spin"])
+@pytest.mark.parametrize("T", [1, 64])
+def test_a_busy_gpu_only_delays(T: int, work: str) -> None:
+    """Programs wait for one another, so kernels of others must not keep some of them from starting."""
+    case = on_gpu(make_case(ReAttentionConfig(32, 256, 4, 32, 128), 20000, T=T, H=32, G=8, D=128))
+    expected = reattention(*case.arguments(), impl="triton")
+    square, product = (torch.ones(8192, 8192, device="cuda", dtype=HALF) for _ in range(2))
+    torch.mm(square, square, out=product)  # loads what the loop below runs
+    torch.cuda.synchronize()
+    done = torch.cuda.Event()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(100):
+            if work == "matmul":  # every multiprocessor, for a millisecond and a half
+                torch.mm(square, square, out=product)
+            else:  # one thread, for a few milliseconds
+                torch.cuda._sleep(10_000_000)
+        done.record()
+    outputs = [reattention(*case.arguments(), impl="triton")]
+    assert not done.query()  # else nothing was shared
+    outputs += [reattention(*case.arguments(), impl="triton") for _ in range(49)]
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in outputs)
+
+
+@pytest.mark.parametrize("n", [200, 20000])  # dense, selecting
+@pytest.mark.parametrize(("T", "kernel"), [(1, "decode_kernel"), (64, "chunk_kernel")])
+def test_a_step_is_one_launch(T: int, kernel: str, n: int) -> None:
+    """The profiler sees one kernel, no copy and no fill, once everything is compiled."""
+    case = on_gpu(make_case(ReAttentionConfig(32, 256, 4, 32, 128), n, T=T, H=32, G=8, D=128))
+    step = functools.partial(reattention, *case.arguments(), impl="triton")
+    step()
+    assert gpu_activities(step) == [kernel]
 
 
 @pytest.mark.slow
