@@ -59,6 +59,12 @@ class Needle(Task):
     share: int = option(
         1, "so many samples share a haystack: less to read, and more needles in it", metavar="N", parse=int
     )
+    align: int = option(
+        1,
+        "cut the haystack to a multiple of N tokens: at the chunk size questions cost least, and prompts are shorter",
+        metavar="N",
+        parse=int,
+    )
     separate: bool = option(False, "a haystack for every question, instead of one for all depths")
     needles: int = option(
         1, "with --separate: so many in the haystack, of which one is asked for", metavar="N", parse=int
@@ -81,6 +87,7 @@ class Needle(Task):
         require("needles", self.needles, self.needles >= 1, "at least 1")
         require("needles", self.needles, self.needles == 1 or self.separate, "1 without separate (see --separate)")
         require("share", self.share, self.share >= 1, "at least 1")
+        require("align", self.align, 1 <= self.align <= min(self.lengths), "1 to the shortest length")
         require("share", self.share, self.share == 1 or not self.separate, "1 with separate (see --separate)")
         require("digits", self.digits, 1 <= self.digits <= 100, "1 to 100")
         require("answer_tokens", self.answer_tokens, self.answer_tokens >= 0, "at least 1, or 0 for the default")
@@ -126,7 +133,7 @@ class Needle(Task):
         keys = same_size(key, len(depths), lambda key: len(self._asked(encode, key)), stretch.text)
         values = distinct(value, len(depths), " ".join([stretch.text, *keys]))
         hidden = [self.needle.format(key=k, value=v) for k, v in zip(keys, values, strict=True)]
-        context = length - self.room - len(self._asked(encode, keys[0]))
+        context = (length - self.room - len(self._asked(encode, keys[0]))) // self.align * self.align
         questions = [
             Question(
                 ids=self._asked(encode, key),

@@ -118,6 +118,17 @@ def test_shared_haystack_holds_the_needles_of_all_its_samples(tokenizer: Tokeniz
     assert contexts[0].count("special magic number") == 6
 
 
+def test_aligned_haystack_ends_on_a_whole_step(tokenizer: Tokenizer) -> None:
+    task = make_task(task_class("needle"), {"lengths": "1500,2k", "samples": 2, "depths": 2, "align": 256})
+    for cell in task.cells(tokenizer):
+        assert isinstance(cell, PromptCell)
+        prompt = cell.build()
+        assert len(prompt.context) % 256 == 0
+        for question in prompt.questions:
+            left = cell.tokens - len(prompt.context) - len(question.ids) - question.max_tokens
+            assert 0 <= left < 256
+
+
 @pytest.mark.parametrize("share", [1, 2])
 def test_more_lengths_and_samples_change_no_prompt(tokenizer: Tokenizer, share: int) -> None:
     few = {str(p): ids for p, ids, _ in prompts("needle", tokenizer, lengths="1k", samples=1, depths=2, share=share)}
@@ -336,6 +347,7 @@ def test_even_depths() -> None:
         ("needle", {"question": "{key.x}"}, r"^question is"),
         ("needle", {"needles": 2}, r"^needles is 2, expected 1 without separate"),
         ("needle", {"share": 2, "separate": True}, r"^share is 2"),
+        ("needle", {"align": 5000}, r"^align is 5000, expected 1 to the shortest length"),
         ("needle", {"keys": "colours"}, r"^keys is 'colours', expected one of numbers, words, uuids"),
         ("needle", {"digits": 1}, r"^there are not 10 different"),
         ("needle", {"depht": 3}, r"^unknown option 'depht' of needle, expected one of"),
