@@ -115,7 +115,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
     from minirea.evaluation import SCOPE_FIELDS, evaluate, report
 
     if arguments.task == "report":
-        return _show(report(arguments.results, arguments.out), arguments.out)
+        return _show(report(arguments.results, arguments.out, arguments.differing), arguments.out)
     options = vars(arguments)
     names = {*_LOAD_OPTIONS, *SCOPE_FIELDS, *arguments.task_options, "attention", "out", "at_most"} - {"task"}
     try:
@@ -270,6 +270,8 @@ def _add_eval(commands: Any, with_tasks: bool) -> None:
     command = tasks.add_parser("report", help=about, description=about, formatter_class=_HelpFormatter)
     command.add_argument("results", nargs="+", metavar="DIR", help="an --out of earlier evaluations, all of one task")
     command.add_argument("--out", required=True, metavar="DIR", help="where to; may be one of them")
+    differing = "a setting in which the directories may differ (repeatable), such as share"
+    command.add_argument("--differing", action="append", default=[], metavar="NAME", help=differing)
     command.add_argument("--debug", action="store_true", help="show tracebacks")
 
 

@@ -108,7 +108,7 @@ def evaluate(
     return evaluation
 
 
-def report(folders: Sequence[str | Path], out: str | Path) -> Evaluation:
+def report(folders: Sequence[str | Path], out: str | Path, differing: Sequence[str] = ()) -> Evaluation:
     """Put the results of directories together and summarize them anew; nothing is asked.
 
     For modes or lengths that ran apart, and to draw pictures where matplotlib is.
@@ -116,13 +116,14 @@ def report(folders: Sequence[str | Path], out: str | Path) -> Evaluation:
     Args:
         folders: directories that `evaluate` wrote, with the same settings.
         out: where the whole goes; may be one of them.
+        differing: names of settings in which they may differ; the whole's settings list the values.
 
     Raises:
         MissingFileError, InputError: not results, or those of different evaluations.
     """
     from minirea.evaluation.results import Results, read_results
 
-    settings, records, environment = read_results([Path(folder) for folder in folders])
+    settings, records, environment = read_results([Path(folder) for folder in folders], differing)
     # Only what comes from the records is asked of the task: its options may name files that are elsewhere.
     task = object.__new__(task_class(str(settings.get("task"))))
     evaluation = Evaluation(task, records, task.summarize(records))

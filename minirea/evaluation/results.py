@@ -103,24 +103,31 @@ class Results:
         self._records = {record["id"]: record for record in records}
 
 
-def read_results(folders: Sequence[Path]) -> tuple[Record, list[Record], Record]:
+def read_results(folders: Sequence[Path], differing: Sequence[str] = ()) -> tuple[Record, list[Record], Record]:
     """Settings, records and environment of directories that hold parts of one evaluation.
 
-    The records are those of the first directory, then what the next one adds, and so on.
+    The records are those of the first directory, then what the next one adds, and so on. Settings named in `differing`
+    need not agree: each becomes the list of the directories' values.
 
     Raises:
         MissingFileError, InputError: not a directory of results, or they belong to different evaluations.
     """
-    settings, records, environment = _read_settings(folders[0]), dict[str, Record](), Record()
-    for folder in folders:
-        if difference := _difference(settings, _read_settings(folder)):
+    parts = [_read_settings(folder) for folder in folders]
+    settings, records, environment = parts[0], dict[str, Record](), Record()
+    for folder, part in zip(folders, parts, strict=True):
+        if difference := _difference(_without(settings, differing), _without(part, differing)):
             raise InputError(f"{folders[0]} and {folder} hold different evaluations: {difference}")
         for record in _read_records(folder / RECORDS)[0]:
             if "skipped" not in record or record["id"] not in records:
                 records[record["id"]] = record
         with contextlib.suppress(OSError, ValueError):
             environment = environment or json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["environment"]
+    settings = settings | {name: [part.get(name) for part in parts] for name in differing}
     return settings, list(records.values()), environment
+
+
+def _without(settings: Record, names: Sequence[str]) -> Record:
+    return {name: value for name, value in settings.items() if name not in names}
 
 
 def _read_settings(folder: Path) -> Record:

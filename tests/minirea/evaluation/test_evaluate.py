@@ -410,6 +410,21 @@ def test_command_gives_table_records_and_pictures(
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_report_may_be_told_what_differs(uninterrupted: Path, tmp_path: Path) -> None:
+    settings = json.loads((uninterrupted / "settings.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "records.jsonl").write_bytes(
+        (uninterrupted / "records.jsonl").read_bytes().replace(b'"id": "', b'"id": "2 ')
+    )
+    (other / "settings.json").write_text(json.dumps(settings | {"share": 2, "seed": settings["seed"] + 1}))
+    with pytest.raises(InputError, match="seed is"):
+        report([uninterrupted, other], tmp_path / "all", differing=["share"])
+    whole = report([uninterrupted, other], tmp_path / "all", differing=["share", "seed"])
+    assert len(whole.records) == 2 * len((uninterrupted / "records.jsonl").read_bytes().splitlines())
+    assert json.loads((tmp_path / "all" / "settings.json").read_text())["share"] == [settings["share"], 2]
+
+
 @NEEDS_MATPLOTLIB
 def test_report_draws_again(uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, "report", str(uninterrupted), "--out", str(tmp_path))
