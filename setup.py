@@ -26,7 +26,11 @@ setup(
     python_requires=">=3.11",
     packages=["minirea", "minirea.evaluation", "minirea.evaluation.benchmarks", "minirea.kernels", "minirea.weights"],
     package_dir={"minirea.kernels": "kernels", "minirea.weights": "weights"},
-    package_data={"minirea": ["py.typed"], "minirea.weights": ["demo/*", "demo/*/*"], "minirea.kernels": ["README.md"]},
+    package_data={
+        "minirea": ["py.typed"],
+        "minirea.weights": ["demo/*", "demo/prompts/*"],
+        "minirea.kernels": ["README.md"],
+    },
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",
