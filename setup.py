@@ -2,11 +2,14 @@
 
 from setuptools import setup
 
+PLOT = ["matplotlib"]
 EVAL = ["rouge", "rouge-score", "jieba"]  # metrics of LongBench, L-Eval and InfiniteBench
 TEST = [
+    *PLOT,
     *EVAL,
     "pytest>=8",
     "pytest-timeout",
+    "pytest-xdist",
     "hypothesis",
     "transformers>=5",
     "safetensors",
@@ -16,7 +19,6 @@ TEST = [
     "protobuf",
     "tiktoken",
 ]
-PLOT = ["matplotlib"]
 
 setup(
     name="minirea",

@@ -22,4 +22,9 @@ if [ -z "$here" ]; then
   ruff format --check .
   bash tools/types.sh
 fi
+if [ "$marks" = "not gpu" ]; then
+  # As many processes as cores, with one thread each: two threads that wait for each other on a busy core take far longer.
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  set -- -n auto --maxprocesses 4 --dist worksteal "$@"
+fi
 python3 -m pytest -m "$marks" "$@"
