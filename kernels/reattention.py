@@ -918,8 +918,9 @@ def chunk_kernel(
 
 # Under TRITON_INTERPRET=1 programs run one after another, so there may be only one: a second could never arrive.
 INTERPRETED: Final = not isinstance(decode_kernel, triton.JITFunction)
-# The most winners of a ballot that a decode step may hold in registers, where every one is compared with every other.
-MAX_WINNERS_IN_REGISTERS: Final = 256
+# The most winners of a ballot that a decode step may hold in registers, where every one is compared with every other:
+# with twice as many a comparison takes 256 registers of every thread, and Triton 3.6 spills them all.
+MAX_WINNERS_IN_REGISTERS: Final = 128
 # Packed candidates that one program holds in registers at a time.
 MAX_CANDIDATES: Final = 8192
 # Elements of partial results that one program holds in registers at a time.

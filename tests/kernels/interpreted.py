@@ -58,6 +58,12 @@ def test_head_dims_that_are_masked_or_large(head_dim: int) -> None:
         check(make_case(ReAttentionConfig(2, 8, 2, 4, 3), 150, T=T, D=head_dim, H=2, G=1))
 
 
+@pytest.mark.parametrize("num_heads", [32, 40])
+def test_winners_up_to_what_a_decode_step_sorts_and_beyond(num_heads: int) -> None:
+    for max_spans in (5, 200):
+        check(make_case(ReAttentionConfig(2, 8, 4, 4, max_spans), 400, H=num_heads, G=8, D=16, largest=3))
+
+
 def test_all_scores_equal_selects_the_lowest() -> None:
     for T in (1, 2):
         case = make_case(ReAttentionConfig(1, 2, 3, 2, 9), 300, T=T)
