@@ -46,9 +46,8 @@ NO_KEY: tl.constexpr = tl.constexpr(-(2139095041 << 32))
 TAKEN: tl.constexpr = tl.constexpr(-(1 << 63))
 NOWHERE: tl.constexpr = tl.constexpr((1 << 31) - 1)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-# The interpreter runs no assembly.
-STORES_IN_PLACE: tl.constexpr = tl.constexpr(not triton.knobs.runtime.interpret)
-PREFETCHES: tl.constexpr = tl.constexpr(not triton.knobs.runtime.interpret)
+# Lines of assembly have another way, or none, in the interpreter, which runs no assembly.
+COMPILED: tl.constexpr = tl.constexpr(not triton.knobs.runtime.interpret)
 
 # Arguments that change from model to model or from step to step; without this every other value compiles anew.
 SIZES: Final = ("seq_len", "global_size", "local_size", "span_size", "max_spans", "max_scope", "num_positions")
@@ -119,7 +118,7 @@ def store_in_place(ptrs, values, mask):
     `tl.store` first brings the whole tile into memory order through shared memory, which takes longer than the matrix
     product that made it.
     """
-    if STORES_IN_PLACE:
+    if COMPILED:
         tl.inline_asm_elementwise(
             "{ .reg .pred wanted; setp.ne.b32 wanted, $3, 0; @wanted st.global.f32 [$1], $2; mov.b32 $0, 0; }",
             "=r,l,f,r",
@@ -154,7 +153,7 @@ def prefetch(ptr, stride_n, offs_n, D: tl.constexpr):
 @triton.jit
 def prefetch_rows(ptr, stride_n, lo, hi, D: tl.constexpr, BLOCK_N: tl.constexpr):
     """`prefetch` for rows [lo, hi)."""
-    if PREFETCHES:
+    if COMPILED:
         for first in range(lo, hi, BLOCK_N):
             prefetch(ptr, stride_n, tl.minimum(first + tl.arange(0, BLOCK_N), hi - 1), D)
 
@@ -165,7 +164,7 @@ def prefetch_spans(
     D: tl.constexpr, SLICES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """`prefetch_rows` for keys and values of slice `part` of the spans, before it is known which rows they fill."""
-    if PREFETCHES:
+    if COMPILED:
         rows = tl.cdiv(num_kept * span_size, SLICES)
         for first in range(part * rows, (part + 1) * rows, BLOCK_N):
             row = tl.minimum(first + tl.arange(0, BLOCK_N), num_kept * span_size - 1)
