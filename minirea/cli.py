@@ -75,10 +75,8 @@ def main(argv: list[str] | None = None) -> int:
 def run_generate(arguments: argparse.Namespace) -> int:
     """`minirea generate`: load, read the prompt, print the text as it comes."""
     prompt = read_prompt(arguments)
-    from minirea.api import (
-        generation_config,
-        read_model,
-    )  # imports torch, which --help and a bad prompt need not wait for
+    # Imports torch, which --help and a bad prompt need not wait for.
+    from minirea.api import generation_config, read_model
 
     options = vars(arguments)
     generation_options = {name: options[name] for name in _GENERATION_OPTIONS}
