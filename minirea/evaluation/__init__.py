@@ -89,7 +89,7 @@ def evaluate(
 
     import minirea.api as api  # imports torch, which a bad option need not wait for
     from minirea.evaluation.results import Results
-    from minirea.evaluation.runner import Runner, environment
+    from minirea.evaluation.runner import Runner
 
     fields["allow_out_of_distribution"] = allow_out_of_distribution
     if isinstance(model, api.LLM):
@@ -104,7 +104,7 @@ def evaluate(
     with Results(None if out is None else Path(out), runner.settings) as results:
         records = runner.run(results, progress)
         evaluation = Evaluation(chosen, records, chosen.summarize(records))
-        results.summarize({"settings": runner.settings, "environment": environment(), "rows": evaluation.rows})
+        results.summarize({"settings": runner.settings, "environment": runner.environment, "rows": evaluation.rows})
     return evaluation
 
 

@@ -106,24 +106,43 @@ class Results:
 def read_results(folders: Sequence[Path], differing: Sequence[str] = ()) -> tuple[Record, list[Record], Record]:
     """Settings, records and environment of directories that hold parts of one evaluation.
 
-    The records are those of the first directory, then what the next one adds, and so on. Settings named in `differing`
-    need not agree: each becomes the list of the directories' values.
+    The records are those of the first directory and what each next one adds, shortest first as in a single run.
+    Settings named in `differing` need not agree: each becomes the list of the directories' values. So does what differs
+    in the environment; every record names its own machine.
 
     Raises:
         MissingFileError, InputError: not a directory of results, or they belong to different evaluations.
     """
     parts = [_read_settings(folder) for folder in folders]
-    settings, records, environment = parts[0], dict[str, Record](), Record()
+    settings, records, environments = parts[0], dict[str, Record](), list[Record]()
     for folder, part in zip(folders, parts, strict=True):
         if difference := _difference(_without(settings, differing), _without(part, differing)):
             raise InputError(f"{folders[0]} and {folder} hold different evaluations: {difference}")
         for record in _read_records(folder / RECORDS)[0]:
-            if "skipped" not in record or record["id"] not in records:
+            if "skipped" in records.setdefault(record["id"], record):
                 records[record["id"]] = record
-        with contextlib.suppress(OSError, ValueError):
-            environment = environment or json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["environment"]
+        environments.append(_read_environment(folder))
     settings = settings | {name: [part.get(name) for part in parts] for name in differing}
-    return settings, list(records.values()), environment
+    return settings, sorted(records.values(), key=lambda record: record.get("length", 0)), _joined(environments)
+
+
+def _read_environment(folder: Path) -> Record:
+    """Where a directory's records were made; empty if it was interrupted before it could say so."""
+    summary = None
+    with contextlib.suppress(OSError, ValueError):
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    environment = summary.get("environment") if isinstance(summary, dict) else None
+    return environment if isinstance(environment, dict) else {}
+
+
+def _joined(environments: Sequence[Record]) -> Record:
+    """Each value once, as a list where there are several."""
+    joined: dict[str, list[Any]] = {}
+    for environment in environments:
+        for name, value in environment.items():
+            known = joined.setdefault(name, [])
+            known += [one for one in (value if isinstance(value, list) else [value]) if one not in known]
+    return {name: known[0] if len(known) == 1 else known for name, known in joined.items()}
 
 
 def _without(settings: Record, names: Sequence[str]) -> Record:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +53,13 @@ class Runner:
             "impl": self.llm.model.attention.impl,
             **dataclasses.asdict(self._model("full", {}).model.attention.config),  # full attention refuses no scope
         }
+
+    @cached_property
+    def environment(self) -> dict[str, str]:
+        """Where and with what records are made."""
+        device = self.llm.model.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+        return {"machine": name, "torch": torch.__version__, "python": platform.python_version()}
 
     def run(self, results: Results, progress: bool) -> list[Record]:
         """All records, in the order of the work; those that `results` has already are not made again."""
@@ -101,7 +110,7 @@ class Runner:
     def _complete(self, record: Record, cell: Cell, mode: str, place: Place) -> Record:
         """The record with what the frame knows about it."""
         head = {"id": record_id(mode, place), "task": self.task.name, "attention": mode, **place}
-        return head | record | {"settings": self._settings_of(mode, cell)}
+        return head | record | {"settings": self._settings_of(mode, cell), "machine": self.environment["machine"]}
 
     def _settings_of(self, mode: str, cell: Cell) -> Record:
         config = dataclasses.asdict(self._model(mode, cell.fields).model.attention.config)
@@ -131,10 +140,13 @@ def fingerprint(llm: LLM) -> str:
     return digest.hexdigest()[:16]
 
 
-def environment() -> dict[str, str]:
-    """Where and with what records were made."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"machine": name, "torch": torch.__version__, "python": platform.python_version()}
+def _cpu_name() -> str:
+    """Its model, where the system says it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def render(table: Sequence[Sequence[str]]) -> str:

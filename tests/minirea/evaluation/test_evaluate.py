@@ -58,6 +58,11 @@ def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
 
 
+def json_of(folder: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
+
+
 def lines(folder: Path) -> list[str]:
     return (folder / "records.jsonl").read_text().splitlines()
 
@@ -263,11 +268,32 @@ def test_a_report_of_parts_is_that_of_the_whole(llm: minirea.LLM, uninterrupted:
     minirea.evaluate("needle", llm, attention="full", out=tmp_path / "rest", **NEEDLE | {"lengths": (450,)})
     report([*parts, tmp_path / "rest"], tmp_path / "all")
     found, expected = (json.loads((f / "summary.json").read_text()) for f in (tmp_path / "all", uninterrupted))
-    assert sorted(found["rows"], key=str) == sorted(expected["rows"], key=str)
-    assert found["settings"] == expected["settings"]
+    assert found == expected
     before = (tmp_path / "all" / "records.jsonl").read_bytes()
     report([tmp_path / "all"], tmp_path / "all")
     assert (tmp_path / "all" / "records.jsonl").read_bytes() == before
+
+
+def test_a_report_names_every_machine_and_keeps_the_first_answer(uninterrupted: Path, tmp_path: Path) -> None:
+    records = [json.loads(line) for line in lines(uninterrupted)]
+    assert {record["machine"] for record in records} == {json_of(uninterrupted)["environment"]["machine"]}
+    parts = {"large": records[:4], "small": [*records[2:], records[0] | {"id": "full length=200", "length": 200}]}
+    for machine, part in parts.items():
+        folder = tmp_path / machine
+        folder.mkdir()
+        shutil.copy(uninterrupted / "settings.json", folder)
+        named = (json.dumps(record | {"machine": machine}) + "\n" for record in part)
+        (folder / "records.jsonl").write_text("".join(named))
+        (folder / "summary.json").write_text(json.dumps({"environment": {"machine": machine, "torch": "2.11"}}))
+    (tmp_path / "small" / "summary.json").write_text("[]")
+    report([tmp_path / "large", tmp_path / "small"], tmp_path / "unsaid")
+    assert json_of(tmp_path / "unsaid")["environment"] == {"machine": "large", "torch": "2.11"}
+    (tmp_path / "small" / "summary.json").write_text('{"environment": {"machine": "small", "torch": "2.11"}}')
+    whole = report([tmp_path / "large", tmp_path / "small"], tmp_path / "all")
+    assert [record["machine"] for record in whole.records] == ["small", *["large"] * 4, *["small"] * (len(records) - 4)]
+    assert [record["id"] for record in whole.records][1:] == [record["id"] for record in records]
+    report([tmp_path / "all", tmp_path / "small"], tmp_path / "again")
+    assert json_of(tmp_path / "again")["environment"] == {"machine": ["large", "small"], "torch": "2.11"}
 
 
 def test_a_report_of_different_evaluations_is_refused(llm: minirea.LLM, uninterrupted: Path, tmp_path: Path) -> None:
