@@ -116,7 +116,7 @@ def report(folders: Sequence[str | Path], out: str | Path, differing: Sequence[s
     Args:
         folders: directories that `evaluate` wrote, with the same settings.
         out: where the whole goes; may be one of them.
-        differing: names of settings in which they may differ; the whole's settings list the values.
+        differing: names of settings in which they may differ; the whole's settings list the different values.
 
     Raises:
         MissingFileError, InputError: not results, or those of different evaluations.

@@ -107,8 +107,8 @@ def read_results(folders: Sequence[Path], differing: Sequence[str] = ()) -> tupl
     """Settings, records and environment of directories that hold parts of one evaluation.
 
     The records are those of the first directory and what each next one adds, shortest first as in a single run.
-    Settings named in `differing` need not agree: each becomes the list of the directories' values. So does what differs
-    in the environment; every record names its own machine.
+    Settings named in `differing` need not agree: each becomes the list of its different values. So does what differs in
+    the environment; every record names its own machine.
 
     Raises:
         MissingFileError, InputError: not a directory of results, or they belong to different evaluations.
@@ -122,7 +122,7 @@ def read_results(folders: Sequence[Path], differing: Sequence[str] = ()) -> tupl
             if "skipped" in records.setdefault(record["id"], record):
                 records[record["id"]] = record
         environments.append(_read_environment(folder))
-    settings = settings | {name: [part.get(name) for part in parts] for name in differing}
+    settings = settings | _joined([{name: part.get(name) for name in differing} for part in parts])
     return settings, sorted(records.values(), key=lambda record: record.get("length", 0)), _joined(environments)
 
 
@@ -135,11 +135,11 @@ def _read_environment(folder: Path) -> Record:
     return environment if isinstance(environment, dict) else {}
 
 
-def _joined(environments: Sequence[Record]) -> Record:
+def _joined(parts: Sequence[Record]) -> Record:
     """Each value once, as a list where there are several."""
     joined: dict[str, list[Any]] = {}
-    for environment in environments:
-        for name, value in environment.items():
+    for part in parts:
+        for name, value in part.items():
             known = joined.setdefault(name, [])
             known += [one for one in (value if isinstance(value, list) else [value]) if one not in known]
     return {name: known[0] if len(known) == 1 else known for name, known in joined.items()}

@@ -448,7 +448,9 @@ def test_a_report_may_be_told_what_differs(uninterrupted: Path, tmp_path: Path) 
         report([uninterrupted, other], tmp_path / "all", differing=["share"])
     whole = report([uninterrupted, other], tmp_path / "all", differing=["share", "seed"])
     assert len(whole.records) == 2 * len((uninterrupted / "records.jsonl").read_bytes().splitlines())
-    assert json.loads((tmp_path / "all" / "settings.json").read_text())["share"] == [settings["share"], 2]
+    report([tmp_path / "all", other], tmp_path / "again", differing=["share", "seed"])
+    for folder in (tmp_path / "all", tmp_path / "again"):
+        assert json.loads((folder / "settings.json").read_text())["share"] == [settings["share"], 2]
 
 
 @NEEDS_MATPLOTLIB
