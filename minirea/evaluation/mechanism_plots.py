@@ -181,7 +181,8 @@ def _lines(ax: Axes, rows: Sequence[Record], lengths: Sequence[int], value_of: C
         x = [names.index(str(row["value"])) for row in of]
         colour, marker = _LENGTH_COLOURS[index % len(_LENGTH_COLOURS)], "os^Dvp"[index % 6]
         y = [value_of(row) for row in of]
-        ax.plot(x, y, color=colour, marker=marker, label=short_length(length), alpha=0.85)
+        size = max(4, 9 - 2 * index)  # what lies under a later line still shows
+        ax.plot(x, y, color=colour, marker=marker, markersize=size, label=short_length(length), alpha=0.85)
     ax.set_xticks(range(len(names)), names)
     ax.margins(x=0.15)
 

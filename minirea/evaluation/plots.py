@@ -81,7 +81,8 @@ def _costs(records: Sequence[Record], path: Path, title: str) -> Path:
     """Speed of reading, time of an answer's token, and memory."""
     figure, axes = new_figure(1, 3, 12.0, 4.0)
     device = records[0]["settings"]["device"]
-    figure.suptitle(f"{title}: what it costs ({device}, {records[0]['settings']['dtype']})")
+    machines = ", ".join(sorted({str(r.get("machine", device)) for r in records}))
+    figure.suptitle(f"{title}: what it costs ({machines}; {records[0]['settings']['dtype']})")
     reading, decoding, memory = axes[0]
     _lines(reading, records, read_tokens_per_second)
     reading.set_title("reading the prompt")
@@ -90,7 +91,7 @@ def _costs(records: Sequence[Record], path: Path, title: str) -> Path:
     decoding.set_title("each token of an answer")
     decoding.set_ylabel("milliseconds")
     _lines(memory, records, lambda r: r["cache_bytes"] / 1e6)
-    memory.set_title("KV cache, and (dotted) peak on the device" if device == "cuda" else "KV cache")
+    memory.set_title("KV cache; dotted: peak of the device" if device == "cuda" else "KV cache")
     if device == "cuda":
         _lines(memory, records, lambda r: r["peak_bytes"] / 1e6, dotted=True)
     memory.set_ylabel("MB")
