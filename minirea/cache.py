@@ -97,7 +97,7 @@ class KVCache:
     def write(self, layer: int, kv_TYD: Tensor, k_rotated_TGD: Tensor | None) -> None:
         """Put this step's T tokens at [seq_len, seq_len + T). `seq_len` itself moves once all layers are done.
 
-        `kv_TYD` holds keys without RoPE and values side by side, Y = 2G; `k_rotated_TGD` as many of the keys as lie below
+        `kv_TYD` holds keys without RoPE and values side by side, Y = 2G; `k_rotated_TGD` those keys that lie below
         dense_limit, with RoPE.
         """
         kinds, G = self._kv[layer].shape[:2]
