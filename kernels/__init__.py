@@ -17,7 +17,7 @@ import torch
 from minirea.config import ReAttentionConfig
 from minirea.errors import InputError
 
-__all__ = ["ReAttentionConfig", "reattention", "resolve_impl"]
+__all__ = ["ReAttentionConfig", "prefill_kernels", "reattention", "resolve_impl"]
 
 
 class _Package(ModuleType):
@@ -98,6 +98,17 @@ def resolve_impl(impl: str, device: torch.device) -> str:
     if impl == "triton" and not _triton_is_installed():
         raise InputError("impl is 'triton', but triton is not installed; install it or use impl 'torch'")
     return impl
+
+
+def prefill_kernels(impl: str) -> ModuleType:
+    """What a prefill step takes beside attention, by an implementation that resolve_impl gave."""
+    if impl == "torch":
+        from minirea.kernels import prefill_step_reference
+
+        return prefill_step_reference
+    from minirea.kernels import prefill_step  # imports triton
+
+    return prefill_step
 
 
 @functools.cache

@@ -222,7 +222,7 @@ def tile(num_columns: int, itemsize: int, piece: int = 4096) -> Tile:
 def embed(token: torch.Tensor, table_VE: torch.Tensor, seq_len: torch.Tensor, x_E: torch.Tensor) -> None:
     """x = table[token], and seq_len += 1. token int64 [1] and seq_len int32 [1] on the device."""
     E = table_VE.shape[1]
-    _launch(embed_kernel, triton.cdiv(E, 1024), x_E.device, token, table_VE, seq_len, x_E, E=E, BLOCK_K=1024)
+    launch(embed_kernel, triton.cdiv(E, 1024), x_E.device, token, table_VE, seq_len, x_E, E=E, BLOCK_K=1024)
 
 
 def norm_qkv(
@@ -239,7 +239,7 @@ def norm_qkv(
     """q, k, v = qkv . rms_norm(x) + bias: q to q_HD, k and v to the caches at seq_len - 1. X = (H + 2G) D."""
     (H, D), (G, _, _), E = q_HD.shape, k_cache_GND.shape, x_E.shape[0]
     t = tile(E, x_E.element_size())
-    _launch(
+    launch(
         norm_qkv_kernel,
         triton.cdiv((H + 2 * G) * D, t.BLOCK_N),
         x_E.device,
@@ -267,7 +267,7 @@ def add_product(x_K: torch.Tensor, w_NK: torch.Tensor, bias_N: torch.Tensor | No
     """out += w . x + bias."""
     N, K = w_NK.shape
     t = tile(K, x_K.element_size())
-    _launch(
+    launch(
         add_product_kernel,
         triton.cdiv(N, t.BLOCK_N),
         x_K.device,
@@ -293,7 +293,7 @@ def norm_gate_up(
     """out = silu(gate) * up with gate, up = gate_up . rms_norm(x) + bias. M = 2F: gate's rows, then up's."""
     F, E = out_F.shape[0], x_E.shape[0]
     t = tile(E, x_E.element_size())
-    _launch(
+    launch(
         norm_gate_up_kernel,
         triton.cdiv(F, t.BLOCK_N // 2),
         x_E.device,
@@ -316,7 +316,7 @@ def norm_logits(
     """logits = head . rms_norm(x), float32."""
     V, E = head_VE.shape
     t = tile(E, x_E.element_size(), piece=8192)  # most rows of all, so one piece each where that is possible
-    _launch(
+    launch(
         norm_logits_kernel,
         triton.cdiv(V, t.BLOCK_N),
         x_E.device,
@@ -347,7 +347,7 @@ class BestTokenWorkspace(NamedTuple):
 def best_token(logits_V: torch.Tensor, workspace: BestTokenWorkspace, token: torch.Tensor) -> None:
     """token int64 [1] = the id of the largest logit, the lowest of equals; -1 if one is NaN or the largest infinite."""
     V = logits_V.shape[0]
-    _launch(
+    launch(
         best_token_kernel,
         BEST_PROGRAMS,
         logits_V.device,
@@ -361,7 +361,8 @@ def best_token(logits_V: torch.Tensor, workspace: BestTokenWorkspace, token: tor
     )
 
 
-def _launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
+def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel that takes EARLY: whether it starts before its turn, and has to wait for what it reads."""
     early = _starts_early(device)
     if early:
         constants["launch_pdl"] = True

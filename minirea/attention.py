@@ -1,4 +1,4 @@
-"""The three ways to attend: reattention, streaming and full. This is the only module that calls the kernels."""
+"""The three ways to attend: reattention, streaming and full. Layers reach the attention kernels through here."""
 
 from __future__ import annotations
 
@@ -67,21 +67,30 @@ class Attention:
         Returns:
             [T, H, D].
         """
-        H, G = self.model.num_heads, self.model.num_kv_heads
-        T = qkv_TXD.shape[0]
+        H, T = self.model.num_heads, len(qkv_TXD)
         seq_len = cache.seq_len + T
-        q_THD, k_TGD, v_TGD = qkv_TXD.split_with_sizes((H, G, G), 1)
-        dense_rows = self.true_cos.shape[0]
-        if not dense_rows:
-            cache.write(layer, k_TGD, None, v_TGD)
-        else:
-            qk_rotated = apply_rope(qkv_TXD[:dense_rows, : H + G], self.true_cos, self.true_sin)
-            cache.write(layer, k_TGD, qk_rotated[:, H:], v_TGD)
+        q_rotated = self.write(layer, qkv_TXD, cache)
         if seq_len <= self.dense_limit:
+            assert q_rotated is not None
             keys = slice(self._first_visible(seq_len, T), seq_len)
             k_GND, v_GND = cache.k_rotated[layer][:, keys], cache.v[layer][:, keys]
-            return full_attention(qk_rotated[:, :H], k_GND, v_GND, self.sliding_window)
-        return self.over_cache(layer, q_THD, cache, seq_len)
+            return full_attention(q_rotated, k_GND, v_GND, self.sliding_window)
+        return self.over_cache(layer, qkv_TXD[:, :H], cache, seq_len)
+
+    def write(self, layer: int, qkv_TXD: Tensor, cache: KVCache) -> Tensor | None:
+        """Write keys and values to the cache.
+
+        Returns:
+            The queries below dense_limit with RoPE, None if there are none.
+        """
+        H, G = self.model.num_heads, self.model.num_kv_heads
+        dense_rows = self.true_cos.shape[0]
+        if not dense_rows:
+            cache.write(layer, qkv_TXD[:, H:], None)
+            return None
+        qk_rotated = apply_rope(qkv_TXD[:dense_rows, : H + G], self.true_cos, self.true_sin)
+        cache.write(layer, qkv_TXD[:, H:], qk_rotated[:, H:])
+        return qk_rotated[:, :H]
 
     def over_cache(self, layer: int, q_THD: Tensor, cache: KVCache, seq_len: int | Tensor) -> Tensor:
         """ReAttention of a step whose keys and values the cache already holds. Not for mode "full".

@@ -27,6 +27,7 @@ class KVCache:
 
     `k` are keys without RoPE, to be placed anew in every step. `k_rotated` are the first `dense_limit` keys with RoPE
     at their true positions, for steps that are ordinary attention; where that is all (ALL_TOKENS), `k` is not kept.
+    `k` and `v` of a layer share one tensor, so that one copy writes both.
 
     Args:
         config: gives L, G and D.
@@ -55,11 +56,13 @@ class KVCache:
         self._config = config
         self._workspace = workspace
         self.k: list[Tensor] = []
-        self.k_rotated: list[Tensor] = []
         self.v: list[Tensor] = []
+        self.k_rotated: list[Tensor] = []
+        self._kv: list[Tensor] = []  # k and v of each layer, [2, G, N, D], or [1, G, N, D] where k is not kept
         self._plan(capacity, 0).check(device)
-        for tensors, tokens in self._parts(capacity):
-            tensors += [self._allocate(tokens) for _ in range(config.num_layers)]
+        for tensors, shape in self._parts(capacity):
+            tensors += [self._allocate(shape) for _ in range(config.num_layers)]
+        self._name_views()
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +70,7 @@ class KVCache:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [*self.k, *self.k_rotated, *self.v]
+        return [*self._kv, *self.k_rotated]
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` tokens, one layer at a time so that the peak stays low.
@@ -80,25 +83,29 @@ class KVCache:
         if self._plan(doubled, self.capacity).fits(self.device):
             capacity = doubled
         self._plan(capacity, self.capacity).check(self.device)
-        for tensors, tokens in self._parts(capacity):
-            for layer, old in enumerate(tensors):
-                filled = min(self.seq_len, old.shape[1])
-                tensors[layer] = self._allocate(tokens)
-                tensors[layer][:, :filled] = old[:, :filled]
+        self.k, self.v = [], []  # they would keep the old tensors of all layers
+        try:
+            for tensors, shape in self._parts(capacity):
+                for layer, old in enumerate(tensors):
+                    filled = min(self.seq_len, old.shape[-2])
+                    tensors[layer] = self._allocate(shape)
+                    tensors[layer][..., :filled, :] = old[..., :filled, :]
+        finally:
+            self._name_views()
         self.capacity = capacity
 
-    def write(self, layer: int, k_TGD: Tensor, k_rotated_TGD: Tensor | None, v_TGD: Tensor) -> None:
+    def write(self, layer: int, kv_TYD: Tensor, k_rotated_TGD: Tensor | None) -> None:
         """Put this step's T tokens at [seq_len, seq_len + T). `seq_len` itself moves once all layers are done.
 
-        `k_rotated_TGD` holds as many of the keys as lie below dense_limit.
+        `kv_TYD` holds keys without RoPE and values side by side, Y = 2G; `k_rotated_TGD` those keys that lie below
+        dense_limit, with RoPE.
         """
-        start = self.seq_len
-        stop = start + k_TGD.shape[0]
-        self.v[layer][:, start:stop] = v_TGD.transpose(0, 1)
-        if self.k:
-            self.k[layer][:, start:stop] = k_TGD.transpose(0, 1)
+        kinds, G = self._kv[layer].shape[:2]
+        kv_TYD = kv_TYD[:, -kinds * G :]  # values come last
+        start, stop = self.seq_len, self.seq_len + len(kv_TYD)
+        self._kv[layer][:, :, start:stop] = kv_TYD.unflatten(1, (kinds, G)).permute(1, 2, 0, 3)
         if k_rotated_TGD is not None:
-            self.k_rotated[layer][:, start : start + k_rotated_TGD.shape[0]] = k_rotated_TGD.transpose(0, 1)
+            self.k_rotated[layer][:, start : start + len(k_rotated_TGD)] = k_rotated_TGD.transpose(0, 1)
 
     def rewind(self, seq_len: int) -> None:
         """Forget every token from `seq_len` on."""
@@ -106,17 +113,20 @@ class KVCache:
             raise ValueError(f"cannot rewind to {seq_len}: the cache holds {self.seq_len} tokens")
         self.seq_len = seq_len
 
-    def _parts(self, capacity: int) -> list[tuple[list[Tensor], int]]:
-        """Each kind of tensor that is kept, with its length in tokens at `capacity`."""
-        parts = [(self.v, capacity)]
-        if self.dense_limit < ALL_TOKENS:
-            parts.append((self.k, capacity))
+    def _parts(self, capacity: int) -> list[tuple[list[Tensor], tuple[int, ...]]]:
+        """Each kind of tensor that is kept, with its shape at `capacity`."""
+        G, D = self._config.num_kv_heads, self._config.head_dim
+        kinds = 2 if self.dense_limit < ALL_TOKENS else 1
+        parts: list[tuple[list[Tensor], tuple[int, ...]]] = [(self._kv, (kinds, G, capacity, D))]
         if self.dense_limit:
-            parts.append((self.k_rotated, min(capacity, self.dense_limit)))
+            parts.append((self.k_rotated, (G, min(capacity, self.dense_limit), D)))
         return parts
 
-    def _allocate(self, tokens: int) -> Tensor:
-        shape = (self._config.num_kv_heads, tokens, self._config.head_dim)
+    def _name_views(self) -> None:
+        self.k = [kv[0] for kv in self._kv if len(kv) == 2]
+        self.v = [kv[-1] for kv in self._kv]
+
+    def _allocate(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, device=self.device, dtype=self.dtype)
 
     def _plan(self, capacity: int, held: int) -> MemoryPlan:

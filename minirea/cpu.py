@@ -96,6 +96,14 @@ def linear(x_TK: Tensor, matrix_NK: Tensor | PackedMatrix, bias_N: Tensor | None
     return F.linear(x_TK, matrix_NK, bias_N)
 
 
+def add_linear(sum_TN: Tensor, x_TK: Tensor, matrix_NK: Tensor | PackedMatrix, bias_N: Tensor | None = None) -> None:
+    """sum_TN += linear(...), by a product that ends in the sum where there is one: one rounding, no pass of its own."""
+    if isinstance(matrix_NK, PackedMatrix) or bias_N is not None:
+        sum_TN += linear(x_TK, matrix_NK, bias_N)
+    else:
+        sum_TN.addmm_(x_TK, matrix_NK.t())
+
+
 def attend(q_GRD: Tensor, k_GND: Tensor, v_GND: Tensor) -> Tensor:
     """Softmax attention of R rows per key/value head over all N keys, float32, scale 1 / sqrt(D): [G, R, D].
 

@@ -150,7 +150,7 @@ def prefill(
     hide = not progress or len(ids) <= chunk_size
     with tqdm(total=len(ids), desc="prefill", unit="tok", unit_scale=True, leave=False, disable=hide) as bar:
         for start, stop in chunks(len(ids), chunk_size):
-            model.forward(ids_T[start:stop], cache)
+            model.read(ids_T[start:stop], cache)
             bar.update(stop - start)
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from minirea.attention import Attention
 from minirea.cache import KVCache
 from minirea.config import ModelConfig
-from minirea.cpu import PackedMatrix, linear, prepare, rms_norm
+from minirea.cpu import PackedMatrix, add_linear, linear, prepare, rms_norm
+from minirea.kernels import prefill_kernels
 
 
 class Layer(NamedTuple):
@@ -69,15 +70,20 @@ class Model:
 
     def forward(self, ids_T: Tensor, cache: KVCache) -> Tensor:
         """Read T tokens, append them to the cache, and return their hidden states [T, E], before the final norm."""
-        seq_len = cache.seq_len + len(ids_T)
-        cache.reserve(seq_len)
-        self.attention.begin(seq_len, len(ids_T))
-        x_TE = F.embedding(ids_T, self.embed).to(self.dtype)
-        for index, layer in enumerate(self.layers):
-            x_TE = x_TE + self._attend(index, layer, x_TE, cache)
-            x_TE = x_TE + self._mlp(layer, x_TE)
-        cache.seq_len = seq_len
+        x_TE = self._begin(ids_T, cache)
+        for index in range(len(self.layers)):
+            self._block(index, x_TE, cache)
+        cache.seq_len += len(ids_T)
         return x_TE
+
+    def read(self, ids_T: Tensor, cache: KVCache) -> None:
+        """Like `forward` for tokens that nothing is asked of: the last layer only writes their keys and values."""
+        x_TE = self._begin(ids_T, cache)
+        last = len(self.layers) - 1
+        for index in range(last):
+            self._block(index, x_TE, cache)
+        self.attention.write(last, self._qkv(self.layers[last], x_TE), cache)
+        cache.seq_len += len(ids_T)
 
     def logits(self, x_TE: Tensor) -> Tensor:
         """Scores of the next token, float32 [T, V]."""
@@ -85,19 +91,31 @@ class Model:
 
     def first_query(self, token_id: int) -> Tensor:
         """What the first layer asks for with a token, without RoPE, [1, H, D]: no other token has a part in it."""
-        x_1E = F.embedding(torch.tensor([token_id], device=self.device), self.embed).to(self.dtype)
-        layer = self.layers[0]
-        qkv = linear(self._norm(x_1E, layer.attn_norm), layer.qkv, layer.qkv_bias)
-        return qkv.unflatten(-1, (-1, self.config.head_dim))[:, : self.config.num_heads]
+        x_1E = self._embed(torch.tensor([token_id], device=self.device))
+        return self._qkv(self.layers[0], x_1E)[:, : self.config.num_heads]
 
-    def _attend(self, index: int, layer: Layer, x_TE: Tensor, cache: KVCache) -> Tensor:
+    def _begin(self, ids_T: Tensor, cache: KVCache) -> Tensor:
+        """Make room for a step of T tokens; its residual stream, [T, E]."""
+        seq_len = cache.seq_len + len(ids_T)
+        cache.reserve(seq_len)
+        self.attention.begin(seq_len, len(ids_T))
+        return self._embed(ids_T)
+
+    def _embed(self, ids_T: Tensor) -> Tensor:
+        return F.embedding(ids_T, self.embed).to(self.dtype)
+
+    def _block(self, index: int, x_TE: Tensor, cache: KVCache) -> None:
+        """One layer, added to the residual stream in place."""
+        layer, kernels = self.layers[index], prefill_kernels(self.attention.impl)
+        out_THD = self.attention(index, self._qkv(layer, x_TE), cache)
+        add_linear(x_TE, out_THD.flatten(1), layer.o, layer.o_bias)
+        gate_up_TM = linear(self._norm(x_TE, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)  # M = 2F
+        add_linear(x_TE, kernels.swiglu(gate_up_TM), layer.down, layer.down_bias)
+
+    def _qkv(self, layer: Layer, x_TE: Tensor) -> Tensor:
+        """Query, key and value heads side by side, [T, H + 2G, D]."""
         qkv = linear(self._norm(x_TE, layer.attn_norm), layer.qkv, layer.qkv_bias)
-        out_THD = self.attention(index, qkv.unflatten(-1, (-1, self.config.head_dim)), cache)
-        return linear(out_THD.flatten(1), layer.o, layer.o_bias)
-
-    def _mlp(self, layer: Layer, x_TE: Tensor) -> Tensor:
-        gate_TF, up_TF = linear(self._norm(x_TE, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-        return linear(F.silu(gate_TF).mul_(up_TF), layer.down, layer.down_bias)
+        return qkv.unflatten(-1, (-1, self.config.head_dim))
 
     def _norm(self, x_TE: Tensor, weight_E: Tensor) -> Tensor:
         return rms_norm(x_TE, weight_E, self.config.norm_eps)

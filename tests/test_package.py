@@ -26,7 +26,7 @@ ALLOWED = {
     "minirea.attention": {"kernels", "cache", "config", "cpu", "rope", "errors"},
     "minirea.cpu": set(),
     "minirea.plan": {"attention", "cache", "config", "cpu", "memory", "weights"},
-    "minirea.model": {"attention", "cache", "config", "cpu"},
+    "minirea.model": {"kernels", "attention", "cache", "config", "cpu"},
     "minirea.graph": {"kernels", "model", "cache", "sampling"},
     "minirea.generate": {"graph", "model", "cache", "sampling", "tokenizer", "memory", "errors"},
     "minirea.api": {

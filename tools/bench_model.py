@@ -53,6 +53,7 @@ def add_command(subparsers: Any) -> argparse.ArgumentParser:
         metavar="N",
         help="read only the last N chunks of those prompts, over random keys and values: the speed at that depth",
     )
+    parser.add_argument("--chunk-size", type=int, metavar="N", help="prompt tokens per step of minirea")
     parser.add_argument("--attention", default="reattention", help="of minirea; transformers always attends to all")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--limit", type=int, default=600, metavar="S", help="seconds that an engine may take")
@@ -199,6 +200,8 @@ class Minirea:
         from minirea import api
 
         options = {"device": arguments.device, "dtype": arguments.dtype, "attention": arguments.attention}
+        if arguments.chunk_size is not None:
+            options["chunk_size"] = arguments.chunk_size
         if arguments.model:
             self.llm = api.load(directory, **options)
         else:

@@ -1,4 +1,4 @@
-"""A decode step's kernels together, in Triton's interpreter. test_graph.py runs it in a process of its own."""
+"""The kernels of a step together, in Triton's interpreter. test_graph.py runs it in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from testing import random_ids, tiny_model, write_checkpoint
 import minirea
 from minirea.attention import Attention
 from minirea.cache import KVCache
-from minirea.generate import prefill
+from minirea.generate import chunks, prefill
 from minirea.graph import DecodeStep
 from minirea.model import Model, _layer
 from minirea.sampling import Sampler, SamplingConfig
@@ -28,6 +28,17 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
+def triton_model(directory: Path, llm: minirea.LLM) -> Model:
+    """The model of `llm` with impl "triton", its matrices by rows as a GPU has them."""
+    config, cpu = llm.model.config, torch.device("cpu")
+    attention = Attention(config, "reattention", llm.model.attention.config, "triton", cpu)
+    model = Model(config, load_weights(directory, config, cpu, torch.float32), attention)
+    weights = load_weights(directory, config, cpu, torch.float32)
+    model.layers = [_layer(weights, index) for index in range(config.num_layers)]
+    model.embed, model.head = weights["embed.weight"], weights["head.weight"]
+    return model
+
+
 @pytest.mark.parametrize(("fields", "prompt_tokens"), zip(VARIANTS, (1, 26, 60), strict=True))
 @torch.inference_mode()
 def test_steps_give_the_tokens_of_the_torch_path(tmp_path: Path, fields: dict[str, Any], prompt_tokens: int) -> None:
@@ -36,12 +47,8 @@ def test_steps_give_the_tokens_of_the_torch_path(tmp_path: Path, fields: dict[st
     options = {"repetition_penalty": 1.3 if prompt_tokens == 26 else 1.0}
     expected = llm.generate(ids, max_tokens=4, ignore_eos=True, **options).token_ids
 
-    config, cpu = llm.model.config, torch.device("cpu")
-    attention = Attention(config, "reattention", llm.model.attention.config, "triton", cpu)
-    model = Model(config, load_weights(directory, config, cpu, torch.float32), attention)
-    weights = load_weights(directory, config, cpu, torch.float32)  # by rows, as a GPU has them
-    model.layers = [_layer(weights, index) for index in range(config.num_layers)]
-    model.embed, model.head = weights["embed.weight"], weights["head.weight"]
+    model = triton_model(directory, llm)
+    config, attention, cpu = model.config, model.attention, model.device
     cache = KVCache(config, prompt_tokens + 3, attention.dense_limit, cpu, torch.float32)
     attention.impl = "torch"
     prefill(model, cache, ids[:-1], 16, 1)
@@ -53,3 +60,16 @@ def test_steps_give_the_tokens_of_the_torch_path(tmp_path: Path, fields: dict[st
         found.append(int(step.token))
     assert found == expected
     assert int(step.seq_len) == prompt_tokens + 3
+
+
+@torch.inference_mode()
+def test_chunks_give_the_hidden_states_of_the_torch_path(tmp_path: Path) -> None:
+    """Tokens that differ: equal ones have equal keys in the first layer, and rounding would choose between them."""
+    directory = write_checkpoint(tmp_path, tiny_model(**SMALL))
+    llm = minirea.load(directory, **SCOPE | {"chunk_size": 8, "local_size": 8})
+    ids_T = torch.arange(3, 37)
+    models = (llm.model, triton_model(directory, llm))
+    caches = [KVCache(m.config, 34, m.attention.dense_limit, m.device, torch.float32) for m in models]
+    for start, stop in chunks(len(ids_T), 8):
+        expected, found = (m.forward(ids_T[start:stop], cache) for m, cache in zip(models, caches, strict=True))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

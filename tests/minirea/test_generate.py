@@ -69,6 +69,27 @@ def test_full_attention_chunks_do_not_matter(directory: Path) -> None:
     torch.testing.assert_close(logits[1], logits[2], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("attention", ["reattention", "full"])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@torch.inference_mode()
+def test_reading_a_prompt_fills_the_cache_as_a_whole_forward_pass_does(
+    tmp_path: Path, num_layers: int, attention: str
+) -> None:
+    llm = minirea.load(
+        write_checkpoint(tmp_path, tiny_model(num_hidden_layers=num_layers)), attention=attention, **SCOPE
+    )
+    ids_T = torch.tensor(random_ids(60))
+    read, forward = (llm.session(60).cache for _ in range(2))
+    for tensor in (*read.tensors, *forward.tensors):
+        tensor.fill_(torch.nan)
+    for start, stop in chunks(60, 16):
+        llm.model.read(ids_T[start:stop], read)
+        llm.model.forward(ids_T[start:stop], forward)
+    assert read.seq_len == forward.seq_len == 60
+    for ours, theirs in zip(read.tensors, forward.tensors, strict=True):
+        assert torch.equal(ours, theirs) and not theirs.isnan().any()
+
+
 def test_streaming_forgets_the_middle(directory: Path) -> None:
     """One layer of streaming attention cannot see the middle of the prompt, whatever it holds."""
     one_layer = write_checkpoint(directory.parent / "one-layer", tiny_model(num_hidden_layers=1))

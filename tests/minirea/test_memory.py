@@ -76,21 +76,30 @@ def test_cache_bytes_are_those_of_its_tensors(dense_limit: int) -> None:
     assert cache.nbytes == per_token * {0: 80, 10: 90, ALL_TOKENS: 80}[dense_limit]
 
 
-def test_cache_doubles_and_keeps_its_tokens() -> None:
-    cache = KVCache(CONFIG, 4, 50, CPU, torch.float32)
+@pytest.mark.parametrize("dense_limit", [0, 50, ALL_TOKENS])
+def test_cache_doubles_and_keeps_its_tokens(dense_limit: int) -> None:
+    cache = KVCache(CONFIG, 4, dense_limit, CPU, torch.float32)
     k_TGD, k_rotated_TGD, v_TGD = torch.randn(3, 2, 16), torch.randn(3, 2, 16), torch.randn(3, 2, 16)
     for layer in range(3):
-        cache.write(layer, k_TGD, k_rotated_TGD, v_TGD)
+        cache.write(layer, torch.cat((k_TGD, v_TGD), 1), k_rotated_TGD if dense_limit else None)
     cache.seq_len = 3
     cache.reserve(5)
     assert cache.capacity == 8
     cache.reserve(100)
     assert cache.capacity == 100
-    assert cache.k_rotated[0].shape[1] == 50
-    for layer in range(3):
-        assert torch.equal(cache.k[layer][:, :3], k_TGD.transpose(0, 1))
-        assert torch.equal(cache.k_rotated[layer][:, :3], k_rotated_TGD.transpose(0, 1))
-        assert torch.equal(cache.v[layer][:, :3], v_TGD.transpose(0, 1))
+    assert [len(tensors) for tensors in (cache.k, cache.k_rotated, cache.v)] == [
+        3 * (dense_limit < ALL_TOKENS),
+        3 * (dense_limit > 0),
+        3,
+    ]
+    for written_TGD, tensors, tokens in (
+        (k_TGD, cache.k, 100),
+        (k_rotated_TGD, cache.k_rotated, min(dense_limit, 100)),
+        (v_TGD, cache.v, 100),
+    ):
+        for tensor in tensors:
+            assert tensor.shape == (2, tokens, 16)
+            assert torch.equal(tensor[:, :3], written_TGD.transpose(0, 1))
 
 
 def test_growth_takes_what_is_there_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

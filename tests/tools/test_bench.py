@@ -61,12 +61,12 @@ def test_model_directory_beside_transformers(tmp_path: Path) -> None:
 def test_shape_without_transformers(tmp_path: Path) -> None:
     """Random weights need no files; an engine that is not there is skipped with the reason."""
     (tmp_path / "transformers.py").write_text("raise ModuleNotFoundError('no transformers here')")
-    # Two chunks of 512 at the end of 2,000 tokens.
+    # Two chunks of 300 at the end of 2,000 tokens.
     shape = ["--shape", "demo", "--layers", "1", "--contexts", "20", "--tokens", "2", "--no-fill"]
-    result = measure(*shape, "--prefill", "2000", "--last-chunks", "2", PYTHONPATH=str(tmp_path))
+    result = measure(*shape, "--prefill", "2000", "--last-chunks", "2", "--chunk-size", "300", PYTHONPATH=str(tmp_path))
     decode, prefill, skipped = result["rows"]
     assert decode["decode_ms"] > 0
-    assert (prefill["context"], prefill["prefill_tokens"]) == (2000, 1024)
+    assert (prefill["context"], prefill["prefill_tokens"]) == (2000, 600)
     assert skipped == {"engine": "transformers", "skipped": "ModuleNotFoundError: no transformers here"}
 
 

@@ -1,0 +1,56 @@
+"""What a prefill step does on a GPU beside attention and matrix products, in one pass over memory.
+
+    swiglu   gate and up of a chunk -> silu(gate) * up
+
+Matrix products of whole chunks are cuBLAS's, which also adds them to the residual stream, so that this is the only
+operation left that takes torch several passes. Letters are the project's: T queries, F MLP width.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from minirea.kernels.decode_step import launch
+
+# ------------------------------------------------------------------------------------------------------------- device
+
+
+@triton.jit
+def swiglu_kernel(gate_up_ptr, out_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr, EARLY: tl.constexpr):
+    """A program computes BLOCK_F features of one row."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    pieces: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
+    row = (tl.program_id(0) // pieces).to(tl.int64)
+    offs_f = tl.program_id(0) % pieces * BLOCK_F + tl.arange(0, BLOCK_F)
+    mask_f = offs_f < F
+    gate_ptrs = gate_up_ptr + row * (2 * F) + offs_f
+    gate = tl.load(gate_ptrs, mask=mask_f).to(tl.float32)
+    up = tl.load(gate_ptrs + F, mask=mask_f).to(tl.float32)
+    act = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + row * F + offs_f, act.to(out_ptr.dtype.element_ty), mask=mask_f)
+
+
+# ----------------------------------------------------------------------------------------------------------- launchers
+
+NUM_WARPS: Final = 4
+MAX_BYTES: Final = 32 * 32 * NUM_WARPS  # of a program's gates: two loads of 16 bytes for each thread
+
+
+def swiglu(gate_up_TM: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, [T, F], in float32 up to the last rounding. M = 2F: gate's columns, then up's, row-major."""
+    T, M = gate_up_TM.shape
+    F = M // 2
+    out_TF = torch.empty(T, F, dtype=gate_up_TM.dtype, device=gate_up_TM.device)
+    block_f = min(MAX_BYTES // gate_up_TM.element_size(), triton.next_power_of_2(F))
+    programs = T * triton.cdiv(F, block_f)
+    launch(swiglu_kernel, programs, gate_up_TM.device, gate_up_TM, out_TF, F=F, BLOCK_F=block_f, num_warps=NUM_WARPS)
+    return out_TF

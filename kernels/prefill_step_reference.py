@@ -1,0 +1,11 @@
+"""The twins of prefill_step.py in plain torch: what runs where Triton does not."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def swiglu(gate_up_TM: torch.Tensor) -> torch.Tensor:
+    gate_TF, up_TF = gate_up_TM.chunk(2, dim=-1)
+    return F.silu(gate_TF).mul_(up_TF)

@@ -1,0 +1,13 @@
+"""The prefill step's kernels in Triton's interpreter. test_interpreter.py runs it in a process of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from prefill_step_cases import SHAPES, check_swiglu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("T", "F"), SHAPES)
+def test_swiglu_equals_its_twin(T: int, F: int, dtype: torch.dtype) -> None:
+    check_swiglu(T, F, dtype, "cpu")

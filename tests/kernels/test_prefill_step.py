@@ -1,0 +1,18 @@
+"""The prefill step's kernels on a GPU, at the sizes of real models too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from prefill_step_cases import SHAPES, check_swiglu
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("T", "F"), [*SHAPES, (512, 14336), (1024, 688)])
+def test_swiglu_equals_its_twin(T: int, F: int, dtype: torch.dtype) -> None:
+    check_swiglu(T, F, dtype, "cuda")

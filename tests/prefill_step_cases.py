@@ -1,0 +1,28 @@
+"""Inputs for the kernels of a prefill step, and the judgement of what they return."""
+
+from __future__ import annotations
+
+import torch
+from decode_step_cases import Inputs
+from kernel_cases import error
+
+# T and F: sizes that tiles divide, rows that take several programs, and sizes that nothing divides.
+SHAPES = [(1, 16), (5, 4096), (3, 4099), (7, 50), (2, 1)]
+
+
+def check_swiglu(T: int, F: int, dtype: torch.dtype, device: str) -> None:
+    """At most twice the error of the twin in the same dtype, and rounding; and gates that are not finite pass."""
+    from minirea.kernels.prefill_step import swiglu
+    from minirea.kernels.prefill_step_reference import swiglu as twin
+
+    gate_up_TM = 8 * Inputs(dtype, device, seed=F).normal(2 * F, T).t().contiguous()
+    gate_up_TM[0, 0] = gate_up_TM[-1, -1] = torch.inf
+    gate_up_TM[-1, F - 1] = -80
+    given = gate_up_TM.clone()
+    got, plain, exact = swiglu(gate_up_TM), twin(gate_up_TM), twin(gate_up_TM.double())
+    assert torch.equal(gate_up_TM, given)
+    assert (got.shape, got.dtype) == ((T, F), dtype) and got.is_contiguous()
+    finite = exact.isfinite()
+    assert torch.equal(got[~finite].double(), exact[~finite])
+    allowed = 2 * error(plain[finite], exact[finite]) + torch.finfo(dtype).eps
+    assert not finite.any() or error(got[finite], exact[finite]) <= allowed
