@@ -111,9 +111,13 @@ def read_results(folders: Sequence[Path], differing: Sequence[str] = ()) -> tupl
     the environment; every record names its own machine.
 
     Raises:
-        MissingFileError, InputError: not a directory of results, or they belong to different evaluations.
+        MissingFileError, InputError: not a directory of results; they belong to different evaluations; `differing` names
+            no setting of theirs.
     """
     parts = [_read_settings(folder) for folder in folders]
+    for name in differing:
+        if not any(name in part for part in parts):
+            raise InputError(f"differing is {name!r}, expected settings of {folders[0]}: {', '.join(parts[0])}")
     settings, records, environments = parts[0], dict[str, Record](), list[Record]()
     for folder, part in zip(folders, parts, strict=True):
         if difference := _difference(_without(settings, differing), _without(part, differing)):

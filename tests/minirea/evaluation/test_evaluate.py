@@ -446,6 +446,8 @@ def test_a_report_may_be_told_what_differs(uninterrupted: Path, tmp_path: Path) 
     (other / "settings.json").write_text(json.dumps(settings | {"share": 2, "seed": settings["seed"] + 1}))
     with pytest.raises(InputError, match="seed is"):
         report([uninterrupted, other], tmp_path / "all", differing=["share"])
+    with pytest.raises(InputError, match=r"^differing is 'shares', expected settings of .*: task, seed, depths,"):
+        report([uninterrupted, other], tmp_path / "all", differing=["share", "shares", "seed"])
     whole = report([uninterrupted, other], tmp_path / "all", differing=["share", "seed"])
     assert len(whole.records) == 2 * len((uninterrupted / "records.jsonl").read_bytes().splitlines())
     report([tmp_path / "all", other], tmp_path / "again", differing=["share", "seed"])
