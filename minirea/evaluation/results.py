@@ -111,8 +111,8 @@ def read_results(folders: Sequence[Path], differing: Sequence[str] = ()) -> tupl
     the environment; every record names its own machine.
 
     Raises:
-        MissingFileError, InputError: not a directory of results; they belong to different evaluations; `differing` names
-            no setting of theirs.
+        MissingFileError, InputError: not a directory of results; those of different evaluations; `differing` names none
+            of their settings.
     """
     parts = [_read_settings(folder) for folder in folders]
     for name in differing:
