@@ -111,21 +111,45 @@ def take_best(packed, K: tl.constexpr, K_PAD: tl.constexpr):
     return best
 
 
+@triton.constexpr_function
+def masked_stores(count, pairs):
+    """Assembly that stores `count` float32 of a thread, each under its own mask; a warp without any skips all of them.
+
+    Operands: count results (zero), addresses, values, masks. With `pairs`, two elements at a time lie side by side.
+    """
+    address, value, mask = count, 2 * count, 3 * count
+    step = 2 if pairs else 1
+    lines = ["{ .reg .pred any, wanted; .reg .b32 all; mov.b32 all, 0;"]
+    lines += [f"or.b32 all, all, ${mask + i};" for i in range(0, count, step)]
+    lines += ["setp.ne.b32 any, all, 0; vote.sync.any.pred any, any, -1; @!any bra.uni NONE;"]
+    for i in range(0, count, step):
+        store = f"v2.f32 [${address + i}], {{${value + i}, ${value + i + 1}}}" if pairs else f"f32 [${address + i}], ${value + i}"
+        lines += [f"setp.ne.b32 wanted, ${mask + i}, 0; @wanted st.global.{store};"]
+    return " ".join([*lines, "NONE:", *(f"mov.b32 ${i}, 0;" for i in range(count)), "}"])
+
+
+@triton.constexpr_function
+def repeat_operands(constraints, count):
+    """Constraints of assembly that works on `count` elements at a time, from those for one."""
+    return ",".join(constraint for constraint in constraints.split(",") for _ in range(count))
+
+
 @triton.jit
-def store_in_place(ptrs, values, mask):
+def store_in_place(ptrs, values, mask, PAIRS: tl.constexpr):
     """`tl.store` of a matrix whose rows are nearly all masked, each thread what it holds.
 
     `tl.store` first brings the whole tile into memory order through shared memory, which takes longer than the matrix
-    product that made it.
+    product that made it. PAIRS: the matrix unit left each thread two neighbours of a row at a time.
     """
     if COMPILED:
+        COUNT: tl.constexpr = min(16, max(1, values.numel // tl.extra.cuda.num_threads()))
         tl.inline_asm_elementwise(
-            "{ .reg .pred wanted; setp.ne.b32 wanted, $3, 0; @wanted st.global.f32 [$1], $2; mov.b32 $0, 0; }",
-            "=r,l,f,r",
+            masked_stores(COUNT, PAIRS and COUNT > 1),
+            repeat_operands("=r,l,f,r", COUNT),
             [ptrs.to(tl.int64), values, mask.to(tl.int32)],
             dtype=tl.int32,
             is_pure=False,
-            pack=1,
+            pack=COUNT,
         )
     else:
         tl.store(ptrs, values, mask=mask)
@@ -215,15 +239,14 @@ def score(
             scores = tl.where((offs_n < hi - start)[None, :], scores, float("-inf"))
         row_max = tl.max(scores, axis=1)
         better = row_max > threshold
-        if tl.max(better.to(tl.int32), axis=0) > 0:
-            worst = tl.max(tl.where(best == threshold[:, None], tag, -K_PAD), axis=1)
-            slot = worst & (K_PAD - 1)
-            row_ptrs = block_ptr + (offs_m * K_PAD + slot) * BLOCK_N
-            store_in_place(row_ptrs[:, None] + offs_n[None, :], scores, better[:, None])
-            replaced = (tag == worst[:, None]) & better[:, None]
-            tag = tl.where(replaced, (tile * K_PAD + slot)[:, None], tag)
-            best = tl.where(replaced, row_max[:, None], best)
-            threshold = tl.min(best, axis=1)
+        worst = tl.max(tl.where(best == threshold[:, None], tag, -K_PAD), axis=1)
+        slot = worst & (K_PAD - 1)
+        row_ptrs = block_ptr + (offs_m * K_PAD + slot) * BLOCK_N
+        store_in_place(row_ptrs[:, None] + offs_n[None, :], scores, better[:, None], q.dtype != tl.float32)
+        replaced = (tag == worst[:, None]) & better[:, None]
+        tag = tl.where(replaced, (tile * K_PAD + slot)[:, None], tag)
+        best = tl.where(replaced, row_max[:, None], best)
+        threshold = tl.min(best, axis=1)
     tl.store(tag_ptr + offs_m[:, None] * K_PAD + offs_k[None, :], tag)
 
 
