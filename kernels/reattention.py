@@ -117,14 +117,14 @@ def masked_stores(count, pairs):
 
     Operands: count results (zero), addresses, values, masks. With `pairs`, two elements at a time lie side by side.
     """
-    address, value, mask = count, 2 * count, 3 * count
-    step = 2 if pairs else 1
+    address, value, mask = (range(i * count, (i + 1) * count) for i in (1, 2, 3))
+    step, kind = (2, "v2.f32") if pairs else (1, "f32")
     lines = ["{ .reg .pred any, wanted; .reg .b32 all; mov.b32 all, 0;"]
-    lines += [f"or.b32 all, all, ${mask + i};" for i in range(0, count, step)]
+    lines += [f"or.b32 all, all, ${mask[i]};" for i in range(0, count, step)]
     lines += ["setp.ne.b32 any, all, 0; vote.sync.any.pred any, any, -1; @!any bra.uni NONE;"]
     for i in range(0, count, step):
-        store = f"v2.f32 [${address + i}], {{${value + i}, ${value + i + 1}}}" if pairs else f"f32 [${address + i}], ${value + i}"
-        lines += [f"setp.ne.b32 wanted, ${mask + i}, 0; @wanted st.global.{store};"]
+        values = f"{{${value[i]}, ${value[i + 1]}}}" if pairs else f"${value[i]}"
+        lines += [f"setp.ne.b32 wanted, ${mask[i]}, 0; @wanted st.global.{kind} [${address[i]}], {values};"]
     return " ".join([*lines, "NONE:", *(f"mov.b32 ${i}, 0;" for i in range(count)), "}"])
 
 
@@ -184,14 +184,17 @@ def prefetch_rows(ptr, stride_n, lo, hi, D: tl.constexpr, BLOCK_N: tl.constexpr)
 
 @triton.jit
 def prefetch_spans(
-    k_ptr, stride_kn, v_ptr, stride_vn, kept_ptr, num_kept, part, mid_lo, mid_hi, span_size,
+    k_ptr, stride_kn, v_ptr, stride_vn, kept_ptr, max_kept, part, mid_lo, mid_hi, span_size,
     D: tl.constexpr, SLICES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`prefetch_rows` for keys and values of slice `part` of the spans, before it is known which rows they fill."""
+    """`prefetch_rows` for keys and values of slice `part` of the spans, before it is known which rows they fill.
+
+    max_kept is how many positions kept_ptr may hold: how many it does is not waited for, and NOWHERE does no harm.
+    """
     if COMPILED:
-        rows = tl.cdiv(num_kept * span_size, SLICES)
+        rows = tl.cdiv(max_kept * span_size, SLICES)
         for first in range(part * rows, (part + 1) * rows, BLOCK_N):
-            row = tl.minimum(first + tl.arange(0, BLOCK_N), num_kept * span_size - 1)
+            row = tl.minimum(first + tl.arange(0, BLOCK_N), max_kept * span_size - 1)
             position = tl.load(kept_ptr + row // span_size) - span_size // 2 + row % span_size
             prefetch(k_ptr, stride_kn, tl.minimum(tl.maximum(position, mid_lo), mid_hi - 1), D)
             prefetch(v_ptr, stride_vn, tl.minimum(tl.maximum(position, mid_lo), mid_hi - 1), D)
@@ -260,18 +263,25 @@ def pick(
     Writes candidate_ptr int64, K_PAD packed numbers per row; rows lie stride_row apart.
     """
     tl.debug_barrier()  # other threads of this program wrote what is read here
+    # Of three such axes the compiler gives the first to the warps, the second to each thread and the last to the
+    # threads of a warp. So warps have rows of their own, and none waits for another in a reduction.
     offs_k = tl.arange(0, K_PAD)
-    # A row's tiles as one axis from the start: reducing a [M, K, N] tensor reshaped to [M, K * N] goes wrong in Triton
-    # 3.6 where the compiler deals out M between K and N, since its reduction across warps expects an axis in one piece.
-    offs_c = tl.arange(0, K_PAD * BLOCK_N)
+    offs_n = tl.arange(0, BLOCK_N)[None, None, :]
     for first in range(0, tl.minimum(num_rows, BLOCK_M), PICK_M):
         offs_m = first + tl.arange(0, PICK_M)
-        tag = tl.load(tag_ptr + offs_m[:, None] * K_PAD + (offs_c // BLOCK_N)[None, :])
-        filled = (offs_c < K * BLOCK_N)[None, :] & (tag >= 0)
-        block_ptrs = block_ptr + offs_m[:, None] * (K_PAD * BLOCK_N) + offs_c[None, :]
-        scores = tl.load(block_ptrs, mask=filled, other=float("-inf"))
-        packed = pack(scores, lo + tag // K_PAD * BLOCK_N + (offs_c % BLOCK_N)[None, :])
-        best = take_best(tl.where(scores > float("-inf"), packed, NO_KEY), K, K_PAD)
+        slot = (offs_m[:, None] * K_PAD + offs_k[None, :])[:, :, None]
+        filled = ((offs_m < num_rows)[:, None] & (offs_k < K)[None, :])[:, :, None]
+        tag = tl.load(tag_ptr + slot, mask=filled, other=-1)
+        scores = tl.load(block_ptr + slot * BLOCK_N + offs_n, mask=tag >= 0, other=float("-inf"))
+        position = lo + tag // K_PAD * BLOCK_N + offs_n
+        best = tl.full([PICK_M, K_PAD], NO_KEY, tl.int64)
+        for i in range(K):
+            top = tl.max(tl.max(scores, axis=1), axis=1)
+            lowest = tl.where(scores == top[:, None, None], position, NOWHERE)
+            lowest = tl.min(tl.min(lowest, axis=1), axis=1)
+            packed = tl.where(top > float("-inf"), pack(top, lowest), NO_KEY)
+            best = tl.where(offs_k[None, :] == i, packed[:, None], best)
+            scores = tl.where(position == lowest[:, None, None], float("-inf"), scores)
         candidate_ptrs = candidate_ptr + offs_m[:, None] * stride_row + offs_k[None, :]
         tl.store(candidate_ptrs, best, mask=(offs_m < num_rows)[:, None])
     tl.debug_barrier()  # before this program's next unit writes there again
@@ -333,15 +343,16 @@ def sort(kept, sorted_ptr, num_kept_ptr, W_PAD: tl.constexpr):
 
 @triton.jit
 def select(kept_ptr, num_kept, mid_lo, mid_hi, span_size, P_PAD: tl.constexpr):
-    """Layout of the selected part from ascending positions kept_ptr int32 [num_kept]. Section 3, step 6.
+    """Layout of the selected part from num_kept ascending positions in kept_ptr int32 [P_PAD]. Section 3, step 6.
 
     Covers have equal lengths, so each adds what lies at or after both its own start and the end of the one before; of
     equal positions the second adds nothing. Returns, [P_PAD] each, start (the first cache position a span adds),
     offset (the scope's row which that position fills) and rows (how many it adds).
     """
     offs_p = tl.arange(0, P_PAD)
-    kept = tl.load(kept_ptr + offs_p, mask=offs_p < num_kept, other=0)
-    previous = tl.load(kept_ptr + offs_p - 1, mask=(offs_p > 0) & (offs_p < num_kept), other=0)
+    # What lies beyond num_kept is read too and adds no rows: a mask would make these loads wait for num_kept's.
+    kept = tl.load(kept_ptr + offs_p)
+    previous = tl.load(kept_ptr + offs_p - 1, mask=offs_p > 0, other=0)
     stop = tl.minimum(kept + span_size // 2, mid_hi)
     previous_stop = tl.where(offs_p > 0, tl.minimum(previous + span_size // 2, mid_hi), mid_lo)
     start = tl.maximum(tl.maximum(kept - span_size // 2, previous_stop), mid_lo)
@@ -557,7 +568,8 @@ def combine(
 ):  # fmt: skip
     """Join the slices' partial attention of one key/value head's query heads: weights by maximum, then one division.
 
-    HEADS query heads at a time, since what a head costs is mostly the wait for its loads.
+    HEADS query heads at a time, since what a head costs is mostly the wait for its loads; at least as many as there are
+    warps, so that each has a head of its own (see `pick`).
     """
     offs_s = tl.arange(0, SLICES_PAD)
     offs_d = tl.arange(0, BLOCK_D)
@@ -764,7 +776,8 @@ def decode_kernel(
                     wait(counters_ptr + SORTED, everyone // tl.num_programs(0) * selectors)
                     ballot = g if BY_HEAD else 0
                     num_kept = tl.load(num_kept_ptr + ballot)
-                    prefetch_spans(k_head, stride_kn, v_head, stride_vn, kept_ptr + ballot * W_PAD, num_kept, part,
+                    prefetch_spans(k_head, stride_kn, v_head, stride_vn, kept_ptr + ballot * W_PAD,
+                                   tl.minimum(max_spans, BALLOT_ROWS * K), part,
                                    mid_lo, mid_hi, span_size, D, SLICES, BLOCK_N)  # fmt: skip
                     start, offset, rows = select(kept_ptr + ballot * W_PAD, num_kept, mid_lo, mid_hi, span_size, W_PAD)
                     front += tl.sum(rows, axis=0)
@@ -946,7 +959,7 @@ MAX_WINNERS_IN_REGISTERS: Final = 128
 # Packed candidates that one program holds in registers at a time.
 MAX_CANDIDATES: Final = 8192
 # Elements of partial results that one program holds in registers at a time.
-MAX_PARTIALS: Final = 8192
+MAX_PARTIALS: Final = 16384
 
 
 class Tiles(NamedTuple):
@@ -1109,8 +1122,10 @@ def _decode(
         BLOCK_M=tiles.BLOCK_M,
         BLOCK_N=tiles.BLOCK_N,
         BLOCK_A=tiles.BLOCK_A,
-        PICK_M=max(1, min(_pad(group), MAX_CANDIDATES // (common["K_PAD"] * tiles.BLOCK_N))),
-        COMBINE_HEADS=max(1, min(_pad(group), MAX_PARTIALS // (_pad(slices) * common["BLOCK_D"]))),
+        PICK_M=max(1, min(tiles.BLOCK_M, tiles.num_warps, MAX_CANDIDATES // (common["K_PAD"] * tiles.BLOCK_N))),
+        COMBINE_HEADS=max(
+            1, min(max(_pad(group), tiles.num_warps), MAX_PARTIALS // (_pad(slices) * common["BLOCK_D"]))
+        ),
         STAGES=tiles.num_stages,
         num_warps=tiles.num_warps,
     )
