@@ -31,7 +31,7 @@ from minirea.errors import InputError
 
 Step = Callable[[torch.Tensor, torch.Tensor], Any]  # something to do with one pair of caches
 
-CONTEXTS = {"decode": lengths("8k,32k,128k,1m"), "prefill": lengths("32k,128k")}
+CONTEXTS = {"decode": lengths("8k,16k,32k,128k,1m"), "prefill": lengths("32k,128k")}
 MAX_PAIRS = 16
 SECONDS_PER_TIME = 0.25  # of replays, at least three and at most twenty
 FUSED_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")  # the other one copies keys to float32
@@ -51,7 +51,7 @@ def add_command(subparsers: Any) -> argparse.ArgumentParser:
         nargs="+",
         action=Lengths,
         metavar="N",
-        help="cached tokens (default: 8k,32k,128k,1m for decode, 32k,128k for prefill)",
+        help="cached tokens (default: 8k,16k,32k,128k,1m for decode, 32k,128k for prefill)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     for name, default, what in (
