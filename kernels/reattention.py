@@ -342,6 +342,24 @@ def sort(kept, sorted_ptr, num_kept_ptr, W_PAD: tl.constexpr):
 
 
 @triton.jit
+def sort_winners(
+    candidate_ptr, kept_ptr, num_kept_ptr, first_ballot, ballots, step, max_spans,
+    ROWS: tl.constexpr, ROWS_PAD: tl.constexpr, CANDIDATES: tl.constexpr, CANDIDATES_PAD: tl.constexpr,
+    K: tl.constexpr, K_PAD: tl.constexpr, VOTES: tl.constexpr, W_PAD: tl.constexpr,
+):  # fmt: skip
+    """`merge`, `vote` and `sort` for every step-th ballot; VOTES where there may be more winners than are kept."""
+    for ballot in range(first_ballot, ballots, step):
+        winner = merge(
+            candidate_ptr, ballot * ROWS, (ballot + 1) * ROWS, ROWS_PAD, CANDIDATES, CANDIDATES_PAD, K, K_PAD
+        )
+        kept = tl.reshape(winner, [W_PAD])
+        if VOTES:
+            kept = vote(kept, max_spans, W_PAD)
+        sort(kept, kept_ptr + ballot * W_PAD, num_kept_ptr + ballot, W_PAD)
+    tl.debug_barrier()  # before these writes are published
+
+
+@triton.jit
 def select(kept_ptr, num_kept, mid_lo, mid_hi, span_size, P_PAD: tl.constexpr):
     """Layout of the selected part from num_kept ascending positions in kept_ptr int32 [P_PAD]. Section 3, step 6.
 
@@ -686,7 +704,7 @@ def decode_kernel(
     BY_HEAD: tl.constexpr, SELECTS: tl.constexpr, SEQ_LEN_IN_MEMORY: tl.constexpr,
     SLICES: tl.constexpr, SLICES_PAD: tl.constexpr, CANDIDATES_PAD: tl.constexpr, BALLOT_ROWS: tl.constexpr,
     BALLOT_ROWS_PAD: tl.constexpr, VOTES: tl.constexpr, W_PAD: tl.constexpr, SCALE: tl.constexpr,
-    RELATIVE: tl.constexpr,
+    RELATIVE: tl.constexpr, ALONE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr, HALF_PAD: tl.constexpr,
     PICK_M: tl.constexpr, COMBINE_HEADS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -705,8 +723,7 @@ def decode_kernel(
     units = G * SLICES
     ballots: tl.constexpr = G if BY_HEAD else 1
     # The programs after the workers select; a program that is alone does both.
-    selectors = tl.maximum(tl.num_programs(0) - workers, 1)
-    selector = tl.num_programs(0) - 1 - program
+    selectors = 1 if ALONE else tl.num_programs(0) - workers
     # This scratch is the program's own and stays in its cache.
     block_ptr += program * (BLOCK_M * K_PAD * BLOCK_N)
     tag_ptr += program * (BLOCK_M * K_PAD)
@@ -738,16 +755,9 @@ def decode_kernel(
                     pick(block_ptr, tag_ptr, candidate_ptr + (g * GROUP * SLICES + part) * K_PAD, SLICES * K_PAD, GROUP,
                          lo, K, K_PAD, BLOCK_M, BLOCK_N, PICK_M)  # fmt: skip
             everyone = arrive(counters_ptr)
-            if selector < selectors:
-                wait(counters_ptr, everyone)
-                for ballot in range(selector, ballots, selectors):
-                    winner = merge(candidate_ptr, ballot * BALLOT_ROWS, (ballot + 1) * BALLOT_ROWS, BALLOT_ROWS_PAD,
-                                   SLICES * K_PAD, CANDIDATES_PAD, K, K_PAD)  # fmt: skip
-                    kept = tl.reshape(winner, [W_PAD])
-                    if VOTES:
-                        kept = vote(kept, max_spans, W_PAD)
-                    sort(kept, kept_ptr + ballot * W_PAD, num_kept_ptr + ballot, W_PAD)
-                tl.debug_barrier()
+            if ALONE:
+                sort_winners(candidate_ptr, kept_ptr, num_kept_ptr, 0, ballots, 1, max_spans, BALLOT_ROWS,
+                             BALLOT_ROWS_PAD, SLICES * K_PAD, CANDIDATES_PAD, K, K_PAD, VOTES, W_PAD)  # fmt: skip
                 tl.atomic_add(counters_ptr + SORTED, 1, sem="release", scope="gpu")
 
     if program < workers:
@@ -806,6 +816,18 @@ def decode_kernel(
             if done % SLICES == SLICES - 1:  # the last of this launch
                 combine(partial_acc_ptr, partial_max_ptr, partial_sum_ptr, out_ptr, g,
                         GROUP, COMBINE_HEADS, SLICES, SLICES_PAD, D, BLOCK_D)  # fmt: skip
+
+    # Last, since of a kernel's code only the first 64 KiB are fetched ahead, and the workers need those. The first turn
+    # sorts what the launch before has left: it brings the code into the cache while the workers still score.
+    if SELECTS and not ALONE:
+        if not dense and program >= workers:
+            for turn in range(2):
+                if turn == 1:
+                    wait(counters_ptr, everyone)
+                sort_winners(candidate_ptr, kept_ptr, num_kept_ptr, program - workers, ballots, selectors, max_spans,
+                             BALLOT_ROWS, BALLOT_ROWS_PAD, SLICES * K_PAD, CANDIDATES_PAD, K, K_PAD, VOTES,
+                             W_PAD)  # fmt: skip
+            tl.atomic_add(counters_ptr + SORTED, 1, sem="release", scope="gpu")
 
 
 @triton.jit(do_not_specialize=[*SIZES, "T", "levels"])
@@ -1119,6 +1141,7 @@ def _decode(
         VOTES=ballot_rows * config.span_top_k > config.max_spans,
         W_PAD=winners_pad,
         RELATIVE=q_THD.dtype != torch.float32,
+        ALONE=programs == 1,
         BLOCK_M=tiles.BLOCK_M,
         BLOCK_N=tiles.BLOCK_N,
         BLOCK_A=tiles.BLOCK_A,
