@@ -13,7 +13,10 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("tests", ["interpreted.py", "interpreted_decode_step.py", "interpreted_prefill_step.py"])
+@pytest.mark.parametrize(
+    "tests",
+    ["interpreted.py", "interpreted_together.py", "interpreted_decode_step.py", "interpreted_prefill_step.py"],
+)
 def test_kernels_in_the_interpreter(tests: str) -> None:
     command = [
         sys.executable,

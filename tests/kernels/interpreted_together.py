@@ -1,0 +1,82 @@
+# mypy: disable-error-code="no-untyped-def"
+"""The fused kernel in Triton's interpreter with its programs at once, each in a process of its own, on shared memory.
+
+interpreted.py has one program that waits for nobody. Here counters, barriers and the program that sorts the winners do
+what they do on a GPU, if at another pace. Not collected by name: test_interpreter.py runs it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import Case, error, make_case, plain_attention
+from triton.runtime import interpreter
+
+import minirea.kernels.reattention  # noqa: F401  (the package's function of this name hides the module)
+from minirea.kernels import ReAttentionConfig
+
+kernels = sys.modules["minirea.kernels.reattention"]
+CONTEXT = multiprocessing.get_context("fork")
+
+
+def run_program(program: int, programs: int, step: Any, arguments: tuple[Any, ...]) -> None:
+    """One program of a launch: the interpreter's loop over the grid comes to it alone."""
+    interpreter.range = lambda *bounds: (program,) if bounds == (programs,) else range(*bounds)
+    interpreter.GridExecutor._restore_args_dev = lambda *_: None  # which copies memory that others still write to
+    step(*arguments)
+
+
+def launch(monkeypatch: pytest.MonkeyPatch, step: Any, programs: int, arguments: tuple[Any, ...]) -> Any:
+    """step(*arguments) as `programs` processes at once, a number that nothing else counts to; returns the workspace."""
+    monkeypatch.setattr(kernels, "_programs", lambda *_: programs)
+    with monkeypatch.context() as patch:  # the workspace first, for all processes to share
+        patch.setattr(kernels, "_launch", lambda *_, **__: None)
+        workspace = step(*arguments)
+    for tensor in vars(workspace).values():
+        tensor.share_memory_()
+    running = [CONTEXT.Process(target=run_program, args=(i, programs, step, arguments)) for i in range(programs)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(60)
+    exits = [process.exitcode for process in running]
+    for process in running:
+        process.kill()
+    assert exits == [0] * programs
+    return workspace
+
+
+def check_growing(monkeypatch: pytest.MonkeyPatch, case: Case, programs: int, seq_lens: tuple[int, ...]) -> None:
+    """Launches with more and more keys find the right scope and output, whatever the one before left behind."""
+    kernels._workspaces.clear()  # whose counters have counted to another number of programs
+    step = kernels._decode if case.q.shape[0] == 1 else kernels._chunk
+    for seq_len in seq_lens:
+        case = replace(case, seq_len=seq_len)
+        out_THD = torch.full_like(case.q, torch.nan).share_memory_()
+        arguments = (case.q, case.k_cache, case.v_cache, out_THD, seq_len, case.cos, case.sin, case.config, None)
+        workspace = launch(monkeypatch, step, programs, arguments)
+        exact_THD, scopes = case.oracle()
+        assert [s.tolist() for s in kernels._scopes(workspace, seq_len, case.config)] == [s.tolist() for s in scopes]
+        assert error(out_THD, exact_THD) <= 2 * error(plain_attention(case, scopes), exact_THD) + 1e-7
+        assert not torch.equal(workspace.counters, torch.zeros_like(workspace.counters))
+
+
+@pytest.mark.parametrize(("span_scope", "programs"), [("layer", 5), ("kv_head", 6), ("kv_head", 5)])
+def test_decode_workers_and_selectors(monkeypatch: pytest.MonkeyPatch, span_scope: str, programs: int) -> None:
+    """Two key/value heads in two slices each are four workers; one or two more sort the winners."""
+    for max_spans in (2, 40):
+        config = ReAttentionConfig(2, 8, 3, 4, max_spans, span_scope=span_scope)
+        case = make_case(config, 200, T=1, H=6, G=2, D=16, largest=2, seed=max_spans)
+        check_growing(monkeypatch, case, programs, (60, 61, 9, 150, 200))
+
+
+@pytest.mark.parametrize("span_scope", ["layer", "kv_head"])
+def test_chunk_barriers(monkeypatch: pytest.MonkeyPatch, span_scope: str) -> None:
+    config = ReAttentionConfig(2, 8, 3, 4, 5, span_scope=span_scope)
+    case = make_case(config, 200, T=6, H=4, G=2, D=16, largest=2)
+    check_growing(monkeypatch, case, 5, (60, 66, 9, 200))
