@@ -12,7 +12,7 @@ from minirea import cpu
 from minirea.cache import ALL_TOKENS, KVCache
 from minirea.config import ModelConfig, ReAttentionConfig
 from minirea.kernels import reattention, resolve_impl
-from minirea.rope import apply_rope, inverse_frequencies, rope_table
+from minirea.rope import apply_rope, for_whole_heads, inverse_frequencies, rope_table
 
 MODES: Final = ("reattention", "streaming", "full")
 
@@ -45,6 +45,7 @@ class Attention:
         self.dense_limit = ALL_TOKENS if mode == "full" else in_scope
         # A dynamic RoPE stretches only beyond the trained range, which a bounded scope never leaves.
         self.cos, self.sin = self._table(0, 0 if mode == "full" else config.max_scope, config.max_scope)
+        self.dense_cos, self.dense_sin = for_whole_heads(self.cos[:in_scope, None], self.sin[:in_scope, None])
 
     def begin(self, seq_len: int, num_tokens: int) -> None:
         """Prepare a step of `num_tokens` queries that ends at `seq_len`: cos and sin of their true positions.
@@ -54,9 +55,9 @@ class Attention:
         start, stop = seq_len - num_tokens, min(seq_len, self.dense_limit)
         if self.mode == "full":
             cos, sin = self._table(start, stop, max(seq_len, self.horizon))
-        else:
-            cos, sin = self.cos[start:stop], self.sin[start:stop]
-        self.true_cos, self.true_sin = cos[:, None], sin[:, None]  # [T, 1, D/2], fewer rows beyond dense_limit
+            self.true_cos, self.true_sin = for_whole_heads(cos[:, None], sin[:, None])
+        else:  # [T, 1, D], fewer rows beyond dense_limit
+            self.true_cos, self.true_sin = self.dense_cos[start:stop], self.dense_sin[start:stop]
 
     def __call__(self, layer: int, qkv_TXD: Tensor, cache: KVCache) -> Tensor:
         """Write keys and values to the cache and attend.
@@ -72,8 +73,9 @@ class Attention:
         q_rotated = self.write(layer, qkv_TXD, cache)
         if seq_len <= self.dense_limit:
             assert q_rotated is not None
-            keys = slice(self._first_visible(seq_len, T), seq_len)
-            k_GND, v_GND = cache.k_rotated[layer][:, keys], cache.v[layer][:, keys]
+            start = self._first_visible(seq_len, T)
+            keys = (1, start, seq_len - start)
+            k_GND, v_GND = cache.k_rotated[layer].narrow(*keys), cache.v[layer].narrow(*keys)
             return full_attention(q_rotated, k_GND, v_GND, self.sliding_window)
         return self.over_cache(layer, qkv_TXD[:, :H], cache, seq_len)
 
@@ -86,10 +88,10 @@ class Attention:
         H, G = self.model.num_heads, self.model.num_kv_heads
         dense_rows = self.true_cos.shape[0]
         if not dense_rows:
-            cache.write(layer, qkv_TXD[:, H:], None)
+            cache.write(layer, qkv_TXD, None)
             return None
         qk_rotated = apply_rope(qkv_TXD[:dense_rows, : H + G], self.true_cos, self.true_sin)
-        cache.write(layer, qkv_TXD[:, H:], qk_rotated[:, H:])
+        cache.write(layer, qkv_TXD, qk_rotated[:, H:])
         return qk_rotated[:, :H]
 
     def over_cache(self, layer: int, q_THD: Tensor, cache: KVCache, seq_len: int | Tensor) -> Tensor:
@@ -147,9 +149,9 @@ def full_attention(q_THD: Tensor, k_GND: Tensor, v_GND: Tensor, sliding_window: 
         out = F.scaled_dot_product_attention(q_HTD[None], k_GND[None], v_GND[None], attn_mask=bias, enable_gqa=True)
         return out[0].transpose(0, 1)
     # The query heads of a group become extra rows of one head, so that keys and values are never repeated.
-    q_GRD = q_THD.unflatten(1, (G, H // G)).permute(1, 2, 0, 3).reshape(G, H // G * T, D)
     if T == 1 and q_THD.is_cpu and q_THD.dtype == torch.float32:
-        return cpu.attend(q_GRD, k_GND, v_GND).reshape(1, H, D)
+        return cpu.attend(q_THD.reshape(G, H // G, D), k_GND, v_GND).view(1, H, D)
+    q_GRD = q_THD.unflatten(1, (G, H // G)).permute(1, 2, 0, 3).reshape(G, H // G * T, D)
     mask = None if T == 1 else _causal_mask(T, N, sliding_window, q_THD.device).repeat(H // G, 1)
     out_GRD = F.scaled_dot_product_attention(q_GRD[None], k_GND[None], v_GND[None], attn_mask=mask)[0]
     return out_GRD.view(G, H // G, T, D).permute(2, 0, 1, 3).reshape(T, H, D)

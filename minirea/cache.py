@@ -59,6 +59,8 @@ class KVCache:
         self.v: list[Tensor] = []
         self.k_rotated: list[Tensor] = []
         self._kv: list[Tensor] = []  # k and v of each layer, [2, G, N, D], or [1, G, N, D] where k is not kept
+        self._kv_rows: list[Tensor] = []  # the same by tokens, as steps write them: [N, Y, D], Y = 2G or G
+        self._k_rotated_rows: list[Tensor] = []  # [N, G, D]
         self._plan(capacity, 0).check(device)
         for tensors, shape in self._parts(capacity):
             tensors += [self._allocate(shape) for _ in range(config.num_layers)]
@@ -83,7 +85,8 @@ class KVCache:
         if self._plan(doubled, self.capacity).fits(self.device):
             capacity = doubled
         self._plan(capacity, self.capacity).check(self.device)
-        self.k, self.v = [], []  # they would keep the old tensors of all layers
+        # They would keep the old tensors of all layers.
+        self.k, self.v, self._kv_rows, self._k_rotated_rows = [], [], [], []
         try:
             for tensors, shape in self._parts(capacity):
                 for layer, old in enumerate(tensors):
@@ -94,18 +97,16 @@ class KVCache:
             self._name_views()
         self.capacity = capacity
 
-    def write(self, layer: int, kv_TYD: Tensor, k_rotated_TGD: Tensor | None) -> None:
+    def write(self, layer: int, qkv_TXD: Tensor, k_rotated_TGD: Tensor | None) -> None:
         """Put this step's T tokens at [seq_len, seq_len + T). `seq_len` itself moves once all layers are done.
 
-        `kv_TYD` holds keys without RoPE and values side by side, Y = 2G; `k_rotated_TGD` those keys that lie below
-        dense_limit, with RoPE.
+        `qkv_TXD` ends with keys without RoPE and values side by side, G heads each; `k_rotated_TGD` are those keys
+        that lie below dense_limit, with RoPE.
         """
-        kinds, G = self._kv[layer].shape[:2]
-        kv_TYD = kv_TYD[:, -kinds * G :]  # values come last
-        start, stop = self.seq_len, self.seq_len + len(kv_TYD)
-        self._kv[layer][:, :, start:stop] = kv_TYD.unflatten(1, (kinds, G)).permute(1, 2, 0, 3)
+        start, kv_NYD = self.seq_len, self._kv_rows[layer]
+        kv_NYD[start : start + len(qkv_TXD)] = qkv_TXD[:, -kv_NYD.shape[1] :]
         if k_rotated_TGD is not None:
-            self.k_rotated[layer][:, start : start + len(k_rotated_TGD)] = k_rotated_TGD.transpose(0, 1)
+            self._k_rotated_rows[layer][start : start + len(k_rotated_TGD)] = k_rotated_TGD
 
     def rewind(self, seq_len: int) -> None:
         """Forget every token from `seq_len` on."""
@@ -125,6 +126,8 @@ class KVCache:
     def _name_views(self) -> None:
         self.k = [kv[0] for kv in self._kv if len(kv) == 2]
         self.v = [kv[-1] for kv in self._kv]
+        self._kv_rows = [kv.flatten(0, 1).transpose(0, 1) for kv in self._kv]
+        self._k_rotated_rows = [k.transpose(0, 1) for k in self.k_rotated]
 
     def _allocate(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, device=self.device, dtype=self.dtype)

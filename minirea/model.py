@@ -47,6 +47,7 @@ class Model:
     def __init__(self, config: ModelConfig, weights: dict[str, Any], attention: Attention) -> None:
         self.config = config
         self.attention = attention
+        self.kernels = prefill_kernels(attention.impl)
         if weights["norm.weight"].is_cpu:
             weights = prepare(weights, weights["norm.weight"].dtype)
         self.embed: Tensor = weights["embed.weight"]  # [V, E]
@@ -106,16 +107,16 @@ class Model:
 
     def _block(self, index: int, x_TE: Tensor, cache: KVCache) -> None:
         """One layer, added to the residual stream in place."""
-        layer, kernels = self.layers[index], prefill_kernels(self.attention.impl)
+        layer = self.layers[index]
         out_THD = self.attention(index, self._qkv(layer, x_TE), cache)
         add_linear(x_TE, out_THD.flatten(1), layer.o, layer.o_bias)
         gate_up_TM = linear(self._norm(x_TE, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)  # M = 2F
-        add_linear(x_TE, kernels.swiglu(gate_up_TM), layer.down, layer.down_bias)
+        add_linear(x_TE, self.kernels.swiglu(gate_up_TM), layer.down, layer.down_bias)
 
     def _qkv(self, layer: Layer, x_TE: Tensor) -> Tensor:
         """Query, key and value heads side by side, [T, H + 2G, D]."""
         qkv = linear(self._norm(x_TE, layer.attn_norm), layer.qkv, layer.qkv_bias)
-        return qkv.unflatten(-1, (-1, self.config.head_dim))
+        return qkv.view(len(x_TE), -1, self.config.head_dim)
 
     def _norm(self, x_TE: Tensor, weight_E: Tensor) -> Tensor:
         return rms_norm(x_TE, weight_E, self.config.norm_eps)

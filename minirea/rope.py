@@ -84,7 +84,12 @@ def rope_table(frequencies: Tensor, attention_factor: float, start: int, stop: i
     return angles.cos() * attention_factor, angles.sin() * attention_factor
 
 
+def for_whole_heads(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of every element of a head and of its partner, [..., D], from tables [..., D/2]."""
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [..., D] by tables that broadcast to [..., D/2], in float32: pair i is (x[i], x[i + D/2])."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat(((a * cos).addcmul_(b, sin, value=-1), (b * cos).addcmul_(a, sin)), dim=-1).to(x.dtype)
+    """Rotate x [..., D] by tables `for_whole_heads`, in float32. The partner of element i is i + D/2, modulo D."""
+    wide = x.float()
+    return (wide * cos).addcmul_(wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)

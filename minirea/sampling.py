@@ -87,7 +87,7 @@ class Sampler:
         token = self._draw(logits_V) if self.config.temperature > 0 else logits_V.argmax(keepdim=True)
         if self.seen_V is not None:
             self.seen_V.index_fill_(0, token, True)
-        return torch.where(best.isfinite(), token, NON_FINITE)
+        return torch.where(best.abs() < math.inf, token, NON_FINITE)
 
     def _penalise(self, logits_V: Tensor) -> Tensor:
         if self.seen_V is None:

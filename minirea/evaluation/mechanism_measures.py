@@ -13,7 +13,7 @@ from torch import Tensor
 from minirea.config import ModelConfig, ReAttentionConfig
 from minirea.evaluation.observer import Step
 from minirea.kernels.reference import locate, score, select, vote
-from minirea.rope import apply_rope
+from minirea.rope import apply_rope, for_whole_heads
 
 PER_HEAD: Final = ("shared", "found", "middle", "covered", "covered_by_rope")
 
@@ -44,7 +44,7 @@ class Overlap:
             return
         config, n = step.attention.config, step.seq_len
         mid_lo, mid_hi = config.global_size, n - config.local_size
-        cos, sin = step.attention.true_tables(n)
+        cos, sin = for_whole_heads(*step.attention.true_tables(n))
         q_GRD, k_GND = step.q_GRD, step.k_GND
         q_rotated, k_rotated = apply_rope(q_GRD, cos[-1], sin[-1]), apply_rope(k_GND, cos, sin)
         winner_GRK = score(q_GRD, k_GND, mid_lo, mid_hi, config.span_top_k)
@@ -110,7 +110,7 @@ def scope_weights(step: Step, group: int, scope: Tensor) -> Tensor:
 
     Section 3 of the design, steps 7 and 8: keys take the positions that the mode gives them, RoPE, scale, softmax.
     """
-    cos, sin = step.tables(scope)
+    cos, sin = for_whole_heads(*step.tables(scope))
     k_SD = apply_rope(step.k_GND[group, scope], cos, sin)
     q_RD = apply_rope(step.q_GRD[group], cos[-1], sin[-1])
     return attention_weights(q_RD, k_SD)
