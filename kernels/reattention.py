@@ -139,7 +139,7 @@ def store_in_place(ptrs, values, mask, PAIRS: tl.constexpr):
     """`tl.store` of a matrix whose rows are nearly all masked, each thread what it holds.
 
     `tl.store` first brings the whole tile into memory order through shared memory, which takes longer than the matrix
-    product that made it. PAIRS: the matrix unit left each thread two neighbours of a row at a time.
+    product that made it. PAIRS: each thread holds two neighbours of a row at a time, as the matrix unit leaves them.
     """
     if COMPILED:
         COUNT: tl.constexpr = min(16, max(1, values.numel // tl.extra.cuda.num_threads()))
@@ -586,8 +586,8 @@ def combine(
 ):  # fmt: skip
     """Join the slices' partial attention of one key/value head's query heads: weights by maximum, then one division.
 
-    HEADS query heads at a time, since what a head costs is mostly the wait for its loads; at least as many as there are
-    warps, so that each has a head of its own (see `pick`).
+    HEADS query heads at a time, since what a head costs is mostly the wait for its loads; where registers allow, at least
+    as many as there are warps, so that each has a head of its own (see `pick`).
     """
     offs_s = tl.arange(0, SLICES_PAD)
     offs_d = tl.arange(0, BLOCK_D)

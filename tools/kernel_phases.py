@@ -26,13 +26,11 @@ from minirea.kernels.reattention import (
     combine,
     load_rows,
     locate,
-    merge,
     pick,
     score_unit,
     select,
     slice_of,
-    sort,
-    vote,
+    sort_winners,
 )
 
 Phase = Callable[[torch.Tensor, torch.Tensor], None]  # of one pair of caches
@@ -69,15 +67,10 @@ def elect_winners(
     CANDIDATES_PAD: tl.constexpr, BALLOT_ROWS: tl.constexpr, BALLOT_ROWS_PAD: tl.constexpr, VOTES: tl.constexpr,
     W_PAD: tl.constexpr,
 ):  # fmt: skip
-    """`merge`, `vote` where there are more winners than spans, and `sort`, as the selecting programs do them."""
+    """`sort_winners`, as the selecting programs do it."""
     ballots: tl.constexpr = G if BY_HEAD else 1
-    for ballot in range(tl.program_id(0), ballots, tl.num_programs(0)):
-        winner = merge(candidate_ptr, ballot * BALLOT_ROWS, (ballot + 1) * BALLOT_ROWS, BALLOT_ROWS_PAD,
-                       SLICES * K_PAD, CANDIDATES_PAD, K, K_PAD)  # fmt: skip
-        kept = tl.reshape(winner, [W_PAD])
-        if VOTES:
-            kept = vote(kept, max_spans, W_PAD)
-        sort(kept, kept_ptr + ballot * W_PAD, num_kept_ptr + ballot, W_PAD)
+    sort_winners(candidate_ptr, kept_ptr, num_kept_ptr, tl.program_id(0), ballots, tl.num_programs(0), max_spans,
+                 BALLOT_ROWS, BALLOT_ROWS_PAD, SLICES * K_PAD, CANDIDATES_PAD, K, K_PAD, VOTES, W_PAD)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*SIZES, "workers"])

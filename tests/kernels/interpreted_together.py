@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from dataclasses import replace
+from multiprocessing import connection
 from typing import Any
 
 import pytest
@@ -42,12 +43,16 @@ def launch(monkeypatch: pytest.MonkeyPatch, step: Any, programs: int, arguments:
     running = [CONTEXT.Process(target=run_program, args=(i, programs, step, arguments)) for i in range(programs)]
     for process in running:
         process.start()
-    for process in running:
-        process.join(60)
-    exits = [process.exitcode for process in running]
-    for process in running:
-        process.kill()
-    assert exits == [0] * programs
+    waiting = {process.sentinel: process for process in running}
+    try:
+        while waiting:  # one that fails leaves the others waiting for it forever
+            ended = connection.wait(list(waiting), timeout=60)
+            assert ended, f"{len(waiting)} of {programs} programs still run after a minute"
+            assert [waiting.pop(sentinel).exitcode for sentinel in ended] == [0] * len(ended)
+    finally:
+        for process in running:
+            process.kill()
+            process.join()
     return workspace
 
 
