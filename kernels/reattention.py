@@ -586,8 +586,8 @@ def combine(
 ):  # fmt: skip
     """Join the slices' partial attention of one key/value head's query heads: weights by maximum, then one division.
 
-    HEADS query heads at a time, since what a head costs is mostly the wait for its loads; where registers allow, at least
-    as many as there are warps, so that each has a head of its own (see `pick`).
+    HEADS query heads at a time, since what a head costs is mostly the wait for its loads; at least as many as there are
+    warps where registers allow, so that each warp has a head of its own (see `pick`).
     """
     offs_s = tl.arange(0, SLICES_PAD)
     offs_d = tl.arange(0, BLOCK_D)

@@ -48,7 +48,10 @@ def launch(monkeypatch: pytest.MonkeyPatch, step: Any, programs: int, arguments:
         while waiting:  # one that fails leaves the others waiting for it forever
             ended = connection.wait(list(waiting), timeout=60)
             assert ended, f"{len(waiting)} of {programs} programs still run after a minute"
-            assert [waiting.pop(sentinel).exitcode for sentinel in ended] == [0] * len(ended)
+            for sentinel in ended:
+                process = waiting.pop(sentinel)
+                process.join()
+                assert process.exitcode == 0
     finally:
         for process in running:
             process.kill()
