@@ -91,8 +91,9 @@ class Attention:
             cache.write(layer, qkv_TXD, None)
             return None
         qk_rotated = apply_rope(qkv_TXD[:dense_rows, : H + G], self.true_cos, self.true_sin)
-        cache.write(layer, qkv_TXD, qk_rotated[:, H:])
-        return qk_rotated[:, :H]
+        q_rotated, k_rotated = qk_rotated.split_with_sizes((H, G), 1)
+        cache.write(layer, qkv_TXD, k_rotated)
+        return q_rotated
 
     def over_cache(self, layer: int, q_THD: Tensor, cache: KVCache, seq_len: int | Tensor) -> Tensor:
         """ReAttention of a step whose keys and values the cache already holds. Not for mode "full".

@@ -30,16 +30,15 @@ class PackedMatrix:
 
     def __init__(self, packed: Any, scale: float, nbytes: int) -> None:
         self.packed = packed
-        self.inverse_scale = torch.tensor(1 / scale)  # a product with a number costs twice one with a tensor
+        self.inverse_scale = 1 / scale
         self.nbytes = nbytes
 
     def multiply(self, x_TK: Tensor) -> Tensor:
-        """x_TK times the matrix transposed, float32 [T, N]."""
+        """x_TK times the matrix transposed times the scale, float32 [T, N]."""
         # torch looks for __torch_function__ on every argument. On the packed one the search ends in two C++ exceptions,
-        # 9 us that a small matrix takes less than.
+        # which cost 9 us, more than a small matrix takes.
         with torch._C.DisableTorchFunctionSubclass():
-            product_TN = torch.ops.quantized.linear_dynamic_fp16(x_TK, self.packed)
-        return product_TN.mul_(self.inverse_scale)
+            return torch.ops.quantized.linear_dynamic_fp16(x_TK, self.packed)
 
 
 def can_pack() -> bool:
@@ -95,17 +94,32 @@ def prepare(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
 def linear(x_TK: Tensor, matrix_NK: Tensor | PackedMatrix, bias_N: Tensor | None = None) -> Tensor:
     """x_TK times the matrix transposed, plus the bias: [T, N]. On any device; only a CPU has packed matrices."""
     if isinstance(matrix_NK, PackedMatrix):
-        out_TN = matrix_NK.multiply(x_TK)
+        out_TN = matrix_NK.multiply(x_TK).mul_(matrix_NK.inverse_scale)
         return out_TN if bias_N is None else out_TN.add_(bias_N)
     return F.linear(x_TK, matrix_NK, bias_N)
 
 
 def add_linear(sum_TN: Tensor, x_TK: Tensor, matrix_NK: Tensor | PackedMatrix, bias_N: Tensor | None = None) -> None:
     """sum_TN += linear(...), by a product that ends in the sum where there is one: one rounding, no pass of its own."""
-    if isinstance(matrix_NK, PackedMatrix) or bias_N is not None:
+    if bias_N is not None:
         sum_TN += linear(x_TK, matrix_NK, bias_N)
+    elif isinstance(matrix_NK, PackedMatrix):
+        sum_TN.add_(matrix_NK.multiply(x_TK), alpha=matrix_NK.inverse_scale)
     else:
         sum_TN.addmm_(x_TK, matrix_NK.t())
+
+
+def norm_linear(
+    x_TE: Tensor, norm_E: Tensor, eps: float, matrix_NE: Tensor | PackedMatrix, bias_N: Tensor | None = None
+) -> Tensor:
+    """linear(rms_norm(x_TE), ...): [T, N]. The scale of a packed matrix is undone in the norm, where it costs least.
+
+    A power of two commutes with the product, exactly but for elements so small that they turn subnormal.
+    """
+    if not isinstance(matrix_NE, PackedMatrix):
+        return linear(rms_norm(x_TE, norm_E, eps), matrix_NE, bias_N)
+    out_TN = matrix_NE.multiply(rms_norm(x_TE, norm_E, eps, matrix_NE.inverse_scale))
+    return out_TN if bias_N is None else out_TN.add_(bias_N)
 
 
 def attend(q_GRD: Tensor, k_GND: Tensor, v_GND: Tensor) -> Tensor:
@@ -117,14 +131,15 @@ def attend(q_GRD: Tensor, k_GND: Tensor, v_GND: Tensor) -> Tensor:
     return torch.bmm(p_GRN, v_GND)
 
 
-def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight per row.
+def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, factor: float = 1.0) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight * factor per row.
 
     torch composes its own of nine operations on a CPU. One float32 row takes two: its mean square as a number, which
     costs no wait where there is no device to wait for, and 0 + x * weight * number as one operation.
     """
     if x_TE.shape[0] > 1 or x_TE.dtype != torch.float32 or not x_TE.is_cpu:
-        return F.rms_norm(x_TE, weight_E.shape, weight_E, eps)
+        out_TE = F.rms_norm(x_TE, weight_E.shape, weight_E, eps)
+        return out_TE if factor == 1 else out_TE.mul_(factor)
     x_E = x_TE[0]
     inverse = (torch.dot(x_E, x_E).item() / len(x_E) + eps) ** -0.5
-    return torch.addcmul(_ZERO, x_TE, weight_E, value=inverse)
+    return torch.addcmul(_ZERO, x_TE, weight_E, value=inverse * factor)

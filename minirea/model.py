@@ -15,7 +15,7 @@ from torch import Tensor
 from minirea.attention import Attention
 from minirea.cache import KVCache
 from minirea.config import ModelConfig
-from minirea.cpu import PackedMatrix, add_linear, linear, prepare, rms_norm
+from minirea.cpu import PackedMatrix, add_linear, norm_linear, prepare
 from minirea.kernels import prefill_kernels
 
 
@@ -88,7 +88,7 @@ class Model:
 
     def logits(self, x_TE: Tensor) -> Tensor:
         """Scores of the next token, float32 [T, V]."""
-        return linear(self._norm(x_TE, self.norm), self.head).float()
+        return self._norm_linear(x_TE, self.norm, self.head).float()
 
     def first_query(self, token_id: int) -> Tensor:
         """What the first layer asks for with a token, without RoPE, [1, H, D]: no other token has a part in it."""
@@ -110,16 +110,18 @@ class Model:
         layer = self.layers[index]
         out_THD = self.attention(index, self._qkv(layer, x_TE), cache)
         add_linear(x_TE, out_THD.flatten(1), layer.o, layer.o_bias)
-        gate_up_TM = linear(self._norm(x_TE, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)  # M = 2F
+        gate_up_TM = self._norm_linear(x_TE, layer.mlp_norm, layer.gate_up, layer.gate_up_bias)  # M = 2F
         add_linear(x_TE, self.kernels.swiglu(gate_up_TM), layer.down, layer.down_bias)
 
     def _qkv(self, layer: Layer, x_TE: Tensor) -> Tensor:
         """Query, key and value heads side by side, [T, H + 2G, D]."""
-        qkv = linear(self._norm(x_TE, layer.attn_norm), layer.qkv, layer.qkv_bias)
+        qkv = self._norm_linear(x_TE, layer.attn_norm, layer.qkv, layer.qkv_bias)
         return qkv.view(len(x_TE), -1, self.config.head_dim)
 
-    def _norm(self, x_TE: Tensor, weight_E: Tensor) -> Tensor:
-        return rms_norm(x_TE, weight_E, self.config.norm_eps)
+    def _norm_linear(
+        self, x_TE: Tensor, norm_E: Tensor, matrix_NE: Tensor | PackedMatrix, bias_N: Tensor | None = None
+    ) -> Tensor:
+        return norm_linear(x_TE, norm_E, self.config.norm_eps, matrix_NE, bias_N)
 
 
 def _layer(weights: dict[str, Any], index: int) -> Layer:

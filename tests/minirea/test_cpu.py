@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from minirea import api
 from minirea.attention import Attention
-from minirea.cpu import PackedMatrix, attend, can_pack, linear, pack, prepare, rms_norm
+from minirea.cpu import PackedMatrix, add_linear, attend, can_pack, linear, norm_linear, pack, prepare, rms_norm
 from minirea.model import Model
 from minirea.weights import load_weights
 
@@ -58,6 +58,21 @@ def test_packed_products_are_as_exact_as_those_of_float32(dtype: torch.dtype, la
 def test_zero_matrix_and_bias() -> None:
     x, bias = random(2, 8), random(5)
     assert torch.equal(linear(x, pack(torch.zeros(5, 8, dtype=torch.bfloat16)), bias), bias.expand(2, 5))
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_where_the_scale_is_undone_does_not_matter(packed: bool, biased: bool, rows: int) -> None:
+    x, norm, total = random(rows, 64), random(64, seed=1), random(rows, 45, seed=2)
+    half = (random(45, 64, seed=3) / 16).bfloat16()
+    matrix, bias = pack(half) if packed else half.float(), random(45, seed=4) if biased else None
+    normed = linear(rms_norm(x, norm, 1e-5), matrix, bias)
+    assert torch.equal(norm_linear(x, norm, 1e-5, matrix, bias), normed)
+    expected = total + linear(x, matrix, bias)
+    add_linear(total, x, matrix, bias)
+    torch.testing.assert_close(total, expected)
 
 
 def model_weights(dtype: torch.dtype, tied: bool) -> dict[str, torch.Tensor]:
