@@ -579,6 +579,17 @@ def attend(
 
 
 @triton.jit
+def store_partial(
+    partial_acc_ptr, partial_max_ptr, partial_sum_ptr, acc, row_max, row_sum, partial, mask_m, offs_d, D: tl.constexpr
+):  # fmt: skip
+    """Keep what `attend` has of one slice for `combine`: rows `partial` [M] of the three tables."""
+    tl.store(partial_max_ptr + partial, row_max, mask=mask_m)
+    tl.store(partial_sum_ptr + partial, tl.sum(row_sum, axis=1), mask=mask_m)
+    mask_md = mask_m[:, None] & (offs_d < D)[None, :]
+    tl.store(partial_acc_ptr + partial[:, None] * D + offs_d[None, :], acc, mask=mask_md)
+
+
+@triton.jit
 def combine(
     partial_acc_ptr, partial_max_ptr, partial_sum_ptr, out_ptr, g,
     GROUP: tl.constexpr, HEADS: tl.constexpr, SLICES: tl.constexpr, SLICES_PAD: tl.constexpr, D: tl.constexpr,
@@ -806,11 +817,8 @@ def decode_kernel(
                 acc, row_max, row_sum, q_a, q_b, k_head, stride_kn, stride_kd, v_head, stride_vn, stride_vd,
                 cos_ptr, sin_ptr, cos, sin, lo, hi, length - 1, 0, selection_head,
                 SCALE, D, BLOCK_A, BLOCK_D, HALF_PAD, SELECTS, RELATIVE, STAGES, PRECISION)  # fmt: skip
-            partial = heads * SLICES + part
-            tl.store(partial_max_ptr + partial, row_max, mask=mask_m)
-            tl.store(partial_sum_ptr + partial, tl.sum(row_sum, axis=1), mask=mask_m)
-            mask_md = mask_m[:, None] & (offs_d < D)[None, :]
-            tl.store(partial_acc_ptr + partial[:, None] * D + offs_d[None, :], acc, mask=mask_md)
+            store_partial(partial_acc_ptr, partial_max_ptr, partial_sum_ptr, acc, row_max, row_sum,
+                          heads * SLICES + part, mask_m, offs_d, D)  # fmt: skip
             tl.debug_barrier()
             done = tl.atomic_add(counters_ptr + HEADS_DONE + g, 1, sem="acq_rel", scope="gpu")
             if done % SLICES == SLICES - 1:  # the last of this launch

@@ -31,6 +31,7 @@ from minirea.kernels.reattention import (
     select,
     slice_of,
     sort_winners,
+    store_partial,
 )
 
 Phase = Callable[[torch.Tensor, torch.Tensor], None]  # of one pair of caches
@@ -139,11 +140,8 @@ def attend_rows(
                 acc, row_max, row_sum, q_a, q_b, k_head, stride_kn, stride_kd, v_head, stride_vn, stride_vd,
                 cos_ptr, sin_ptr, cos, sin, lo, hi, length - 1, 0, selection_head,
                 SCALE, D, BLOCK_A, BLOCK_D, HALF_PAD, True, RELATIVE, STAGES, PRECISION)  # fmt: skip
-        partial = heads * SLICES + part
-        tl.store(partial_max_ptr + partial, row_max, mask=mask_m)
-        tl.store(partial_sum_ptr + partial, tl.sum(row_sum, axis=1), mask=mask_m)
-        mask_md = mask_m[:, None] & (offs_d < D)[None, :]
-        tl.store(partial_acc_ptr + partial[:, None] * D + offs_d[None, :], acc, mask=mask_md)
+        store_partial(partial_acc_ptr, partial_max_ptr, partial_sum_ptr, acc, row_max, row_sum,
+                      heads * SLICES + part, mask_m, offs_d, D)  # fmt: skip
 
 
 @triton.jit
