@@ -623,15 +623,18 @@ def combine(
 @triton.jit
 def gather(
     k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd, cos_ptr, sin_ptr, k_rot_ptr, v_sel_ptr,
-    offs_r, source, mask_r, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF_PAD: tl.constexpr,
+    offs_r, source, mask_r, num_copied, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Copy rows offs_r of the scope, keys rotated to their positions, to k_rot and v_sel [S, D]. Section 3, step 7."""
+    """Copy rows offs_r of the scope, keys rotated to their positions, to k_rot [S, D], and values of rows before
+    num_copied to v_sel [S, D]. Section 3, step 7.
+    """
     dtype = k_rot_ptr.dtype.element_ty
     offs_h = tl.arange(0, HALF_PAD)
     offs_d = tl.arange(0, BLOCK_D)
     k_a = load_rows(k_ptr, source, stride_kn, mask_r, offs_h, stride_kd, D // 2)
     k_b = load_rows(k_ptr + D // 2 * stride_kd, source, stride_kn, mask_r, offs_h, stride_kd, D // 2)
-    v = load_rows(v_ptr, source, stride_vn, mask_r, offs_d, stride_vd, D)
+    mask_v = mask_r & (offs_r < num_copied)
+    v = load_rows(v_ptr, source, stride_vn, mask_v, offs_d, stride_vd, D)
     cos = load_rows(cos_ptr, offs_r, D // 2, mask_r, offs_h, 1, D // 2)
     sin = load_rows(sin_ptr, offs_r, D // 2, mask_r, offs_h, 1, D // 2)
     k_a, k_b = rotate_halves(k_a, k_b, cos, sin)
@@ -640,7 +643,7 @@ def gather(
     k_ptrs = k_rot_ptr + rows + offs_h[None, :]
     tl.store(k_ptrs, k_a.to(dtype), mask=mask_rh)
     tl.store(k_ptrs + D // 2, k_b.to(dtype), mask=mask_rh)
-    tl.store(v_sel_ptr + rows + offs_d[None, :], v, mask=mask_r[:, None] & (offs_d < D)[None, :])
+    tl.store(v_sel_ptr + rows + offs_d[None, :], v, mask=mask_v[:, None] & (offs_d < D)[None, :])
 
 
 @triton.jit
@@ -665,17 +668,23 @@ def rotate_queries(
 
 @triton.jit
 def attend_tiles(
-    acc, row_max, row_sum, q, k_ptr, v_ptr, lo, hi, last_key,
+    acc, row_max, row_sum, q, k_ptr, v_sel_ptr, v_ptr, stride_vn, stride_vd, num_copied, lo, hi, last_key,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Flash attention of q [M, D] over rows [lo, hi) of the gathered scope; CAUSAL hides keys after last_key [M]."""
+    """Flash attention of q [M, D] over rows [lo, hi) of the scope; CAUSAL hides keys after last_key [M].
+
+    Row r's key is k_ptr's row r; its value is v_sel_ptr's row r if r < num_copied, else v_ptr's row r, in the cache.
+    num_copied and lo are multiples of BLOCK_A.
+    """
     offs_d = tl.arange(0, BLOCK_D)
     for first in tl.range(lo, hi, BLOCK_A, num_stages=STAGES):
         offs_r = first + tl.arange(0, BLOCK_A)
         mask_r = offs_r < hi
         k = load_rows(k_ptr, offs_r, D, mask_r, offs_d, 1, D)
-        v = load_rows(v_ptr, offs_r, D, mask_r, offs_d, 1, D)
+        copied = first < num_copied
+        v = load_rows(tl.where(copied, v_sel_ptr, v_ptr), offs_r, tl.where(copied, D, stride_vn), mask_r,
+                      offs_d, tl.where(copied, 1, stride_vd), D)  # fmt: skip
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if CAUSAL:
             logits = tl.where(offs_r[None, :] <= last_key[:, None], logits, float("-inf"))
@@ -929,6 +938,7 @@ def chunk_kernel(
             if not dense:
                 front = tl.load(front_ptr + ballot)
         length = front + n - local_lo
+        num_copied = tl.cdiv(front, BLOCK_A) * BLOCK_A
         for unit in range(program, tl.cdiv(length, BLOCK_R) * heads_per_ballot, programs):
             g = ballot if BY_HEAD else unit % G
             offs_r = unit // heads_per_ballot * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -939,7 +949,7 @@ def chunk_kernel(
             gather(k_ptr + tl.cast(g, tl.int64) * stride_kg, stride_kn, stride_kd,
                    v_ptr + tl.cast(g, tl.int64) * stride_vg, stride_vn, stride_vd, cos_ptr, sin_ptr,
                    k_rot_ptr + tl.cast(g, tl.int64) * max_scope * D, v_sel_ptr + tl.cast(g, tl.int64) * max_scope * D,
-                   offs_r, source, mask_r, D, BLOCK_D, HALF_PAD)  # fmt: skip
+                   offs_r, source, mask_r, num_copied, D, BLOCK_D, HALF_PAD)  # fmt: skip
         for unit in range(program, tl.cdiv(num_rows * heads_per_ballot, BLOCK_R), programs):
             row = unit * BLOCK_R + tl.arange(0, BLOCK_R)
             mask_r = row < num_rows * heads_per_ballot
@@ -963,17 +973,22 @@ def chunk_kernel(
         mask_m = rows < num_rows
         q = load_rows(q_rot_ptr, g * num_rows + rows, D, mask_m, offs_d, 1, D)
         k_head = k_rot_ptr + tl.cast(g, tl.int64) * max_scope * D
-        v_head = v_sel_ptr + tl.cast(g, tl.int64) * max_scope * D
+        v_sel_head = v_sel_ptr + tl.cast(g, tl.int64) * max_scope * D
+        # The values of the local part lie in the cache as they are wanted; its first row is the scope's row `front`.
+        v_head = v_ptr + tl.cast(g, tl.int64) * stride_vg + tl.cast(local_lo - front, tl.int64) * stride_vn
+        num_copied = tl.cdiv(front, BLOCK_A) * BLOCK_A
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         row_max = tl.full([BLOCK_M], -1.0e38, tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         # Keys that every row sees need no mask; the block's own queries are at most a tile or two more.
         seen_by_all = (length - T + unit // G * BLOCK_M // GROUP + 1) // BLOCK_A * BLOCK_A
         seen_by_any = tl.minimum(length, length - T + (unit // G * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
-        acc, row_max, row_sum = attend_tiles(acc, row_max, row_sum, q, k_head, v_head, 0, seen_by_all, last_key,
+        acc, row_max, row_sum = attend_tiles(acc, row_max, row_sum, q, k_head, v_sel_head, v_head, stride_vn, stride_vd,
+                                             num_copied, 0, seen_by_all, last_key,
                                              SCALE, D, BLOCK_A, BLOCK_D, False, STAGES, PRECISION)  # fmt: skip
-        acc, row_max, row_sum = attend_tiles(acc, row_max, row_sum, q, k_head, v_head, seen_by_all, seen_by_any,
-                                             last_key, SCALE, D, BLOCK_A, BLOCK_D, True, STAGES, PRECISION)  # fmt: skip
+        acc, row_max, row_sum = attend_tiles(acc, row_max, row_sum, q, k_head, v_sel_head, v_head, stride_vn, stride_vd,
+                                             num_copied, seen_by_all, seen_by_any, last_key,
+                                             SCALE, D, BLOCK_A, BLOCK_D, True, STAGES, PRECISION)  # fmt: skip
         out_ptrs = out_ptr + ((rows // GROUP) * (G * GROUP) + g * GROUP + rows % GROUP).to(tl.int64)[:, None] * D
         out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptrs + offs_d[None, :], out, mask=mask_m[:, None] & (offs_d < D)[None, :])
