@@ -406,18 +406,18 @@ def count_votes(
     """Cast the votes of some rows of one ballot. Section 3, step 5.
 
     counts_ptr int32 [N] counts by position; num_votes_ptr int32 [levels + 1] counts the positions that have at least
-    so many votes. Most positions get one or two votes and would all add to the same two numbers, so those are summed
-    up before they are added.
+    so many votes. The votes of all programs would add to the same few of these numbers one after the other, so the
+    lowest BINS levels are counted here first.
     """
     winner = merge(candidate_ptr, first_row, last_row, ROWS, CANDIDATES, CANDIDATES_PAD, K, K_PAD)
     cast = winner != NOWHERE
     level = tl.atomic_add(counts_ptr + winner, 1, mask=cast, sem="relaxed") + 1
     level = tl.where(cast, level, levels + 1)
-    for common in tl.static_range(1, 3):
-        if common <= levels:
-            reached = tl.sum(tl.sum((level == common).to(tl.int32), axis=1), axis=0)
-            tl.atomic_add(num_votes_ptr + common, reached, sem="relaxed")
-    tl.atomic_add(num_votes_ptr + level, 1, mask=(level > 2) & (level <= levels), sem="relaxed")
+    BINS: tl.constexpr = 128
+    bins = tl.arange(0, BINS)
+    reached = tl.histogram(tl.reshape(level, [ROWS * K_PAD]), BINS, mask=tl.reshape(level < BINS, [ROWS * K_PAD]))
+    tl.atomic_add(num_votes_ptr + bins, reached, mask=(reached > 0) & (bins <= levels), sem="relaxed")
+    tl.atomic_add(num_votes_ptr + level, 1, mask=(level >= BINS) & (level <= levels), sem="relaxed")
 
 
 @triton.jit
