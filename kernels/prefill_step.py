@@ -1,9 +1,10 @@
-"""What a prefill step does on a GPU beside attention and matrix products, in one pass over memory.
+"""What a prefill step does on a GPU beside attention and matrix products, each in one pass over memory.
 
-    swiglu   gate and up of a chunk -> silu(gate) * up
+    rms_norm   the residual stream -> its rows, normed
+    swiglu     gate and up of a chunk -> silu(gate) * up
 
-Matrix products of whole chunks are cuBLAS's, which also adds them to the residual stream, so that this is the only
-operation left that takes torch several passes. Letters are the project's: T queries, F MLP width.
+Matrix products of whole chunks are cuBLAS's, which also adds them to the residual stream. Letters are the project's:
+T queries, E model width, F MLP width.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -20,6 +21,22 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from minirea.kernels.decode_step import launch
 
 # ------------------------------------------------------------------------------------------------------------- device
+
+
+@triton.jit
+def rms_norm_kernel(x_ptr, norm_ptr, out_ptr, eps, E: tl.constexpr, BLOCK_E: tl.constexpr, EARLY: tl.constexpr):
+    """A program takes one row."""
+    if EARLY:
+        gdc_launch_dependents()
+    offs_e = tl.arange(0, BLOCK_E)
+    mask_e = offs_e < E
+    norm = tl.load(norm_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)  # nobody writes it: before the wait
+    if EARLY:
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64) * E
+    x = tl.load(x_ptr + row + offs_e, mask=mask_e, other=0.0).to(tl.float32)
+    out = x * tl.rsqrt(tl.sum(x * x, axis=0) / E + eps) * norm
+    tl.store(out_ptr + row + offs_e, out.to(out_ptr.dtype.element_ty), mask=mask_e)
 
 
 @triton.jit
@@ -43,6 +60,15 @@ def swiglu_kernel(gate_up_ptr, out_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr, 
 
 NUM_WARPS: Final = 4
 MAX_BYTES: Final = 32 * 32 * NUM_WARPS  # of a program's gates: two loads of 16 bytes for each thread
+
+
+def rms_norm(x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight per row, [T, E], in float32 up to the last rounding. x is row-major."""
+    T, E = x_TE.shape
+    out_TE = torch.empty_like(x_TE)
+    constants = {"E": E, "BLOCK_E": triton.next_power_of_2(E), "num_warps": NUM_WARPS}
+    launch(rms_norm_kernel, T, x_TE.device, x_TE, weight_E, out_TE, eps, **constants)
+    return out_TE
 
 
 def swiglu(gate_up_TM: torch.Tensor) -> torch.Tensor:

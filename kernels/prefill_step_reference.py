@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 
 
+def rms_norm(x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x_TE, weight_E.shape, weight_E, eps)
+
+
 def swiglu(gate_up_TM: torch.Tensor) -> torch.Tensor:
     gate_TF, up_TF = gate_up_TM.chunk(2, dim=-1)
     return F.silu(gate_TF).mul_(up_TF)

@@ -137,7 +137,7 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, factor: float = 1.0) ->
     torch composes its own of nine operations on a CPU. One float32 row takes two: its mean square as a number, which
     costs no wait where there is no device to wait for, and 0 + x * weight * number as one operation.
     """
-    if x_TE.shape[0] > 1 or x_TE.dtype != torch.float32 or not x_TE.is_cpu:
+    if x_TE.shape[0] > 1 or x_TE.dtype != torch.float32:
         out_TE = F.rms_norm(x_TE, weight_E.shape, weight_E, eps)
         return out_TE if factor == 1 else out_TE.mul_(factor)
     x_E = x_TE[0]

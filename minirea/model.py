@@ -15,7 +15,7 @@ from torch import Tensor
 from minirea.attention import Attention
 from minirea.cache import KVCache
 from minirea.config import ModelConfig
-from minirea.cpu import PackedMatrix, add_linear, norm_linear, prepare
+from minirea.cpu import PackedMatrix, add_linear, linear, norm_linear, prepare
 from minirea.kernels import prefill_kernels
 
 
@@ -121,7 +121,9 @@ class Model:
     def _norm_linear(
         self, x_TE: Tensor, norm_E: Tensor, matrix_NE: Tensor | PackedMatrix, bias_N: Tensor | None = None
     ) -> Tensor:
-        return norm_linear(x_TE, norm_E, self.config.norm_eps, matrix_NE, bias_N)
+        if x_TE.is_cpu:
+            return norm_linear(x_TE, norm_E, self.config.norm_eps, matrix_NE, bias_N)
+        return linear(self.kernels.rms_norm(x_TE, norm_E, self.config.norm_eps), matrix_NE, bias_N)
 
 
 def _layer(weights: dict[str, Any], index: int) -> Layer:

@@ -10,6 +10,23 @@ from kernel_cases import error
 SHAPES = [(1, 16), (5, 4096), (3, 4099), (7, 50), (2, 1)]
 
 
+def check_rms_norm(T: int, E: int, dtype: torch.dtype, device: str) -> None:
+    """At most twice the error of the twin in the same dtype, and rounding; small rows and zeros too."""
+    from minirea.kernels.prefill_step import rms_norm
+    from minirea.kernels.prefill_step_reference import rms_norm as twin
+
+    inputs = Inputs(dtype, device, seed=E)
+    x_TE, weight_E = 8 * inputs.normal(T, E), inputs.normal(E)
+    x_TE[0] = 0
+    x_TE[-1] = 1e-3 * inputs.normal(E)  # squares as small as eps
+    given = x_TE.clone()
+    got, plain = rms_norm(x_TE, weight_E, 1e-5), twin(x_TE, weight_E, 1e-5)
+    exact = twin(x_TE.double(), weight_E.double(), 1e-5)
+    assert torch.equal(x_TE, given)
+    assert (got.shape, got.dtype) == ((T, E), dtype) and got.is_contiguous()
+    assert error(got, exact) <= 2 * error(plain, exact) + torch.finfo(dtype).eps
+
+
 def check_swiglu(T: int, F: int, dtype: torch.dtype, device: str) -> None:
     """At most twice the error of the twin in the same dtype, and rounding; and gates that are not finite pass."""
     from minirea.kernels.prefill_step import swiglu

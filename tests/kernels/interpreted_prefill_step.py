@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from prefill_step_cases import SHAPES, check_swiglu
+from prefill_step_cases import SHAPES, check_rms_norm, check_swiglu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("T", "E"), SHAPES)
+def test_rms_norm_equals_its_twin(T: int, E: int, dtype: torch.dtype) -> None:
+    check_rms_norm(T, E, dtype, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from prefill_step_cases import SHAPES, check_swiglu
+from prefill_step_cases import SHAPES, check_rms_norm, check_swiglu
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("T", "E"), [*SHAPES, (512, 4096), (1024, 8192)])
+def test_rms_norm_equals_its_twin(T: int, E: int, dtype: torch.dtype) -> None:
+    check_rms_norm(T, E, dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
