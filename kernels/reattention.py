@@ -621,6 +621,16 @@ def combine(
 
 
 @triton.jit
+def rows_before_local(front_ptr, ballot, dense, global_size, SELECTS: tl.constexpr):
+    """Rows of a ballot's scope before its local part."""
+    front = tl.where(dense, 0, global_size)
+    if SELECTS:
+        if not dense:
+            front = tl.load(front_ptr + ballot)
+    return front
+
+
+@triton.jit
 def gather(
     k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd, cos_ptr, sin_ptr, k_rot_ptr, v_sel_ptr,
     offs_r, source, mask_r, num_copied, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF_PAD: tl.constexpr,
@@ -933,10 +943,7 @@ def chunk_kernel(
             wait(counters_ptr, arrive(counters_ptr))
 
     for ballot in range(ballots):
-        front = tl.where(dense, 0, global_size)  # rows of the scope before its local part
-        if SELECTS:
-            if not dense:
-                front = tl.load(front_ptr + ballot)
+        front = rows_before_local(front_ptr, ballot, dense, global_size, SELECTS)
         length = front + n - local_lo
         num_copied = tl.cdiv(front, BLOCK_A) * BLOCK_A
         for unit in range(program, tl.cdiv(length, BLOCK_R) * heads_per_ballot, programs):
@@ -950,24 +957,22 @@ def chunk_kernel(
                    v_ptr + tl.cast(g, tl.int64) * stride_vg, stride_vn, stride_vd, cos_ptr, sin_ptr,
                    k_rot_ptr + tl.cast(g, tl.int64) * max_scope * D, v_sel_ptr + tl.cast(g, tl.int64) * max_scope * D,
                    offs_r, source, mask_r, num_copied, D, BLOCK_D, HALF_PAD)  # fmt: skip
-        for unit in range(program, tl.cdiv(num_rows * heads_per_ballot, BLOCK_R), programs):
-            row = unit * BLOCK_R + tl.arange(0, BLOCK_R)
-            mask_r = row < num_rows * heads_per_ballot
-            t = row % num_rows // GROUP
-            g = ballot * heads_per_ballot + row // num_rows
-            head = g * GROUP + row % GROUP
-            rotate_queries(q_ptr, stride_qt, stride_qh, stride_qd, cos_ptr, sin_ptr, q_rot_ptr, t, head,
-                           length - T + t, g * num_rows + row % num_rows, mask_r, D, HALF_PAD)  # fmt: skip
-    wait(counters_ptr, arrive(counters_ptr))
+    everyone = arrive(counters_ptr)
 
     row_blocks = tl.cdiv(num_rows, BLOCK_M)
+    for unit in range(program, G * row_blocks, programs):  # this program's own queries, while others still gather
+        g = unit % G
+        rows = unit // G * BLOCK_M + tl.arange(0, BLOCK_M)
+        t = rows // GROUP
+        front = rows_before_local(front_ptr, g if BY_HEAD else 0, dense, global_size, SELECTS)
+        rotate_queries(q_ptr, stride_qt, stride_qh, stride_qd, cos_ptr, sin_ptr, q_rot_ptr, t, g * GROUP + rows % GROUP,
+                       front + n - local_lo - T + t, g * num_rows + rows, rows < num_rows, D, HALF_PAD)  # fmt: skip
+    wait(counters_ptr, everyone)
+
     for unit in range(program, G * row_blocks, programs):
         g = unit % G
         rows = unit // G * BLOCK_M + tl.arange(0, BLOCK_M)
-        front = tl.where(dense, 0, global_size)
-        if SELECTS:
-            if not dense:
-                front = tl.load(front_ptr + (g if BY_HEAD else 0))
+        front = rows_before_local(front_ptr, g if BY_HEAD else 0, dense, global_size, SELECTS)
         length = front + n - local_lo
         last_key = length - T + rows // GROUP
         mask_m = rows < num_rows
@@ -1263,7 +1268,7 @@ def _chunk(
         PROGRAMS_PAD=_pad(programs),
         BLOCK_M=tiles.BLOCK_M,
         BLOCK_N=tiles.BLOCK_N,
-        BLOCK_R=32,
+        BLOCK_R=64,
         BLOCK_A=tiles.BLOCK_A,
         BLOCK_C=1024,
         PICK_M=max(1, min(tiles.BLOCK_M, MAX_CANDIDATES // (common["K_PAD"] * tiles.BLOCK_N))),
