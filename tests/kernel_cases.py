@@ -97,6 +97,15 @@ def random_case(seed: int, head_dims: tuple[int, ...] = (2, 8, 16, 20), longest_
     )
 
 
+def popular_keys_case() -> Case:
+    """Three positions with 320, 160 and 160 votes, of which two are kept: more than a chunk's blocks count alone."""
+    case = make_case(ReAttentionConfig(1, 40, 2, 2, 2), 200, T=40, H=8)
+    case.q.abs_().add_(0.25)
+    case.k_cache[:, 70] = 2.0
+    case.k_cache[0, 100] = case.k_cache[1, 90] = 1.5
+    return case
+
+
 def plain_attention(case: Case, scopes: list[torch.Tensor]) -> torch.Tensor:
     """Ordinary torch in the cache's own dtype over given scopes: the yardstick for the error of faster code."""
     T, H, D = case.q.shape

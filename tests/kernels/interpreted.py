@@ -12,7 +12,16 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_cases import Case, as_list, error, make_case, plain_attention, random_case, rope_table
+from kernel_cases import (
+    Case,
+    as_list,
+    error,
+    make_case,
+    plain_attention,
+    popular_keys_case,
+    random_case,
+    rope_table,
+)
 
 from minirea.errors import InputError
 from minirea.kernels import ReAttentionConfig, reattention, reference
@@ -70,6 +79,12 @@ def test_all_scores_equal_selects_the_lowest() -> None:
         case.k_cache[:, :300] = 0.0
         case.k_cache[:, 100:200] = -0.0
         check(case)
+
+
+def test_keys_with_hundreds_of_votes() -> None:
+    case = popular_keys_case()
+    check(case)
+    assert reattention(*case.arguments(), impl="triton", return_selection=True)[1].tolist()[1:5] == [69, 70, 89, 90]
 
 
 def test_seq_len_from_memory_strides_and_repeats() -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from bench_kernel import gpu_activities
-from kernel_cases import Case, as_list, error, make_case, plain_attention
+from kernel_cases import Case, as_list, error, make_case, plain_attention, popular_keys_case
 
 from minirea.kernels import ReAttentionConfig, reattention
 
@@ -68,6 +68,10 @@ def test_exact_on_random_lengths(
         lengths = [r.randint(T, edge), edge, edge + r.randint(1, 3), edge + r.randint(0, 3000), edge + 9000]
         case = make_case(config, max(T, r.choice(lengths)), T=T, H=H, G=G, D=D, largest=r.choice([1, 3]), seed=seed)
         check(on_gpu(case, dtype))
+
+
+def test_exact_on_keys_with_hundreds_of_votes() -> None:
+    check(on_gpu(popular_keys_case()))
 
 
 @pytest.mark.parametrize("max_spans", [3, 100])
