@@ -1,10 +1,11 @@
 """What a prefill step does on a GPU beside attention and matrix products, each in one pass over memory.
 
     rms_norm   the residual stream -> its rows, normed
+    write_kv   keys and values of a chunk -> the cache, behind what it holds
     swiglu     gate and up of a chunk -> silu(gate) * up
 
 Matrix products of whole chunks are cuBLAS's, which also adds them to the residual stream. Letters are the project's:
-T queries, E model width, F MLP width.
+T queries, E model width, F MLP width, H, G, D heads and head dim, N the cache's capacity.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -40,6 +41,27 @@ def rms_norm_kernel(x_ptr, norm_ptr, out_ptr, eps, E: tl.constexpr, BLOCK_E: tl.
 
 
 @triton.jit
+def write_kv_kernel(
+    qkv_ptr, k_ptr, v_ptr, seq_len_ptr, stride_kg, stride_kn, stride_vg, stride_vn,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """A program takes one token."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    t = tl.program_id(0)
+    position = tl.load(seq_len_ptr).to(tl.int64) - tl.num_programs(0) + t
+    offs = tl.arange(0, BLOCK)
+    mask = offs < G * D
+    qkv_ptrs = qkv_ptr + t.to(tl.int64) * ((H + 2 * G) * D) + H * D + offs
+    g = (offs // D).to(tl.int64)
+    k = tl.load(qkv_ptrs, mask=mask)
+    v = tl.load(qkv_ptrs + G * D, mask=mask)
+    tl.store(k_ptr + g * stride_kg + position * stride_kn + offs % D, k, mask=mask)
+    tl.store(v_ptr + g * stride_vg + position * stride_vn + offs % D, v, mask=mask)
+
+
+@triton.jit
 def swiglu_kernel(gate_up_ptr, out_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr, EARLY: tl.constexpr):
     """A program computes BLOCK_F features of one row."""
     if EARLY:
@@ -69,6 +91,22 @@ def rms_norm(x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Te
     constants = {"E": E, "BLOCK_E": triton.next_power_of_2(E), "num_warps": NUM_WARPS}
     launch(rms_norm_kernel, T, x_TE.device, x_TE, weight_E, out_TE, eps, **constants)
     return out_TE
+
+
+def write_kv(
+    qkv_TXD: torch.Tensor, k_cache_GND: torch.Tensor, v_cache_GND: torch.Tensor, seq_len: torch.Tensor
+) -> None:
+    """Put keys and values at [seq_len - T, seq_len) of the cache.
+
+    Args:
+        qkv_TXD: query, key and value heads side by side, X = H + 2G, contiguous.
+        seq_len: cached tokens, these T included, an integer on the device.
+    """
+    T, X, D = qkv_TXD.shape
+    G = k_cache_GND.shape[0]
+    strides = (*k_cache_GND.stride()[:2], *v_cache_GND.stride()[:2])
+    constants = {"H": X - 2 * G, "G": G, "D": D, "BLOCK": triton.next_power_of_2(G * D), "num_warps": NUM_WARPS}
+    launch(write_kv_kernel, T, qkv_TXD.device, qkv_TXD, k_cache_GND, v_cache_GND, seq_len, *strides, **constants)
 
 
 def swiglu(gate_up_TM: torch.Tensor) -> torch.Tensor:

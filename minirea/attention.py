@@ -11,7 +11,7 @@ from torch import Tensor
 from minirea import cpu
 from minirea.cache import ALL_TOKENS, KVCache
 from minirea.config import ModelConfig, ReAttentionConfig
-from minirea.kernels import reattention, resolve_impl
+from minirea.kernels import prefill_kernels, reattention, resolve_impl
 from minirea.rope import apply_rope, for_whole_heads, inverse_frequencies, rope_table
 
 MODES: Final = ("reattention", "streaming", "full")
@@ -59,32 +59,38 @@ class Attention:
         else:  # [T, 1, D], fewer rows beyond dense_limit
             self.true_cos, self.true_sin = self.dense_cos[start:stop], self.dense_sin[start:stop]
 
-    def __call__(self, layer: int, qkv_TXD: Tensor, cache: KVCache) -> Tensor:
+    def __call__(self, layer: int, qkv_TXD: Tensor, cache: KVCache, seq_len: Tensor | None = None) -> Tensor:
         """Write keys and values to the cache and attend.
 
         Args:
             qkv_TXD: query, key and value heads side by side, X = H + 2G, without RoPE.
+            seq_len: cached tokens, these T included, where the device counts them; else the cache says.
 
         Returns:
             [T, H, D].
         """
         H, T = self.model.num_heads, len(qkv_TXD)
-        seq_len = cache.seq_len + T
-        q_rotated = self.write(layer, qkv_TXD, cache)
-        if seq_len <= self.dense_limit:
+        q_rotated = self.write(layer, qkv_TXD, cache, seq_len)
+        if seq_len is not None:
+            return self.over_cache(layer, qkv_TXD[:, :H], cache, seq_len)
+        stop = cache.seq_len + T
+        if stop <= self.dense_limit:
             assert q_rotated is not None
-            start = self._first_visible(seq_len, T)
-            keys = (1, start, seq_len - start)
+            start = self._first_visible(stop, T)
+            keys = (1, start, stop - start)
             k_GND, v_GND = cache.k_rotated[layer].narrow(*keys), cache.v[layer].narrow(*keys)
             return full_attention(q_rotated, k_GND, v_GND, self.sliding_window)
-        return self.over_cache(layer, qkv_TXD[:, :H], cache, seq_len)
+        return self.over_cache(layer, qkv_TXD[:, :H], cache, stop)
 
-    def write(self, layer: int, qkv_TXD: Tensor, cache: KVCache) -> Tensor | None:
-        """Write keys and values to the cache.
+    def write(self, layer: int, qkv_TXD: Tensor, cache: KVCache, seq_len: Tensor | None = None) -> Tensor | None:
+        """Write keys and values to the cache. Arguments are those of a call.
 
         Returns:
             The queries below dense_limit with RoPE, None if there are none.
         """
+        if seq_len is not None:
+            prefill_kernels(self.impl).write_kv(qkv_TXD, cache.k[layer], cache.v[layer], seq_len)
+            return None
         H, G = self.model.num_heads, self.model.num_kv_heads
         dense_rows = self.true_cos.shape[0]
         if not dense_rows:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from minirea.cache import KVCache
 from minirea.errors import InputError
-from minirea.graph import can_capture, decode_ahead
+from minirea.graph import can_capture, decode_ahead, read_captured
 from minirea.memory import peak_bytes
 from minirea.model import Model
 from minirea.sampling import NON_FINITE, Sampler, SamplingConfig
@@ -147,11 +147,18 @@ def prefill(
     """
     model.attention.horizon = cache.seq_len + len(ids) + to_follow
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
+    read = read_captured if can_capture(model) else read_one_by_one
     hide = not progress or len(ids) <= chunk_size
     with tqdm(total=len(ids), desc="prefill", unit="tok", unit_scale=True, leave=False, disable=hide) as bar:
-        for start, stop in chunks(len(ids), chunk_size):
-            model.read(ids_T[start:stop], cache)
-            bar.update(stop - start)
+        for num_read in read(model, cache, [ids_T[start:stop] for start, stop in chunks(len(ids), chunk_size)]):
+            bar.update(num_read)
+
+
+def read_one_by_one(model: Model, cache: KVCache, chunks_T: Sequence[Tensor]) -> Iterator[int]:
+    """Read a prompt's chunks by the model's ordinary forward pass; yields the length of each."""
+    for ids_T in chunks_T:
+        model.read(ids_T, cache)
+        yield len(ids_T)
 
 
 @torch.inference_mode()

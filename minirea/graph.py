@@ -1,19 +1,24 @@
-"""Decoding on a GPU: a step is one CUDA graph, and the CPU reads tokens one step behind.
+"""Steps on a GPU as CUDA graphs, one for a prompt's chunks and one for decoding, which the CPU reads one step behind.
 
-A graph replays what was captured: the same kernels with the same addresses. Everything that changes from token to token
-is therefore kept on the device: the token id, which one replay leaves for the next, and the number of cached tokens.
+A graph replays what was captured: the same kernels with the same addresses. Everything that changes from step to step
+is therefore kept on the device: token ids, which decoding leaves for its next replay, and the number of cached tokens.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Final
 
 import torch
+from torch import Tensor
 
 from minirea.cache import KVCache
 from minirea.model import Model
 from minirea.sampling import Sampler
+
+# Chunks from which on it pays to capture the second: that takes as long as to launch it, and the GPU waits.
+WORTH_CAPTURING: Final = 4
 
 
 def can_capture(model: Model) -> bool:
@@ -24,6 +29,23 @@ def can_capture(model: Model) -> bool:
     """
     attention = model.attention
     return model.device.type == "cuda" and attention.impl == "triton" and attention.mode != "full"
+
+
+def read_captured(model: Model, cache: KVCache, chunks_T: Sequence[Tensor]) -> Iterator[int]:
+    """Read a prompt's chunks, of which all but the last are equally long; yields the length of each.
+
+    The CPU would need longer to launch a chunk of a small model, or of a short context, than the GPU to compute it. It
+    stays one chunk ahead, not more: whoever watches or interrupts it should find it where the GPU is.
+    """
+    graph, done = None, [torch.cuda.Event(), torch.cuda.Event()]
+    for index, ids_T in enumerate(chunks_T):
+        if graph is None or len(ids_T) != len(graph.ids_T) or len(chunks_T) < WORTH_CAPTURING:
+            graph = ChunkGraph(model, cache, len(ids_T))
+        graph.read(ids_T)
+        done[index % 2].record()
+        if index:
+            done[1 - index % 2].synchronize()
+        yield len(ids_T)
 
 
 def decode_ahead(
@@ -89,18 +111,73 @@ class DecodeStep:
             self.token.copy_(self.sampler(self.logits_V))
 
 
-class DecodeGraph:
-    """A DecodeStep that is launched as a graph, and the tokens on their way to the CPU.
+class StepGraph:
+    """Launches of a step over a cache, as a graph.
 
     A step over addresses that are new runs launch by launch: that compiles the kernels and allocates their workspaces,
     which a capture may not. The step after that is captured. When the cache grows, its addresses are new again.
+
+    Args:
+        run: launches the step's kernels, without waiting for the device and without a value from it.
+        generator: what the kernels draw random numbers from, if they do.
     """
 
-    def __init__(self, model: Model, cache: KVCache, last_id: int, sampler: Sampler) -> None:
-        self.cache, self.sampler, self.device = cache, sampler, model.device
-        self.step = DecodeStep(model, cache, last_id, sampler)
+    def __init__(self, run: Callable[[], None], cache: KVCache, generator: torch.Generator | None = None) -> None:
+        self.run, self.cache, self.generator = run, cache, generator
         self.graph: torch.cuda.CUDAGraph | None = None
         self.capacity = 0  # of the cache when the step last ran; 0 before the first
+
+    def launch(self, num_tokens: int) -> None:
+        """Make room for so many more tokens and start a step on the current stream."""
+        self.cache.reserve(self.cache.seq_len + num_tokens)
+        if self.capacity != self.cache.capacity:
+            self.capacity, self.graph = self.cache.capacity, None
+            run_aside(self.run, self.cache.device)
+        else:
+            if self.graph is None:
+                self.graph = self._capture()
+            self.graph.replay()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        if self.generator is not None:
+            graph.register_generator_state(self.generator)  # type: ignore[attr-defined]
+        with torch.cuda.stream(capture_stream(self.cache.device)):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self.run()
+            finally:
+                graph.capture_end()
+        return graph
+
+
+class ChunkGraph:
+    """Prompt chunks of T tokens over one cache, as a graph."""
+
+    def __init__(self, model: Model, cache: KVCache, num_tokens: int) -> None:
+        self.model, self.cache = model, cache
+        self.ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
+        self.seq_len = torch.zeros(1, dtype=torch.int32, device=model.device)
+        self.graph = StepGraph(self.run, cache)
+
+    def run(self) -> None:
+        self.model.read_at(self.ids_T, self.cache, self.seq_len)
+
+    def read(self, ids_T: Tensor) -> None:
+        """`Model.read`."""
+        self.ids_T.copy_(ids_T)
+        self.seq_len.fill_(self.cache.seq_len + len(ids_T))
+        self.graph.launch(len(ids_T))
+        self.cache.seq_len += len(ids_T)
+
+
+class DecodeGraph:
+    """A DecodeStep that is launched as a graph, and the tokens on their way to the CPU."""
+
+    def __init__(self, model: Model, cache: KVCache, last_id: int, sampler: Sampler) -> None:
+        self.cache = cache
+        self.step = DecodeStep(model, cache, last_id, sampler)
+        self.graph = StepGraph(self.step.run, cache, None if sampler.takes_best else sampler.generator)
         self.start = cache.seq_len
         self.launched = self.read_back = 0
         # Two tokens can be on their way: the one that is read next, and the one that is being computed.
@@ -109,14 +186,7 @@ class DecodeGraph:
 
     def launch(self) -> None:
         """Start a step on the current stream. The cache counts its token from now on."""
-        self.cache.reserve(self.cache.seq_len + 1)
-        if self.capacity != self.cache.capacity:
-            self.capacity, self.graph = self.cache.capacity, None
-            self._run_aside()
-        else:
-            if self.graph is None:
-                self.graph = self._capture()
-            self.graph.replay()
+        self.graph.launch(1)
         slot = self.launched % 2
         self.token_ids[slot : slot + 1].copy_(self.step.token, non_blocking=True)
         self.arrived[slot].record()
@@ -136,25 +206,14 @@ class DecodeGraph:
         while self.read_back < self.launched:
             self.read()
 
-    def _run_aside(self) -> None:
-        """Run the step launch by launch on the stream that captures, since workspaces belong to a stream."""
-        current, aside = torch.cuda.current_stream(self.device), capture_stream(self.device)
-        aside.wait_stream(current)
-        with torch.cuda.stream(aside):
-            self.step.run()
-        current.wait_stream(aside)
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        if not self.sampler.takes_best:
-            graph.register_generator_state(self.sampler.generator)  # type: ignore[attr-defined]
-        with torch.cuda.stream(capture_stream(self.device)):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self.step.run()
-            finally:
-                graph.capture_end()
-        return graph
+def run_aside(run: Callable[[], None], device: torch.device) -> None:
+    """Run launch by launch on the stream that captures, since kernels' workspaces belong to a stream."""
+    current, aside = torch.cuda.current_stream(device), capture_stream(device)
+    aside.wait_stream(current)
+    with torch.cuda.stream(aside):
+        run()
+    current.wait_stream(aside)
 
 
 @functools.cache

@@ -52,13 +52,14 @@ def _model_bytes(path: str | Path, config: ModelConfig, dtype: torch.dtype, devi
 def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -> int:
     """What the largest step holds beside weights and cache: T = chunk_size queries of a context of `num_tokens`.
 
-    An estimate, rather too high: activations as if none were freed within a block, logits, and the scope's keys and
-    values, gathered and rotated, with a causal mask.
+    An estimate, rather too high: activations as if none were freed within a block, twice where a graph of the step has
+    its own, logits, and the scope's keys and values, gathered and rotated, with a causal mask.
     """
     c, scope = attention.model, attention.config
     T = min(scope.chunk_size, num_tokens)
     heads = c.num_heads + 2 * c.num_kv_heads
-    activations = T * (5 * c.hidden_size + 3 * heads * c.head_dim + 3 * c.mlp_size) * dtype.itemsize
+    copies = 2 if attention.impl == "triton" else 1
+    activations = copies * T * (5 * c.hidden_size + 3 * heads * c.head_dim + 3 * c.mlp_size) * dtype.itemsize
     logits = c.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize)
     S = num_tokens if attention.mode == "full" else min(num_tokens, scope.max_scope)
     gathered = 0 if attention.mode == "full" else 4 * c.num_kv_heads * S * c.head_dim * torch.float32.itemsize

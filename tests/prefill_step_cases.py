@@ -7,6 +7,7 @@ from decode_step_cases import Inputs
 from kernel_cases import error
 
 # T and F: sizes that tiles divide, rows that take several programs, and sizes that nothing divides.
+CACHE_SHAPES = [(1, 1, 2), (5, 3, 20), (4, 2, 128)]  # T, G, D
 SHAPES = [(1, 16), (5, 4096), (3, 4099), (7, 50), (2, 1)]
 
 
@@ -25,6 +26,21 @@ def check_rms_norm(T: int, E: int, dtype: torch.dtype, device: str) -> None:
     assert torch.equal(x_TE, given)
     assert (got.shape, got.dtype) == ((T, E), dtype) and got.is_contiguous()
     assert error(got, exact) <= 2 * error(plain, exact) + torch.finfo(dtype).eps
+
+
+def check_write_kv(T: int, G: int, D: int, dtype: torch.dtype, device: str) -> None:
+    """What its twin writes, bit for bit, and nothing else of a cache whose keys and values are one tensor."""
+    from minirea.kernels.prefill_step import write_kv
+    from minirea.kernels.prefill_step_reference import write_kv as twin
+
+    inputs = Inputs(dtype, device, seed=D)
+    qkv_TXD = inputs.normal(T * (3 + 2 * G), D).view(T, 3 + 2 * G, D)
+    for start in (0, 5):
+        caches = [torch.full((2, G, T + 7, D), torch.nan, dtype=dtype, device=device) for _ in range(2)]
+        for write, kv_2GND in zip((write_kv, twin), caches, strict=True):
+            write(qkv_TXD, *kv_2GND, torch.tensor([start + T], dtype=torch.int32, device=device))
+        assert torch.equal(caches[0].isnan(), caches[1].isnan())
+        assert torch.equal(caches[0].nan_to_num(), caches[1].nan_to_num())
 
 
 def check_swiglu(T: int, F: int, dtype: torch.dtype, device: str) -> None:

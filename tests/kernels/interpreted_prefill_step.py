@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from prefill_step_cases import SHAPES, check_rms_norm, check_swiglu
+from prefill_step_cases import CACHE_SHAPES, SHAPES, check_rms_norm, check_swiglu, check_write_kv
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -17,3 +17,9 @@ def test_rms_norm_equals_its_twin(T: int, E: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("T", "F"), SHAPES)
 def test_swiglu_equals_its_twin(T: int, F: int, dtype: torch.dtype) -> None:
     check_swiglu(T, F, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("T", "G", "D"), CACHE_SHAPES)
+def test_write_kv_equals_its_twin(T: int, G: int, D: int, dtype: torch.dtype) -> None:
+    check_write_kv(T, G, D, dtype, "cpu")

@@ -11,8 +11,8 @@ from testing import random_ids, tiny_model, write_checkpoint
 
 import minirea
 from minirea.attention import full_attention
-from minirea.generate import decode, decode_one_by_one
-from minirea.graph import DecodeGraph, DecodeStep
+from minirea.generate import decode, decode_one_by_one, read_one_by_one
+from minirea.graph import DecodeGraph, DecodeStep, read_captured
 from minirea.sampling import Sampler, SamplingConfig
 
 pytestmark = [
@@ -75,6 +75,22 @@ def eager(llm: minirea.LLM, ids: list[int], max_tokens: int, **options: float) -
     sampler = Sampler(SamplingConfig(**options), ids, model.config.vocab_size, model.device)  # type: ignore[arg-type]
     with torch.inference_mode():
         return list(decode_one_by_one(model, session.cache, ids[-1], sampler, max_tokens))
+
+
+@torch.inference_mode()
+def test_captured_chunks_fill_the_cache_as_launched_ones(tmp_path: Path) -> None:
+    """Of a prompt whose last chunk is shorter, into a cache that grows on the way and one that is roomy."""
+    llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), dtype="float32", **SCOPE)
+    ids_T = torch.tensor(random_ids(150), device="cuda")
+    expected = llm.session(150).cache
+    assert list(read_one_by_one(llm.model, expected, ids_T.split(16))) == [16] * 9 + [6]
+    for capacity in (50, 400):
+        cache = llm.session(capacity).cache
+        assert list(read_captured(llm.model, cache, ids_T.split(16))) == [16] * 9 + [6]
+        assert cache.seq_len == 150
+        for name in ("k", "v"):
+            for found, wanted in zip(getattr(cache, name), getattr(expected, name), strict=True):
+                torch.testing.assert_close(found[:, :150], wanted[:, :150], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("context", [1, 500, 2048, 9000, 70_000])
