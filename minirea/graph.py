@@ -17,7 +17,7 @@ from minirea.cache import KVCache
 from minirea.model import Model
 from minirea.sampling import Sampler
 
-# Chunks from which on it pays to capture the second: that takes as long as to launch it, and the GPU waits.
+# Chunks from which on it pays to capture one: that takes longer than to launch it, and the GPU waits.
 WORTH_CAPTURING: Final = 4
 
 
@@ -37,11 +37,19 @@ def read_captured(model: Model, cache: KVCache, chunks_T: Sequence[Tensor]) -> I
     The CPU would need longer to launch a chunk of a small model, or of a short context, than the GPU to compute it. It
     stays one chunk ahead, not more: whoever watches or interrupts it should find it where the GPU is.
     """
-    graph, done = None, [torch.cuda.Event(), torch.cuda.Event()]
+    captured = len(chunks_T) >= WORTH_CAPTURING
+    step, done = None, [torch.cuda.Event(), torch.cuda.Event()]
     for index, ids_T in enumerate(chunks_T):
-        if graph is None or len(ids_T) != len(graph.ids_T) or len(chunks_T) < WORTH_CAPTURING:
-            graph = ChunkGraph(model, cache, len(ids_T))
-        graph.read(ids_T)
+        if step is None or len(ids_T) != len(step.ids_T):
+            step = ChunkStep(model, cache, len(ids_T))
+            graph = StepGraph(step.run, cache, warm_up=step.run_layer)
+        cache.reserve(cache.seq_len + len(ids_T))
+        step.set(ids_T)
+        if captured and len(ids_T) == len(chunks_T[0]):
+            graph.launch()
+        else:
+            run_aside(step.run, cache.device)
+        cache.seq_len += len(ids_T)
         done[index % 2].record()
         if index:
             done[1 - index % 2].synchronize()
@@ -83,8 +91,9 @@ class DecodeStep:
         self.kernels = decode_step
         self.model, self.cache, self.sampler = model, cache, sampler
         c, device = model.config, model.device
-        self.token = torch.tensor([last_id], device=device)
-        self.seq_len = torch.tensor([cache.seq_len], dtype=torch.int32, device=device)
+        # Filled there: a copy from the host would wait for the prompt, and the first step's launches with it.
+        self.token = torch.full((1,), last_id, device=device)
+        self.seq_len = torch.full((1,), cache.seq_len, dtype=torch.int32, device=device)
         self.x_E = torch.empty(c.hidden_size, dtype=model.dtype, device=device)
         self.q_1HD = torch.empty(1, c.num_heads, c.head_dim, dtype=model.dtype, device=device)
         self.act_F = torch.empty(c.mlp_size, dtype=model.dtype, device=device)
@@ -111,64 +120,76 @@ class DecodeStep:
             self.token.copy_(self.sampler(self.logits_V))
 
 
+class ChunkStep:
+    """The kernels of a prompt's chunk over one cache."""
+
+    def __init__(self, model: Model, cache: KVCache, num_tokens: int) -> None:
+        self.model, self.cache = model, cache
+        self.ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
+        self.seq_len = torch.zeros(1, dtype=torch.int32, device=model.device)  # cached tokens, these included
+
+    def set(self, ids_T: Tensor) -> None:
+        """Which tokens the next run reads, behind those that the cache holds."""
+        self.ids_T.copy_(ids_T)
+        self.seq_len.fill_(self.cache.seq_len + len(ids_T))
+
+    def run(self) -> None:
+        """One step, without waiting for the device and without a value from it."""
+        self.model.read_at(self.ids_T, self.cache, self.seq_len)
+
+    def run_layer(self) -> None:
+        """The kernels of all layers, since they are those of the first; what it writes, `run` writes again."""
+        self.model.read_at(self.ids_T, self.cache, self.seq_len, num_layers=1)
+
+
 class StepGraph:
     """Launches of a step over a cache, as a graph.
 
-    A step over addresses that are new runs launch by launch: that compiles the kernels and allocates their workspaces,
-    which a capture may not. The step after that is captured. When the cache grows, its addresses are new again.
+    Before a capture over addresses that are new, the step runs launch by launch: that compiles the kernels and
+    allocates their workspaces, which a capture may not. When the cache grows, its addresses are new again.
 
     Args:
         run: launches the step's kernels, without waiting for the device and without a value from it.
+        warm_up: launches each of them once, to no effect; without it the first step runs and the second is captured.
         generator: what the kernels draw random numbers from, if they do.
     """
 
-    def __init__(self, run: Callable[[], None], cache: KVCache, generator: torch.Generator | None = None) -> None:
-        self.run, self.cache, self.generator = run, cache, generator
+    def __init__(
+        self,
+        run: Callable[[], None],
+        cache: KVCache,
+        warm_up: Callable[[], None] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.run, self.cache, self.warm_up, self.generator = run, cache, warm_up, generator
         self.graph: torch.cuda.CUDAGraph | None = None
         self.capacity = 0  # of the cache when the step last ran; 0 before the first
 
-    def launch(self, num_tokens: int) -> None:
-        """Make room for so many more tokens and start a step on the current stream."""
-        self.cache.reserve(self.cache.seq_len + num_tokens)
+    def launch(self) -> None:
+        """Start a step on the current stream. The cache has room for it."""
         if self.capacity != self.cache.capacity:
             self.capacity, self.graph = self.cache.capacity, None
-            run_aside(self.run, self.cache.device)
-        else:
-            if self.graph is None:
-                self.graph = self._capture()
-            self.graph.replay()
+            run_aside(self.warm_up or self.run, self.cache.device)
+            if not self.warm_up:
+                return
+        if self.graph is None:
+            self.graph = self._capture()
+        self.graph.replay()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         if self.generator is not None:
             graph.register_generator_state(self.generator)  # type: ignore[attr-defined]
-        with torch.cuda.stream(capture_stream(self.cache.device)):
+        aside = capture_stream(self.cache.device)
+        with torch.cuda.stream(aside):
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self.run()
             finally:
                 graph.capture_end()
+        # To begin with, torch has set the generator's offset on that stream; a replay sets it on this one.
+        torch.cuda.current_stream(self.cache.device).wait_stream(aside)
         return graph
-
-
-class ChunkGraph:
-    """Prompt chunks of T tokens over one cache, as a graph."""
-
-    def __init__(self, model: Model, cache: KVCache, num_tokens: int) -> None:
-        self.model, self.cache = model, cache
-        self.ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
-        self.seq_len = torch.zeros(1, dtype=torch.int32, device=model.device)
-        self.graph = StepGraph(self.run, cache)
-
-    def run(self) -> None:
-        self.model.read_at(self.ids_T, self.cache, self.seq_len)
-
-    def read(self, ids_T: Tensor) -> None:
-        """`Model.read`."""
-        self.ids_T.copy_(ids_T)
-        self.seq_len.fill_(self.cache.seq_len + len(ids_T))
-        self.graph.launch(len(ids_T))
-        self.cache.seq_len += len(ids_T)
 
 
 class DecodeGraph:
@@ -177,7 +198,7 @@ class DecodeGraph:
     def __init__(self, model: Model, cache: KVCache, last_id: int, sampler: Sampler) -> None:
         self.cache = cache
         self.step = DecodeStep(model, cache, last_id, sampler)
-        self.graph = StepGraph(self.step.run, cache, None if sampler.takes_best else sampler.generator)
+        self.graph = StepGraph(self.step.run, cache, generator=None if sampler.takes_best else sampler.generator)
         self.start = cache.seq_len
         self.launched = self.read_back = 0
         # Two tokens can be on their way: the one that is read next, and the one that is being computed.
@@ -186,7 +207,8 @@ class DecodeGraph:
 
     def launch(self) -> None:
         """Start a step on the current stream. The cache counts its token from now on."""
-        self.graph.launch(1)
+        self.cache.reserve(self.cache.seq_len + 1)
+        self.graph.launch()
         slot = self.launched % 2
         self.token_ids[slot : slot + 1].copy_(self.step.token, non_blocking=True)
         self.arrived[slot].record()

@@ -82,13 +82,13 @@ class Model:
         self._read(self._begin(ids_T, cache), cache)
         cache.seq_len += len(ids_T)
 
-    def read_at(self, ids_T: Tensor, cache: KVCache, seq_len: Tensor) -> None:
+    def read_at(self, ids_T: Tensor, cache: KVCache, seq_len: Tensor, num_layers: int | None = None) -> None:
         """`read` up to seq_len, an int32 [1] on the device that counts these T tokens, which the cache has room for.
 
         No launch depends on a number that the host has, and the host's count stays as it is: a graph can repeat it.
-        Only where `minirea.graph.can_capture`.
+        Only where `minirea.graph.can_capture`. num_layers: stop after so many.
         """
-        self._read(self._embed(ids_T), cache, seq_len)
+        self._read(self._embed(ids_T), cache, seq_len, num_layers)
 
     def logits(self, x_TE: Tensor) -> Tensor:
         """Scores of the next token, float32 [T, V]."""
@@ -106,11 +106,12 @@ class Model:
         self.attention.begin(seq_len, len(ids_T))
         return self._embed(ids_T)
 
-    def _read(self, x_TE: Tensor, cache: KVCache, seq_len: Tensor | None = None) -> None:
+    def _read(self, x_TE: Tensor, cache: KVCache, seq_len: Tensor | None = None, num_layers: int | None = None) -> None:
         last = len(self.layers) - 1
-        for index in range(last):
+        for index in range(last)[:num_layers]:
             self._block(index, x_TE, cache, seq_len)
-        self.attention.write(last, self._qkv(self.layers[last], x_TE), cache, seq_len)
+        if num_layers is None or num_layers > last:
+            self.attention.write(last, self._qkv(self.layers[last], x_TE), cache, seq_len)
 
     def _embed(self, ids_T: Tensor) -> Tensor:
         return F.embedding(ids_T, self.embed).to(self.dtype)

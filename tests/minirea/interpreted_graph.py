@@ -13,7 +13,7 @@ import minirea
 from minirea.attention import Attention
 from minirea.cache import KVCache
 from minirea.generate import chunks, prefill
-from minirea.graph import ChunkGraph, DecodeStep
+from minirea.graph import ChunkStep, DecodeStep
 from minirea.model import Model, _layer
 from minirea.sampling import Sampler, SamplingConfig
 from minirea.weights import load_weights
@@ -81,13 +81,14 @@ def test_a_chunk_that_the_device_counts_fills_the_cache_as_one_that_the_host_cou
     model = triton_model(directory, minirea.load(directory, **SCOPE | {"chunk_size": 8, "local_size": 8}))
     ids_T = torch.arange(3, 35)
     caches = [KVCache(model.config, 34, model.attention.dense_limit, model.device, torch.float32) for _ in range(2)]
-    chunk = ChunkGraph(model, caches[1], 8)
+    chunk = ChunkStep(model, caches[1], 8)
     for start, stop in chunks(len(ids_T), 8):
         model.read(ids_T[start:stop], caches[0])
-        chunk.ids_T.copy_(ids_T[start:stop])
-        chunk.seq_len.fill_(stop)
+        chunk.set(ids_T[start:stop])
+        chunk.run_layer()
         chunk.run()
-        assert caches[1].seq_len == 0
+        assert caches[1].seq_len == start
+        caches[1].seq_len = stop
     for layer in range(model.config.num_layers):
         for name in ("k", "v"):
             expected, found = (getattr(cache, name)[layer][:, : len(ids_T)] for cache in caches)
