@@ -199,6 +199,10 @@ def best_token_kernel(
 INTERPRETED: Final = not isinstance(embed_kernel, triton.JITFunction)
 BEST_PROGRAMS: Final = 64
 
+# Triton's own take 3 us a call, as long as a small kernel.
+cdiv: Final = functools.cache(triton.cdiv)
+next_power_of_2: Final = functools.cache(triton.next_power_of_2)
+
 
 class Tile(NamedTuple):
     """Rows and columns of weights that a program multiplies at a time, and its warps."""
@@ -215,14 +219,14 @@ def tile(num_columns: int, itemsize: int, piece: int = 4096) -> Tile:
     """
     if num_columns * itemsize >= 16384:
         return Tile(8, 2048 // itemsize, 8)
-    block_k = min(piece // itemsize, max(16, triton.next_power_of_2(num_columns)))
+    block_k = min(piece // itemsize, max(16, next_power_of_2(num_columns)))
     return Tile(2, block_k, max(1, min(8, block_k * itemsize // 512)))
 
 
 def embed(token: torch.Tensor, table_VE: torch.Tensor, seq_len: torch.Tensor, x_E: torch.Tensor) -> None:
     """x = table[token], and seq_len += 1. token int64 [1] and seq_len int32 [1] on the device."""
     E = table_VE.shape[1]
-    launch(embed_kernel, triton.cdiv(E, 1024), x_E.device, token, table_VE, seq_len, x_E, E=E, BLOCK_K=1024)
+    launch(embed_kernel, cdiv(E, 1024), x_E.device, token, table_VE, seq_len, x_E, E=E, BLOCK_K=1024)
 
 
 def norm_qkv(
@@ -241,7 +245,7 @@ def norm_qkv(
     t = tile(E, x_E.element_size())
     launch(
         norm_qkv_kernel,
-        triton.cdiv((H + 2 * G) * D, t.BLOCK_N),
+        cdiv((H + 2 * G) * D, t.BLOCK_N),
         x_E.device,
         x_E,
         norm_E,
@@ -269,7 +273,7 @@ def add_product(x_K: torch.Tensor, w_NK: torch.Tensor, bias_N: torch.Tensor | No
     t = tile(K, x_K.element_size())
     launch(
         add_product_kernel,
-        triton.cdiv(N, t.BLOCK_N),
+        cdiv(N, t.BLOCK_N),
         x_K.device,
         x_K,
         w_NK,
@@ -295,7 +299,7 @@ def norm_gate_up(
     t = tile(E, x_E.element_size())
     launch(
         norm_gate_up_kernel,
-        triton.cdiv(F, t.BLOCK_N // 2),
+        cdiv(F, t.BLOCK_N // 2),
         x_E.device,
         x_E,
         norm_E,
@@ -318,7 +322,7 @@ def norm_logits(
     t = tile(E, x_E.element_size(), piece=8192)  # most rows of all, so one piece each where that is possible
     launch(
         norm_logits_kernel,
-        triton.cdiv(V, t.BLOCK_N),
+        cdiv(V, t.BLOCK_N),
         x_E.device,
         x_E,
         norm_E,
@@ -355,7 +359,7 @@ def best_token(logits_V: torch.Tensor, workspace: BestTokenWorkspace, token: tor
         *workspace,
         token,
         V=V,
-        SLICE=triton.cdiv(V, BEST_PROGRAMS),
+        SLICE=cdiv(V, BEST_PROGRAMS),
         PROGRAMS=BEST_PROGRAMS,
         BLOCK_V=1024,
     )

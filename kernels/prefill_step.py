@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from minirea.kernels.decode_step import launch
+from minirea.kernels.decode_step import cdiv, launch, next_power_of_2
 
 # ------------------------------------------------------------------------------------------------------------- device
 
@@ -88,7 +88,7 @@ def rms_norm(x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Te
     """x / sqrt(mean(x^2) + eps) * weight per row, [T, E], in float32 up to the last rounding. x is row-major."""
     T, E = x_TE.shape
     out_TE = torch.empty_like(x_TE)
-    constants = {"E": E, "BLOCK_E": triton.next_power_of_2(E), "num_warps": NUM_WARPS}
+    constants = {"E": E, "BLOCK_E": next_power_of_2(E), "num_warps": NUM_WARPS}
     launch(rms_norm_kernel, T, x_TE.device, x_TE, weight_E, out_TE, eps, **constants)
     return out_TE
 
@@ -105,7 +105,7 @@ def write_kv(
     T, X, D = qkv_TXD.shape
     G = k_cache_GND.shape[0]
     strides = (*k_cache_GND.stride()[:2], *v_cache_GND.stride()[:2])
-    constants = {"H": X - 2 * G, "G": G, "D": D, "BLOCK": triton.next_power_of_2(G * D), "num_warps": NUM_WARPS}
+    constants = {"H": X - 2 * G, "G": G, "D": D, "BLOCK": next_power_of_2(G * D), "num_warps": NUM_WARPS}
     launch(write_kv_kernel, T, qkv_TXD.device, qkv_TXD, k_cache_GND, v_cache_GND, seq_len, *strides, **constants)
 
 
@@ -114,7 +114,7 @@ def swiglu(gate_up_TM: torch.Tensor) -> torch.Tensor:
     T, M = gate_up_TM.shape
     F = M // 2
     out_TF = torch.empty(T, F, dtype=gate_up_TM.dtype, device=gate_up_TM.device)
-    block_f = min(MAX_BYTES // gate_up_TM.element_size(), triton.next_power_of_2(F))
-    programs = T * triton.cdiv(F, block_f)
+    block_f = min(MAX_BYTES // gate_up_TM.element_size(), next_power_of_2(F))
+    programs = T * cdiv(F, block_f)
     launch(swiglu_kernel, programs, gate_up_TM.device, gate_up_TM, out_TF, F=F, BLOCK_F=block_f, num_warps=NUM_WARPS)
     return out_TF

@@ -1003,6 +1003,9 @@ def chunk_kernel(
 
 # Under TRITON_INTERPRET=1 programs run one after another, so there may be only one: a second could never arrive.
 INTERPRETED: Final = not isinstance(decode_kernel, triton.JITFunction)
+# Triton's own take 3 us a call, and a launch makes a dozen.
+_pad: Final = functools.cache(triton.next_power_of_2)
+_cdiv: Final = functools.cache(triton.cdiv)
 # The most winners of a ballot that a decode step may hold in registers, where every one is compared with every other:
 # with twice as many a comparison takes 256 registers of every thread, and Triton 3.6 spills them all.
 MAX_WINNERS_IN_REGISTERS: Final = 128
@@ -1202,7 +1205,7 @@ def _chunk(
     programs = _programs(q_THD.device, tiles)
     # Sizes by the next power of two of T and N, so that prompts of all lengths share few workspaces and kernels.
     rows = _pad(T) * group
-    row_blocks = triton.cdiv(rows, tiles.BLOCK_M)
+    row_blocks = _cdiv(rows, tiles.BLOCK_M)
     slices = max(1, min(programs // (G * row_blocks), MAX_CANDIDATES // common["K_PAD"]))
     slices = _pad(slices + 1) // 2
     candidates = slices * common["K_PAD"]
@@ -1331,10 +1334,6 @@ def _common(
         "HALF_PAD": max(16, _pad(D // 2)),
         "PRECISION": "ieee" if q_THD.dtype == torch.float32 else "tf32",
     }
-
-
-def _pad(size: int) -> int:
-    return triton.next_power_of_2(size)
 
 
 @functools.cache
