@@ -40,9 +40,10 @@ import triton.language as tl
 from minirea.config import ReAttentionConfig
 from minirea.errors import InputError
 
-# A score and its position are compared as one int64: the score's bits, ordered, above the inverted position, so that of
-# equal scores the lower position is the larger number. NO_KEY is a score of -inf at a position below zero.
-NO_KEY: tl.constexpr = tl.constexpr(-(2139095041 << 32))
+# Scores are compared by their bits, as int32, and with their positions as one int64: the inverted position is below the
+# score, so that of equal scores the lower position is the larger number. NO_SCORE is -inf, NO_KEY that without a position.
+NO_SCORE: tl.constexpr = tl.constexpr(-2139095041)
+NO_KEY: tl.constexpr = tl.constexpr(-2139095041 << 32)
 TAKEN: tl.constexpr = tl.constexpr(-(1 << 63))
 NOWHERE: tl.constexpr = tl.constexpr((1 << 31) - 1)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -86,11 +87,16 @@ def wait(counter_ptr, count):
 
 
 @triton.jit
-def pack(score, position):
-    """float32 and int32 -> one int64 that orders by score, then by lowest position. -0 + 0 is +0: they must tie."""
+def to_order(score):
+    """float32 -> the int32 with the same order. -0 + 0 is +0: they must tie."""
     bits = (score + 0.0).to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - tl.cast(position, tl.int64))
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def pack(order, position):
+    """`to_order` of a score, and int32 -> one int64 that orders by score, then by lowest position."""
+    return (order.to(tl.int64) << 32) | (0xFFFFFFFF - tl.cast(position, tl.int64))
 
 
 @triton.jit
@@ -272,16 +278,17 @@ def pick(
         slot = (offs_m[:, None] * K_PAD + offs_k[None, :])[:, :, None]
         filled = ((offs_m < num_rows)[:, None] & (offs_k < K)[None, :])[:, :, None]
         tag = tl.load(tag_ptr + slot, mask=filled, other=-1)
-        scores = tl.load(block_ptr + slot * BLOCK_N + offs_n, mask=tag >= 0, other=float("-inf"))
+        # Hardware has the maximum of a warp's integers as one instruction, of its floats as ten.
+        order = to_order(tl.load(block_ptr + slot * BLOCK_N + offs_n, mask=tag >= 0, other=float("-inf")))
         position = lo + tag // K_PAD * BLOCK_N + offs_n
         best = tl.full([PICK_M, K_PAD], NO_KEY, tl.int64)
         for i in range(K):
-            top = tl.max(tl.max(scores, axis=1), axis=1)
-            lowest = tl.where(scores == top[:, None, None], position, NOWHERE)
+            top = tl.max(tl.max(order, axis=1), axis=1)
+            lowest = tl.where(order == top[:, None, None], position, NOWHERE)
             lowest = tl.min(tl.min(lowest, axis=1), axis=1)
-            packed = tl.where(top > float("-inf"), pack(top, lowest), NO_KEY)
+            packed = tl.where(top > NO_SCORE, pack(top, lowest), NO_KEY)
             best = tl.where(offs_k[None, :] == i, packed[:, None], best)
-            scores = tl.where(position == lowest[:, None, None], float("-inf"), scores)
+            order = tl.where(position == lowest[:, None, None], NO_SCORE, order)
         candidate_ptrs = candidate_ptr + offs_m[:, None] * stride_row + offs_k[None, :]
         tl.store(candidate_ptrs, best, mask=(offs_m < num_rows)[:, None])
     tl.debug_barrier()  # before this program's next unit writes there again

@@ -34,6 +34,7 @@ from minirea.kernels.reattention import (
     select,
     sort,
     take_best,
+    to_order,
     vote,
 )
 
@@ -132,7 +133,7 @@ def test_limits_are_named() -> None:
 @triton.jit
 def rank_kernel(score_ptr, winner_ptr, N: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr):
     offs_n = tl.arange(0, N)[None, :]
-    best = take_best(pack(tl.load(score_ptr + offs_n), offs_n), K, K_PAD)
+    best = take_best(pack(to_order(tl.load(score_ptr + offs_n)), offs_n), K, K_PAD)
     tl.store(winner_ptr + tl.arange(0, K_PAD)[None, :], position_of(best))
 
 
