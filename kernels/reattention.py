@@ -40,8 +40,8 @@ import triton.language as tl
 from minirea.config import ReAttentionConfig
 from minirea.errors import InputError
 
-# Scores are compared by their bits, as int32, and with their positions as one int64: the inverted position is below the
-# score, so that of equal scores the lower position is the larger number. NO_SCORE is -inf, NO_KEY that without a position.
+# Scores are compared by their bits, as int32, and with their positions as one int64: the inverted position is below
+# the score, so that of equal scores the lower position is the larger number. NO_SCORE is -inf, NO_KEY has no position.
 NO_SCORE: tl.constexpr = tl.constexpr(-2139095041)
 NO_KEY: tl.constexpr = tl.constexpr(-2139095041 << 32)
 TAKEN: tl.constexpr = tl.constexpr(-(1 << 63))
