@@ -128,7 +128,8 @@ class Attention:
         if cache.seq_len <= outside:
             return 0
         k_GND, v_GND = cache.k[0], cache.v[0]
-        arguments = (q_1HD, k_GND, v_GND, cache.seq_len, self.cos, self.sin, self.config, self.impl)
+        seq_len = torch.tensor([cache.seq_len], dtype=torch.int32, device=self.device)  # a number would compile anew
+        arguments = (q_1HD, k_GND, v_GND, seq_len, self.cos, self.sin, self.config, self.impl)
         _, selection = reattention(*arguments, return_selection=True)
         return max(map(len, selection if isinstance(selection, list) else [selection])) - outside
 

@@ -45,7 +45,8 @@ def test_steps_give_the_tokens_of_the_torch_path(tmp_path: Path, fields: dict[st
     directory = write_checkpoint(tmp_path, tiny_model(**SMALL | fields))
     llm, ids = minirea.load(directory, **SCOPE), random_ids(prompt_tokens, 40)
     options = {"repetition_penalty": 1.3 if prompt_tokens == 26 else 1.0}
-    expected = llm.generate(ids, max_tokens=4, ignore_eos=True, **options).token_ids
+    out = llm.generate(ids, max_tokens=4, ignore_eos=True, **options)
+    expected = out.token_ids
 
     model = triton_model(directory, llm)
     config, attention, cpu = model.config, model.attention, model.device
@@ -60,6 +61,8 @@ def test_steps_give_the_tokens_of_the_torch_path(tmp_path: Path, fields: dict[st
         found.append(int(step.token))
     assert found == expected
     assert int(step.seq_len) == prompt_tokens + 3
+    cache.seq_len = prompt_tokens + 3
+    assert attention.scope(cache, model.first_query(expected[-2])) == out.stats.scope
 
 
 @torch.inference_mode()
