@@ -133,14 +133,18 @@ def measure_one(arguments: argparse.Namespace, context: int, run: Callable[[], d
     from minirea.memory import peak_bytes
 
     row = {"engine": arguments.engine, "context": context}
-    if arguments.device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     try:
         row |= run()
     except (MemoryLimitError, torch.OutOfMemoryError) as error:
         return row | {"skipped": f"out of memory: {str(error).splitlines()[0]}"}
     return row | {"peak_bytes": peak_bytes(torch.device(arguments.device))}
+
+
+def count_peak_anew(device: torch.device) -> None:
+    """From what is allocated now."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def measure_decode(arguments: argparse.Namespace, engine: Engine, context: int) -> dict[str, Any]:
@@ -212,6 +216,7 @@ class Minirea:
     def open(self, context: int, to_follow: int) -> None:
         """Make room for a context and the tokens after it; the room of the last context is given back first."""
         self.session: Any = None
+        count_peak_anew(self.llm.model.device)
         self.session = self.llm.session(context + to_follow)
 
     def fill(self, context: int) -> None:
@@ -289,6 +294,7 @@ class Transformers:
         """Its cache has no capacity: it is copied and grows with every token."""
         del context, to_follow
         self.cache: Any = None
+        count_peak_anew(self.model.device)
 
     def fill(self, context: int) -> None:
         from transformers import DynamicCache
