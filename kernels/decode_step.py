@@ -25,14 +25,14 @@ model's dtype, products are summed in float32.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from minirea.kernels.launching import cdiv, launch, next_power_of_2
 
 # ------------------------------------------------------------------------------------------------------------- device
 
@@ -196,12 +196,7 @@ def best_token_kernel(
 
 # ----------------------------------------------------------------------------------------------------------- launchers
 
-INTERPRETED: Final = not isinstance(embed_kernel, triton.JITFunction)
 BEST_PROGRAMS: Final = 64
-
-# Triton's own take 3 us a call, as long as a small kernel.
-cdiv: Final = functools.cache(triton.cdiv)
-next_power_of_2: Final = functools.cache(triton.next_power_of_2)
 
 
 class Tile(NamedTuple):
@@ -363,19 +358,3 @@ def best_token(logits_V: torch.Tensor, workspace: BestTokenWorkspace, token: tor
         PROGRAMS=BEST_PROGRAMS,
         BLOCK_V=1024,
     )
-
-
-def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel that takes EARLY: whether it starts before its turn, and has to wait for what it reads."""
-    early = _starts_early(device)
-    if early:
-        constants["launch_pdl"] = True
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, **constants, EARLY=early)
-
-
-@functools.cache
-def _starts_early(device: torch.device) -> bool:
-    """Whether the device knows programmatic dependent launch (Hopper and later)."""
-    return not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)

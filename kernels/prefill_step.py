@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from minirea.kernels.decode_step import cdiv, launch, next_power_of_2
+from minirea.kernels.launching import cdiv, launch, next_power_of_2
 
 # ------------------------------------------------------------------------------------------------------------- device
 

@@ -39,6 +39,8 @@ import triton.language as tl
 
 from minirea.config import ReAttentionConfig
 from minirea.errors import InputError
+from minirea.kernels.launching import cdiv
+from minirea.kernels.launching import next_power_of_2 as _pad
 
 # Scores are compared by their bits, as int32, and with their positions as one int64: the inverted position is below
 # the score, so that of equal scores the lower position is the larger number. NO_SCORE is -inf, NO_KEY has no position.
@@ -967,7 +969,9 @@ def chunk_kernel(
     everyone = arrive(counters_ptr)
 
     row_blocks = tl.cdiv(num_rows, BLOCK_M)
-    for unit in range(program, G * row_blocks, programs):  # this program's own queries, while others still gather
+    # This program's own queries, while others still gather. Through scratch: from registers the product would take them
+    # anew for every tile.
+    for unit in range(program, G * row_blocks, programs):
         g = unit % G
         rows = unit // G * BLOCK_M + tl.arange(0, BLOCK_M)
         t = rows // GROUP
@@ -1010,9 +1014,6 @@ def chunk_kernel(
 
 # Under TRITON_INTERPRET=1 programs run one after another, so there may be only one: a second could never arrive.
 INTERPRETED: Final = not isinstance(decode_kernel, triton.JITFunction)
-# Triton's own take 3 us a call, and a launch makes a dozen.
-_pad: Final = functools.cache(triton.next_power_of_2)
-_cdiv: Final = functools.cache(triton.cdiv)
 # The most winners of a ballot that a decode step may hold in registers, where every one is compared with every other:
 # with twice as many a comparison takes 256 registers of every thread, and Triton 3.6 spills them all.
 MAX_WINNERS_IN_REGISTERS: Final = 128
@@ -1212,7 +1213,7 @@ def _chunk(
     programs = _programs(q_THD.device, tiles)
     # Sizes by the next power of two of T and N, so that prompts of all lengths share few workspaces and kernels.
     rows = _pad(T) * group
-    row_blocks = _cdiv(rows, tiles.BLOCK_M)
+    row_blocks = cdiv(rows, tiles.BLOCK_M)
     slices = max(1, min(programs // (G * row_blocks), MAX_CANDIDATES // common["K_PAD"]))
     slices = _pad(slices + 1) // 2
     candidates = slices * common["K_PAD"]

@@ -6,9 +6,9 @@ import torch
 from decode_step_cases import Inputs
 from kernel_cases import error
 
-# T and F: sizes that tiles divide, rows that take several programs, and sizes that nothing divides.
-CACHE_SHAPES = [(1, 1, 2), (5, 3, 20), (4, 2, 128)]  # T, G, D
+# T, and E or F: sizes that tiles divide, rows that take several programs, and sizes that nothing divides.
 SHAPES = [(1, 16), (5, 4096), (3, 4099), (7, 50), (2, 1)]
+CACHE_SHAPES = [(1, 1, 2), (5, 3, 20), (4, 2, 128)]  # T, G, D
 
 
 def check_rms_norm(T: int, E: int, dtype: torch.dtype, device: str) -> None:
