@@ -154,17 +154,21 @@ class ModelFiles(_Encoder):
         attention, dtype, device = self.attention, self.dtype, self.attention.device
         plan_run(self.path, attention, dtype, num_tokens).check(device)
         weights = load_weights(self.path, self.config, device, dtype, progress, keeps_half(dtype, device))
-        return LLM(Model(self.config, weights, attention), self._tokenizer, attention.config.chunk_size)
+        return LLM(Model(self.config, weights, attention), self._tokenizer)
 
 
 class LLM(_Encoder):
     """A loaded model. Made by `load`."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer | None, chunk_size: int) -> None:
+    def __init__(self, model: Model, tokenizer: Tokenizer | None) -> None:
         self.model = model
         self.config = model.config
-        self.chunk_size = chunk_size
         self._tokenizer = tokenizer
+
+    @property
+    def chunk_size(self) -> int:
+        """Prompt tokens that share one scope."""
+        return self.model.attention.config.chunk_size
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -186,7 +190,7 @@ class LLM(_Encoder):
         scope = _scope(config, attention, reattention_fields, allow_out_of_distribution)
         model = copy.copy(self.model)
         model.attention = Attention(config, attention, scope, old.impl, old.device)
-        return LLM(model, self._tokenizer, scope.chunk_size)
+        return LLM(model, self._tokenizer)
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given, so that a clock can be read."""
@@ -220,7 +224,7 @@ class LLM(_Encoder):
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Scores of the token after each of `ids`: float32 [T, V], through the same steps that `generate` takes."""
         ids = self.encode(ids)
-        return loop.all_logits(self.model, self._cache(len(ids)), ids, self.chunk_size)
+        return loop.all_logits(self.model, self._cache(len(ids)), ids)
 
     def _cache(self, capacity: int) -> KVCache:
         model = self.model
@@ -239,7 +243,7 @@ class Session:
     def prefill(self, prompt: str | Sequence[int], progress: bool = False) -> None:
         """Append a text or token ids to the context."""
         self.ids += self.llm.encode(prompt)
-        loop.prefill(self.llm.model, self.cache, self.ids[self.cache.seq_len :], self.llm.chunk_size, progress=progress)
+        loop.prefill(self.llm.model, self.cache, self.ids[self.cache.seq_len :], progress=progress)
 
     def rewind(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` of the context and forget the rest."""
@@ -263,9 +267,7 @@ class Session:
         config = generation_config(options)
         llm = self.llm
         self.ids += llm.encode(prompt)
-        return loop.generate(
-            llm.model, self.cache, self.ids, config, llm._tokenizer, llm.eos_ids, llm.chunk_size, progress
-        )
+        return loop.generate(llm.model, self.cache, self.ids, config, llm._tokenizer, llm.eos_ids, progress)
 
 
 def generation_config(options: dict[str, Any]) -> GenerationConfig:

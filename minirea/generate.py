@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from minirea.cache import KVCache
 from minirea.errors import InputError
-from minirea.graph import can_capture, decode_ahead, read_captured
+from minirea.graph import can_capture, decode_ahead, prompt_step_tokens, read_captured
 from minirea.memory import peak_bytes
 from minirea.model import Model
 from minirea.sampling import NON_FINITE, Sampler, SamplingConfig
@@ -138,19 +138,18 @@ def prompt_steps(num_tokens: int, chunk_size: int) -> list[tuple[int, int]]:
 
 
 @torch.inference_mode()
-def prefill(
-    model: Model, cache: KVCache, ids: list[int], chunk_size: int, to_follow: int = 0, progress: bool = False
-) -> None:
-    """Append `ids` to the cache, `chunk_size` tokens at a step, with a bar on stderr if it takes several.
+def prefill(model: Model, cache: KVCache, ids: list[int], to_follow: int = 0, progress: bool = False) -> None:
+    """Append `ids` to the cache, chunk by chunk, with a bar on stderr if it takes several steps.
 
     `to_follow` tokens of the same prompt are left for the caller.
     """
-    model.attention.horizon = cache.seq_len + len(ids) + to_follow
+    attention = model.attention
+    attention.horizon = cache.seq_len + len(ids) + to_follow
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
-    read = read_captured if can_capture(model) else read_one_by_one
-    hide = not progress or len(ids) <= chunk_size
+    read, size = read_captured if can_capture(attention) else read_one_by_one, prompt_step_tokens(attention)
+    hide = not progress or len(ids) <= size
     with tqdm(total=len(ids), desc="prefill", unit="tok", unit_scale=True, leave=False, disable=hide) as bar:
-        for num_read in read(model, cache, [ids_T[start:stop] for start, stop in chunks(len(ids), chunk_size)]):
+        for num_read in read(model, cache, [ids_T[start:stop] for start, stop in chunks(len(ids), size)]):
             bar.update(num_read)
 
 
@@ -162,12 +161,12 @@ def read_one_by_one(model: Model, cache: KVCache, chunks_T: Sequence[Tensor]) ->
 
 
 @torch.inference_mode()
-def all_logits(model: Model, cache: KVCache, ids: list[int], chunk_size: int) -> Tensor:
+def all_logits(model: Model, cache: KVCache, ids: list[int]) -> Tensor:
     """Logits of every position, float32 [T, V], through the steps that `generate` takes."""
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
     model.attention.horizon = cache.seq_len + len(ids)
     out_TV = torch.empty(len(ids), model.config.vocab_size, dtype=torch.float32, device=model.device)
-    for start, stop in prompt_steps(len(ids), chunk_size):
+    for start, stop in prompt_steps(len(ids), model.attention.config.chunk_size):
         out_TV[start:stop] = model.logits(model.forward(ids_T[start:stop], cache))
     return out_TV
 
@@ -182,7 +181,7 @@ def decode(
         InputError: the logits are not finite.
     """
     start = cache.seq_len
-    steps = decode_ahead if can_capture(model) else decode_one_by_one
+    steps = decode_ahead if can_capture(model.attention) else decode_one_by_one
     with contextlib.closing(steps(model, cache, last_id, sampler, limit)) as token_ids:
         for count, token_id in enumerate(token_ids, 1):
             if token_id == NON_FINITE:
@@ -210,7 +209,6 @@ def generate(
     config: GenerationConfig,
     tokenizer: Tokenizer | None,
     eos_ids: frozenset[int],
-    chunk_size: int,
     progress: bool = False,
 ) -> Generator[Piece, None, None]:
     """Continue a context, token by token.
@@ -220,7 +218,6 @@ def generate(
             is appended.
         tokenizer: turns tokens into text; without one every piece's text is empty.
         eos_ids: tokens that end the text, unless config.ignore_eos.
-        chunk_size: prompt tokens per step.
 
     Raises:
         KeyboardInterrupt: passed on, after the statistics of what was done have been completed.
@@ -228,7 +225,7 @@ def generate(
     started = time.perf_counter()
     stats = Stats(prompt_tokens=len(ids), weight_bytes=model.nbytes)
     cache.reserve(len(ids) + config.max_tokens)
-    prefill(model, cache, ids[cache.seq_len : -1], chunk_size, 1, progress)
+    prefill(model, cache, ids[cache.seq_len : -1], 1, progress)
     sampler = Sampler(config, ids, model.config.vocab_size, model.device)
     text = tokenizer.stream(continues=True) if tokenizer else None
     stops = StopStrings(config.stop)

@@ -1,4 +1,4 @@
-"""Steps on a GPU as CUDA graphs, one for a prompt's chunks and one for decoding, which the CPU reads one step behind.
+"""Steps on a GPU as CUDA graphs, one for reading a prompt and one for decoding, which the CPU follows one step behind.
 
 A graph replays what was captured: the same kernels with the same addresses. Everything that changes from step to step
 is therefore kept on the device: token ids, which decoding leaves for its next replay, and the number of cached tokens.
@@ -13,39 +13,50 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from minirea.attention import Attention
 from minirea.cache import KVCache
 from minirea.model import Model
 from minirea.sampling import Sampler
 
-# Chunks from which on it pays to capture one: that takes longer than to launch it, and the GPU waits.
+# Chunks of a prompt in a step. Their matrix products are one, which reads the weights once and has enough rows for all
+# multiprocessors. Eight would gain little more and hold twice the activations (kernels/README.md).
+STEP_CHUNKS: Final = 4
+# Steps of a prompt from which on it pays to capture one: the first is launched, and so is the last, which is shorter.
 WORTH_CAPTURING: Final = 4
 
 
-def can_capture(model: Model) -> bool:
-    """Whether a step of this model can be a graph.
+def can_capture(attention: Attention) -> bool:
+    """Whether a step of a model with this attention can be a graph.
 
     The fused kernel reads the number of cached tokens on the device. "full" attention and impl "torch" give their
     tensors shapes that grow with it, so their steps are launched one operation at a time.
     """
-    attention = model.attention
-    return model.device.type == "cuda" and attention.impl == "triton" and attention.mode != "full"
+    return attention.device.type == "cuda" and attention.impl == "triton" and attention.mode != "full"
 
 
-def read_captured(model: Model, cache: KVCache, chunks_T: Sequence[Tensor]) -> Iterator[int]:
-    """Read a prompt's chunks, of which all but the last are equally long; yields the length of each.
+def prompt_step_tokens(attention: Attention) -> int:
+    """How many tokens of a prompt a step reads: a chunk, or where steps can be captured, STEP_CHUNKS of them.
 
-    The CPU would need longer to launch a chunk of a small model, or of a short context, than the GPU to compute it. It
-    stays one chunk ahead, not more: whoever watches or interrupts it should find it where the GPU is.
+    Every chunk has a scope of its own in either case, so that a step is only how the work is divided.
     """
-    captured = len(chunks_T) >= WORTH_CAPTURING
+    return (STEP_CHUNKS if can_capture(attention) else 1) * attention.config.chunk_size
+
+
+def read_captured(model: Model, cache: KVCache, steps_T: Sequence[Tensor]) -> Iterator[int]:
+    """Read a prompt's steps, of which all but the last are equally long; yields the length of each.
+
+    The CPU would need longer to launch a step of a small model, or of a short context, than the GPU to compute it. It
+    stays one step ahead, not more: whoever watches or interrupts it should find it where the GPU is.
+    """
+    captured = len(steps_T) >= WORTH_CAPTURING
     step, done = None, [torch.cuda.Event(), torch.cuda.Event()]
-    for index, ids_T in enumerate(chunks_T):
+    for index, ids_T in enumerate(steps_T):
         if step is None or len(ids_T) != len(step.ids_T):
-            step = ChunkStep(model, cache, len(ids_T))
-            graph = StepGraph(step.run, cache, warm_up=step.run_layer)
+            step = PromptStep(model, cache, len(ids_T))
+            graph = StepGraph(step.run, cache)
         cache.reserve(cache.seq_len + len(ids_T))
         step.set(ids_T)
-        if captured and len(ids_T) == len(chunks_T[0]):
+        if captured and len(ids_T) == len(steps_T[0]):
             graph.launch()
         else:
             run_aside(step.run, cache.device)
@@ -120,48 +131,42 @@ class DecodeStep:
             self.token.copy_(self.sampler(self.logits_V))
 
 
-class ChunkStep:
-    """The kernels of a prompt's chunk over one cache."""
+class PromptStep:
+    """The kernels of one or several chunks of a prompt over one cache."""
 
     def __init__(self, model: Model, cache: KVCache, num_tokens: int) -> None:
         self.model, self.cache = model, cache
         self.ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
-        self.seq_len = torch.zeros(1, dtype=torch.int32, device=model.device)  # cached tokens, these included
+        chunk_size = model.attention.config.chunk_size
+        ends = [min(start + chunk_size, num_tokens) for start in range(0, num_tokens, chunk_size)]
+        # A chunk's number in each row, 16 bytes apart: kernels are compiled anew for pointers aligned to less.
+        self.ends = torch.tensor(ends, dtype=torch.int32, device=model.device)[:, None].repeat(1, 4)
+        self.seq_lens = torch.zeros_like(self.ends)
 
     def set(self, ids_T: Tensor) -> None:
         """Which tokens the next run reads, behind those that the cache holds."""
         self.ids_T.copy_(ids_T)
-        self.seq_len.fill_(self.cache.seq_len + len(ids_T))
+        torch.add(self.ends, self.cache.seq_len, out=self.seq_lens)
 
     def run(self) -> None:
         """One step, without waiting for the device and without a value from it."""
-        self.model.read_at(self.ids_T, self.cache, self.seq_len)
-
-    def run_layer(self) -> None:
-        """The kernels of all layers, since they are those of the first; what it writes, `run` writes again."""
-        self.model.read_at(self.ids_T, self.cache, self.seq_len, num_layers=1)
+        self.model.read_at(self.ids_T, self.cache, [row[:1] for row in self.seq_lens])
 
 
 class StepGraph:
     """Launches of a step over a cache, as a graph.
 
-    Before a capture over addresses that are new, the step runs launch by launch: that compiles the kernels and
-    allocates their workspaces, which a capture may not. When the cache grows, its addresses are new again.
+    The first step runs launch by launch, which compiles the kernels and allocates their workspaces, as a capture may
+    not. The second is captured while the GPU computes the first. When the cache grows, it has new addresses, and the
+    next step is a first one.
 
     Args:
         run: launches the step's kernels, without waiting for the device and without a value from it.
-        warm_up: launches each of them once, to no effect; without it the first step runs and the second is captured.
         generator: what the kernels draw random numbers from, if they do.
     """
 
-    def __init__(
-        self,
-        run: Callable[[], None],
-        cache: KVCache,
-        warm_up: Callable[[], None] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        self.run, self.cache, self.warm_up, self.generator = run, cache, warm_up, generator
+    def __init__(self, run: Callable[[], None], cache: KVCache, generator: torch.Generator | None = None) -> None:
+        self.run, self.cache, self.generator = run, cache, generator
         self.graph: torch.cuda.CUDAGraph | None = None
         self.capacity = 0  # of the cache when the step last ran; 0 before the first
 
@@ -169,9 +174,8 @@ class StepGraph:
         """Start a step on the current stream. The cache has room for it."""
         if self.capacity != self.cache.capacity:
             self.capacity, self.graph = self.cache.capacity, None
-            run_aside(self.warm_up or self.run, self.cache.device)
-            if not self.warm_up:
-                return
+            run_aside(self.run, self.cache.device)
+            return
         if self.graph is None:
             self.graph = self._capture()
         self.graph.replay()

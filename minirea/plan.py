@@ -11,6 +11,7 @@ from minirea.attention import Attention
 from minirea.cache import cache_bytes
 from minirea.config import ModelConfig
 from minirea.cpu import PACKING_THREADS, can_pack
+from minirea.graph import prompt_step_tokens
 from minirea.memory import MemoryPlan
 from minirea.weights import kept_weight_bytes, weight_bytes
 
@@ -50,13 +51,13 @@ def _model_bytes(path: str | Path, config: ModelConfig, dtype: torch.dtype, devi
 
 
 def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -> int:
-    """What the largest step holds beside weights and cache: T = chunk_size queries of a context of `num_tokens`.
+    """What the largest step holds beside weights and cache: T tokens of a context of `num_tokens`.
 
     An estimate, rather too high: activations as if none were freed within a block, twice where a graph of the step has
     its own, logits, and the scope's keys and values, gathered and rotated, with a causal mask.
     """
     c, scope = attention.model, attention.config
-    T = min(scope.chunk_size, num_tokens)
+    T = min(prompt_step_tokens(attention), num_tokens)
     heads = c.num_heads + 2 * c.num_kv_heads
     copies = 2 if attention.impl == "triton" else 1
     activations = copies * T * (5 * c.hidden_size + 3 * heads * c.head_dim + 3 * c.mlp_size) * dtype.itemsize

@@ -174,7 +174,7 @@ def measure_prefill(arguments: argparse.Namespace, engine: Engine, context: int)
     read = min(context, arguments.last_chunks * engine.chunk_size) if arguments.last_chunks else context
     ids = random_ids(context, engine.vocab_size)
     engine.open(context, 1)
-    for tokens in (min(read, engine.chunk_size), read):  # the first time is warming up
+    for tokens in (min(read, engine.warmup_tokens), read):
         engine.fill(context - tokens)
         synchronize(arguments.device)
         seconds = engine.read(ids[context - tokens :])
@@ -202,6 +202,7 @@ class Minirea:
 
     def __init__(self, arguments: argparse.Namespace, directory: Path) -> None:
         from minirea import api
+        from minirea.graph import prompt_step_tokens
 
         options = {"device": arguments.device, "dtype": arguments.dtype, "attention": arguments.attention}
         if arguments.chunk_size is not None:
@@ -211,6 +212,7 @@ class Minirea:
         else:
             self.llm = random_model(api.read_model(directory, **options))
         self.chunk_size = self.llm.chunk_size
+        self.warmup_tokens = 2 * prompt_step_tokens(self.llm.model.attention)  # a whole step, and one that is shorter
         self.vocab_size = self.llm.config.vocab_size
 
     def open(self, context: int, to_follow: int) -> None:
@@ -270,13 +272,14 @@ def random_model(files: Any) -> Any:
             tensor.normal_(0, tensor.shape[1] ** -0.5)
         else:
             tensor.fill_(1 if tensor.shape[0] == files.config.hidden_size else 0)
-    return LLM(Model(files.config, weights, files.attention), None, files.attention.config.chunk_size)
+    return LLM(Model(files.config, weights, files.attention), None)
 
 
 class Transformers:
     """Hugging Face transformers with its default cache and attention."""
 
-    chunk_size = 512  # of what is read for warming up; it reads a prompt in one piece
+    chunk_size = 512  # in which --last-chunks counts; it reads a prompt in one piece
+    warmup_tokens = 512
 
     def __init__(self, arguments: argparse.Namespace, directory: Path) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM

@@ -97,7 +97,7 @@ class OverlapCell(Cell):
             yield {"score": None, "skipped": reason}
             return
         overlap = Overlap(llm.model.config)
-        observe_end(llm.model, prompt.ids, prompt.steps, llm.chunk_size, overlap, progress)
+        observe_end(llm.model, prompt.ids, prompt.steps, overlap, progress)
         head = {"prompt_sha256": sha256_of_ids(prompt.ids), "score": None, "steps": prompt.steps}
         yield head | {"chance": overlap.chance, "per_head": overlap.per_head}
 
@@ -114,7 +114,7 @@ class SpreadCell(Cell):
 
         prompt, model = self.build(), llm.model
         spread = Spread(model.config)
-        observe_end(model, prompt.ids, prompt.steps, llm.chunk_size, spread, progress)
+        observe_end(model, prompt.ids, prompt.steps, spread, progress)
         yield {
             "prompt_sha256": sha256_of_ids(prompt.ids),
             "score": None,

@@ -79,8 +79,8 @@ class ObservedAttention(Attention):
         self.observer = observer
         self._true_tables: tuple[int, tuple[Tensor, Tensor]] = (0, (self.cos[:0], self.sin[:0]))
 
-    def __call__(self, layer: int, qkv_TXD: Tensor, cache: KVCache, seq_len: Tensor | None = None) -> Tensor:
-        out_THD = super().__call__(layer, qkv_TXD, cache, seq_len)
+    def __call__(self, layer: int, qkv_TXD: Tensor, cache: KVCache, seq_lens: Sequence[Tensor] | None = None) -> Tensor:
+        out_THD = super().__call__(layer, qkv_TXD, cache, seq_lens)
         self.observer(Step(self, layer, qkv_TXD[:, : self.model.num_heads], cache))
         return out_THD
 
@@ -103,19 +103,17 @@ def observed(model: Model, observer: Observer, horizon: int) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def observe_end(
-    model: Model, ids: Sequence[int], num_steps: int, chunk_size: int, observer: Observer, progress: bool = False
-) -> None:
+def observe_end(model: Model, ids: Sequence[int], num_steps: int, observer: Observer, progress: bool = False) -> None:
     """Read a prompt as `generate` does; observe its last `num_steps` tokens as decode steps, and the chunk before.
 
     Args:
         ids: the prompt, longer than num_steps.
     """
-    observed_start, observed_stop = chunks(len(ids) - num_steps, chunk_size)[-1]
+    observed_start, observed_stop = chunks(len(ids) - num_steps, model.attention.config.chunk_size)[-1]
     # Up to dense_limit, keys are kept both with RoPE and without, in "full" too, whose own caches drop the latter.
     dense_limit = min(model.attention.dense_limit, len(ids))
     cache = KVCache(model.config, len(ids), dense_limit, model.device, model.dtype)
-    prefill(model, cache, list(ids[:observed_start]), chunk_size, len(ids) - observed_start, progress)
+    prefill(model, cache, list(ids[:observed_start]), len(ids) - observed_start, progress)
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
     with observed(model, observer, horizon=len(ids)):
         model.forward(ids_T[observed_start:observed_stop], cache)

@@ -147,7 +147,7 @@ def test_demo_model_computes_the_same_as_with_float32_weights() -> None:
     old = packed.model.attention
     attention = Attention(packed.config, old.mode, old.config, "torch", old.device)
     weights = load_weights(DEMO, packed.config, old.device, torch.float32)
-    plain = api.LLM(Model(packed.config, weights, attention), None, packed.chunk_size)
+    plain = api.LLM(Model(packed.config, weights, attention), None)
     assert isinstance(plain.model.head, torch.Tensor)
     text = (DEMO / "prompts" / "needle-16k.txt").read_text()
     ids = packed.encode(text)[:1500]

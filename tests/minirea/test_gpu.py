@@ -12,7 +12,7 @@ from testing import random_ids, tiny_model, write_checkpoint
 import minirea
 from minirea.attention import full_attention
 from minirea.generate import decode, decode_one_by_one, read_one_by_one
-from minirea.graph import DecodeGraph, DecodeStep, read_captured
+from minirea.graph import DecodeGraph, DecodeStep, prompt_step_tokens, read_captured
 from minirea.sampling import Sampler, SamplingConfig
 
 pytestmark = [
@@ -78,15 +78,16 @@ def eager(llm: minirea.LLM, ids: list[int], max_tokens: int, **options: float) -
 
 
 @torch.inference_mode()
-def test_captured_chunks_fill_the_cache_as_launched_ones(tmp_path: Path) -> None:
-    """Of a prompt whose last chunk is shorter, into a cache that grows on the way and one that is roomy."""
+def test_captured_steps_fill_the_cache_as_launched_chunks(tmp_path: Path) -> None:
+    """Of a prompt whose last step is shorter, into a cache that grows on the way and one that is roomy."""
     llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), dtype="float32", **SCOPE)
     ids_T = torch.tensor(random_ids(150), device="cuda")
     expected = llm.session(150).cache
     assert list(read_one_by_one(llm.model, expected, ids_T.split(16))) == [16] * 9 + [6]
-    for capacity in (50, 400):
+    assert prompt_step_tokens(llm.model.attention) == 64
+    for capacity, size, lengths in ((50, 16, [16] * 9 + [6]), (70, 32, [32] * 4 + [22]), (400, 64, [64, 64, 22])):
         cache = llm.session(capacity).cache
-        assert list(read_captured(llm.model, cache, ids_T.split(16))) == [16] * 9 + [6]
+        assert list(read_captured(llm.model, cache, ids_T.split(size))) == lengths
         assert cache.seq_len == 150
         for name in ("k", "v"):
             for found, wanted in zip(getattr(cache, name), getattr(expected, name), strict=True):

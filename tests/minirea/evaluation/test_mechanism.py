@@ -91,8 +91,8 @@ def outputs(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     seen: list[torch.Tensor] = []
     attend = Attention.__call__
 
-    def recorded(self: Attention, layer: int, qkv_TXD: torch.Tensor, cache: Any, seq_len: Any = None) -> torch.Tensor:
-        out_THD = attend(self, layer, qkv_TXD, cache, seq_len)
+    def recorded(self: Attention, layer: int, qkv_TXD: torch.Tensor, cache: Any, seq_lens: Any = None) -> torch.Tensor:
+        out_THD = attend(self, layer, qkv_TXD, cache, seq_lens)
         seen.extend(out_THD if len(out_THD) == 1 else [])
         return out_THD
 
@@ -114,7 +114,7 @@ def test_measured_weights_are_those_that_the_engine_uses(
 ) -> None:
     llm = minirea.load(directory, device=device, dtype="float32", **MODES[how])
     again = Recomputed()
-    observe_end(llm.model, random_ids(155), 5, llm.chunk_size, again)
+    observe_end(llm.model, random_ids(155), 5, again)
     assert again.steps == 2 * (5 + 1)  # 2 layers; the chunk before the 5 tokens is observed too
     assert len(again.outputs) == len(outputs) == 2 * 5
     for ours, theirs in zip(again.outputs, outputs, strict=True):
@@ -124,7 +124,7 @@ def test_measured_weights_are_those_that_the_engine_uses(
 def test_measured_weights_follow_a_sliding_window(tmp_path: Path, outputs: list[torch.Tensor]) -> None:
     llm = minirea.load(write_checkpoint(tmp_path, tiny_model(mistral=True, sliding_window=40)), attention="full")
     again = Recomputed()
-    observe_end(llm.model, random_ids(100), 3, 16, again)
+    observe_end(llm.model, random_ids(100), 3, again)
     torch.testing.assert_close(again.outputs, outputs, atol=1e-5, rtol=1e-5)
 
 
@@ -158,7 +158,7 @@ def test_selected_keys_are_those_of_the_engine(directory: Path, span_scope: str)
                 assert chosen_n.nonzero()[:, 0].tolist() == [j for j in scope.tolist() if j in middle]
                 compared.append(n)
 
-    observe_end(llm.model, random_ids(120), 4, llm.chunk_size, compare)
+    observe_end(llm.model, random_ids(120), 4, compare)
     assert len(compared) == 2 * 4 * 2
 
 
@@ -170,7 +170,7 @@ def test_without_rope_the_two_selections_are_one(tmp_path: Path) -> None:
     rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 1e9}
     llm = minirea.load(write_checkpoint(tmp_path, tiny_model(rope_parameters=rope)), **SCOPE | {"max_spans": 16})
     overlap = Overlap(llm.model.config)
-    observe_end(llm.model, random_ids(120), 4, llm.chunk_size, overlap)
+    observe_end(llm.model, random_ids(120), 4, overlap)
     heads = {name: torch.tensor(values) for name, values in overlap.per_head.items()}
     assert heads["shared"].shape == (2, 4)
     assert heads["shared"].min() == heads["found"].min() == 1.0
@@ -184,7 +184,7 @@ def test_with_rope_they_differ_and_everything_is_a_fraction(directory: Path) -> 
     for mode in ("reattention", "full"):
         llm = minirea.load(directory, attention=mode, **SCOPE)
         overlap = Overlap(llm.model.config)
-        observe_end(llm.model, random_ids(150), 4, llm.chunk_size, overlap)
+        observe_end(llm.model, random_ids(150), 4, overlap)
         heads = torch.tensor(list(overlap.per_head.values()))
         assert heads.min() >= 0
         assert heads.max() <= 1
@@ -196,7 +196,7 @@ def test_no_position_exceeds_the_scope_and_full_attention_has_no_bound(directory
     for mode, highest in {"reattention": 51, "streaming": 27, "full": 159}.items():
         llm = minirea.load(directory, attention=mode, **SCOPE)
         spread = Spread(llm.model.config)
-        observe_end(llm.model, random_ids(160), 3, llm.chunk_size, spread)
+        observe_end(llm.model, random_ids(160), 3, spread)
         if mode == "reattention":
             assert 27 < spread.highest_position <= highest  # 4 + 6 * 4 + 24 keys at most
         else:
