@@ -262,6 +262,24 @@ def score(
 
 
 @triton.jit
+def kept_tiles(
+    block_ptr, tag_ptr, first, stop,
+    K: tl.constexpr, K_PAD: tl.constexpr, BLOCK_N: tl.constexpr, PICK_M: tl.constexpr,
+):  # fmt: skip
+    """What `score` kept for rows [first, first + PICK_M) below stop: tags int32 [PICK_M, K_PAD, 1], scores float32
+    [PICK_M, K_PAD, N].
+    """
+    offs_m = first + tl.arange(0, PICK_M)
+    offs_k = tl.arange(0, K_PAD)
+    offs_n = tl.arange(0, BLOCK_N)[None, None, :]
+    slot = (offs_m[:, None] * K_PAD + offs_k[None, :])[:, :, None]
+    kept = ((offs_m < stop)[:, None] & (offs_k < K)[None, :])[:, :, None]
+    tag = tl.load(tag_ptr + slot, mask=kept, other=-1)
+    # Slots without a tile are not read: nobody wrote there, so no cache has them.
+    return tag, tl.load(block_ptr + slot * BLOCK_N + offs_n, mask=tag >= 0, other=float("-inf"))
+
+
+@triton.jit
 def pick(
     block_ptr, tag_ptr, candidate_ptr, stride_row, num_rows, lo,
     K: tl.constexpr, K_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PICK_M: tl.constexpr,
@@ -275,13 +293,13 @@ def pick(
     # threads of a warp. So warps have rows of their own, and none waits for another in a reduction.
     offs_k = tl.arange(0, K_PAD)
     offs_n = tl.arange(0, BLOCK_N)[None, None, :]
-    for first in range(0, tl.minimum(num_rows, BLOCK_M), PICK_M):
-        offs_m = first + tl.arange(0, PICK_M)
-        slot = (offs_m[:, None] * K_PAD + offs_k[None, :])[:, :, None]
-        filled = ((offs_m < num_rows)[:, None] & (offs_k < K)[None, :])[:, :, None]
-        tag = tl.load(tag_ptr + slot, mask=filled, other=-1)
+    stop = tl.minimum(num_rows, BLOCK_M)
+    tag, scores = kept_tiles(block_ptr, tag_ptr, 0, stop, K, K_PAD, BLOCK_N, PICK_M)
+    for first in range(0, stop, PICK_M):
+        # The next rows are on their way while these are reduced.
+        next_tag, next_scores = kept_tiles(block_ptr, tag_ptr, first + PICK_M, stop, K, K_PAD, BLOCK_N, PICK_M)
         # Hardware has the maximum of a warp's integers as one instruction, of its floats as ten.
-        order = to_order(tl.load(block_ptr + slot * BLOCK_N + offs_n, mask=tag >= 0, other=float("-inf")))
+        order = to_order(scores)
         position = lo + tag // K_PAD * BLOCK_N + offs_n
         best = tl.full([PICK_M, K_PAD], NO_KEY, tl.int64)
         for i in range(K):
@@ -291,8 +309,11 @@ def pick(
             packed = tl.where(top > NO_SCORE, pack(top, lowest), NO_KEY)
             best = tl.where(offs_k[None, :] == i, packed[:, None], best)
             order = tl.where(position == lowest[:, None, None], NO_SCORE, order)
+        offs_m = first + tl.arange(0, PICK_M)
         candidate_ptrs = candidate_ptr + offs_m[:, None] * stride_row + offs_k[None, :]
         tl.store(candidate_ptrs, best, mask=(offs_m < num_rows)[:, None])
+        tag = next_tag
+        scores = next_scores
     tl.debug_barrier()  # before this program's next unit writes there again
 
 
