@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from minirea.cache import KVCache
 from minirea.errors import InputError
-from minirea.graph import can_capture, decode_ahead, prompt_step_tokens, read_captured
+from minirea.graph import can_capture, compiling_decode_step, decode_ahead, prompt_step_tokens, read_captured
 from minirea.memory import peak_bytes
 from minirea.model import Model
 from minirea.sampling import NON_FINITE, Sampler, SamplingConfig
@@ -225,7 +225,8 @@ def generate(
     started = time.perf_counter()
     stats = Stats(prompt_tokens=len(ids), weight_bytes=model.nbytes)
     cache.reserve(len(ids) + config.max_tokens)
-    prefill(model, cache, ids[cache.seq_len : -1], 1, progress)
+    with compiling_decode_step(model):
+        prefill(model, cache, ids[cache.seq_len : -1], 1, progress)
     sampler = Sampler(config, ids, model.config.vocab_size, model.device)
     text = tokenizer.stream(continues=True) if tokenizer else None
     stops = StopStrings(config.stop)

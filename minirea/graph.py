@@ -6,7 +6,12 @@ is therefore kept on the device: token ids, which decoding leaves for its next r
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
 import functools
+import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Final
 
@@ -16,7 +21,7 @@ from torch import Tensor
 from minirea.attention import Attention
 from minirea.cache import KVCache
 from minirea.model import Model
-from minirea.sampling import Sampler
+from minirea.sampling import Sampler, SamplingConfig
 
 # Chunks of a prompt in a step. Their matrix products are one, which reads the weights once and has enough rows for all
 # multiprocessors. Eight would gain little more and hold twice the activations (kernels/README.md).
@@ -86,6 +91,37 @@ def decode_ahead(
             yield step.read()
     finally:
         step.take_back()
+
+
+@contextlib.contextmanager
+def compiling_decode_step(model: Model) -> Iterator[None]:
+    """Meanwhile a thread compiles the kernels of a decode step, if none has yet: without an error, it ends with both.
+
+    A prompt compiles others at the same time. That is half of what a first start waits for.
+    """
+    if not can_capture(model.attention) or model in _compiling:
+        yield
+        return
+    _compiling.add(model)
+    thread = threading.Thread(target=_compile_decode_step, args=(model,))
+    thread.start()
+    yield
+    thread.join()
+
+
+_compiling: weakref.WeakSet[Model] = weakref.WeakSet()
+
+
+@torch.inference_mode()
+def _compile_decode_step(model: Model) -> None:
+    """Run a step over one layer and one token, on a stream where nobody captures."""
+    first_layer = copy.copy(model)
+    first_layer.layers = model.layers[:1]
+    config = dataclasses.replace(model.config, num_layers=1)
+    with contextlib.suppress(Exception):  # the step itself will have and tell it
+        cache = KVCache(config, 16, model.attention.dense_limit, model.device, model.dtype)
+        sampler = Sampler(SamplingConfig(), [], config.vocab_size, model.device)
+        DecodeStep(first_layer, cache, 0, sampler).run()
 
 
 class DecodeStep:

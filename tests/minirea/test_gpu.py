@@ -12,7 +12,7 @@ from testing import random_ids, tiny_model, write_checkpoint
 import minirea
 from minirea.attention import full_attention
 from minirea.generate import decode, decode_one_by_one, read_one_by_one
-from minirea.graph import DecodeGraph, DecodeStep, prompt_step_tokens, read_captured
+from minirea.graph import DecodeGraph, DecodeStep, compiling_decode_step, prompt_step_tokens, read_captured
 from minirea.sampling import Sampler, SamplingConfig
 
 pytestmark = [
@@ -184,6 +184,22 @@ def test_a_chat_outgrows_its_cache_and_its_graph(tmp_path: Path) -> None:
     roomy.cache.reserve(5 * capacity)
     tokens = decode(model, roomy.cache, 5, Sampler(SamplingConfig(), [], 97, model.device))
     assert endless == [next(tokens) for _ in endless]
+
+
+def test_a_decode_step_is_compiled_while_a_prompt_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled, or fetched from the disk, after the prompt but a norm that asks for the scope at the end.
+    Of a shape that no other test has."""
+    triton = pytest.importorskip("triton")
+    compiled: list[str] = []
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda src, **_: compiled.append(src.name))
+    shape = tiny_model(hidden_size=48, intermediate_size=72, num_key_value_heads=1, head_dim=16, vocab_size=110)
+    llm = minirea.load(write_checkpoint(tmp_path, shape), **SCOPE)
+    with compiling_decode_step(llm.model):
+        pass
+    assert {"norm_qkv_kernel", "decode_kernel", "best_token_kernel"} <= set(compiled)
+    compiled.clear()
+    llm.generate([5], max_tokens=8, ignore_eos=True)
+    assert set(compiled) <= {"rms_norm_kernel"}
 
 
 def test_a_token_that_nobody_asked_for_is_taken_back(tmp_path: Path) -> None:
