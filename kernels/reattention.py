@@ -1035,6 +1035,11 @@ def chunk_kernel(
 
 # Under TRITON_INTERPRET=1 programs run one after another, so there may be only one: a second could never arrive.
 INTERPRETED: Final = not isinstance(decode_kernel, triton.JITFunction)
+# Which of two kernels that share functions Triton 3.6 hashes first decides under which names it keeps them on the disk.
+# Threads that compile would leave that to chance, and compile again in the next process.
+if not INTERPRETED:
+    hash(decode_kernel)
+    hash(chunk_kernel)
 # The most winners of a ballot that a decode step may hold in registers, where every one is compared with every other:
 # with twice as many a comparison takes 256 registers of every thread, and Triton 3.6 spills them all.
 MAX_WINNERS_IN_REGISTERS: Final = 128

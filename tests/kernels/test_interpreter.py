@@ -43,3 +43,15 @@ def test_triton_on_a_cpu_without_the_interpreter_is_refused() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert "InputError: the tensors are on cpu, expected a CUDA device" in run.stderr
+
+
+def test_what_compiles_first_does_not_decide_where_kernels_are_kept() -> None:
+    """Both are hashed when the module is there, before a thread can be the first to ask for one of them."""
+    code = (
+        "import importlib\n"
+        "module = importlib.import_module('minirea.kernels.reattention')\n"
+        "print([bool(kernel.hash) for kernel in (module.decode_kernel, module.chunk_kernel)])\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.stdout == "[True, True]\n", run.stderr[-2000:]
