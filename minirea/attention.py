@@ -16,6 +16,9 @@ from minirea.kernels import prefill_kernels, reattention, resolve_impl
 from minirea.rope import apply_rope, for_whole_heads, inverse_frequencies, rope_table
 
 MODES: Final = ("reattention", "streaming", "full")
+# Chunks of a prompt in a step on a GPU. Their matrix products are one, which reads the weights once and has enough rows
+# for all multiprocessors. Eight would gain little more and hold twice the activations (kernels/README.md).
+STEP_CHUNKS: Final = 4
 
 
 class Attention:
@@ -47,6 +50,23 @@ class Attention:
         # A dynamic RoPE stretches only beyond the trained range, which a bounded scope never leaves.
         self.cos, self.sin = self._table(0, 0 if mode == "full" else config.max_scope, config.max_scope)
         self.dense_cos, self.dense_sin = for_whole_heads(self.cos[:in_scope, None], self.sin[:in_scope, None])
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether a step can be a CUDA graph.
+
+        The fused kernel reads the number of cached tokens on the device. "full" attention and impl "torch" give their
+        tensors shapes that grow with it, so their steps are launched one operation at a time.
+        """
+        return self.device.type == "cuda" and self.impl == "triton" and self.mode != "full"
+
+    @property
+    def prompt_step_tokens(self) -> int:
+        """How many tokens of a prompt a step reads: a chunk, or where steps can be captured, STEP_CHUNKS of them.
+
+        Every chunk has a scope of its own in either case, so that a step is only how the work is divided.
+        """
+        return (STEP_CHUNKS if self.can_capture else 1) * self.config.chunk_size
 
     def begin(self, seq_len: int, num_tokens: int) -> None:
         """Prepare a step of `num_tokens` queries that ends at `seq_len`: cos and sin of their true positions.

@@ -84,7 +84,7 @@ class ReAttentionConfig:
         span_top_k: winners per head and query; 0 selects nothing, which is streaming attention.
         span_size: keys that one kept winner covers, half of them before it; even.
         max_spans: winners kept after the vote.
-        chunk_size: queries per prefill step, at most local_size; None means min(512, local_size).
+        chunk_size: queries of a prompt that share one scope, at most local_size; None means min(512, local_size).
         span_scope: "layer" (one vote over all heads) or "kv_head" (one vote and one selection per key/value head).
 
     Raises:

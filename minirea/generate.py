@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from minirea.cache import KVCache
 from minirea.errors import InputError
-from minirea.graph import can_capture, compiling_decode_step, decode_ahead, prompt_step_tokens, read_captured
+from minirea.graph import compiling_decode_step, decode_ahead, read_captured
 from minirea.memory import peak_bytes
 from minirea.model import Model
 from minirea.sampling import NON_FINITE, Sampler, SamplingConfig
@@ -146,7 +146,7 @@ def prefill(model: Model, cache: KVCache, ids: list[int], to_follow: int = 0, pr
     attention = model.attention
     attention.horizon = cache.seq_len + len(ids) + to_follow
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
-    read, size = read_captured if can_capture(attention) else read_one_by_one, prompt_step_tokens(attention)
+    read, size = read_captured if attention.can_capture else read_one_by_one, attention.prompt_step_tokens
     hide = not progress or len(ids) <= size
     with tqdm(total=len(ids), desc="prefill", unit="tok", unit_scale=True, leave=False, disable=hide) as bar:
         for num_read in read(model, cache, [ids_T[start:stop] for start, stop in chunks(len(ids), size)]):
@@ -181,7 +181,7 @@ def decode(
         InputError: the logits are not finite.
     """
     start = cache.seq_len
-    steps = decode_ahead if can_capture(model.attention) else decode_one_by_one
+    steps = decode_ahead if model.attention.can_capture else decode_one_by_one
     with contextlib.closing(steps(model, cache, last_id, sampler, limit)) as token_ids:
         for count, token_id in enumerate(token_ids, 1):
             if token_id == NON_FINITE:

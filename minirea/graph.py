@@ -18,33 +18,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from minirea.attention import Attention
 from minirea.cache import KVCache
 from minirea.model import Model
 from minirea.sampling import Sampler, SamplingConfig
 
-# Chunks of a prompt in a step. Their matrix products are one, which reads the weights once and has enough rows for all
-# multiprocessors. Eight would gain little more and hold twice the activations (kernels/README.md).
-STEP_CHUNKS: Final = 4
 # Steps of a prompt from which on it pays to capture one: the first is launched, and so is the last, which is shorter.
 WORTH_CAPTURING: Final = 4
-
-
-def can_capture(attention: Attention) -> bool:
-    """Whether a step of a model with this attention can be a graph.
-
-    The fused kernel reads the number of cached tokens on the device. "full" attention and impl "torch" give their
-    tensors shapes that grow with it, so their steps are launched one operation at a time.
-    """
-    return attention.device.type == "cuda" and attention.impl == "triton" and attention.mode != "full"
-
-
-def prompt_step_tokens(attention: Attention) -> int:
-    """How many tokens of a prompt a step reads: a chunk, or where steps can be captured, STEP_CHUNKS of them.
-
-    Every chunk has a scope of its own in either case, so that a step is only how the work is divided.
-    """
-    return (STEP_CHUNKS if can_capture(attention) else 1) * attention.config.chunk_size
 
 
 def read_captured(model: Model, cache: KVCache, steps_T: Sequence[Tensor]) -> Iterator[int]:
@@ -99,7 +78,7 @@ def compiling_decode_step(model: Model) -> Iterator[None]:
 
     A prompt compiles others at the same time. That is half of what a first start waits for.
     """
-    if not can_capture(model.attention) or model in _compiling:
+    if not model.attention.can_capture or model in _compiling:
         yield
         return
     _compiling.add(model)

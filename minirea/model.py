@@ -87,7 +87,7 @@ class Model:
         """`read` of several chunks, which the cache has room for. Only their attention is computed one by one.
 
         No launch depends on a number that the host has, and the host's count stays as it is: a graph can repeat it.
-        Only where `minirea.graph.can_capture`.
+        Only where `Attention.can_capture`.
 
         Args:
             seq_lens: cached tokens with each chunk, int32 [1] on the device.

@@ -11,7 +11,6 @@ from minirea.attention import Attention
 from minirea.cache import cache_bytes
 from minirea.config import ModelConfig
 from minirea.cpu import PACKING_THREADS, can_pack
-from minirea.graph import prompt_step_tokens
 from minirea.memory import MemoryPlan
 from minirea.weights import kept_weight_bytes, weight_bytes
 
@@ -57,7 +56,7 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -
     its own, logits, and the scope's keys and values, gathered and rotated, with a causal mask.
     """
     c, scope = attention.model, attention.config
-    T = min(prompt_step_tokens(attention), num_tokens)
+    T = min(attention.prompt_step_tokens, num_tokens)
     heads = c.num_heads + 2 * c.num_kv_heads
     copies = 2 if attention.impl == "triton" else 1
     activations = copies * T * (5 * c.hidden_size + 3 * heads * c.head_dim + 3 * c.mlp_size) * dtype.itemsize

@@ -202,7 +202,6 @@ class Minirea:
 
     def __init__(self, arguments: argparse.Namespace, directory: Path) -> None:
         from minirea import api
-        from minirea.graph import prompt_step_tokens
 
         options = {"device": arguments.device, "dtype": arguments.dtype, "attention": arguments.attention}
         if arguments.chunk_size is not None:
@@ -212,7 +211,7 @@ class Minirea:
         else:
             self.llm = random_model(api.read_model(directory, **options))
         self.chunk_size = self.llm.chunk_size
-        self.warmup_tokens = 2 * prompt_step_tokens(self.llm.model.attention)  # a whole step, and one that is shorter
+        self.warmup_tokens = 2 * self.llm.model.attention.prompt_step_tokens  # a whole step, and one that is shorter
         self.vocab_size = self.llm.config.vocab_size
 
     def open(self, context: int, to_follow: int) -> None:

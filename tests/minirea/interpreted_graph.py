@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import minirea
 from minirea.attention import Attention
 from minirea.cache import KVCache
 from minirea.generate import chunks, prefill
-from minirea.graph import DecodeStep, PromptStep
+from minirea.graph import DecodeStep, PromptStep, StepGraph
 from minirea.model import Model, _layer
 from minirea.sampling import Sampler, SamplingConfig
 from minirea.weights import load_weights
@@ -97,3 +98,38 @@ def test_a_step_of_chunks_that_the_device_counts_fills_the_cache_as_chunks_do(tm
         for name in ("k", "v"):
             expected, found = (getattr(cache, name)[layer][:, : len(ids_T)] for cache in caches)
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+class Event:
+    """A GPU's, on a CPU: when it is asked for, everything before it has been done."""
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_a_prompt_is_read_in_captured_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but a GPU: the first step launched, the next two replayed, the last, which is shorter, launched."""
+    directory = write_checkpoint(tmp_path, tiny_model(**SMALL | {"vocab_size": 64}))
+    model = triton_model(directory, minirea.load(directory, **SCOPE | {"chunk_size": 4, "local_size": 8}))
+    ids = list(range(3, 58))
+    caches = [KVCache(model.config, 60, model.attention.dense_limit, model.device, torch.float32) for _ in range(2)]
+    prefill(model, caches[0], ids)
+    captured, replayed = [], []
+
+    def capture(graph: StepGraph) -> SimpleNamespace:
+        captured.append(graph)
+        return SimpleNamespace(replay=lambda: (replayed.append(graph), graph.run()))
+
+    monkeypatch.setattr(Attention, "can_capture", True)
+    monkeypatch.setattr(StepGraph, "_capture", capture)
+    monkeypatch.setattr("minirea.graph.run_aside", lambda run, _: run())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    prefill(model, caches[1], ids)
+    assert (len(captured), len(replayed)) == (1, 2)
+    assert caches[1].seq_len == caches[0].seq_len == len(ids)
+    for layer in range(model.config.num_layers):
+        expected, found = (cache.k[layer][:, : len(ids)] for cache in caches)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

@@ -12,7 +12,7 @@ from testing import random_ids, tiny_model, write_checkpoint
 import minirea
 from minirea.attention import full_attention
 from minirea.generate import decode, decode_one_by_one, read_one_by_one
-from minirea.graph import DecodeGraph, DecodeStep, compiling_decode_step, prompt_step_tokens, read_captured
+from minirea.graph import DecodeGraph, DecodeStep, compiling_decode_step, read_captured
 from minirea.sampling import Sampler, SamplingConfig
 
 pytestmark = [
@@ -84,7 +84,7 @@ def test_captured_steps_fill_the_cache_as_launched_chunks(tmp_path: Path) -> Non
     ids_T = torch.tensor(random_ids(150), device="cuda")
     expected = llm.session(150).cache
     assert list(read_one_by_one(llm.model, expected, ids_T.split(16))) == [16] * 9 + [6]
-    assert prompt_step_tokens(llm.model.attention) == 64
+    assert llm.model.attention.prompt_step_tokens == 64
     for capacity, size, lengths in ((50, 16, [16] * 9 + [6]), (70, 32, [32] * 4 + [22]), (400, 64, [64, 64, 22])):
         cache = llm.session(capacity).cache
         assert list(read_captured(llm.model, cache, ids_T.split(size))) == lengths

@@ -12,7 +12,7 @@ from testing import random_ids, tiny_model, write_checkpoint, write_tokenizer
 from minirea import api, memory
 from minirea.cli import main
 from minirea.errors import MemoryLimitError
-from minirea.plan import plan_run
+from minirea.plan import plan_run, workspace_bytes
 
 SCOPE: dict[str, Any] = {"global_size": 4, "local_size": 24, "span_size": 8, "max_spans": 4, "chunk_size": 16}
 
@@ -66,6 +66,16 @@ def test_command_line_counts_the_prompt_first(
     assert err.endswith("shorten the prompt or lower --max-tokens: about 1,023 of 1,024 tokens fit\n")
     monkeypatch.setattr(memory, "available_bytes", lambda _: room)
     assert main([*arguments, *options, "--quiet", "--ignore-eos"]) == 0
+
+
+def test_a_step_that_can_be_captured_reads_several_chunks(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = api.read_model(directory, device="cpu", **SCOPE).attention
+    assert not attention.can_capture
+    assert attention.prompt_step_tokens == 16
+    one_chunk = workspace_bytes(attention, torch.float32, 1000)
+    monkeypatch.setattr(type(attention), "can_capture", True)
+    assert attention.prompt_step_tokens == 64
+    assert workspace_bytes(attention, torch.float32, 1000) > one_chunk
 
 
 @pytest.mark.gpu
