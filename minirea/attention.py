@@ -17,8 +17,10 @@ from minirea.rope import apply_rope, for_whole_heads, inverse_frequencies, rope_
 
 MODES: Final = ("reattention", "streaming", "full")
 # Chunks of a prompt in a step on a GPU. Their matrix products are one, which reads the weights once and has enough rows
-# for all multiprocessors. Eight would gain little more and hold twice the activations (kernels/README.md).
+# for all multiprocessors: 2,048 tokens are enough. Twice as many would gain little more and hold twice the activations
+# (kernels/README.md).
 STEP_CHUNKS: Final = 4
+STEP_TOKENS: Final = 2048
 
 
 class Attention:
@@ -62,11 +64,12 @@ class Attention:
 
     @property
     def prompt_step_tokens(self) -> int:
-        """How many tokens of a prompt a step reads: a chunk, or where steps can be captured, STEP_CHUNKS of them.
+        """How many tokens of a prompt a step reads: a chunk, or where steps can be captured, up to STEP_CHUNKS of them.
 
         Every chunk has a scope of its own in either case, so that a step is only how the work is divided.
         """
-        return (STEP_CHUNKS if self.can_capture else 1) * self.config.chunk_size
+        chunk_size = self.config.chunk_size
+        return chunk_size * (max(1, min(STEP_CHUNKS, STEP_TOKENS // chunk_size)) if self.can_capture else 1)
 
     def begin(self, seq_len: int, num_tokens: int) -> None:
         """Prepare a step of `num_tokens` queries that ends at `seq_len`: cos and sin of their true positions.

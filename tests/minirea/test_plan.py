@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,9 @@ def test_a_step_that_can_be_captured_reads_several_chunks(directory: Path, monke
     monkeypatch.setattr(type(attention), "can_capture", True)
     assert attention.prompt_step_tokens == 64
     assert workspace_bytes(attention, torch.float32, 1000) > one_chunk
+    for chunk_size, tokens in ((512, 2048), (1000, 2000), (1500, 1500), (5000, 5000)):
+        attention.config = dataclasses.replace(attention.config, local_size=8192, chunk_size=chunk_size)
+        assert attention.prompt_step_tokens == tokens
 
 
 @pytest.mark.gpu
