@@ -72,11 +72,14 @@ def decode_ahead(
         step.take_back()
 
 
+_compiling: weakref.WeakSet[Model] = weakref.WeakSet()
+
+
 @contextlib.contextmanager
 def compiling_decode_step(model: Model) -> Iterator[None]:
-    """Meanwhile a thread compiles the kernels of a decode step, if none has yet: without an error, it ends with both.
+    """While a prompt compiles its kernels, compile those of a decode step in a thread, once for a model.
 
-    A prompt compiles others at the same time. That is half of what a first start waits for.
+    They are half of what a first start waits for. At the end it waits for the thread, unless it ends with an error.
     """
     if not model.attention.can_capture or model in _compiling:
         yield
@@ -86,9 +89,6 @@ def compiling_decode_step(model: Model) -> Iterator[None]:
     thread.start()
     yield
     thread.join()
-
-
-_compiling: weakref.WeakSet[Model] = weakref.WeakSet()
 
 
 @torch.inference_mode()
@@ -153,15 +153,16 @@ class PromptStep:
         self.model, self.cache = model, cache
         self.ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
         chunk_size = model.attention.config.chunk_size
-        ends = [min(start + chunk_size, num_tokens) for start in range(0, num_tokens, chunk_size)]
+        # Counted there: a copy from the host would wait for the steps before.
+        stops = torch.arange(chunk_size, num_tokens + chunk_size, chunk_size, dtype=torch.int32, device=model.device)
         # A chunk's number in each row, 16 bytes apart: kernels are compiled anew for pointers aligned to less.
-        self.ends = torch.tensor(ends, dtype=torch.int32, device=model.device)[:, None].repeat(1, 4)
-        self.seq_lens = torch.zeros_like(self.ends)
+        self.stops = stops.clamp_(max=num_tokens)[:, None].repeat(1, 4)
+        self.seq_lens = torch.zeros_like(self.stops)
 
     def set(self, ids_T: Tensor) -> None:
         """Which tokens the next run reads, behind those that the cache holds."""
         self.ids_T.copy_(ids_T)
-        torch.add(self.ends, self.cache.seq_len, out=self.seq_lens)
+        torch.add(self.stops, self.cache.seq_len, out=self.seq_lens)
 
     def run(self) -> None:
         """One step, without waiting for the device and without a value from it."""
