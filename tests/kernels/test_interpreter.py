@@ -33,6 +33,12 @@ def test_kernels_in_the_interpreter(tests: str) -> None:
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 
 
+def compiled(code: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own where kernels are not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+
+
 @pytest.mark.interpret
 def test_triton_on_a_cpu_without_the_interpreter_is_refused() -> None:
     code = (
@@ -40,8 +46,7 @@ def test_triton_on_a_cpu_without_the_interpreter_is_refused() -> None:
         "x = torch.zeros(1, 2, 4); k = torch.zeros(1, 9, 4); t = torch.zeros(9, 2)\n"
         "reattention(x, k, k, 9, t, t, ReAttentionConfig(1, 2), impl='triton')"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    run = compiled(code)
     assert "InputError: the tensors are on cpu, expected a CUDA device" in run.stderr
 
 
@@ -52,6 +57,5 @@ def test_what_compiles_first_does_not_decide_where_kernels_are_kept() -> None:
         "module = importlib.import_module('minirea.kernels.reattention')\n"
         "print([bool(kernel.hash) for kernel in (module.decode_kernel, module.chunk_kernel)])\n"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    run = compiled(code)
     assert run.stdout == "[True, True]\n", run.stderr[-2000:]
