@@ -347,12 +347,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     add("--span-top-k", type=int, metavar="K", help="winners per head and query (default: 4)")
     add("--span-size", type=int, metavar="N", help="tokens around each winner (default: 32)")
     add("--max-spans", type=int, metavar="N", help="winners kept after the vote (default: 256, or what fits C)")
-    add(
-        "--chunk-size",
-        type=int,
-        metavar="N",
-        help="prompt tokens with one scope, at most --local-size (default: 512)",
-    )
+    add("--chunk-size", type=int, metavar="N", help="prompt tokens per scope, at most --local-size (default: 512)")
     add("--span-scope", choices=("layer", "kv_head"), help="who votes together (default: layer)")
     add("--allow-out-of-distribution", action="store_true", help="let the scope exceed the trained context")
     return add

@@ -174,10 +174,10 @@ def measure_prefill(arguments: argparse.Namespace, engine: Engine, context: int)
     read = min(context, arguments.last_chunks * engine.chunk_size) if arguments.last_chunks else context
     ids = random_ids(context, engine.vocab_size)
     engine.open(context, 1)
-    for tokens in (min(read, engine.warmup_tokens), read):
-        engine.fill(context - tokens)
+    for _ in range(2):  # once to warm up: an engine may compile, choose kernels and allocate for these very shapes
+        engine.fill(context - read)
         synchronize(arguments.device)
-        seconds = engine.read(ids[context - tokens :])
+        seconds = engine.read(ids[context - read :])
     return {"prefill_seconds": seconds, "prefill_tokens": read}
 
 
@@ -211,7 +211,6 @@ class Minirea:
         else:
             self.llm = random_model(api.read_model(directory, **options))
         self.chunk_size = self.llm.chunk_size
-        self.warmup_tokens = 2 * self.llm.model.attention.prompt_step_tokens  # a whole step, and one that is shorter
         self.vocab_size = self.llm.config.vocab_size
 
     def open(self, context: int, to_follow: int) -> None:
@@ -278,7 +277,6 @@ class Transformers:
     """Hugging Face transformers with its default cache and attention."""
 
     chunk_size = 512  # in which --last-chunks counts; it reads a prompt in one piece
-    warmup_tokens = 512
 
     def __init__(self, arguments: argparse.Namespace, directory: Path) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
