@@ -44,6 +44,7 @@ def reattention(
     config: ReAttentionConfig,
     impl: str = "auto",
     return_selection: bool = False,
+    chunk_size: int | None = None,
 ) -> Any:
     """Attention of T new queries over a finite scope of a cache of any length (arXiv 2407.15176, section 3).
 
@@ -60,7 +61,9 @@ def reattention(
         sin: like cos.
         config: sizes in tokens; see ReAttentionConfig.
         impl: "torch", "triton", or "auto": triton for CUDA tensors where it is installed, else torch.
-        return_selection: also return the scope.
+        return_selection: also return the scope, of one chunk.
+        chunk_size: how many queries share a scope, which is then as if the cache ended with the last of them, from the
+            first query on; the last chunk may be shorter. All T without.
 
     Returns:
         out_THD, [T, H, D] in q's dtype; with return_selection the pair (out_THD, selection). The selection holds the
@@ -72,20 +75,22 @@ def reattention(
     """
     _check_tensors(q_THD, k_cache_GND, v_cache_GND, cos, sin)
     _check_seq_len(seq_len)
+    T = q_THD.shape[0]
+    chunk_size = T if chunk_size is None else _checked_chunk_size(chunk_size, T, return_selection)
     impl = resolve_impl(impl, q_THD.device)
     if impl == "torch" or not isinstance(seq_len, torch.Tensor) or seq_len.device != q_THD.device:
         seq_len = int(seq_len)
-        _check_lengths(q_THD.shape[0], seq_len, k_cache_GND.shape[1], config)
+        _check_lengths(T, chunk_size, seq_len, k_cache_GND.shape[1], config)
     _check_tables(cos, seq_len if isinstance(seq_len, int) else k_cache_GND.shape[1], config)
-    tensors = (q_THD, k_cache_GND, v_cache_GND)
+    tensors, options = (q_THD, k_cache_GND, v_cache_GND), (return_selection, chunk_size)
     if impl == "torch":
         from minirea.kernels.reference import reattention_reference
 
-        out_THD, selection = reattention_reference(*tensors, int(seq_len), cos, sin, config, return_selection)
+        out_THD, selection = reattention_reference(*tensors, int(seq_len), cos, sin, config, *options)
     else:
         from minirea.kernels.reattention import reattention_triton
 
-        out_THD, selection = reattention_triton(*tensors, seq_len, cos, sin, config, return_selection)
+        out_THD, selection = reattention_triton(*tensors, seq_len, cos, sin, config, *options)
     return (out_THD, selection) if return_selection else out_THD
 
 
@@ -160,15 +165,26 @@ def _check_seq_len(seq_len: int | torch.Tensor) -> None:
         raise InputError(f"seq_len is {seq_len!r}, expected an integer or an integer tensor of one element")
 
 
-def _check_lengths(num_queries: int, seq_len: int, capacity: int, config: ReAttentionConfig) -> None:
+def _checked_chunk_size(chunk_size: int, num_queries: int, return_selection: bool) -> int:
+    """At most num_queries."""
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise InputError(f"chunk_size is {chunk_size!r}, expected a positive integer")
+    if return_selection and num_queries > chunk_size:
+        raise InputError(
+            f"q_THD has {num_queries} queries, expected at most one chunk of {chunk_size} with return_selection"
+        )
+    return min(chunk_size, num_queries)
+
+
+def _check_lengths(num_queries: int, chunk_size: int, seq_len: int, capacity: int, config: ReAttentionConfig) -> None:
     if not num_queries <= seq_len <= capacity:
         raise InputError(
             f"seq_len is {seq_len}, expected at least the {num_queries} queries of this step and at most the cache's "
             f"capacity of {capacity}"
         )
-    if seq_len > config.global_size + config.local_size and num_queries > config.local_size:
+    if seq_len > config.global_size + config.local_size and chunk_size > config.local_size:
         raise InputError(
-            f"q_THD has {num_queries} queries, expected at most local_size ({config.local_size}) once seq_len "
+            f"q_THD has {chunk_size} queries, expected at most local_size ({config.local_size}) once seq_len "
             f"({seq_len}) exceeds global_size + local_size: early queries would see later tokens"
         )
 

@@ -477,22 +477,23 @@ def tally(counts_ptr, tally_ptr, lo, hi, needed, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def elect(
-    counts_ptr, tally_ptr, kept_ptr, num_kept_ptr, lo, hi, needed, max_spans,
+    counts_ptr, tally_ptr, kept_ptr, num_kept_ptr, lo, hi, needed, max_spans, member, members,
     PROGRAMS_PAD: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Write the kept positions of [lo, hi), ascending, to their places in kept_ptr [P]. Section 3, step 5.
 
     All positions with more than the needed votes are kept, and of those with exactly the needed ones the lowest, as
-    many as there is room for. The tallies of the programs before this one tell where to go on. Zeroes the counts.
+    many as there is room for. The tallies of the members before this one, of all programs that look at this ballot,
+    tell where to go on. Zeroes the counts.
     """
     program = tl.arange(0, PROGRAMS_PAD)
-    present = program < tl.num_programs(0)
-    before = program < tl.program_id(0)
+    present = program < members
+    before = program < member
     more = tl.load(tally_ptr + 2 * program, mask=present, other=0)
     exactly = tl.load(tally_ptr + 2 * program + 1, mask=present, other=0)
     room = max_spans - tl.sum(more, axis=0)
     exactly_before = tl.sum(tl.where(before, exactly, 0), axis=0)
-    if tl.program_id(0) == 0:
+    if member == 0:
         tl.store(num_kept_ptr, tl.sum(more, axis=0) + tl.minimum(room, tl.sum(exactly, axis=0)))
     place = tl.sum(tl.where(before, more, 0), axis=0) + tl.minimum(room, exactly_before)
     for first in range(lo, hi, BLOCK_C):
@@ -887,11 +888,21 @@ def decode_kernel(
             tl.atomic_add(counters_ptr + SORTED, 1, sem="release", scope="gpu")
 
 
-@triton.jit(do_not_specialize=[*SIZES, "T", "levels"])
+@triton.jit
+def chunk_at(index, chunks, chunk_size, T, n):
+    """A chunk's first query, how many it has, and the tokens that are cached with its last one; n are with the last."""
+    first = index * chunk_size
+    # Not as minima, which GPUs compute thread by thread: loops are faster where all threads share their bounds.
+    last = index + 1 == chunks
+    return first, tl.where(last, T - first, chunk_size), tl.where(last, n, n - T + first + chunk_size)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "T", "chunks", "chunk_size", "levels"])
 def chunk_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, seq_len, T, levels, cos_ptr, sin_ptr, stride_qt, stride_qh, stride_qd,
-    stride_kg, stride_kn, stride_kd, stride_vg, stride_vn, stride_vd, counters_ptr, block_ptr, tag_ptr, candidate_ptr,
-    counts_ptr, stride_counts, num_votes_ptr, stride_votes, tally_ptr, kept_ptr, num_kept_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, seq_len, T, chunks, chunk_size, levels, cos_ptr, sin_ptr,
+    stride_qt, stride_qh, stride_qd, stride_kg, stride_kn, stride_kd, stride_vg, stride_vn, stride_vd,
+    counters_ptr, block_ptr, tag_ptr, candidate_ptr, counts_ptr, stride_counts, num_votes_ptr, stride_votes,
+    tally_ptr, kept_ptr, num_kept_ptr,
     q_rot_ptr, k_rot_ptr, v_sel_ptr, selection_ptr, front_ptr,
     global_size, local_size, span_size, max_spans, max_scope,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr,
@@ -902,133 +913,196 @@ def chunk_kernel(
     HALF_PAD: tl.constexpr, BLOCK_C: tl.constexpr, PICK_M: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of T queries: q [T, H, D] against k and v [G, N, D], to out [T, H, D]."""
+    """T queries in chunks, each with a scope of its own: q [T, H, D] against k and v [G, N, D], to out [T, H, D].
+
+    No chunk needs another, so that they go through every phase together, and wait for each other's programs only as
+    often as one would. A chunk has one ballot, or one for each key/value head.
+    """
     n = tl.load(seq_len).to(tl.int32) if SEQ_LEN_IN_MEMORY else seq_len
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     # Scratch of `score` is the program's own, so that it stays in its cache.
     block_ptr += tl.cast(program, tl.int64) * (BLOCK_M * K_PAD * BLOCK_N)
     tag_ptr += program * (BLOCK_M * K_PAD)
-    dense = n <= global_size + local_size
     mid_lo = global_size
-    mid_hi = n - local_size
-    local_lo = tl.where(dense, 0, n - local_size)
-    ballots: tl.constexpr = G if BY_HEAD else 1
+    longest_dense = global_size + local_size
+    chunk_rows = chunk_size * GROUP  # of one key/value head in a chunk; row r is query r // GROUP
+    CHUNK_BALLOTS: tl.constexpr = G if BY_HEAD else 1
     heads_per_ballot: tl.constexpr = 1 if BY_HEAD else G
-    num_rows = T * GROUP  # of one key/value head; row r is query r // GROUP
+    ballots = chunks * CHUNK_BALLOTS
     offs_d = tl.arange(0, BLOCK_D)
 
     if SELECTS:
-        if not dense:
-            row_blocks = tl.cdiv(num_rows, BLOCK_M)
-            for unit in range(program, G * row_blocks * SLICES, programs):
-                part = unit % SLICES
-                g = unit // SLICES % G
-                first_row = unit // SLICES // G * BLOCK_M
-                k_head = k_ptr + tl.cast(g, tl.int64) * stride_kg
-                lo, hi = slice_of(mid_lo, mid_hi, part, SLICES)
-                score_unit(q_ptr, stride_qt, stride_qh, stride_qd, k_head, stride_kn, stride_kd, block_ptr, tag_ptr,
-                           g, first_row, num_rows, lo, hi,
-                           D, GROUP, K, K_PAD, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PRECISION)  # fmt: skip
-                row = tl.cast(g * num_rows + first_row, tl.int64)
-                pick(block_ptr, tag_ptr, candidate_ptr + (row * SLICES + part) * K_PAD, SLICES * K_PAD,
-                     num_rows - first_row, lo, K, K_PAD, BLOCK_M, BLOCK_N, PICK_M)  # fmt: skip
+        if n > longest_dense:  # of the last chunk; those before it may be dense all the same
+            turn = program
+            for chunk in range(chunks):
+                first_query, num_queries, chunk_n = chunk_at(chunk, chunks, chunk_size, T, n)
+                if chunk_n > longest_dense:
+                    q_chunk = q_ptr + tl.cast(first_query, tl.int64) * stride_qt
+                    num_rows = num_queries * GROUP
+                    units = tl.cdiv(num_rows, BLOCK_M) * G * SLICES
+                    for unit in range(turn, units, programs):
+                        turn = unit + programs
+                        part = unit % SLICES
+                        g = unit // SLICES % G
+                        first_row = unit // SLICES // G * BLOCK_M
+                        k_head = k_ptr + tl.cast(g, tl.int64) * stride_kg
+                        lo, hi = slice_of(mid_lo, chunk_n - local_size, part, SLICES)
+                        score_unit(q_chunk, stride_qt, stride_qh, stride_qd, k_head, stride_kn, stride_kd, block_ptr,
+                                   tag_ptr, g, first_row, num_rows, lo, hi,
+                                   D, GROUP, K, K_PAD, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, PRECISION)  # fmt: skip
+                        row = tl.cast((chunk * G + g) * chunk_rows + first_row, tl.int64)
+                        pick(block_ptr, tag_ptr, candidate_ptr + (row * SLICES + part) * K_PAD, SLICES * K_PAD,
+                             num_rows - first_row, lo, K, K_PAD, BLOCK_M, BLOCK_N, PICK_M)  # fmt: skip
+                    turn -= units
             wait(counters_ptr, arrive(counters_ptr))
 
-            count_blocks = tl.cdiv(num_rows, COUNT_ROWS)
-            for unit in range(program, G * count_blocks, programs):
-                g = unit % G
-                ballot = g if BY_HEAD else 0
-                first_row = g * num_rows + unit // G * COUNT_ROWS
-                count_votes(candidate_ptr, counts_ptr + ballot * stride_counts, num_votes_ptr + ballot * stride_votes,
-                            first_row, tl.minimum(first_row + COUNT_ROWS, (g + 1) * num_rows), levels,
-                            COUNT_ROWS, SLICES * K_PAD, CANDIDATES_PAD, K, K_PAD)  # fmt: skip
+            turn = program
+            for chunk in range(chunks):
+                _, num_queries, chunk_n = chunk_at(chunk, chunks, chunk_size, T, n)
+                if chunk_n > longest_dense:
+                    units = tl.cdiv(num_queries * GROUP, COUNT_ROWS) * G
+                    for unit in range(turn, units, programs):
+                        turn = unit + programs
+                        g = unit % G
+                        ballot = chunk * CHUNK_BALLOTS + (g if BY_HEAD else 0)
+                        row = (chunk * G + g) * chunk_rows
+                        first_row = row + unit // G * COUNT_ROWS
+                        last_row = tl.minimum(first_row + COUNT_ROWS, row + num_queries * GROUP)
+                        count_votes(candidate_ptr, counts_ptr + ballot * stride_counts,
+                                    num_votes_ptr + ballot * stride_votes, first_row, last_row, levels,
+                                    COUNT_ROWS, SLICES * K_PAD, CANDIDATES_PAD, K, K_PAD)  # fmt: skip
+                    turn -= units
             wait(counters_ptr, arrive(counters_ptr))
 
-            lo, hi = slice_of(mid_lo, mid_hi, program, programs)
-            for ballot in range(ballots):
+            # Every ballot has a team of programs, or every program some ballots.
+            teams = tl.minimum(ballots, programs)
+            team = program % teams
+            member = program // teams
+            members = tl.cdiv(programs - team, teams)
+            for ballot in range(team, ballots, teams):
+                _, _, chunk_n = chunk_at(ballot // CHUNK_BALLOTS, chunks, chunk_size, T, n)
+                mid_hi = chunk_n - local_size
+                lo, hi = slice_of(mid_lo, mid_hi, member, members)
                 needed = votes_needed(num_votes_ptr + ballot * stride_votes, levels, max_spans, BLOCK_C)
-                tally(counts_ptr + ballot * stride_counts, tally_ptr + 2 * (ballot * programs + program), lo, hi,
+                tally(counts_ptr + ballot * stride_counts, tally_ptr + 2 * (ballot * programs + member), lo, hi,
                       needed, BLOCK_C)  # fmt: skip
             wait(counters_ptr, arrive(counters_ptr))
 
-            for ballot in range(ballots):
+            for ballot in range(team, ballots, teams):
+                _, _, chunk_n = chunk_at(ballot // CHUNK_BALLOTS, chunks, chunk_size, T, n)
+                mid_hi = chunk_n - local_size
+                lo, hi = slice_of(mid_lo, mid_hi, member, members)
                 needed = votes_needed(num_votes_ptr + ballot * stride_votes, levels, max_spans, BLOCK_C)
                 elect(counts_ptr + ballot * stride_counts, tally_ptr + 2 * ballot * programs, kept_ptr + ballot * P_PAD,
-                      num_kept_ptr + ballot, lo, hi, needed, max_spans, PROGRAMS_PAD, BLOCK_C)  # fmt: skip
+                      num_kept_ptr + ballot, lo, hi, needed, max_spans, member, members,
+                      PROGRAMS_PAD, BLOCK_C)  # fmt: skip
             wait(counters_ptr, arrive(counters_ptr))
 
-            for ballot in range(ballots):
+            for ballot in range(team, ballots, teams):
+                _, _, chunk_n = chunk_at(ballot // CHUNK_BALLOTS, chunks, chunk_size, T, n)
+                mid_hi = chunk_n - local_size
                 start, offset, rows = select(kept_ptr + ballot * P_PAD, tl.load(num_kept_ptr + ballot), mid_lo, mid_hi,
                                              span_size, P_PAD)  # fmt: skip
                 front = global_size + tl.sum(rows, axis=0)
-                first, last = slice_of(0, front, program, programs)
+                first, last = slice_of(0, front, member, members)
                 locate(selection_ptr + ballot * max_scope, start, offset, rows, first, last, global_size, span_size,
                        P_PAD)  # fmt: skip
-                if program == 0:
+                if member == 0:
                     tl.store(front_ptr + ballot, front)
                     for first in range(0, levels + 1, BLOCK_C):
                         level = first + tl.arange(0, BLOCK_C)
                         tl.store(num_votes_ptr + ballot * stride_votes + level, 0, mask=level <= levels)
             wait(counters_ptr, arrive(counters_ptr))
 
+    turn = program
     for ballot in range(ballots):
+        chunk = ballot // CHUNK_BALLOTS
+        _, _, chunk_n = chunk_at(chunk, chunks, chunk_size, T, n)
+        dense = chunk_n <= longest_dense
         front = rows_before_local(front_ptr, ballot, dense, global_size, SELECTS)
-        length = front + n - local_lo
+        local_lo = tl.where(dense, 0, chunk_n - local_size)
+        length = front + chunk_n - local_lo
         num_copied = tl.cdiv(front, BLOCK_A) * BLOCK_A
-        for unit in range(program, tl.cdiv(length, BLOCK_R) * heads_per_ballot, programs):
-            g = ballot if BY_HEAD else unit % G
+        units = tl.cdiv(length, BLOCK_R) * heads_per_ballot
+        for unit in range(turn, units, programs):
+            turn = unit + programs
+            g = ballot % G if BY_HEAD else unit % G
             offs_r = unit // heads_per_ballot * BLOCK_R + tl.arange(0, BLOCK_R)
             mask_r = offs_r < length
             source = tl.where(offs_r < front, offs_r, local_lo + offs_r - front)
             if SELECTS:
                 source = tl.load(selection_ptr + ballot * max_scope + offs_r, mask=offs_r < front, other=source)
+            scope = tl.cast(chunk * G + g, tl.int64) * max_scope * D
             gather(k_ptr + tl.cast(g, tl.int64) * stride_kg, stride_kn, stride_kd,
                    v_ptr + tl.cast(g, tl.int64) * stride_vg, stride_vn, stride_vd, cos_ptr, sin_ptr,
-                   k_rot_ptr + tl.cast(g, tl.int64) * max_scope * D, v_sel_ptr + tl.cast(g, tl.int64) * max_scope * D,
+                   k_rot_ptr + scope, v_sel_ptr + scope,
                    offs_r, source, mask_r, num_copied, D, BLOCK_D, HALF_PAD)  # fmt: skip
+        turn -= units
     everyone = arrive(counters_ptr)
 
-    row_blocks = tl.cdiv(num_rows, BLOCK_M)
     # This program's own queries, while others still gather. Through scratch: from registers the product would take them
     # anew for every tile.
-    for unit in range(program, G * row_blocks, programs):
-        g = unit % G
-        rows = unit // G * BLOCK_M + tl.arange(0, BLOCK_M)
-        t = rows // GROUP
-        front = rows_before_local(front_ptr, g if BY_HEAD else 0, dense, global_size, SELECTS)
-        rotate_queries(q_ptr, stride_qt, stride_qh, stride_qd, cos_ptr, sin_ptr, q_rot_ptr, t, g * GROUP + rows % GROUP,
-                       front + n - local_lo - T + t, g * num_rows + rows, rows < num_rows, D, HALF_PAD)  # fmt: skip
+    turn = program
+    for chunk in range(chunks):
+        first_query, num_queries, chunk_n = chunk_at(chunk, chunks, chunk_size, T, n)
+        dense = chunk_n <= longest_dense
+        local_lo = tl.where(dense, 0, chunk_n - local_size)
+        units = tl.cdiv(num_queries * GROUP, BLOCK_M) * G
+        for unit in range(turn, units, programs):
+            turn = unit + programs
+            g = unit % G
+            rows = unit // G * BLOCK_M + tl.arange(0, BLOCK_M)
+            t = rows // GROUP
+            ballot = chunk * CHUNK_BALLOTS + (g if BY_HEAD else 0)
+            length = rows_before_local(front_ptr, ballot, dense, global_size, SELECTS) + chunk_n - local_lo
+            rotate_queries(q_ptr, stride_qt, stride_qh, stride_qd, cos_ptr, sin_ptr, q_rot_ptr,
+                           first_query + t, g * GROUP + rows % GROUP, length - num_queries + t,
+                           (chunk * G + g) * chunk_rows + rows, t < num_queries, D, HALF_PAD)  # fmt: skip
+        turn -= units
     wait(counters_ptr, everyone)
 
-    for unit in range(program, G * row_blocks, programs):
-        g = unit % G
-        rows = unit // G * BLOCK_M + tl.arange(0, BLOCK_M)
-        front = rows_before_local(front_ptr, g if BY_HEAD else 0, dense, global_size, SELECTS)
-        length = front + n - local_lo
-        last_key = length - T + rows // GROUP
-        mask_m = rows < num_rows
-        q = load_rows(q_rot_ptr, g * num_rows + rows, D, mask_m, offs_d, 1, D)
-        k_head = k_rot_ptr + tl.cast(g, tl.int64) * max_scope * D
-        v_sel_head = v_sel_ptr + tl.cast(g, tl.int64) * max_scope * D
-        # The values of the local part lie in the cache as they are wanted; its first row is the scope's row `front`.
-        v_head = v_ptr + tl.cast(g, tl.int64) * stride_vg + tl.cast(local_lo - front, tl.int64) * stride_vn
-        num_copied = tl.cdiv(front, BLOCK_A) * BLOCK_A
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        row_max = tl.full([BLOCK_M], -1.0e38, tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
-        # Keys that every row sees need no mask; the block's own queries are at most a tile or two more.
-        seen_by_all = (length - T + unit // G * BLOCK_M // GROUP + 1) // BLOCK_A * BLOCK_A
-        seen_by_any = tl.minimum(length, length - T + (unit // G * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
-        acc, row_max, row_sum = attend_tiles(acc, row_max, row_sum, q, k_head, v_sel_head, v_head, stride_vn, stride_vd,
-                                             num_copied, 0, seen_by_all, last_key,
-                                             SCALE, D, BLOCK_A, BLOCK_D, False, STAGES, PRECISION)  # fmt: skip
-        acc, row_max, row_sum = attend_tiles(acc, row_max, row_sum, q, k_head, v_sel_head, v_head, stride_vn, stride_vd,
-                                             num_copied, seen_by_all, seen_by_any, last_key,
-                                             SCALE, D, BLOCK_A, BLOCK_D, True, STAGES, PRECISION)  # fmt: skip
-        out_ptrs = out_ptr + ((rows // GROUP) * (G * GROUP) + g * GROUP + rows % GROUP).to(tl.int64)[:, None] * D
-        out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptrs + offs_d[None, :], out, mask=mask_m[:, None] & (offs_d < D)[None, :])
+    turn = program
+    for chunk in range(chunks):
+        first_query, num_queries, chunk_n = chunk_at(chunk, chunks, chunk_size, T, n)
+        dense = chunk_n <= longest_dense
+        local_lo = tl.where(dense, 0, chunk_n - local_size)
+        units = tl.cdiv(num_queries * GROUP, BLOCK_M) * G
+        for unit in range(turn, units, programs):
+            turn = unit + programs
+            g = unit % G
+            first_row = unit // G * BLOCK_M
+            rows = first_row + tl.arange(0, BLOCK_M)
+            t = rows // GROUP
+            mask_m = t < num_queries
+            ballot = chunk * CHUNK_BALLOTS + (g if BY_HEAD else 0)
+            front = rows_before_local(front_ptr, ballot, dense, global_size, SELECTS)
+            length = front + chunk_n - local_lo
+            last_key = length - num_queries + t
+            q = load_rows(q_rot_ptr, (chunk * G + g) * chunk_rows + rows, D, mask_m, offs_d, 1, D)
+            scope = tl.cast(chunk * G + g, tl.int64) * max_scope * D
+            k_head = k_rot_ptr + scope
+            v_sel_head = v_sel_ptr + scope
+            # Values of the local part lie in the cache as they are wanted; its first row is the scope's row `front`.
+            v_head = v_ptr + tl.cast(g, tl.int64) * stride_vg + tl.cast(local_lo - front, tl.int64) * stride_vn
+            num_copied = tl.cdiv(front, BLOCK_A) * BLOCK_A
+            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            row_max = tl.full([BLOCK_M], -1.0e38, tl.float32)
+            row_sum = tl.zeros([BLOCK_M], tl.float32)
+            # Keys that every row sees need no mask; the block's own queries are at most a tile or two more.
+            seen_by_all = (length - num_queries + first_row // GROUP + 1) // BLOCK_A * BLOCK_A
+            seen_by_any = tl.minimum(length, length - num_queries + (first_row + BLOCK_M - 1) // GROUP + 1)
+            acc, row_max, row_sum = attend_tiles(acc, row_max, row_sum, q, k_head, v_sel_head, v_head,
+                                                 stride_vn, stride_vd, num_copied, 0, seen_by_all, last_key,
+                                                 SCALE, D, BLOCK_A, BLOCK_D, False, STAGES, PRECISION)  # fmt: skip
+            acc, row_max, row_sum = attend_tiles(acc, row_max, row_sum, q, k_head, v_sel_head, v_head,
+                                                 stride_vn, stride_vd, num_copied, seen_by_all, seen_by_any, last_key,
+                                                 SCALE, D, BLOCK_A, BLOCK_D, True, STAGES, PRECISION)  # fmt: skip
+            out_rows = (first_query + t) * (G * GROUP) + g * GROUP + rows % GROUP
+            out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + out_rows.to(tl.int64)[:, None] * D + offs_d[None, :], out,
+                     mask=mask_m[:, None] & (offs_d < D)[None, :])  # fmt: skip
+        turn -= units
 
 
 # ------------------------------------------------------------------------------------------------------------ launcher
@@ -1101,9 +1175,10 @@ def reattention_triton(
     sin: torch.Tensor,
     config: ReAttentionConfig,
     return_selection: bool = False,
+    chunk_size: int | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
-    """One step in one launch. Arguments and results are those of `minirea.kernels.reattention`.
+    """One step, a token or chunks, in one launch. Arguments and results are those of `minirea.kernels.reattention`.
 
     Only return_selection waits for the GPU: the scope's length decides the shape of the result. `tiles` overrides the
     tile sizes, for measurements.
@@ -1119,12 +1194,13 @@ def reattention_triton(
         raise InputError(f"head_dim is {D}, expected at most 256 with impl 'triton'; impl 'torch' takes any")
     rows = (H // G) if config.span_scope == "kv_head" else H
     in_registers = _pad(rows) * _pad(config.span_top_k) <= MAX_WINNERS_IN_REGISTERS
-    step = _decode if T == 1 and (in_registers or not config.max_selected) else _chunk
+    decodes = T == 1 and (in_registers or not config.max_selected)
     cos, sin = cos.contiguous(), sin.contiguous()
     out_THD = torch.empty(T, H, D, dtype=q_THD.dtype, device=q_THD.device)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(q_THD.device) if q_THD.is_cuda else contextlib.nullcontext():
-        workspace = step(q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, cos, sin, config, tiles)
+        arguments = (q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, cos, sin, config, tiles)
+        workspace = _decode(*arguments) if decodes else _chunk(*arguments, chunk_size)
     if not return_selection:
         return out_THD, None
     scopes = _scopes(workspace, int(seq_len), config)
@@ -1230,39 +1306,43 @@ def _chunk(
     sin: torch.Tensor,
     config: ReAttentionConfig,
     tiles: Tiles | None,
+    chunk_size: int | None = None,
 ) -> Workspace:
     T, H, D = q_THD.shape
     G, N, _ = k_cache_GND.shape
     group = H // G
+    chunk_size = min(T, chunk_size or T)
+    chunks = _pad(cdiv(T, chunk_size))
     common = _common(q_THD, k_cache_GND, seq_len, config)
     tiles = tiles or chunk_tiles(common["BLOCK_D"], q_THD.element_size())
     programs = _programs(q_THD.device, tiles)
-    # Sizes by the next power of two of T and N, so that prompts of all lengths share few workspaces and kernels.
-    rows = _pad(T) * group
+    # Sizes by the next powers of two, so that prompts of all lengths share few workspaces and kernels.
+    rows = _pad(chunk_size) * group  # of one key/value head in a chunk
     row_blocks = cdiv(rows, tiles.BLOCK_M)
-    slices = max(1, min(programs // (G * row_blocks), MAX_CANDIDATES // common["K_PAD"]))
+    slices = max(1, min(programs // (chunks * G * row_blocks), MAX_CANDIDATES // common["K_PAD"]))
     slices = _pad(slices + 1) // 2
     candidates = slices * common["K_PAD"]
-    ballots = G if common["BY_HEAD"] else 1
-    winners = rows * (G // ballots) * config.span_top_k
+    heads_per_ballot = 1 if common["BY_HEAD"] else G
+    ballots = chunks * (G // heads_per_ballot)
+    winners = rows * heads_per_ballot * config.span_top_k  # of one ballot
     levels = winners // max(1, config.max_spans)
     spans_pad = _pad(max(1, config.max_spans))
     scratch = (programs, tiles.BLOCK_M, common["K_PAD"])
     workspace = _workspace(
-        ("chunk", tiles, config, q_THD.dtype, H, G, D, _pad(T), _pad(N)),
+        ("chunk", tiles, config, q_THD.dtype, H, G, D, chunks, _pad(chunk_size), _pad(N)),
         q_THD.device,
         counters=(torch.int64, (1,)),
         block=(torch.float32, (*scratch, tiles.BLOCK_N)),
         tag=(torch.int32, scratch),
-        candidate=(torch.int64, (G * rows, candidates)),
+        candidate=(torch.int64, (chunks * G * rows, candidates)),
         counts=(torch.int32, (ballots, _pad(N))),
         num_votes=(torch.int32, (ballots, levels + 1)),
         tally=(torch.int32, (ballots, programs, 2)),
         kept=(torch.int32, (ballots, spans_pad)),
         num_kept=(torch.int32, (ballots,)),
-        q_rot=(q_THD.dtype, (G * rows, D)),
-        k_rot=(q_THD.dtype, (G, config.max_scope, D)),
-        v_sel=(q_THD.dtype, (G, config.max_scope, D)),
+        q_rot=(q_THD.dtype, (chunks * G * rows, D)),
+        k_rot=(q_THD.dtype, (chunks, G, config.max_scope, D)),
+        v_sel=(q_THD.dtype, (chunks, G, config.max_scope, D)),
         selection=(torch.int64, (ballots, config.max_scope)),
         front=(torch.int32, (ballots,)),
     )
@@ -1275,6 +1355,8 @@ def _chunk(
         out_THD,
         seq_len,
         T,
+        cdiv(T, chunk_size),
+        chunk_size,
         levels,
         cos,
         sin,

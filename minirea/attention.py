@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -83,21 +82,21 @@ class Attention:
         else:  # [T, 1, D], fewer rows beyond dense_limit
             self.true_cos, self.true_sin = self.dense_cos[start:stop], self.dense_sin[start:stop]
 
-    def __call__(self, layer: int, qkv_TXD: Tensor, cache: KVCache, seq_lens: Sequence[Tensor] | None = None) -> Tensor:
+    def __call__(self, layer: int, qkv_TXD: Tensor, cache: KVCache, seq_len: Tensor | None = None) -> Tensor:
         """Write keys and values to the cache and attend.
 
         Args:
             qkv_TXD: query, key and value heads side by side, X = H + 2G, without RoPE.
-            seq_lens: cached tokens with each chunk of these T, where the device counts them. Without, T is one chunk or
-                one decode step, and the cache says.
+            seq_len: cached tokens with these T, int32 [1], where the device counts them; T may be several chunks then.
+                Without, T is one chunk or one decode step, and the cache says.
 
         Returns:
             [T, H, D].
         """
         H, T = self.model.num_heads, len(qkv_TXD)
-        q_rotated = self.write(layer, qkv_TXD, cache, seq_lens)
-        if seq_lens is not None:
-            return self._chunks_over_cache(layer, qkv_TXD[:, :H], cache, seq_lens)
+        q_rotated = self.write(layer, qkv_TXD, cache, seq_len)
+        if seq_len is not None:
+            return self.over_cache(layer, qkv_TXD[:, :H], cache, seq_len)
         stop = cache.seq_len + T
         if stop <= self.dense_limit:
             assert q_rotated is not None
@@ -107,16 +106,14 @@ class Attention:
             return full_attention(q_rotated, k_GND, v_GND, self.sliding_window)
         return self.over_cache(layer, qkv_TXD[:, :H], cache, stop)
 
-    def write(
-        self, layer: int, qkv_TXD: Tensor, cache: KVCache, seq_lens: Sequence[Tensor] | None = None
-    ) -> Tensor | None:
+    def write(self, layer: int, qkv_TXD: Tensor, cache: KVCache, seq_len: Tensor | None = None) -> Tensor | None:
         """Write keys and values to the cache. Arguments are those of a call.
 
         Returns:
             The queries below dense_limit with RoPE, None if there are none.
         """
-        if seq_lens is not None:
-            prefill_kernels(self.impl).write_kv(qkv_TXD, cache.k[layer], cache.v[layer], seq_lens[-1])
+        if seq_len is not None:
+            prefill_kernels(self.impl).write_kv(qkv_TXD, cache.k[layer], cache.v[layer], seq_len)
             return None
         H, G = self.model.num_heads, self.model.num_kv_heads
         dense_rows = self.true_cos.shape[0]
@@ -133,13 +130,9 @@ class Attention:
 
         A seq_len on the GPU is read there, so that a captured launch follows it.
         """
-        return reattention(q_THD, cache.k[layer], cache.v[layer], seq_len, self.cos, self.sin, self.config, self.impl)
-
-    def _chunks_over_cache(self, layer: int, q_THD: Tensor, cache: KVCache, seq_lens: Sequence[Tensor]) -> Tensor:
-        """ReAttention of each chunk by itself. The cache holds later chunks already, which no earlier one looks at."""
-        chunks = zip(q_THD.split(self.config.chunk_size), seq_lens, strict=True)
-        outs_THD = [self.over_cache(layer, q_chunk, cache, seq_len) for q_chunk, seq_len in chunks]
-        return torch.cat(outs_THD) if len(outs_THD) > 1 else outs_THD[0]
+        arguments = (q_THD, cache.k[layer], cache.v[layer], seq_len, self.cos, self.sin, self.config, self.impl)
+        out_THD: Tensor = reattention(*arguments, chunk_size=self.config.chunk_size)
+        return out_THD
 
     def scope(self, cache: KVCache, q_1HD: Tensor) -> dict[str, int]:
         """What the last step could see: tokens in the global, selected and local part, of how many.

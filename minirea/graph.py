@@ -22,15 +22,17 @@ from minirea.cache import KVCache
 from minirea.model import Model
 from minirea.sampling import Sampler, SamplingConfig
 
-# Steps of a prompt from which on it pays to capture one: the first is launched, and so is the last, which is shorter.
-WORTH_CAPTURING: Final = 4
+# Steps of a prompt from which on it pays to capture one: the first two are launched, and the last, which is shorter.
+WORTH_CAPTURING: Final = 6
 
 
 def read_captured(model: Model, cache: KVCache, steps_T: Sequence[Tensor]) -> Iterator[int]:
     """Read a prompt's steps, of which all but the last are equally long; yields the length of each.
 
-    The CPU would need longer to launch a step of a small model, or of a short context, than the GPU to compute it. It
-    stays one step ahead, not more: whoever watches or interrupts it should find it where the GPU is.
+    The CPU would need longer to launch a step of a small model, or of a short context, than the GPU to compute it, and
+    between the kernels of a graph the GPU waits less. The CPU stays one step ahead, not more: whoever watches or
+    interrupts it should find it where the GPU is. A capture takes as long as a launch and gives the GPU nothing to do,
+    so it comes third, when the CPU is ahead.
     """
     captured = len(steps_T) >= WORTH_CAPTURING
     step, done = None, [torch.cuda.Event(), torch.cuda.Event()]
@@ -40,7 +42,7 @@ def read_captured(model: Model, cache: KVCache, steps_T: Sequence[Tensor]) -> It
             graph = StepGraph(step.run, cache)
         cache.reserve(cache.seq_len + len(ids_T))
         step.set(ids_T)
-        if captured and len(ids_T) == len(steps_T[0]):
+        if captured and index != 1 and len(ids_T) == len(steps_T[0]):
             graph.launch()
         else:
             run_aside(step.run, cache.device)
@@ -152,21 +154,16 @@ class PromptStep:
     def __init__(self, model: Model, cache: KVCache, num_tokens: int) -> None:
         self.model, self.cache = model, cache
         self.ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
-        chunk_size = model.attention.config.chunk_size
-        # Counted there: a copy from the host would wait for the steps before.
-        stops = torch.arange(chunk_size, num_tokens + chunk_size, chunk_size, dtype=torch.int32, device=model.device)
-        # A chunk's number in each row, 16 bytes apart: kernels are compiled anew for pointers aligned to less.
-        self.stops = stops.clamp_(max=num_tokens)[:, None].repeat(1, 4)
-        self.seq_lens = torch.zeros_like(self.stops)
+        self.seq_len = torch.zeros(1, dtype=torch.int32, device=model.device)
 
     def set(self, ids_T: Tensor) -> None:
         """Which tokens the next run reads, behind those that the cache holds."""
         self.ids_T.copy_(ids_T)
-        torch.add(self.stops, self.cache.seq_len, out=self.seq_lens)
+        self.seq_len.fill_(self.cache.seq_len + len(ids_T))
 
     def run(self) -> None:
         """One step, without waiting for the device and without a value from it."""
-        self.model.read_at(self.ids_T, self.cache, [row[:1] for row in self.seq_lens])
+        self.model.read_at(self.ids_T, self.cache, self.seq_len)
 
 
 class StepGraph:

@@ -6,7 +6,6 @@ Shapes: T tokens of this step, E model width, F MLP width, H query heads, G key/
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,16 +82,16 @@ class Model:
         self._read(self._begin(ids_T, cache), cache)
         cache.seq_len += len(ids_T)
 
-    def read_at(self, ids_T: Tensor, cache: KVCache, seq_lens: Sequence[Tensor]) -> None:
-        """`read` of several chunks, which the cache has room for. Only their attention is computed one by one.
+    def read_at(self, ids_T: Tensor, cache: KVCache, seq_len: Tensor) -> None:
+        """`read` of one or several chunks, which the cache has room for.
 
         No launch depends on a number that the host has, and the host's count stays as it is: a graph can repeat it.
         Only where `Attention.can_capture`.
 
         Args:
-            seq_lens: cached tokens with each chunk, int32 [1] on the device.
+            seq_len: cached tokens with these, int32 [1] on the device.
         """
-        self._read(self._embed(ids_T), cache, seq_lens)
+        self._read(self._embed(ids_T), cache, seq_len)
 
     def logits(self, x_TE: Tensor) -> Tensor:
         """Scores of the next token, float32 [T, V]."""
@@ -110,19 +109,19 @@ class Model:
         self.attention.begin(seq_len, len(ids_T))
         return self._embed(ids_T)
 
-    def _read(self, x_TE: Tensor, cache: KVCache, seq_lens: Sequence[Tensor] | None = None) -> None:
+    def _read(self, x_TE: Tensor, cache: KVCache, seq_len: Tensor | None = None) -> None:
         last = len(self.layers) - 1
         for index in range(last):
-            self._block(index, x_TE, cache, seq_lens)
-        self.attention.write(last, self._qkv(self.layers[last], x_TE), cache, seq_lens)
+            self._block(index, x_TE, cache, seq_len)
+        self.attention.write(last, self._qkv(self.layers[last], x_TE), cache, seq_len)
 
     def _embed(self, ids_T: Tensor) -> Tensor:
         return F.embedding(ids_T, self.embed).to(self.dtype)
 
-    def _block(self, index: int, x_TE: Tensor, cache: KVCache, seq_lens: Sequence[Tensor] | None = None) -> None:
+    def _block(self, index: int, x_TE: Tensor, cache: KVCache, seq_len: Tensor | None = None) -> None:
         """One layer, added to the residual stream in place."""
         layer = self.layers[index]
-        out_THD = self.attention(index, self._qkv(layer, x_TE), cache, seq_lens)
+        out_THD = self.attention(index, self._qkv(layer, x_TE), cache, seq_len)
         add_linear(x_TE, out_THD.flatten(1), layer.o, layer.o_bias)
         gate_up_TM = self._norm_linear(x_TE, layer.mlp_norm, layer.gate_up, layer.gate_up_bias)  # M = 2F
         add_linear(x_TE, self.kernels.swiglu(gate_up_TM), layer.down, layer.down_bias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,16 @@ class Case:
 
     def tensors(self) -> tuple[Any, ...]:
         return self.q, self.k_cache, self.v_cache, self.seq_len, self.cos, self.sin
+
+    def chunks(self, chunk_size: int) -> list[Case]:
+        """The steps that its queries are in chunks."""
+        T = self.q.shape[0]
+        starts = range(0, T, chunk_size)
+        stops = [min(start + chunk_size, T) for start in starts]
+        return [
+            replace(self, q=self.q[start:stop], seq_len=self.seq_len - T + stop)
+            for start, stop in zip(starts, stops, strict=True)
+        ]
 
     def oracle(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """float64 output and the scopes as a list, one for the layer or one per key/value head."""

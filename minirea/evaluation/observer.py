@@ -79,8 +79,8 @@ class ObservedAttention(Attention):
         self.observer = observer
         self._true_tables: tuple[int, tuple[Tensor, Tensor]] = (0, (self.cos[:0], self.sin[:0]))
 
-    def __call__(self, layer: int, qkv_TXD: Tensor, cache: KVCache, seq_lens: Sequence[Tensor] | None = None) -> Tensor:
-        out_THD = super().__call__(layer, qkv_TXD, cache, seq_lens)
+    def __call__(self, layer: int, qkv_TXD: Tensor, cache: KVCache, seq_len: Tensor | None = None) -> Tensor:
+        out_THD = super().__call__(layer, qkv_TXD, cache, seq_len)
         self.observer(Step(self, layer, qkv_TXD[:, : self.model.num_heads], cache))
         return out_THD
 

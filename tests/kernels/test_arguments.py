@@ -49,6 +49,27 @@ def test_bad_arguments_are_named(fields: dict[str, Any], message: str) -> None:
     assert isinstance(caught.value, ValueError)
 
 
+@pytest.mark.parametrize("chunk_size", [0, -1, True, 2.0])
+def test_a_bad_chunk_size_is_named(chunk_size: Any) -> None:
+    case = make_case(ReAttentionConfig(4, 8), 12, T=3)
+    with pytest.raises(InputError, match=f"chunk_size is {chunk_size}, expected a positive integer"):
+        reattention(*case.arguments(), impl="torch", chunk_size=chunk_size)
+
+
+def test_a_selection_is_of_one_chunk() -> None:
+    case = make_case(ReAttentionConfig(4, 8), 12, T=3)
+    with pytest.raises(InputError, match="3 queries, expected at most one chunk of 2 with return_selection"):
+        reattention(*case.arguments(), impl="torch", chunk_size=2, return_selection=True)
+    reattention(*case.arguments(), impl="torch", chunk_size=3, return_selection=True)
+
+
+def test_more_queries_than_local_size_fit_in_chunks() -> None:
+    case = make_case(ReAttentionConfig(4, 8, 1, 2, 2), 50, T=20)
+    out_THD = reattention(*case.arguments(), impl="torch", chunk_size=8)
+    alone = [reattention(*chunk.arguments(), impl="torch") for chunk in case.chunks(8)]
+    assert torch.equal(out_THD, torch.cat(alone))
+
+
 def test_unknown_impl() -> None:
     case = make_case(ReAttentionConfig(4, 8), 5)
     with pytest.raises(InputError, match="impl is 'cuda', expected one of auto, triton, torch"):

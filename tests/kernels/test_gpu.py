@@ -70,6 +70,24 @@ def test_exact_on_random_lengths(
         check(on_gpu(case, dtype))
 
 
+@pytest.mark.parametrize(("H", "G", "D", "dtype", "span_top_k", "span_scope"), SHAPES)
+def test_chunks_in_one_launch_equal_their_own(
+    H: int, G: int, D: int, dtype: torch.dtype, span_top_k: int, span_scope: str
+) -> None:
+    """Of any number of chunks, the last often shorter, the first often dense."""
+    r = random.Random(H * D)
+    for seed in range(12):
+        config = ReAttentionConfig(r.choice([0, 4, 32]), 64, span_top_k, 8, r.choice([20, 300]), span_scope=span_scope)
+        chunk_size, chunks = r.choice([16, 64]), r.randint(2, 8)
+        T = chunk_size * chunks - r.choice([0, 1, chunk_size - 2])
+        n = r.choice([T, T + 40, T + r.randint(41, 3000), 12000])
+        case = on_gpu(make_case(config, n, T=T, H=H, G=G, D=D, largest=r.choice([1, 3]), seed=seed), dtype)
+        together = reattention(*case.arguments(), impl="triton", chunk_size=chunk_size)
+        for chunk, out_THD in zip(case.chunks(chunk_size), together.split(chunk_size), strict=True):
+            assert torch.equal(out_THD, reattention(*chunk.arguments(), impl="triton"))
+            check(chunk)
+
+
 def test_exact_on_keys_with_hundreds_of_votes() -> None:
     check(on_gpu(popular_keys_case()))
 
@@ -82,12 +100,12 @@ def test_exact_when_votes_are_cut(max_spans: int, T: int) -> None:
         check(on_gpu(make_case(config, 3000 + seed, T=T, H=32, G=8, D=128, largest=1, seed=seed)))
 
 
-@pytest.mark.parametrize("T", [1, 64])
-def test_repeats_are_bitwise_equal(T: int) -> None:
+@pytest.mark.parametrize(("T", "chunk_size"), [(1, 1), (64, 64), (64, 16)])
+def test_repeats_are_bitwise_equal(T: int, chunk_size: int) -> None:
     case = on_gpu(make_case(ReAttentionConfig(32, 256, 4, 32, 128), 20000, T=T, H=32, G=8, D=128))
-    first = reattention(*case.arguments(), impl="triton")
+    first = reattention(*case.arguments(), impl="triton", chunk_size=chunk_size)
     for _ in range(200):
-        assert torch.equal(reattention(*case.arguments(), impl="triton"), first)
+        assert torch.equal(reattention(*case.arguments(), impl="triton", chunk_size=chunk_size), first)
 
 
 def test_a_captured_graph_follows_seq_len() -> None:

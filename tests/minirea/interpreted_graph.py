@@ -116,11 +116,11 @@ class Event:
 
 
 def test_a_prompt_is_read_in_captured_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but a GPU: the first step launched, the next two replayed, the last, which is shorter, launched."""
+    """All but a GPU: the first two steps launched, the next three replayed, the last, which is shorter, launched."""
     directory = write_checkpoint(tmp_path, tiny_model(**SMALL | {"vocab_size": 64}))
     model = triton_model(directory, minirea.load(directory, **SCOPE | {"chunk_size": 4, "local_size": 8}))
-    ids = list(range(3, 58))
-    caches = [KVCache(model.config, 60, model.attention.dense_limit, model.device, torch.float32) for _ in range(2)]
+    ids = list(range(3, 60)) + list(range(30))
+    caches = [KVCache(model.config, 90, model.attention.dense_limit, model.device, torch.float32) for _ in range(2)]
     prefill(model, caches[0], ids)
     captured, replayed = [], []
 
@@ -133,6 +133,6 @@ def test_a_prompt_is_read_in_captured_steps(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("minirea.graph.run_aside", lambda run, _: run())
     monkeypatch.setattr(torch.cuda, "Event", Event)
     prefill(model, caches[1], ids)
-    assert (len(captured), len(replayed)) == (1, 2)
+    assert (len(captured), len(replayed)) == (1, 3)
     assert caches[0].seq_len == len(ids)
     check_equal(*caches)

@@ -91,8 +91,8 @@ def outputs(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     seen: list[torch.Tensor] = []
     attend = Attention.__call__
 
-    def recorded(self: Attention, layer: int, qkv_TXD: torch.Tensor, cache: Any, seq_lens: Any = None) -> torch.Tensor:
-        out_THD = attend(self, layer, qkv_TXD, cache, seq_lens)
+    def recorded(self: Attention, layer: int, qkv_TXD: torch.Tensor, cache: Any, seq_len: Any = None) -> torch.Tensor:
+        out_THD = attend(self, layer, qkv_TXD, cache, seq_len)
         seen.extend(out_THD if len(out_THD) == 1 else [])
         return out_THD
 
