@@ -57,7 +57,8 @@ def reattention(
         k_cache_GND: cached keys without RoPE, [G, N, D], this step's T already at [seq_len - T, seq_len).
         v_cache_GND: cached values, [G, N, D]. What lies at or beyond seq_len is never used.
         seq_len: cached tokens, this step's included: an int, or an integer tensor of one element.
-        cos: float32 [at least min(seq_len, config.max_scope), D / 2], half-split RoPE as in Hugging Face models.
+        cos: float32 [at least min(seq_len, config.max_scope), D / 2], half-split RoPE as in Hugging Face models. For
+            several chunks, which share positions, with config.max_scope + T - chunk_size instead.
         sin: like cos.
         config: sizes in tokens; see ReAttentionConfig.
         impl: "torch", "triton", or "auto": triton for CUDA tensors where it is installed, else torch.
@@ -81,7 +82,8 @@ def reattention(
     if impl == "torch" or not isinstance(seq_len, torch.Tensor) or seq_len.device != q_THD.device:
         seq_len = int(seq_len)
         _check_lengths(T, chunk_size, seq_len, k_cache_GND.shape[1], config)
-    _check_tables(cos, seq_len if isinstance(seq_len, int) else k_cache_GND.shape[1], config)
+    longest = seq_len if isinstance(seq_len, int) else k_cache_GND.shape[1]
+    _check_tables(cos, min(longest, config.max_scope + T - chunk_size))
     tensors, options = (q_THD, k_cache_GND, v_cache_GND), (return_selection, chunk_size)
     if impl == "torch":
         from minirea.kernels.reference import reattention_reference
@@ -189,11 +191,10 @@ def _check_lengths(num_queries: int, chunk_size: int, seq_len: int, capacity: in
         )
 
 
-def _check_tables(cos: torch.Tensor, longest: int, config: ReAttentionConfig) -> None:
-    positions = min(longest, config.max_scope)
+def _check_tables(cos: torch.Tensor, positions: int) -> None:
     if cos.shape[0] < positions:
         raise InputError(
-            f"cos and sin have {cos.shape[0]} positions, expected at least {positions}: the scope can get that long"
+            f"cos and sin have {cos.shape[0]} positions, expected at least {positions}: the scope can get that far"
         )
 
 

@@ -663,28 +663,30 @@ def rows_before_local(front_ptr, ballot, dense, global_size, SELECTS: tl.constex
 
 @triton.jit
 def gather(
-    k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd, cos_ptr, sin_ptr, k_rot_ptr, v_sel_ptr,
-    offs_r, source, mask_r, num_copied, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF_PAD: tl.constexpr,
+    k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd, cos_ptr, sin_ptr, k_rot_ptr, v_copy_ptr,
+    source, position, offs_r, mask_r,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, HALF_PAD: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Copy rows offs_r of the scope, keys rotated to their positions, to k_rot [S, D], and values of rows before
-    num_copied to v_sel [S, D]. Section 3, step 7.
+    """Copy keys from rows `source` of the cache, rotated to `position`, to rows offs_r of k_rot [S, D], and with VALUES
+    values to v_copy [S, D]. Section 3, step 7.
     """
     dtype = k_rot_ptr.dtype.element_ty
     offs_h = tl.arange(0, HALF_PAD)
     offs_d = tl.arange(0, BLOCK_D)
     k_a = load_rows(k_ptr, source, stride_kn, mask_r, offs_h, stride_kd, D // 2)
     k_b = load_rows(k_ptr + D // 2 * stride_kd, source, stride_kn, mask_r, offs_h, stride_kd, D // 2)
-    mask_v = mask_r & (offs_r < num_copied)
-    v = load_rows(v_ptr, source, stride_vn, mask_v, offs_d, stride_vd, D)
-    cos = load_rows(cos_ptr, offs_r, D // 2, mask_r, offs_h, 1, D // 2)
-    sin = load_rows(sin_ptr, offs_r, D // 2, mask_r, offs_h, 1, D // 2)
+    if VALUES:
+        v = load_rows(v_ptr, source, stride_vn, mask_r, offs_d, stride_vd, D)
+    cos = load_rows(cos_ptr, position, D // 2, mask_r, offs_h, 1, D // 2)
+    sin = load_rows(sin_ptr, position, D // 2, mask_r, offs_h, 1, D // 2)
     k_a, k_b = rotate_halves(k_a, k_b, cos, sin)
     mask_rh = mask_r[:, None] & (offs_h < D // 2)[None, :]
     rows = offs_r.to(tl.int64)[:, None] * D
     k_ptrs = k_rot_ptr + rows + offs_h[None, :]
     tl.store(k_ptrs, k_a.to(dtype), mask=mask_rh)
     tl.store(k_ptrs + D // 2, k_b.to(dtype), mask=mask_rh)
-    tl.store(v_sel_ptr + rows + offs_d[None, :], v, mask=mask_v[:, None] & (offs_d < D)[None, :])
+    if VALUES:
+        tl.store(v_copy_ptr + rows + offs_d[None, :], v, mask=mask_r[:, None] & (offs_d < D)[None, :])
 
 
 @triton.jit
@@ -709,22 +711,24 @@ def rotate_queries(
 
 @triton.jit
 def attend_tiles(
-    acc, row_max, row_sum, q, k_ptr, v_sel_ptr, v_ptr, stride_vn, stride_vd, num_copied, lo, hi, last_key,
+    acc, row_max, row_sum, q, k_ptr, v_front_ptr, v_ptr, stride_vn, stride_vd, front, local, num_copied,
+    lo, hi, last_key,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Flash attention of q [M, D] over rows [lo, hi) of the scope; CAUSAL hides keys after last_key [M].
 
-    Row r's key is k_ptr's row r; its value is v_sel_ptr's row r if r < num_copied, else v_ptr's row r, in the cache.
+    Row r below num_copied is row front + r of k_ptr and v_front_ptr, a later one row local + r of k_ptr and v_ptr.
     num_copied and lo are multiples of BLOCK_A.
     """
     offs_d = tl.arange(0, BLOCK_D)
     for first in tl.range(lo, hi, BLOCK_A, num_stages=STAGES):
         offs_r = first + tl.arange(0, BLOCK_A)
         mask_r = offs_r < hi
-        k = load_rows(k_ptr, offs_r, D, mask_r, offs_d, 1, D)
         copied = first < num_copied
-        v = load_rows(tl.where(copied, v_sel_ptr, v_ptr), offs_r, tl.where(copied, D, stride_vn), mask_r,
+        row = first + tl.where(copied, front, local) + tl.arange(0, BLOCK_A)
+        k = load_rows(k_ptr, row, D, mask_r, offs_d, 1, D)
+        v = load_rows(tl.where(copied, v_front_ptr, v_ptr), row, tl.where(copied, D, stride_vn), mask_r,
                       offs_d, tl.where(copied, 1, stride_vd), D)  # fmt: skip
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if CAUSAL:
@@ -897,21 +901,21 @@ def chunk_at(index, chunks, chunk_size, T, n):
     return first, tl.where(last, T - first, chunk_size), tl.where(last, n, n - T + first + chunk_size)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "T", "chunks", "chunk_size", "levels"])
+@triton.jit(do_not_specialize=[*SIZES, "T", "chunks", "chunk_size", "levels", "local_rows", "front_rows"])
 def chunk_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, seq_len, T, chunks, chunk_size, levels, cos_ptr, sin_ptr,
     stride_qt, stride_qh, stride_qd, stride_kg, stride_kn, stride_kd, stride_vg, stride_vn, stride_vd,
     counters_ptr, block_ptr, tag_ptr, candidate_ptr, counts_ptr, stride_counts, num_votes_ptr, stride_votes,
     tally_ptr, kept_ptr, num_kept_ptr,
-    q_rot_ptr, k_rot_ptr, v_sel_ptr, selection_ptr, front_ptr,
+    q_rot_ptr, k_rot_ptr, local_rows, v_front_ptr, front_rows, selection_ptr, front_ptr,
     global_size, local_size, span_size, max_spans, max_scope,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr,
     BY_HEAD: tl.constexpr, SELECTS: tl.constexpr, SEQ_LEN_IN_MEMORY: tl.constexpr,
     SLICES: tl.constexpr, CANDIDATES_PAD: tl.constexpr, COUNT_ROWS: tl.constexpr, P_PAD: tl.constexpr,
     PROGRAMS_PAD: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
-    HALF_PAD: tl.constexpr, BLOCK_C: tl.constexpr, PICK_M: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HALF_PAD: tl.constexpr, BLOCK_C: tl.constexpr, PICK_M: tl.constexpr, RELATIVE: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """T queries in chunks, each with a scope of its own: q [T, H, D] against k and v [G, N, D], to out [T, H, D].
 
@@ -1015,29 +1019,47 @@ def chunk_kernel(
                         tl.store(num_votes_ptr + ballot * stride_votes + level, 0, mask=level <= levels)
             wait(counters_ptr, arrive(counters_ptr))
 
+    # Local parts overlap: together they are the cache from local_lo on. RELATIVE moves scopes, so that a key there has
+    # one position for all chunks and is rotated once. Else there is one chunk, whose scope begins at position 0.
+    _, _, first_n = chunk_at(0, chunks, chunk_size, T, n)
+    local_lo = tl.where(first_n <= longest_dense, 0, first_n - local_size)
+    local_position = tl.minimum(local_lo, max_scope - local_size)
     turn = program
+    units = tl.cdiv(n - local_lo, BLOCK_R) * G
+    for unit in range(turn, units, programs):
+        turn = unit + programs
+        g = unit % G
+        offs_r = unit // G * BLOCK_R + tl.arange(0, BLOCK_R)
+        if not RELATIVE:
+            local_position = rows_before_local(front_ptr, g if BY_HEAD else 0, n <= longest_dense, global_size, SELECTS)
+        gather(k_ptr + tl.cast(g, tl.int64) * stride_kg, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
+               cos_ptr, sin_ptr, k_rot_ptr + tl.cast(g, tl.int64) * local_rows * D, v_front_ptr,
+               local_lo + offs_r, local_position + offs_r, offs_r, offs_r < n - local_lo, D, BLOCK_D,
+               HALF_PAD, False)  # fmt: skip
+    turn -= units
     for ballot in range(ballots):
         chunk = ballot // CHUNK_BALLOTS
         _, _, chunk_n = chunk_at(chunk, chunks, chunk_size, T, n)
         dense = chunk_n <= longest_dense
         front = rows_before_local(front_ptr, ballot, dense, global_size, SELECTS)
-        local_lo = tl.where(dense, 0, chunk_n - local_size)
-        length = front + chunk_n - local_lo
-        num_copied = tl.cdiv(front, BLOCK_A) * BLOCK_A
-        units = tl.cdiv(length, BLOCK_R) * heads_per_ballot
+        chunk_lo = tl.where(dense, 0, chunk_n - local_size)
+        # Whole tiles, the last of which may reach into the local part.
+        num_copied = tl.minimum(tl.cdiv(front, BLOCK_A) * BLOCK_A, front + chunk_n - chunk_lo)
+        position = local_position + chunk_lo - local_lo - front if RELATIVE else 0
+        units = tl.cdiv(num_copied, BLOCK_R) * heads_per_ballot
         for unit in range(turn, units, programs):
             turn = unit + programs
             g = ballot % G if BY_HEAD else unit % G
             offs_r = unit // heads_per_ballot * BLOCK_R + tl.arange(0, BLOCK_R)
-            mask_r = offs_r < length
-            source = tl.where(offs_r < front, offs_r, local_lo + offs_r - front)
+            mask_r = offs_r < num_copied
+            source = tl.where(offs_r < front, offs_r, chunk_lo + offs_r - front)
             if SELECTS:
                 source = tl.load(selection_ptr + ballot * max_scope + offs_r, mask=offs_r < front, other=source)
-            scope = tl.cast(chunk * G + g, tl.int64) * max_scope * D
+            head = tl.cast(chunk * G + g, tl.int64) * front_rows
             gather(k_ptr + tl.cast(g, tl.int64) * stride_kg, stride_kn, stride_kd,
                    v_ptr + tl.cast(g, tl.int64) * stride_vg, stride_vn, stride_vd, cos_ptr, sin_ptr,
-                   k_rot_ptr + scope, v_sel_ptr + scope,
-                   offs_r, source, mask_r, num_copied, D, BLOCK_D, HALF_PAD)  # fmt: skip
+                   k_rot_ptr + (G * local_rows + head) * D, v_front_ptr + head * D,
+                   source, position + offs_r, offs_r, mask_r, D, BLOCK_D, HALF_PAD, True)  # fmt: skip
         turn -= units
     everyone = arrive(counters_ptr)
 
@@ -1046,18 +1068,18 @@ def chunk_kernel(
     turn = program
     for chunk in range(chunks):
         first_query, num_queries, chunk_n = chunk_at(chunk, chunks, chunk_size, T, n)
-        dense = chunk_n <= longest_dense
-        local_lo = tl.where(dense, 0, chunk_n - local_size)
         units = tl.cdiv(num_queries * GROUP, BLOCK_M) * G
         for unit in range(turn, units, programs):
             turn = unit + programs
             g = unit % G
             rows = unit // G * BLOCK_M + tl.arange(0, BLOCK_M)
             t = rows // GROUP
-            ballot = chunk * CHUNK_BALLOTS + (g if BY_HEAD else 0)
-            length = rows_before_local(front_ptr, ballot, dense, global_size, SELECTS) + chunk_n - local_lo
+            if not RELATIVE:
+                ballot = g if BY_HEAD else 0
+                local_position = rows_before_local(front_ptr, ballot, n <= longest_dense, global_size, SELECTS)
             rotate_queries(q_ptr, stride_qt, stride_qh, stride_qd, cos_ptr, sin_ptr, q_rot_ptr,
-                           first_query + t, g * GROUP + rows % GROUP, length - num_queries + t,
+                           first_query + t, g * GROUP + rows % GROUP,
+                           local_position + chunk_n - local_lo - num_queries + t,
                            (chunk * G + g) * chunk_rows + rows, t < num_queries, D, HALF_PAD)  # fmt: skip
         turn -= units
     wait(counters_ptr, everyone)
@@ -1066,7 +1088,7 @@ def chunk_kernel(
     for chunk in range(chunks):
         first_query, num_queries, chunk_n = chunk_at(chunk, chunks, chunk_size, T, n)
         dense = chunk_n <= longest_dense
-        local_lo = tl.where(dense, 0, chunk_n - local_size)
+        chunk_lo = tl.where(dense, 0, chunk_n - local_size)
         units = tl.cdiv(num_queries * GROUP, BLOCK_M) * G
         for unit in range(turn, units, programs):
             turn = unit + programs
@@ -1077,14 +1099,15 @@ def chunk_kernel(
             mask_m = t < num_queries
             ballot = chunk * CHUNK_BALLOTS + (g if BY_HEAD else 0)
             front = rows_before_local(front_ptr, ballot, dense, global_size, SELECTS)
-            length = front + chunk_n - local_lo
+            length = front + chunk_n - chunk_lo
             last_key = length - num_queries + t
             q = load_rows(q_rot_ptr, (chunk * G + g) * chunk_rows + rows, D, mask_m, offs_d, 1, D)
-            scope = tl.cast(chunk * G + g, tl.int64) * max_scope * D
-            k_head = k_rot_ptr + scope
-            v_sel_head = v_sel_ptr + scope
-            # Values of the local part lie in the cache as they are wanted; its first row is the scope's row `front`.
-            v_head = v_ptr + tl.cast(g, tl.int64) * stride_vg + tl.cast(local_lo - front, tl.int64) * stride_vn
+            # Row r of the scope is row front_row + r of k_rot if it was copied, else local_row + r. Its value has the
+            # same number, in v_front or in the cache, where those of the local part lie as they are wanted.
+            front_row = G * local_rows + (chunk * G + g) * front_rows
+            local_row = g * local_rows + chunk_lo - local_lo - front
+            v_front = v_front_ptr - tl.cast(G * local_rows, tl.int64) * D
+            v_head = v_ptr + tl.cast(g, tl.int64) * stride_vg + tl.cast(local_lo - g * local_rows, tl.int64) * stride_vn
             num_copied = tl.cdiv(front, BLOCK_A) * BLOCK_A
             acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             row_max = tl.full([BLOCK_M], -1.0e38, tl.float32)
@@ -1092,11 +1115,12 @@ def chunk_kernel(
             # Keys that every row sees need no mask; the block's own queries are at most a tile or two more.
             seen_by_all = (length - num_queries + first_row // GROUP + 1) // BLOCK_A * BLOCK_A
             seen_by_any = tl.minimum(length, length - num_queries + (first_row + BLOCK_M - 1) // GROUP + 1)
-            acc, row_max, row_sum = attend_tiles(acc, row_max, row_sum, q, k_head, v_sel_head, v_head,
-                                                 stride_vn, stride_vd, num_copied, 0, seen_by_all, last_key,
+            acc, row_max, row_sum = attend_tiles(acc, row_max, row_sum, q, k_rot_ptr, v_front, v_head, stride_vn,
+                                                 stride_vd, front_row, local_row, num_copied, 0, seen_by_all, last_key,
                                                  SCALE, D, BLOCK_A, BLOCK_D, False, STAGES, PRECISION)  # fmt: skip
-            acc, row_max, row_sum = attend_tiles(acc, row_max, row_sum, q, k_head, v_sel_head, v_head,
-                                                 stride_vn, stride_vd, num_copied, seen_by_all, seen_by_any, last_key,
+            acc, row_max, row_sum = attend_tiles(acc, row_max, row_sum, q, k_rot_ptr, v_front, v_head, stride_vn,
+                                                 stride_vd, front_row, local_row, num_copied, seen_by_all, seen_by_any,
+                                                 last_key,
                                                  SCALE, D, BLOCK_A, BLOCK_D, True, STAGES, PRECISION)  # fmt: skip
             out_rows = (first_query + t) * (G * GROUP) + g * GROUP + rows % GROUP
             out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
@@ -1199,8 +1223,25 @@ def reattention_triton(
     out_THD = torch.empty(T, H, D, dtype=q_THD.dtype, device=q_THD.device)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(q_THD.device) if q_THD.is_cuda else contextlib.nullcontext():
-        arguments = (q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, cos, sin, config, tiles)
-        workspace = _decode(*arguments) if decodes else _chunk(*arguments, chunk_size)
+        if decodes:
+            workspace = _decode(q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, cos, sin, config, tiles)
+        else:
+            # In float32 the tables' rounding would show if chunks shared positions: there each is a launch.
+            together = T if q_THD.dtype != torch.float32 else chunk_size or T
+            for start in range(0, T, together):
+                stop = min(start + together, T)
+                workspace = _chunk(
+                    q_THD[start:stop],
+                    k_cache_GND,
+                    v_cache_GND,
+                    out_THD[start:stop],
+                    seq_len - (T - stop) if stop < T else seq_len,
+                    cos,
+                    sin,
+                    config,
+                    tiles,
+                    chunk_size,
+                )
     if not return_selection:
         return out_THD, None
     scopes = _scopes(workspace, int(seq_len), config)
@@ -1328,6 +1369,8 @@ def _chunk(
     levels = winners // max(1, config.max_spans)
     spans_pad = _pad(max(1, config.max_spans))
     scratch = (programs, tiles.BLOCK_M, common["K_PAD"])
+    local_rows = config.global_size + config.local_size + (chunks - 1) * _pad(chunk_size)  # a dense chunk's are all
+    front_rows = cdiv(config.global_size + config.max_selected, tiles.BLOCK_A) * tiles.BLOCK_A
     workspace = _workspace(
         ("chunk", tiles, config, q_THD.dtype, H, G, D, chunks, _pad(chunk_size), _pad(N)),
         q_THD.device,
@@ -1341,8 +1384,8 @@ def _chunk(
         kept=(torch.int32, (ballots, spans_pad)),
         num_kept=(torch.int32, (ballots,)),
         q_rot=(q_THD.dtype, (chunks * G * rows, D)),
-        k_rot=(q_THD.dtype, (chunks, G, config.max_scope, D)),
-        v_sel=(q_THD.dtype, (chunks, G, config.max_scope, D)),
+        k_rot=(q_THD.dtype, (G * local_rows + chunks * G * front_rows, D)),
+        v_front=(q_THD.dtype, (chunks, G, front_rows, D)),
         selection=(torch.int64, (ballots, config.max_scope)),
         front=(torch.int32, (ballots,)),
     )
@@ -1376,7 +1419,9 @@ def _chunk(
         workspace.num_kept,
         workspace.q_rot,
         workspace.k_rot,
-        workspace.v_sel,
+        local_rows,
+        workspace.v_front,
+        front_rows,
         workspace.selection,
         workspace.front,
         **common,
@@ -1391,6 +1436,7 @@ def _chunk(
         BLOCK_A=tiles.BLOCK_A,
         BLOCK_C=1024,
         PICK_M=max(1, min(tiles.BLOCK_M, MAX_CANDIDATES // (common["K_PAD"] * tiles.BLOCK_N))),
+        RELATIVE=q_THD.dtype != torch.float32,
         STAGES=tiles.num_stages,
         num_warps=tiles.num_warps,
     )

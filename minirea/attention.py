@@ -16,7 +16,7 @@ from minirea.rope import apply_rope, for_whole_heads, inverse_frequencies, rope_
 
 MODES: Final = ("reattention", "streaming", "full")
 # Chunks of a prompt in a step on a GPU. Their matrix products are one, which reads the weights once and has enough rows
-# for all multiprocessors: 2,048 tokens are enough. Twice as many would gain little more and hold twice the activations
+# for all multiprocessors, and so is their attention's launch. Twice as many would be 1% faster and hold twice as much
 # (kernels/README.md).
 STEP_CHUNKS: Final = 4
 STEP_TOKENS: Final = 2048
@@ -49,7 +49,9 @@ class Attention:
         in_scope = 0 if self.impl == "triton" else config.global_size + config.local_size
         self.dense_limit = ALL_TOKENS if mode == "full" else in_scope
         # A dynamic RoPE stretches only beyond the trained range, which a bounded scope never leaves.
-        self.cos, self.sin = self._table(0, 0 if mode == "full" else config.max_scope, config.max_scope)
+        # Chunks of one step share positions, a step's tokens more than one has.
+        positions = 0 if mode == "full" else config.max_scope + STEP_TOKENS
+        self.cos, self.sin = self._table(0, positions, config.max_scope)
         self.dense_cos, self.dense_sin = for_whole_heads(self.cos[:in_scope, None], self.sin[:in_scope, None])
 
     @property

@@ -53,7 +53,7 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -
     """What the largest step holds beside weights and cache: T tokens of a context of `num_tokens`.
 
     An estimate, rather too high: activations as if none were freed within a block, twice where a graph of the step has
-    its own, logits, and the scope's keys and values, gathered and rotated, with a causal mask.
+    its own, logits, and the scope's keys and values, gathered and rotated, with votes or a causal mask.
     """
     c, scope = attention.model, attention.config
     T = min(attention.prompt_step_tokens, num_tokens)
@@ -62,7 +62,22 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -
     activations = copies * T * (5 * c.hidden_size + 3 * heads * c.head_dim + 3 * c.mlp_size) * dtype.itemsize
     logits = c.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize)
     S = num_tokens if attention.mode == "full" else min(num_tokens, scope.max_scope)
-    gathered = 0 if attention.mode == "full" else 4 * c.num_kv_heads * S * c.head_dim * torch.float32.itemsize
+    if attention.mode == "full":
+        gathered = 0
+    elif attention.impl == "triton":
+        gathered = _chunk_bytes(attention, dtype, num_tokens)
+    else:
+        gathered = 4 * c.num_kv_heads * S * c.head_dim * torch.float32.itemsize
     masked = attention.device.type == "cpu" or attention.impl == "torch"
     mask = T * (c.num_heads // c.num_kv_heads) * S * (1 + torch.float32.itemsize) if masked else 0
     return RESERVED[attention.device.type] + activations + logits + gathered + mask
+
+
+def _chunk_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -> int:
+    """Of chunks that share a launch of the fused kernel, which keeps scratch for one, two, four and so on of them."""
+    c, scope = attention.model, attention.config
+    chunks = 2 * (attention.prompt_step_tokens // scope.chunk_size) - 1  # of all these launches
+    before_local, edge = scope.global_size + scope.max_selected, scope.global_size + scope.local_size
+    gathered = c.num_kv_heads * (2 * before_local + edge) * c.head_dim * dtype.itemsize
+    votes = (c.num_kv_heads if scope.span_scope == "kv_head" else 1) * 2 * num_tokens * torch.int32.itemsize
+    return chunks * (gathered + votes)

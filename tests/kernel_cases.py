@@ -76,7 +76,7 @@ def make_case(
     k_cache_GND = torch.randint(-largest, largest + 1, (G, N, D), generator=generator) / 4
     v_cache_GND = torch.randn(G, N, D, generator=generator)
     k_cache_GND[:, seq_len:] = v_cache_GND[:, seq_len:] = torch.nan
-    cos, sin = rope_table(min(seq_len, config.max_scope), D)
+    cos, sin = rope_table(min(seq_len, config.max_scope + T - 1), D)  # as many as T chunks need
     q_THD, k_cache_GND, v_cache_GND = (x.to(dtype) for x in (q_THD, k_cache_GND, v_cache_GND))
     return Case(q_THD, k_cache_GND, v_cache_GND, seq_len, cos, sin, config)
 
@@ -135,6 +135,14 @@ def plain_attention(case: Case, scopes: list[torch.Tensor]) -> torch.Tensor:
 def _rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def check_chunks(case: Case, chunk_size: int, out_THD: torch.Tensor) -> None:
+    """Each chunk's output is that of its own scope, by the error that plain torch has over it."""
+    eps = torch.finfo(out_THD.dtype).eps
+    for chunk, out_chunk in zip(case.chunks(chunk_size), out_THD.split(chunk_size), strict=True):
+        exact_THD, scopes = chunk.oracle()
+        assert error(out_chunk, exact_THD) <= 2 * error(plain_attention(chunk, scopes), exact_THD) + eps
 
 
 def error(out: torch.Tensor, exact: torch.Tensor) -> float:

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from bench_machine import Lengths, describe_machine, lengths, print_machine, print_result
 
+from minirea.attention import STEP_CHUNKS
 from minirea.config import DTYPES, ReAttentionConfig, RopeConfig
 from minirea.errors import InputError
 
@@ -211,7 +212,7 @@ def decode_row(layer: Layer, seq_len: int) -> dict[str, Any]:
 
 
 def prefill_row(layer: Layer, seq_len: int, queries: int) -> dict[str, Any]:
-    """Times and operations of one prefill step."""
+    """Times and operations of a launch of one chunk, and of each chunk of a launch of several, as the engine has it."""
     from kernel_phases import phases_of, recorded
 
     pairs, q_THD = layer.cache_pairs(seq_len), layer.queries(queries)
@@ -220,12 +221,16 @@ def prefill_row(layer: Layer, seq_len: int, queries: int) -> dict[str, Any]:
     scope = scope_length(step, pairs[0])
     launch = recorded(functools.partial(step, *pairs[0]))
     score_flops = layer.score_flops(seq_len, queries)
+    chunks = min(STEP_CHUNKS, seq_len // queries)
+    together = attention_step(layer, layer.queries(chunks * queries), seq_len, queries)
     return {
         "pairs": len(pairs),
         "scope": scope,
         "phase_us": {name: graph_us(phase, pairs) for name, phase in phases_of(launch).items()},
         "score_flops": score_flops,
         "launch_us": launch_us,
+        "chunks": chunks,
+        "chunk_us": graph_us(together, pairs) / chunks,
         "launch_flops": score_flops + layer.attend_flops(scope, queries),
         "sdpa_flops": layer.attend_flops(seq_len, queries),
         "sdpa_us": sdpa_times(prefill_forms(q_THD, seq_len), pairs),
@@ -235,18 +240,21 @@ def prefill_row(layer: Layer, seq_len: int, queries: int) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------- what is measured
 
 
-def attention_step(layer: Layer, q_THD: torch.Tensor, seq_len: int) -> Callable[..., Any]:
+def attention_step(
+    layer: Layer, q_THD: torch.Tensor, seq_len: int, chunk_size: int | None = None
+) -> Callable[..., Any]:
     """The fused step over one pair of caches; decode reads seq_len from the GPU's memory, as in the engine's graph."""
     from minirea.kernels import reattention
     from minirea.rope import inverse_frequencies, rope_table
 
     scope = layer.config.max_scope
-    table = rope_table(*inverse_frequencies(RopeConfig(), layer.head_dim, scope), 0, scope)
+    table = rope_table(*inverse_frequencies(RopeConfig(), layer.head_dim, scope), 0, scope + len(q_THD))
     cos, sin = (x.cuda() for x in table)
     length = seq_len if len(q_THD) > 1 else torch.tensor([seq_len], dtype=torch.int32, device="cuda")
 
     def step(k_GND: torch.Tensor, v_GND: torch.Tensor, return_selection: bool = False) -> Any:
-        return reattention(q_THD, k_GND, v_GND, length, cos, sin, layer.config, "triton", return_selection)
+        arguments = (q_THD, k_GND, v_GND, length, cos, sin, layer.config, "triton", return_selection)
+        return reattention(*arguments, chunk_size=chunk_size)
 
     return step
 
@@ -395,6 +403,7 @@ def prefill_lines(row: dict[str, Any]) -> list[str]:
 
     lines = [line(f"{name}, alone", us, tflops(row["score_flops"], us)) for name, us in row["phase_us"].items()]
     lines.append(line("whole launch", row["launch_us"], tflops(row["launch_flops"], row["launch_us"])))
+    lines.append(line(f"a chunk of {row['chunks']} in one launch", row["chunk_us"]))
     for name, us in row["sdpa_us"].items():
         ratio = f"{us / row['launch_us']:.2f} x the launch"
         lines.append(line(f"all keys, SDPA {name}", us, f"{ratio}, {tflops(row['sdpa_flops'], us)}"))

@@ -15,6 +15,7 @@ import triton.language as tl
 from kernel_cases import (
     Case,
     as_list,
+    check_chunks,
     error,
     make_case,
     plain_attention,
@@ -84,18 +85,21 @@ def test_all_scores_equal_selects_the_lowest() -> None:
 
 @pytest.mark.parametrize("span_scope", ["layer", "kv_head"])
 @pytest.mark.parametrize(("T", "chunk_size"), [(12, 4), (10, 4), (9, 4), (11, 8)])
-def test_chunks_in_one_launch_equal_their_own(T: int, chunk_size: int, span_scope: str) -> None:
+def test_chunks_in_one_launch(T: int, chunk_size: int, span_scope: str) -> None:
     """All selecting, the first ones dense, all dense, and with nothing to select."""
     for past_edge, max_spans in ((100, 5), (T - 3, 5), (6, 40), (0, 5), (70, 0)):
         config = ReAttentionConfig(3, 8, 2, 4, max_spans, span_scope=span_scope)
-        case = make_case(config, max(T, 11 + past_edge), T=T, seed=T + past_edge)
-        case.k_cache[:, -3:] = torch.nan
-        together = reattention(*case.arguments(), impl="triton", chunk_size=chunk_size)
-        for c, out_THD in zip(case.chunks(chunk_size), together.split(chunk_size), strict=True):
-            if len(out_THD) > 1:  # one query alone is a decode step, which rounds otherwise
-                assert torch.equal(out_THD, reattention(*c.arguments(), impl="triton"))
-        twin = reattention(*case.arguments(), impl="torch", chunk_size=chunk_size)
-        torch.testing.assert_close(together, twin, atol=1e-5, rtol=1e-5)
+        case = make_case(config, max(T, 11 + past_edge), T=T, dtype=torch.float16, seed=T + past_edge)
+        out_THD = reattention(*case.arguments(), impl="triton", chunk_size=chunk_size)
+        check_chunks(case, chunk_size, out_THD)
+
+
+def test_float32_chunks_equal_launches_of_their_own() -> None:
+    case = make_case(ReAttentionConfig(3, 8, 2, 4, 5), 60, T=10)
+    for seq_len in (60, torch.tensor([60], dtype=torch.int32)):
+        together = reattention(*replace(case, seq_len=seq_len).arguments(), impl="triton", chunk_size=4)
+        alone = [reattention(*chunk.arguments(), impl="triton") for chunk in case.chunks(4)]
+        assert torch.equal(together, torch.cat(alone))
 
 
 def test_keys_with_hundreds_of_votes() -> None:

@@ -71,21 +71,25 @@ def test_exact_on_random_lengths(
 
 
 @pytest.mark.parametrize(("H", "G", "D", "dtype", "span_top_k", "span_scope"), SHAPES)
-def test_chunks_in_one_launch_equal_their_own(
-    H: int, G: int, D: int, dtype: torch.dtype, span_top_k: int, span_scope: str
-) -> None:
+def test_chunks_in_one_launch(H: int, G: int, D: int, dtype: torch.dtype, span_top_k: int, span_scope: str) -> None:
     """Of any number of chunks, the last often shorter, the first often dense."""
     r = random.Random(H * D)
-    for seed in range(12):
+    for seed in range(8):
         config = ReAttentionConfig(r.choice([0, 4, 32]), 64, span_top_k, 8, r.choice([20, 300]), span_scope=span_scope)
         chunk_size, chunks = r.choice([16, 64]), r.randint(2, 8)
         T = chunk_size * chunks - r.choice([0, 1, chunk_size - 2])
         n = r.choice([T, T + 40, T + r.randint(41, 3000), 12000])
         case = on_gpu(make_case(config, n, T=T, H=H, G=G, D=D, largest=r.choice([1, 3]), seed=seed), dtype)
-        together = reattention(*case.arguments(), impl="triton", chunk_size=chunk_size)
-        for chunk, out_THD in zip(case.chunks(chunk_size), together.split(chunk_size), strict=True):
-            assert torch.equal(out_THD, reattention(*chunk.arguments(), impl="triton"))
-            check(chunk)
+        out_THD = reattention(*case.arguments(), impl="triton", chunk_size=chunk_size)
+        wide = replace(
+            case, **{name: getattr(case, name).double() for name in ("q", "k_cache", "v_cache", "cos", "sin")}
+        )
+        for chunk, exact, out in zip(
+            case.chunks(chunk_size), wide.chunks(chunk_size), out_THD.split(chunk_size), strict=True
+        ):
+            scopes = as_list(reattention(*chunk.arguments(), impl="torch", return_selection=True)[1])
+            exact_THD, plain_THD = plain_attention(exact, scopes), plain_attention(chunk, scopes)
+            assert error(out, exact_THD) <= 2 * error(plain_THD, exact_THD) + torch.finfo(dtype).eps
 
 
 def test_exact_on_keys_with_hundreds_of_votes() -> None:

@@ -73,6 +73,28 @@ def test_rows_are_readable() -> None:
     assert lines[4] == line("combine, alone", "7.0")
     assert lines[5] == line("whole launch", "8,256.0", "2.00 x floor")
     assert lines[6] == line("all keys, SDPA heads as rows, flash", "16,512.0", "2.00 x the launch, floor 6,000.0")
+    prefill = {
+        "kind": "prefill",
+        "context": 8192,
+        "queries": 512,
+        "pairs": 2,
+        "scope": 5000,
+        "phase_us": {"score, pick": 40.0},
+        "score_flops": 4e9,
+        "launch_us": 100.0,
+        "launch_flops": 2e10,
+        "chunks": 4,
+        "chunk_us": 90.0,
+        "sdpa_flops": 8e10,
+        "sdpa_us": {"causal, flash": 200.0},
+    }
+    assert row_text(prefill, 1.0).splitlines()[1:] == [
+        "prefill, 8,192 keys, 512 queries, scope 5,000, 2 pairs of caches",
+        line("score, pick, alone", "40.0", "100 TFLOP/s"),
+        line("whole launch", "100.0", "200 TFLOP/s"),
+        line("a chunk of 4 in one launch", "90.0"),
+        line("all keys, SDPA causal, flash", "200.0", "2.00 x the launch, 400 TFLOP/s"),
+    ]
     skipped = {"kind": "prefill", "context": 9000, "queries": 3, "skipped": "out of memory: too much"}
     assert row_text(skipped, 1.0).endswith("prefill, 9,000 keys, 3 queries: skipped, out of memory: too much")
 
@@ -116,6 +138,7 @@ def test_every_row_on_a_gpu() -> None:
     timed = [row for row in rows if "launch_us" in row]
     assert len(timed) == 4 and all(row["launch_us"] > 0 and row["sdpa_us"] for row in timed)
     assert [len(row["phase_us"]) for row in timed] == [7, 7, 1, 1]
+    assert [row.get("chunks") for row in timed] == [None, None, 4, 4] and timed[-1]["chunk_us"] > 0
     assert all(us > 0 for row in timed for us in [*row["phase_us"].values(), *row["sdpa_us"].values()])
 
 
