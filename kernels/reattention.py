@@ -17,11 +17,12 @@ fails to launch instead of waiting for programs that never start.
 
 A decode step (T = 1) has few winners. Most programs are workers, with a slice of one key/value head each; the one or
 few that are left over sort the winners of all workers, who attend to the local part meanwhile. A chunk (T > 1) has too
-many winners for one program: it counts votes in memory and gathers the scope, rotated once, into scratch.
+many winners for one program: it counts votes in memory and gathers the scope, rotated once, into scratch. Chunks that
+follow one another share a launch, and go through each phase together.
 
 Shapes, beside the project's letters: R rows of one key/value head (row r is query r // (H / G)), K winners per row,
-B ballots (1 for span_scope "layer", G for "kv_head"), W winners of one ballot, P spans. Names in capitals ending in
-_PAD are the next powers of two, with the surplus masked.
+B ballots (of a chunk 1 for span_scope "layer", G for "kv_head"), W winners of one ballot, P spans. Names in capitals
+ending in _PAD are the next powers of two, with the surplus masked.
 """
 
 # mypy: disable-error-code="no-untyped-def"
