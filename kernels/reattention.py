@@ -1203,7 +1203,7 @@ def reattention_triton(
     chunk_size: int | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
-    """One step, a token or chunks, in one launch. Arguments and results are those of `minirea.kernels.reattention`.
+    """One token or chunk, or in half precision several chunks, in one launch: `minirea.kernels.reattention`.
 
     Only return_selection waits for the GPU: the scope's length decides the shape of the result. `tiles` overrides the
     tile sizes, for measurements.

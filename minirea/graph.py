@@ -29,10 +29,9 @@ WORTH_CAPTURING: Final = 6
 def read_captured(model: Model, cache: KVCache, steps_T: Sequence[Tensor]) -> Iterator[int]:
     """Read a prompt's steps, of which all but the last are equally long; yields the length of each.
 
-    The CPU would need longer to launch a step of a small model, or of a short context, than the GPU to compute it, and
-    between the kernels of a graph the GPU waits less. The CPU stays one step ahead, not more: whoever watches or
-    interrupts it should find it where the GPU is. A capture takes as long as a launch and gives the GPU nothing to do,
-    so it comes third, when the CPU is ahead.
+    The CPU would need longer to launch a step of a small model, or of a short context, than the GPU to compute it. It
+    stays one step ahead, not more: whoever watches or interrupts it should find it where the GPU is. A capture takes as
+    long as a launch and gives the GPU nothing to do, so it comes third, when the CPU is ahead.
     """
     captured = len(steps_T) >= WORTH_CAPTURING
     step, done = None, [torch.cuda.Event(), torch.cuda.Event()]
