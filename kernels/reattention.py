@@ -1142,6 +1142,8 @@ if not INTERPRETED:
 # The most winners of a ballot that a decode step may hold in registers, where every one is compared with every other:
 # with twice as many a comparison takes 256 registers of every thread, and Triton 3.6 spills them all.
 MAX_WINNERS_IN_REGISTERS: Final = 128
+# Chunks of a launch, with which its scratch grows.
+MAX_CHUNKS: Final = 8
 # Packed candidates that one program holds in registers at a time.
 MAX_CANDIDATES: Final = 8192
 # Elements of partial results that one program holds in registers at a time.
@@ -1228,7 +1230,8 @@ def reattention_triton(
             workspace = _decode(q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, cos, sin, config, tiles)
         else:
             # In float32 the tables' rounding would show if chunks shared positions: there each is a launch.
-            together = T if q_THD.dtype != torch.float32 else chunk_size or T
+            chunk_size = chunk_size or T
+            together = chunk_size * (MAX_CHUNKS if q_THD.dtype != torch.float32 else 1)
             for start in range(0, T, together):
                 stop = min(start + together, T)
                 workspace = _chunk(

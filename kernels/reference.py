@@ -47,29 +47,14 @@ def reattention_reference(
     return_selection: bool = False,
     chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
-    """ReAttention of one chunk after the other. Arguments and results are those of `minirea.kernels.reattention`."""
-    T = q_THD.shape[0]
-    if chunk_size is None or chunk_size >= T:
-        return _attend_chunk(q_THD, k_cache_GND, v_cache_GND, seq_len, cos, sin, config, return_selection)
-    outs_THD, n = [], seq_len - T
-    for q_chunk in q_THD.split(chunk_size):
-        n += len(q_chunk)
-        outs_THD.append(_attend_chunk(q_chunk, k_cache_GND, v_cache_GND, n, cos, sin, config, False)[0])
-    return torch.cat(outs_THD), None
-
-
-def _attend_chunk(
-    q_THD: torch.Tensor,
-    k_cache_GND: torch.Tensor,
-    v_cache_GND: torch.Tensor,
-    seq_len: int,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    config: ReAttentionConfig,
-    return_selection: bool,
-) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
-    """One chunk, or one decode step, phase by phase."""
+    """ReAttention, phase by phase. Arguments and results are those of `minirea.kernels.reattention`."""
     T, H, D = q_THD.shape
+    if chunk_size is not None and chunk_size < T:
+        caches, n, outs_THD = (k_cache_GND, v_cache_GND), seq_len - T, []
+        for q_chunk in q_THD.split(chunk_size):
+            n += len(q_chunk)
+            outs_THD.append(reattention_reference(q_chunk, *caches, n, cos, sin, config)[0])
+        return torch.cat(outs_THD), None
     G = k_cache_GND.shape[0]
     q_GRD = q_THD.unflatten(1, (G, H // G)).transpose(0, 1).reshape(G, -1, D)
     B = G if config.span_scope == "kv_head" else 1

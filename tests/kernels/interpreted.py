@@ -6,6 +6,7 @@ bfloat16 is left to the GPU: the interpreter's dot multiplies its bit patterns.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -92,6 +93,12 @@ def test_chunks_in_one_launch(T: int, chunk_size: int, span_scope: str) -> None:
         case = make_case(config, max(T, 11 + past_edge), T=T, dtype=torch.float16, seed=T + past_edge)
         out_THD = reattention(*case.arguments(), impl="triton", chunk_size=chunk_size)
         check_chunks(case, chunk_size, out_THD)
+
+
+def test_more_chunks_than_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["minirea.kernels.reattention"], "MAX_CHUNKS", 2)
+    case = make_case(ReAttentionConfig(3, 8, 2, 4, 5), 80, T=19, dtype=torch.float16)
+    check_chunks(case, 4, reattention(*case.arguments(), impl="triton", chunk_size=4))
 
 
 def test_float32_chunks_equal_launches_of_their_own() -> None:
