@@ -186,7 +186,7 @@ def _check_lengths(num_queries: int, chunk_size: int, seq_len: int, capacity: in
         )
     if seq_len > config.global_size + config.local_size and chunk_size > config.local_size:
         raise InputError(
-            f"q_THD has {chunk_size} queries, expected at most local_size ({config.local_size}) once seq_len "
+            f"a chunk has {chunk_size} queries, expected at most local_size ({config.local_size}) once seq_len "
             f"({seq_len}) exceeds global_size + local_size: early queries would see later tokens"
         )
 

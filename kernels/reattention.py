@@ -897,7 +897,7 @@ def decode_kernel(
 def chunk_at(index, chunks, chunk_size, T, n):
     """A chunk's first query, how many it has, and the tokens that are cached with its last one; n are with the last."""
     first = index * chunk_size
-    # Not as minima, which GPUs compute thread by thread: loops are faster where all threads share their bounds.
+    # In a form that lets ptxas see that all threads share these: loops between such bounds are faster.
     last = index + 1 == chunks
     return first, tl.where(last, T - first, chunk_size), tl.where(last, n, n - T + first + chunk_size)
 
@@ -1205,7 +1205,8 @@ def reattention_triton(
     chunk_size: int | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
-    """One token or chunk, or in half precision several chunks, in one launch: `minirea.kernels.reattention`.
+    """Arguments and results are those of `minirea.kernels.reattention`. A token or a chunk is one launch, and in half
+    precision up to MAX_CHUNKS chunks are.
 
     Only return_selection waits for the GPU: the scope's length decides the shape of the result. `tiles` overrides the
     tile sizes, for measurements.

@@ -49,9 +49,9 @@ class Attention:
         in_scope = 0 if self.impl == "triton" else config.global_size + config.local_size
         self.dense_limit = ALL_TOKENS if mode == "full" else in_scope
         # A dynamic RoPE stretches only beyond the trained range, which a bounded scope never leaves.
-        # Chunks of one step share positions, a step's tokens more than one has.
-        positions = 0 if mode == "full" else config.max_scope + STEP_TOKENS
-        self.cos, self.sin = self._table(0, positions, config.max_scope)
+        # The scopes of a step's chunks lie in one row of positions, each a chunk behind the one before.
+        positions = config.max_scope + self.prompt_step_tokens - config.chunk_size
+        self.cos, self.sin = self._table(0, 0 if mode == "full" else positions, config.max_scope)
         self.dense_cos, self.dense_sin = for_whole_heads(self.cos[:in_scope, None], self.sin[:in_scope, None])
 
     @property

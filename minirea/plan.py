@@ -76,7 +76,8 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -
 def _chunk_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -> int:
     """Of chunks that share a launch of the fused kernel, which keeps scratch for one, two, four and so on of them."""
     c, scope = attention.model, attention.config
-    chunks = 2 * (attention.prompt_step_tokens // scope.chunk_size) - 1  # of all these launches
+    most = attention.prompt_step_tokens // scope.chunk_size
+    chunks = 2 * (1 << (most - 1).bit_length()) - 1  # of all these launches
     before_local, edge = scope.global_size + scope.max_selected, scope.global_size + scope.local_size
     gathered = c.num_kv_heads * (2 * before_local + edge) * c.head_dim * dtype.itemsize
     votes = (c.num_kv_heads if scope.span_scope == "kv_head" else 1) * 2 * num_tokens * torch.int32.itemsize

@@ -403,7 +403,7 @@ def prefill_lines(row: dict[str, Any]) -> list[str]:
 
     lines = [line(f"{name}, alone", us, tflops(row["score_flops"], us)) for name, us in row["phase_us"].items()]
     lines.append(line("whole launch", row["launch_us"], tflops(row["launch_flops"], row["launch_us"])))
-    lines.append(line(f"a chunk of {row['chunks']} in one launch", row["chunk_us"]))
+    lines.append(line(f"each of {row['chunks']} chunks in one launch", row["chunk_us"]))
     for name, us in row["sdpa_us"].items():
         ratio = f"{us / row['launch_us']:.2f} x the launch"
         lines.append(line(f"all keys, SDPA {name}", us, f"{ratio}, {tflops(row['sdpa_flops'], us)}"))

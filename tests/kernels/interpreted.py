@@ -96,9 +96,13 @@ def test_chunks_in_one_launch(T: int, chunk_size: int, span_scope: str) -> None:
 
 
 def test_more_chunks_than_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["minirea.kernels.reattention"], "MAX_CHUNKS", 2)
+    module = sys.modules["minirea.kernels.reattention"]
+    launch, queries = module._chunk, []
+    monkeypatch.setattr(module, "MAX_CHUNKS", 2)
+    monkeypatch.setattr(module, "_chunk", lambda *arguments: (queries.append(len(arguments[0])), launch(*arguments))[1])
     case = make_case(ReAttentionConfig(3, 8, 2, 4, 5), 80, T=19, dtype=torch.float16)
     check_chunks(case, 4, reattention(*case.arguments(), impl="triton", chunk_size=4))
+    assert queries == [8, 8, 3]
 
 
 def test_float32_chunks_equal_launches_of_their_own() -> None:

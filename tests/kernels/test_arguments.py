@@ -36,7 +36,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a fraction": ({"seq_len": 50.0}, "seq_len is 50.0"),
     "a fractional tensor": ({"seq_len": torch.tensor(50.0)}, "expected one integer"),
     "a truth": ({"seq_len": True}, "seq_len is True"),
-    "chunk beyond local": ({"q": torch.zeros(9, 4, 16)}, "9 queries, expected at most local_size (8)"),
+    "chunk beyond local": (
+        {"q": torch.zeros(9, 4, 16)},
+        "a chunk has 9 queries, expected at most local_size (8)",
+    ),
 }
 
 

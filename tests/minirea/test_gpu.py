@@ -12,7 +12,7 @@ from testing import random_ids, tiny_model, write_checkpoint
 import minirea
 from minirea.attention import full_attention
 from minirea.generate import decode, decode_one_by_one, read_one_by_one
-from minirea.graph import DecodeGraph, DecodeStep, compiling_decode_step, read_captured
+from minirea.graph import WORTH_CAPTURING, DecodeGraph, DecodeStep, compiling_decode_step, read_captured
 from minirea.sampling import Sampler, SamplingConfig
 
 pytestmark = [
@@ -79,19 +79,24 @@ def eager(llm: minirea.LLM, ids: list[int], max_tokens: int, **options: float) -
 
 @torch.inference_mode()
 def test_captured_steps_fill_the_cache_as_launched_chunks(tmp_path: Path) -> None:
-    """Of a prompt whose last step is shorter, into a cache that grows on the way and one that is roomy."""
+    """Of a prompt whose last step is shorter, into a cache that grows on the way and one that is roomy.
+
+    Steps of one chunk, of two and of four, all of them with captured ones.
+    """
     llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), dtype="float32", **SCOPE)
-    ids_T = torch.tensor(random_ids(150), device="cuda")
-    expected = llm.session(150).cache
-    assert list(read_one_by_one(llm.model, expected, ids_T.split(16))) == [16] * 9 + [6]
+    ids_T = torch.tensor(random_ids(406), device="cuda")
+    expected = llm.session(406).cache
+    assert list(read_one_by_one(llm.model, expected, ids_T.split(16))) == [16] * 25 + [6]
     assert llm.model.attention.prompt_step_tokens == 64
-    for capacity, size, lengths in ((50, 16, [16] * 9 + [6]), (70, 32, [32] * 4 + [22]), (400, 64, [64, 64, 22])):
+    for capacity, size in ((50, 16), (70, 32), (500, 64)):
+        lengths = [len(ids) for ids in ids_T.split(size)]
+        assert len(lengths) > WORTH_CAPTURING
         cache = llm.session(capacity).cache
         assert list(read_captured(llm.model, cache, ids_T.split(size))) == lengths
-        assert cache.seq_len == 150
+        assert cache.seq_len == 406
         for name in ("k", "v"):
             for found, wanted in zip(getattr(cache, name), getattr(expected, name), strict=True):
-                torch.testing.assert_close(found[:, :150], wanted[:, :150], atol=1e-5, rtol=0)
+                torch.testing.assert_close(found[:, :406], wanted[:, :406], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("context", [1, 500, 2048, 9000, 70_000])

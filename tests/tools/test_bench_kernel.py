@@ -92,7 +92,7 @@ def test_rows_are_readable() -> None:
         "prefill, 8,192 keys, 512 queries, scope 5,000, 2 pairs of caches",
         line("score, pick, alone", "40.0", "100 TFLOP/s"),
         line("whole launch", "100.0", "200 TFLOP/s"),
-        line("a chunk of 4 in one launch", "90.0"),
+        line("each of 4 chunks in one launch", "90.0"),
         line("all keys, SDPA causal, flash", "200.0", "2.00 x the launch, 400 TFLOP/s"),
     ]
     skipped = {"kind": "prefill", "context": 9000, "queries": 3, "skipped": "out of memory: too much"}
