@@ -1,8 +1,26 @@
 """Errors a caller can act on. Each message is one line: what is wrong, what was found, what was expected."""
 
+from typing import Final
+
+_LONGEST: Final = 1200  # characters of a message; a path of 4,096 is legal, and its end tells less than the reason
+
+
+def printable(text: str, longest: int = _LONGEST) -> str:
+    """`text` on one line that a terminal shows and does not obey, without its middle if it is too long.
+
+    Messages quote files from anywhere: escape sequences, line ends and invisible characters appear as Python writes
+    them.
+    """
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    cut = " [...] "
+    return text if len(text) <= longest else text[: longest * 2 // 3] + cut + text[-(longest // 3) + len(cut) :]
+
 
 class MinireaError(Exception):
-    """Base of every error that minirea raises on purpose."""
+    """Base of every error that minirea raises on purpose. Its message is one printable line."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class InputError(MinireaError, ValueError):
