@@ -6,6 +6,7 @@ model finds in long contexts; see minirea.evaluation.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,11 @@ __all__ = [
     "evaluate",
     "load",
 ]
+
+# In a clone kernels/ and weights/ lie beside this folder; where minirea is installed they lie in it.
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if not os.path.isdir(os.path.join(__path__[0], "kernels")) and os.path.isdir(os.path.join(_ROOT, "kernels")):
+    __path__.append(_ROOT)
 
 # Torch takes seconds to import, and the command line must answer `--help` without it.
 _LAZY = {
