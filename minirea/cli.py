@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minirea import __version__
+from minirea.config import TAIL_CHUNK_SIZE, TAIL_SIZE
 from minirea.errors import InputError, MinireaError, MissingExtraError, MissingFileError
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ _REATTENTION_OPTIONS = (
     "max_spans",
     "chunk_size",
     "span_scope",
+    "tail_size",
+    "tail_chunk_size",
+    "dense_size",
 )
 _GENERATION_OPTIONS = (
     "max_tokens",
@@ -349,6 +353,10 @@ def _add_attention(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     add("--max-spans", type=int, metavar="N", help="winners kept after the vote (default: 256, or what fits C)")
     add("--chunk-size", type=int, metavar="N", help="prompt tokens per scope, at most --local-size (default: 512)")
     add("--span-scope", choices=("layer", "kv_head"), help="who votes together (default: layer)")
+    tail = f"last tokens of a prompt, read in smaller chunks; 0: none (default: {TAIL_SIZE})"
+    add("--tail-size", type=int, metavar="N", help=tail)
+    add("--tail-chunk-size", type=int, metavar="N", help=f"prompt tokens per scope there (default: {TAIL_CHUNK_SIZE})")
+    add("--dense-size", type=int, metavar="N", help="see all of so many tokens (default: what the scope can hold)")
     add("--allow-out-of-distribution", action="store_true", help="let the scope exceed the trained context")
     return add
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,10 @@ MODEL_TYPES: Final = frozenset(ARCHITECTURES.values())
 ROPE_TYPES: Final = ("default", "linear", "dynamic", "llama3", "yarn")
 SPAN_SCOPES: Final = ("layer", "kv_head")
 DTYPES: Final = ("float32", "float16", "bfloat16")
+# Defaults of ReAttentionConfig that hold for every trained context.
+CHUNK_SIZE: Final = 512
+TAIL_SIZE: Final = 32
+TAIL_CHUNK_SIZE: Final = 8
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,15 @@ class ReAttentionConfig:
         span_top_k: winners per head and query; 0 selects nothing, which is streaming attention.
         span_size: keys that one kept winner covers, half of them before it; even.
         max_spans: winners kept after the vote.
-        chunk_size: queries of a prompt that share one scope, at most local_size; None means min(512, local_size).
+        chunk_size: queries of a prompt that share one scope, at most local_size; None means 512, or
+            local_size where that is less.
         span_scope: "layer" (one vote over all heads) or "kv_head" (one vote and one selection per key/value head).
+        tail_size: so many tokens at the end of a prompt are read in chunks of tail_chunk_size, and the very last one
+            by itself; 0 reads them like the others, as the paper does.
+        tail_chunk_size: queries of a prompt's tail that share one scope, at most local_size; None means 8, or
+            chunk_size where that is less.
+        dense_size: up to so many cached tokens a step attends to all of them, at least global_size + local_size, which
+            is what None means. `for_context` sets it to what the scope can hold (`max_scope`).
 
     Raises:
         InputError: a value out of range; the message names the field.
@@ -98,21 +110,30 @@ class ReAttentionConfig:
     max_spans: int = 256
     chunk_size: int = None  # type: ignore[assignment]  # __post_init__ makes it an int
     span_scope: str = "layer"
+    tail_size: int = TAIL_SIZE
+    tail_chunk_size: int = None  # type: ignore[assignment]
+    dense_size: int = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         for name, lowest in _LOWEST.items():
             value = getattr(self, name)
-            if name == "chunk_size" and value is None:
-                value = min(512, self.local_size)
+            if name in _DERIVED and value is None:
+                value = _DERIVED[name](self)
                 object.__setattr__(self, name, value)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise InputError(f"{name} is {value!r}, expected an integer of at least {lowest}")
         if self.span_size % 2:
             raise InputError(f"span_size is {self.span_size}, expected an even number: a span has two equal halves")
-        if self.chunk_size > self.local_size:
+        for name in ("chunk_size", "tail_chunk_size"):
+            if getattr(self, name) > self.local_size:
+                raise InputError(
+                    f"{name} is {getattr(self, name)}, expected at most local_size ({self.local_size}): "
+                    "a larger chunk would let a query see later tokens"
+                )
+        if self.dense_size < self.global_size + self.local_size:
             raise InputError(
-                f"chunk_size is {self.chunk_size}, expected at most local_size ({self.local_size}): "
-                "a larger chunk would let a query see later tokens"
+                f"dense_size is {self.dense_size}, expected at least global_size + local_size "
+                f"({self.global_size + self.local_size}), which are always in scope"
             )
         if self.span_scope not in SPAN_SCOPES:
             raise InputError(f"span_scope is {self.span_scope!r}, expected one of {', '.join(SPAN_SCOPES)}")
@@ -130,15 +151,16 @@ class ReAttentionConfig:
             "local_size": 8192 if large else max(1, trained_context // 2),
             "span_size": 32,
         } | given
-        cls(**values | {"chunk_size": None})  # names a bad value before it is used in arithmetic
+        cls(**values | dict.fromkeys(_DERIVED))  # names a bad value before it is used in arithmetic
         room = trained_context - values["global_size"] - values["local_size"]
         values.setdefault("max_spans", max(0, min(256 if large else room, room // values["span_size"])))
-        return cls(**values)
+        sparse = cls(**values)
+        return sparse if "dense_size" in given else dataclasses.replace(sparse, dense_size=sparse.max_scope)
 
     @property
     def max_scope(self) -> int:
         """The most keys that attention can see in one step (S of section 3)."""
-        return self.global_size + self.max_selected + self.local_size
+        return max(self.global_size + self.max_selected + self.local_size, self.dense_size)
 
     @property
     def max_selected(self) -> int:
@@ -148,9 +170,10 @@ class ReAttentionConfig:
     def check_fits(self, trained_context: int, source: str) -> None:
         """Refuse a scope that would need RoPE positions the model has never seen (section 3, last paragraph)."""
         if self.max_scope > trained_context:
+            selecting = f"global_size {self.global_size} + max_spans {self.max_spans} x span_size {self.span_size} "
+            parts = f"{selecting}+ local_size {self.local_size}, or dense_size {self.dense_size}"
             raise InputError(
-                f"the scope can reach {self.max_scope} tokens (global_size {self.global_size} + max_spans "
-                f"{self.max_spans} x span_size {self.span_size} + local_size {self.local_size}), more than the trained "
+                f"the scope can reach {self.max_scope} tokens ({parts}), more than the trained "
                 f"context of {trained_context} ({source}); lower one of them or pass --allow-out-of-distribution"
             )
 
@@ -162,6 +185,15 @@ _LOWEST: Final = {
     "span_size": 2,
     "max_spans": 0,
     "chunk_size": 1,
+    "tail_size": 0,
+    "tail_chunk_size": 1,
+    "dense_size": 0,
+}
+# Fields whose default follows from others, in the order in which they are known.
+_DERIVED: Final[dict[str, Callable[[ReAttentionConfig], int]]] = {
+    "chunk_size": lambda c: min(CHUNK_SIZE, c.local_size),
+    "tail_chunk_size": lambda c: min(TAIL_CHUNK_SIZE, c.chunk_size),
+    "dense_size": lambda c: c.global_size + c.local_size,
 }
 
 

@@ -22,7 +22,18 @@ if TYPE_CHECKING:
 __all__ = ["Evaluation", "evaluate", "report"]
 
 _MODES = ("reattention", "streaming", "full")
-SCOPE_FIELDS = ("global_size", "local_size", "span_top_k", "span_size", "max_spans", "chunk_size", "span_scope")
+SCOPE_FIELDS = (
+    "global_size",
+    "local_size",
+    "span_top_k",
+    "span_size",
+    "max_spans",
+    "chunk_size",
+    "span_scope",
+    "tail_size",
+    "tail_chunk_size",
+    "dense_size",
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,8 @@ def evaluate(
         scope = dataclasses.asdict(attention_of_model.config)
         if attention_of_model.mode == "streaming":
             del scope["span_top_k"]  # 0 there, whatever was given
+        if scope["dense_size"] == attention_of_model.config.max_scope:
+            del scope["dense_size"]  # the default follows from the fields that are given
         fields = scope | {name: value for name, value in fields.items() if value is not None}
     else:
         llm = api.load(model, device, dtype, modes[0], impl, progress=progress, **fields)

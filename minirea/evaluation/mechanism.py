@@ -37,7 +37,10 @@ SWEEPS: Final = (
     "chunk_size=32,128,512",
     "span_scope=layer,kv_head",
 )
-_SIZES: Final = ("global_size", "local_size", "span_top_k", "span_size", "max_spans", "chunk_size")
+_SIZES: Final = (
+    *("global_size", "local_size", "span_top_k", "span_size", "max_spans", "chunk_size"),
+    *("tail_size", "tail_chunk_size", "dense_size"),
+)
 _TEXT_STEPS: Final = 16  # tokens at the end of running text that are observed
 _TIMED_TOKENS: Final = 32
 _TIMED_RUNS: Final = 3

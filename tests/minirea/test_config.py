@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from testing import TINY
 
-from minirea.config import ReAttentionConfig, RopeConfig, load_config
+from minirea.config import TAIL_CHUNK_SIZE, TAIL_SIZE, ReAttentionConfig, RopeConfig, load_config
 from minirea.errors import InputError, MissingFileError
 
 HF = TINY | {"architectures": ["LlamaForCausalLM"], "rope_theta": 10000.0}
@@ -181,7 +181,20 @@ def test_defaults_follow_the_trained_context(trained: int, expected: tuple[int, 
     c = ReAttentionConfig.for_context(trained)
     assert (c.global_size, c.local_size, c.max_spans, c.chunk_size) == expected
     assert (c.span_top_k, c.span_size, c.span_scope) == (4, 32, "layer")
-    assert c.max_scope == bound <= trained
+    assert c.max_scope == c.dense_size == bound <= trained
+    assert (c.tail_size, c.tail_chunk_size) == (TAIL_SIZE, TAIL_CHUNK_SIZE)
+
+
+def test_fields_that_follow_from_others() -> None:
+    """The kernels' own call is the paper's: dense as long as nothing can be selected. The engine's fills the scope."""
+    direct = ReAttentionConfig(4, 24, max_spans=3)
+    assert (direct.chunk_size, direct.tail_chunk_size, direct.dense_size, direct.max_scope) == (24, 8, 28, 28 + 96)
+    assert ReAttentionConfig(4, 24, span_top_k=0).max_scope == 28
+    assert ReAttentionConfig(4, 24, chunk_size=3).tail_chunk_size == 3
+    assert ReAttentionConfig(4, 24, max_spans=0, dense_size=100).max_scope == 100
+    assert ReAttentionConfig.for_context(2048, span_top_k=0).dense_size == 32 + 1024
+    assert ReAttentionConfig.for_context(2048, max_spans=2).dense_size == 32 + 1024 + 64
+    assert ReAttentionConfig.for_context(2048, dense_size=1100).dense_size == 1100
 
 
 @pytest.mark.parametrize(
@@ -196,6 +209,12 @@ def test_defaults_follow_the_trained_context(trained: int, expected: tuple[int, 
         {"chunk_size": 0},
         {"chunk_size": 2000},
         {"span_scope": "head"},
+        {"tail_size": -1},
+        {"tail_size": True},
+        {"tail_chunk_size": 0},
+        {"tail_chunk_size": 1025},
+        {"dense_size": 1055},
+        {"dense_size": 2000.0},
         {"local_size": 1.5},
         {"span_topk": 4},
     ],
@@ -209,3 +228,5 @@ def test_a_scope_beyond_the_trained_context_is_refused_with_both_numbers() -> No
     config = ReAttentionConfig.for_context(2048, max_spans=64)
     with pytest.raises(InputError, match=r"3104 .* 2048 .*--allow-out-of-distribution"):
         config.check_fits(2048, "max_position_embeddings")
+    with pytest.raises(InputError, match=r"2049 .*dense_size 2049.* 2048 .*--allow-out-of-distribution"):
+        ReAttentionConfig.for_context(2048, dense_size=2049).check_fits(2048, "max_position_embeddings")
