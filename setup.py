@@ -26,7 +26,14 @@ setup(
     description="A minimal transformer inference engine that reads a million tokens with ReAttention",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["minirea", "minirea.evaluation", "minirea.evaluation.benchmarks", "minirea.kernels", "minirea.weights"],
+    packages=[
+        "minirea",
+        "minirea.tokenizer",
+        "minirea.evaluation",
+        "minirea.evaluation.benchmarks",
+        "minirea.kernels",
+        "minirea.weights",
+    ],
     package_dir={"minirea.kernels": "kernels", "minirea.weights": "weights"},
     package_data={
         "minirea": ["py.typed"],

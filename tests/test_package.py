@@ -18,9 +18,7 @@ ALLOWED = {
     "minirea.config": {"errors"},
     "minirea.memory": {"errors"},
     "minirea.rope": {"config"},
-    "minirea.tokenizer_config": {"config", "errors"},
-    "minirea.tekken": {"tokenizer_config", "config"},
-    "minirea.tokenizer": {"tekken", "tokenizer_config", "config", "errors"},
+    "minirea.tokenizer": {"tokenizer", "config", "errors"},
     "minirea.sampling": {"errors"},
     "minirea.cache": {"config", "memory", "errors"},
     "minirea.attention": {"kernels", "cache", "config", "cpu", "rope", "errors"},
@@ -59,7 +57,7 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-FOLDERS = ("minirea", "minirea/evaluation", "minirea/evaluation/benchmarks", "kernels", "weights")
+FOLDERS = ("minirea", "minirea/tokenizer", "minirea/evaluation", "minirea/evaluation/benchmarks", "kernels", "weights")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 
 

@@ -141,14 +141,14 @@ def test_ids_equal_transformers(tmp_path: Path, name: str, add_generation_prompt
 def test_the_date_is_todays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datetime
 
-    import minirea.tokenizer_config
+    import minirea.tokenizer.chat
 
     class Clock(datetime.datetime):
         @classmethod
         def now(cls, tz: Any = None) -> Clock:
             return cls(2024, 7, 23, tzinfo=tz)
 
-    monkeypatch.setattr(minirea.tokenizer_config, "datetime", Clock)
+    monkeypatch.setattr(minirea.tokenizer.chat, "datetime", Clock)
     tokenizer = load_tokenizer(write(tmp_path, "{{ strftime_now('%d %b %Y') }}", bos=False))
     assert tokenizer.decode(tokenizer.encode_chat(MESSAGES)) == "23 Jul 2024"
 

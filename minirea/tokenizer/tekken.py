@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from minirea.config import JsonObject
-from minirea.tokenizer_config import is_unicode
+from minirea.tokenizer.config import is_unicode
 
 # The special tokens of the first tekken files, which do not list them; ids in this order.
 _FIRST_SPECIAL_TOKENS: Final = (

@@ -1,0 +1,155 @@
+"""A model directory's tokenizer: text to token ids and back, and conversations to token ids."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from minirea.errors import InputError, MissingFileError
+from minirea.tokenizer.backend import Backend
+from minirea.tokenizer.chat import ChatTemplate
+from minirea.tokenizer.config import TokenizerConfig
+from minirea.tokenizer.huggingface import load_json, load_tekken
+from minirea.tokenizer.sentencepiece import SentencePiece, sentencepiece_file
+from minirea.tokenizer.stream import StreamDecoder
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer of a model directory: its tokenizer.json, else tekken.json, else tokenizer.model (or .model.vN).
+
+    tokenizer.json is taken as it stands: its post-processor says what goes around a text, and add_bos_token in
+    tokenizer_config.json does not count, as in transformers 5. The other two formats say nothing of the kind, so BOS
+    goes before a text and nothing after it, unless tokenizer_config.json has add_bos_token or add_eos_token.
+
+    Raises:
+        MissingFileError: no such directory, or it holds no tokenizer.
+        InputError: a file is truncated, malformed or contradicts another; the message names file and key.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise MissingFileError(f"{directory}: no such model directory")
+    config = TokenizerConfig(directory)
+    backend: Backend
+    if (path := directory / "tokenizer.json").exists():
+        backend = load_json(path, config)
+    elif (path := directory / "tekken.json").exists():
+        backend = load_tekken(path, config)
+    elif (path := sentencepiece_file(directory)).exists():
+        backend = SentencePiece(path, config)
+    else:
+        raise MissingFileError(f"{directory}: no tokenizer, expected tokenizer.json, tekken.json or tokenizer.model")
+    return Tokenizer(backend, config, directory)
+
+
+class Tokenizer:
+    """Encodes and decodes; made by `load_tokenizer`.
+
+    Attributes:
+        vocab_size: the highest id that `encode` can produce, plus one.
+        bos_id: the token that begins a text, if there is one.
+        eos_ids: the tokens that end a text, as the tokenizer's own files have them.
+    """
+
+    def __init__(self, backend: Backend, config: TokenizerConfig, directory: Path) -> None:
+        self.vocab_size = backend.vocab_size
+        self._backend = backend
+        self._directory = directory
+        self._pieces: dict[int, str | bytes] = {}
+        own_bos, own_eos = backend.own_tokens
+        self.bos_id = config.token_id("bos_token", backend, own_bos)
+        eos_id = config.token_id("eos_token", backend, own_eos)
+        self.eos_ids = frozenset(i for i in (eos_id, own_eos) if i is not None)
+        self._before: list[int] = []
+        self._after: list[int] = []
+        if not backend.frames_text:
+            self._before = [self.bos_id] if self.bos_id is not None and config.flag("add_bos_token", True) else []
+            self._after = [eos_id] if eos_id is not None and config.flag("add_eos_token", False) else []
+        first = self.encode("")[:1]
+        if self.bos_id is None and first and first[0] not in self.eos_ids:
+            self.bos_id = first[0]
+        self._leading_bos = first if first == [self.bos_id] else []
+        self._chat_template = ChatTemplate.find(directory, config)
+        own = {"bos_token": self.bos_id, "eos_token": eos_id}
+        names = {key: self.decode([i], skip_special_tokens=False) for key, i in own.items() if i is not None}
+        self._template_names = names | config.named_tokens()
+
+    def encode(self, text: str, add_special_tokens: bool = True, continues: bool = False) -> list[int]:
+        """Token ids of `text`; with `add_special_tokens`, BOS and whatever else the files ask for go around it.
+
+        Special tokens spelled out in the text become their ids, as in transformers.
+
+        With `continues` the text goes on from one whose ids are already there, and its ids are to be appended: nothing
+        goes around it, no dummy prefix goes before it, a space at its start is its own. No token and no pattern reaches
+        across the seam: `encode(a) + encode(b, continues=True)` decodes to a + b, and is what `encode(a + b)` gives if
+        a token ends there.
+
+        Raises:
+            InputError: the text holds half of a surrogate pair, or what the vocabulary has no way to write.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = f"character {error.start} is the lone surrogate {text[error.start]!r}"
+            raise InputError(f"text: {found}, expected valid Unicode") from None
+        ids = self._backend.encode(text, add_special_tokens, continues)
+        return [*self._before, *ids, *self._after] if add_special_tokens and not continues else ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`. Bytes that are not valid UTF-8 become U+FFFD.
+
+        Raises:
+            InputError: an id is not an integer from 0 to vocab_size - 1.
+        """
+        stream = self.stream(skip_special_tokens)
+        text = [stream.put(self._checked(token_id)) for token_id in ids]
+        return "".join(text) + stream.flush()
+
+    def stream(self, skip_special_tokens: bool = True, continues: bool = False) -> StreamDecoder:
+        """A decoder that takes one token at a time.
+
+        With `continues` the tokens go on from a text: a leading space is theirs, not SentencePiece's dummy prefix.
+        """
+        return StreamDecoder(self.piece, self._backend, skip_special_tokens, at_start=not continues)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat_template is not None
+
+    def encode_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation, laid out by the model's chat template.
+
+        Where `encode` begins a text with BOS, so does this: once, whether or not the template writes one.
+
+        Args:
+            messages: each with "role" ("system", "user", "assistant") and "content".
+            add_generation_prompt: end with what introduces the assistant's next answer.
+
+        Raises:
+            InputError: no template, a template that fails or refuses the messages, or a malformed message.
+        """
+        if self._chat_template is None:
+            raise InputError(
+                f"{self._directory}: no chat template, expected chat_template.jinja, chat_template.json or "
+                "chat_template in tokenizer_config.json"
+            )
+        text = self._chat_template.render(messages, add_generation_prompt, self._template_names)
+        ids = self.encode(text, add_special_tokens=False)
+        return ids if ids[:1] == self._leading_bos else self._leading_bos + ids
+
+    def piece(self, token_id: int) -> str | bytes:
+        """What a token adds to a text: characters, or bytes that may be part of one. Ids of no token add nothing."""
+        if token_id not in self._pieces:
+            known = 0 <= token_id < self.vocab_size
+            self._pieces[token_id] = self._backend.piece(token_id) if known else ""
+        return self._pieces[token_id]
+
+    def _checked(self, token_id: Any) -> int:
+        try:
+            value = operator.index(token_id)
+        except TypeError:
+            value = -1
+        if not 0 <= value < self.vocab_size:
+            raise InputError(f"token id {token_id!r} is not in the vocabulary, expected 0 to {self.vocab_size - 1}")
+        return value
