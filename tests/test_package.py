@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 # Module -> what of minirea it may import. `kernels` and `weights` stand for everything in those folders.
 ALLOWED = {
     "minirea.errors": set(),
+    "minirea.files": {"errors"},
     "minirea.config": {"errors"},
     "minirea.memory": {"errors"},
     "minirea.rope": {"config"},
