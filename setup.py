@@ -29,8 +29,7 @@ setup(
     packages=[
         "minirea",
         "minirea.tokenizer",
-        "minirea.evaluation",
-        "minirea.evaluation.benchmarks",
+        *(f"minirea.evaluation{room}" for room in ("", ".frame", ".text", ".tasks", ".benchmarks")),
         "minirea.kernels",
         "minirea.weights",
     ],

@@ -21,7 +21,7 @@ from minirea.errors import InputError, MinireaError, MissingExtraError, MissingF
 if TYPE_CHECKING:
     from minirea.api import ModelFiles
     from minirea.evaluation import Evaluation
-    from minirea.evaluation.task import Option, Task
+    from minirea.evaluation.frame.tasks import Option, Task
     from minirea.generate import Stats
 
 _MODES = ("reattention", "streaming", "full")
@@ -301,7 +301,7 @@ def _default_of(default: Any, how: Option) -> str:
 
 
 def _task_option(name: str, how: Option, text: str) -> Any:
-    from minirea.evaluation.task import parsed
+    from minirea.evaluation.frame.tasks import parsed
 
     try:
         value = parsed(name, text, how)

@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from minirea.errors import InputError, MissingFileError
-from minirea.evaluation.diary import generate_text
+from minirea.evaluation.text.diary import generate_text
 
 BOS: Final = "<s>"
 EOS: Final = "</s>"

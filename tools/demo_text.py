@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from minirea.evaluation.diary import generate_text
+from minirea.evaluation.text.diary import generate_text
 
 CHARS_PER_TOKEN = 3.5  # measured with the demo tokenizer on this text
 

@@ -1,7 +1,8 @@
 """Evaluation: does a model keep its ability far beyond its trained length? `minirea eval`, and `evaluate` in Python.
 
-A task (registry.py lists them, task.py says what one is) makes prompts; runner.py puts them to a model in every
-attention mode; results.py keeps each answer as one line of JSON; plots.py draws the pictures.
+A task (registry.py lists them) makes prompts from texts (text/), its own (tasks/) or published ones (benchmarks/). The
+frame (frame/) says what a task is, puts its prompts to a model in every attention mode, keeps each answer as one line
+of JSON, and draws the pictures.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minirea.errors import InputError
+from minirea.evaluation.frame.records import Record
+from minirea.evaluation.frame.tasks import Task, make_task
+from minirea.evaluation.lengths import parse_length
 from minirea.evaluation.registry import task_class
-from minirea.evaluation.task import Record, Task, make_task, parse_length
 
 if TYPE_CHECKING:
     from minirea.api import LLM
@@ -38,22 +41,23 @@ SCOPE_FIELDS = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out: every record, and the rows of the summary."""
+    """What came out: every record, the rows of the summary, and the settings that all records have in common."""
 
     task: Task
     records: list[Record]
     rows: list[Record]
+    settings: Record
 
     @property
     def table(self) -> str:
         """The summary for the terminal."""
-        from minirea.evaluation.runner import render
+        from minirea.evaluation.frame.runner import render
 
         return render(self.task.table(self.rows))
 
     def plot(self, folder: str | Path) -> list[Path]:
         """Draw the pictures as PNG files into an existing folder. Raises InputError without matplotlib."""
-        return self.task.plot(self.records, Path(folder))
+        return self.task.plot(self.records, Path(folder), self.settings)
 
 
 def evaluate(
@@ -99,8 +103,8 @@ def evaluate(
     limits = _limits(at_most or {})
 
     import minirea.api as api  # imports torch, which a bad option need not wait for
-    from minirea.evaluation.results import Results
-    from minirea.evaluation.runner import Runner
+    from minirea.evaluation.frame.records import Results
+    from minirea.evaluation.frame.runner import Runner
 
     fields["allow_out_of_distribution"] = allow_out_of_distribution
     if isinstance(model, api.LLM):
@@ -116,7 +120,7 @@ def evaluate(
     runner = Runner(chosen, llm, modes, limits, fields)
     with Results(None if out is None else Path(out), runner.settings) as results:
         records = runner.run(results, progress)
-        evaluation = Evaluation(chosen, records, chosen.summarize(records))
+        evaluation = Evaluation(chosen, records, chosen.summarize(records), runner.settings)
         results.summarize({"settings": runner.settings, "environment": runner.environment, "rows": evaluation.rows})
     return evaluation
 
@@ -134,12 +138,12 @@ def report(folders: Sequence[str | Path], out: str | Path, differing: Sequence[s
     Raises:
         MissingFileError, InputError: not results, or those of different evaluations.
     """
-    from minirea.evaluation.results import Results, read_results
+    from minirea.evaluation.frame.records import Results, read_results
 
     settings, records, environment = read_results([Path(folder) for folder in folders], differing)
     # Only what comes from the records is asked of the task: its options may name files that are elsewhere.
     task = object.__new__(task_class(str(settings.get("task"))))
-    evaluation = Evaluation(task, records, task.summarize(records))
+    evaluation = Evaluation(task, records, task.summarize(records), settings)
     with Results(Path(out), settings) as results:
         for record in records:
             if not results.finished(record["id"]):

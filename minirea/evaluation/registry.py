@@ -6,18 +6,18 @@ from importlib import import_module
 from typing import Final
 
 from minirea.errors import InputError
-from minirea.evaluation.task import Task
+from minirea.evaluation.frame.tasks import Task
 
 # Task name -> module of this package and its Task subclass. In the order in which --help lists them.
 _TASKS: Final[dict[str, tuple[str, str]]] = {
-    "needle": ("needle", "Needle"),
-    "passkey": ("needle", "Passkey"),
-    "ruler": ("ruler", "Ruler"),
-    "kv": ("synthetic", "KeyValue"),
-    "number-string": ("synthetic", "NumberString"),
-    "code-run": ("synthetic", "CodeRun"),
-    "perplexity": ("perplexity", "Perplexity"),
-    "mechanism": ("mechanism", "Mechanism"),
+    "needle": ("tasks.needle", "Needle"),
+    "passkey": ("tasks.needle", "Passkey"),
+    "ruler": ("tasks.ruler", "Ruler"),
+    "kv": ("tasks.synthetic", "KeyValue"),
+    "number-string": ("tasks.synthetic", "NumberString"),
+    "code-run": ("tasks.synthetic", "CodeRun"),
+    "perplexity": ("tasks.perplexity", "Perplexity"),
+    "mechanism": ("tasks.mechanism", "Mechanism"),
     "longbench": ("benchmarks.longbench", "LongBench"),
     "leval": ("benchmarks.leval", "LEval"),
     "infinitebench": ("benchmarks.infinitebench", "InfiniteBench"),

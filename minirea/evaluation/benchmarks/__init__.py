@@ -1,1 +1,1 @@
-"""LongBench, L-Eval and InfiniteBench on their published data files, which the user brings."""
+"""The benchmarks of `minirea eval`: prompts, rules and metrics from published data files."""

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from minirea.errors import InputError, MissingFileError
-from minirea.evaluation import metrics
-from minirea.evaluation.benchmarks import files
+from minirea.evaluation.benchmarks import files, metrics
 from minirea.evaluation.benchmarks.files import Entry, Template
-from minirea.evaluation.task import Prompt, PromptCell, Question, Record, Task, option, require, short_length
+from minirea.evaluation.frame.cells import Prompt, PromptCell, Question
+from minirea.evaluation.frame.records import Record
+from minirea.evaluation.frame.tasks import Task, option, require
+from minirea.evaluation.lengths import short_length
 
 if TYPE_CHECKING:
     from minirea.tokenizer import Tokenizer

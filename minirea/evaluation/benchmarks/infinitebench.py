@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Final
 
-from minirea.evaluation import metrics
+from minirea.evaluation.benchmarks import metrics
 from minirea.evaluation.benchmarks.base import Benchmark, Dataset, Item
 from minirea.evaluation.benchmarks.files import Entry
-from minirea.evaluation.metrics import Metric
+from minirea.evaluation.benchmarks.metrics import Metric
 
 _OPTIONS: Final = "A. {OPTION_A}\nB. {OPTION_B}\nC. {OPTION_C}\nD. {OPTION_D}"
 _QUESTION: Final = "{context}\n\nQuestion: {question}"

@@ -8,10 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from minirea.errors import InputError
-from minirea.evaluation import metrics
+from minirea.evaluation.benchmarks import metrics
 from minirea.evaluation.benchmarks.base import Benchmark, Dataset, Item
 from minirea.evaluation.benchmarks.files import Entry, Template
-from minirea.evaluation.metrics import Metric
+from minirea.evaluation.benchmarks.metrics import Metric
 
 if TYPE_CHECKING:
     from minirea.tokenizer import Tokenizer

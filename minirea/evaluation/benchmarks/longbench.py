@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Final
 
-from minirea.evaluation import metrics
+from minirea.evaluation.benchmarks import metrics
 from minirea.evaluation.benchmarks.base import Benchmark, Dataset, Item
 from minirea.evaluation.benchmarks.files import Entry
-from minirea.evaluation.metrics import Metric
+from minirea.evaluation.benchmarks.metrics import Metric
 
 _QA: Final = "{context}\n\nQuestion: {input}\nThe answer in a few words:"
 _QA_ZH: Final = "{context}\n\n问: {input}\n简短的答案:"

@@ -17,7 +17,8 @@ from minirea.evaluation.benchmarks.base import Benchmark, cut_middle
 from minirea.evaluation.benchmarks.infinitebench import InfiniteBench
 from minirea.evaluation.benchmarks.leval import LEval
 from minirea.evaluation.benchmarks.longbench import LongBench
-from minirea.evaluation.task import Prompt, PromptCell, make_task
+from minirea.evaluation.frame.cells import Prompt, PromptCell
+from minirea.evaluation.frame.tasks import make_task
 from minirea.tokenizer import Tokenizer, load_tokenizer
 
 LONGBENCH = {"context": "Anna lives in Rome.", "input": "Where is Anna?", "answers": ["Rome", "in Rome"]}

@@ -20,11 +20,13 @@ from testing import random_ids, tiny_model, write_checkpoint
 import minirea
 from minirea.cli import main
 from minirea.errors import InputError, MemoryLimitError, MissingExtraError, MissingFileError
-from minirea.evaluation import figures, report
+from minirea.evaluation import report
+from minirea.evaluation.frame import plots
+from minirea.evaluation.frame.cells import Prompt, PromptCell, Question
+from minirea.evaluation.frame.records import Results
+from minirea.evaluation.frame.runner import render
+from minirea.evaluation.lengths import parse_length, short_length
 from minirea.evaluation.registry import names, task_class
-from minirea.evaluation.results import Results
-from minirea.evaluation.runner import render
-from minirea.evaluation.task import Prompt, PromptCell, Question, parse_length, short_length
 
 DEMO = Path(__file__).parents[3] / "weights" / "demo"
 SCOPE: dict[str, Any] = {"global_size": 4, "local_size": 64, "span_size": 8, "max_spans": 6, "chunk_size": 32}
@@ -475,7 +477,7 @@ def test_without_matplotlib_results_are_saved_and_the_extra_is_named(
     assert err.count("\n") == 1
     assert len(lines(tmp_path)) == 12
     with pytest.raises(MissingExtraError):
-        figures.new_figure(1, 1, 1, 1)
+        plots.new_figure(1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from testing import random_ids, tiny_model, write_checkpoint
 import minirea
 from minirea.attention import Attention
 from minirea.errors import InputError
-from minirea.evaluation.mechanism import SWEEPS, Mechanism, parse_sweep, settings
-from minirea.evaluation.mechanism_measures import (
+from minirea.evaluation.tasks.mechanism import SWEEPS, Mechanism, parse_sweep, settings
+from minirea.evaluation.tasks.mechanism_measures import (
     Overlap,
     Spread,
     attention_weights,
@@ -24,7 +24,7 @@ from minirea.evaluation.mechanism_measures import (
     selected_keys,
     shared_fraction,
 )
-from minirea.evaluation.observer import Step, observe_end, observed
+from minirea.evaluation.tasks.observer import Step, observe_end, observed
 from minirea.kernels.reference import score
 from minirea.tokenizer import load_tokenizer
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minirea.errors import InputError
-from minirea.evaluation import metrics
+from minirea.evaluation.benchmarks import metrics
 
 TEXTS = st.text(alphabet="abcdeA .,:\n12北京大学。", max_size=40)
 TWO_TEXTS = [

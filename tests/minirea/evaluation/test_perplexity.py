@@ -13,10 +13,10 @@ from testing import oracle, random_ids, tiny_model, write_checkpoint
 
 import minirea
 from minirea.errors import InputError, MissingFileError
-from minirea.evaluation import likelihood
-from minirea.evaluation.likelihood import nlls_in_range, token_nlls
-from minirea.evaluation.perplexity import Perplexity, bucket_edges
-from minirea.evaluation.windows import Text, radical_inverse, token_bytes
+from minirea.evaluation.tasks import likelihood
+from minirea.evaluation.tasks.likelihood import nlls_in_range, token_nlls
+from minirea.evaluation.tasks.perplexity import Perplexity, bucket_edges
+from minirea.evaluation.text.windows import Text, radical_inverse, token_bytes
 from minirea.tokenizer import load_tokenizer
 
 SCOPE: dict[str, Any] = {"global_size": 4, "local_size": 24, "span_size": 4, "max_spans": 3, "chunk_size": 16}

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from minirea.errors import InputError
-from minirea.evaluation.needle import NEEDLE, QUESTION, even_depths, first_is
+from minirea.evaluation.frame.cells import Place, PromptCell, Question
+from minirea.evaluation.frame.tasks import make_task
 from minirea.evaluation.registry import task_class
-from minirea.evaluation.ruler import KINDS, NEEDLE_KINDS, match_all, match_part, zeta_counts
-from minirea.evaluation.synthetic import Function, NumberString, has_word, last_integer_is
-from minirea.evaluation.task import Place, PromptCell, Question, make_task
+from minirea.evaluation.tasks.needle import NEEDLE, QUESTION, even_depths, first_is
+from minirea.evaluation.tasks.ruler import KINDS, NEEDLE_KINDS, match_all, match_part, zeta_counts
+from minirea.evaluation.tasks.synthetic import Function, NumberString, has_word, last_integer_is
 from minirea.tokenizer import Tokenizer, load_tokenizer
 
 DEMO = Path(__file__).parents[3] / "weights" / "demo"

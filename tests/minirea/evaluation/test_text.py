@@ -10,18 +10,10 @@ from pathlib import Path
 import pytest
 
 from minirea.errors import InputError, MissingFileError
-from minirea.evaluation.diary import generate_text
-from minirea.evaluation.text import (
-    Encoder,
-    Haystack,
-    Stretch,
-    distinct,
-    hide,
-    random_value,
-    read_haystack,
-    same_size,
-    split_sentences,
-)
+from minirea.evaluation.text.diary import generate_text
+from minirea.evaluation.text.encoder import Encoder
+from minirea.evaluation.text.haystack import Haystack, Stretch, hide, read_haystack, split_sentences
+from minirea.evaluation.text.values import distinct, random_value, same_size
 from minirea.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[3]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from minirea.errors import InputError
-from minirea.evaluation.needle import Passkey, even_depths
-from minirea.evaluation.task import Cell, Place, Prompt, PromptCell, Question, Record, Task, option, require, rng
-from minirea.evaluation.text import Encoder, random_value
+from minirea.evaluation.frame import plots
+from minirea.evaluation.frame.cells import Cell, Place, Prompt, PromptCell, Question
+from minirea.evaluation.frame.records import Record
+from minirea.evaluation.frame.tasks import Task, option, require, rng
+from minirea.evaluation.lengths import grid
+from minirea.evaluation.tasks.needle import Passkey, even_depths
+from minirea.evaluation.text.encoder import Encoder
+from minirea.evaluation.text.values import random_value
 
 if TYPE_CHECKING:
     from minirea.tokenizer import Tokenizer
@@ -67,11 +72,10 @@ class KeyValue(Task):
     def cells(self, tokenizer: Tokenizer) -> list[Cell]:
         encode = Encoder(tokenizer)
         cells: list[Cell] = []
-        for length in sorted(set(self.lengths)):
-            for sample in range(self.samples):
-                depths = even_depths(self.depths)
-                places = tuple({"length": length, "depth": depth, "sample": sample} for depth in depths)
-                cells.append(PromptCell(places, length, partial(self._prompt, encode, places)))
+        for length, sample in grid(self.lengths, self.samples):
+            depths = even_depths(self.depths)
+            places = tuple({"length": length, "depth": depth, "sample": sample} for depth in depths)
+            cells.append(PromptCell(places, length, partial(self._prompt, encode, places)))
         self._prompt(encode, cells[0].places)
         return cells
 
@@ -99,10 +103,8 @@ class KeyValue(Task):
             questions.append(Question(ids, [value], partial(has_word, value), KV_ROOM, extra={"key": key}))
         return Prompt(context, questions)
 
-    def plot(self, records: Sequence[Record], folder: Path) -> list[Path]:
-        from minirea.evaluation import plots
-
-        return [plots.heat_map(records, folder, self.name), *super().plot(records, folder)]
+    def plot(self, records: Sequence[Record], folder: Path, about: Mapping[str, Any]) -> list[Path]:
+        return [plots.heat_map(records, folder, self.name, about), *super().plot(records, folder, about)]
 
 
 def has_word(value: str, answer: str) -> float:
@@ -158,12 +160,11 @@ class CodeRun(Task):
     def cells(self, tokenizer: Tokenizer) -> list[Cell]:
         encode = Encoder(tokenizer)
         cells: list[Cell] = []
-        for length in sorted(set(self.lengths)):
-            for sample in range(self.samples):
-                places: tuple[Place, ...] = tuple(
-                    {"kind": f"{calls} calls", "length": length, "sample": sample} for calls in self.calls
-                )
-                cells.append(PromptCell(places, length, partial(self._prompt, encode, places)))
+        for length, sample in grid(self.lengths, self.samples):
+            places: tuple[Place, ...] = tuple(
+                {"kind": f"{calls} calls", "length": length, "sample": sample} for calls in self.calls
+            )
+            cells.append(PromptCell(places, length, partial(self._prompt, encode, places)))
         self._prompt(encode, cells[0].places)
         return cells
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minirea.config import ModelConfig, ReAttentionConfig
-from minirea.evaluation.observer import Step
+from minirea.evaluation.tasks.observer import Step
 from minirea.kernels.reference import locate, score, select, vote
 from minirea.rope import apply_rope, for_whole_heads
 

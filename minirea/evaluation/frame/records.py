@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
 from minirea.errors import InputError, MissingFileError
-from minirea.evaluation.task import Record
+
+Record = dict[str, Any]  # one line of records.jsonl; JSON values only
+Place = Mapping[str, str | int | float]  # where a record stands: {"kind": "niah_single_1", "length": 4096, "sample": 3}
 
 SETTINGS: Final = "settings.json"
 RECORDS: Final = "records.jsonl"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from minirea.evaluation.figures import length_axis, line_style, new_figure, save
-from minirea.evaluation.task import Record
+from minirea.evaluation.frame.plots import heading, length_axis, line_style, mark_trained, new_figure, save
+from minirea.evaluation.frame.records import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _TARGET = 0.03  # the change that the shaded band allows
 
 
-def against_position(records: Sequence[Record], path: Path) -> Path:
+def against_position(records: Sequence[Record], path: Path, about: Mapping[str, Any]) -> Path:
     """Nats per token by position, and their change against the same tokens read within the trained context.
 
     Only the longest length is drawn. Error bars are standard errors over windows.
@@ -28,7 +28,8 @@ def against_position(records: Sequence[Record], path: Path) -> Path:
     figure, axes = new_figure(1, 2 if compared else 1, width=12 if compared else 6, height=4.6)
     windows = {(record["kind"], record["sample"]) for record in whole}
     texts = ", ".join(sorted({record["kind"] for record in whole}))
-    figure.suptitle(f"{texts}: {longest:,} tokens read in one go, mean of {len(windows)} place(s)")
+    title = f"{texts}: {longest:,} tokens read in one go"
+    figure.suptitle(heading(title, about, f"mean of {len(windows)} place{'s' * (len(windows) != 1)}"))
     trained = whole[0]["trained_context"]
     for mode in dict.fromkeys(record["attention"] for record in whole):
         of = [record for record in whole if record["attention"] == mode]
@@ -43,8 +44,8 @@ def against_position(records: Sequence[Record], path: Path) -> Path:
         axes[0][1].set_title(f"Against the same tokens, never more than {trained:,} read at once")
     edges = [bucket["to"] for bucket in whole[0]["buckets"]]
     for ax in axes[0]:
-        ax.axvline(trained, color="black", linestyle="--", linewidth=1, label="trained context")
         length_axis(ax, edges[:: max(1, math.ceil(len(edges) / 10))], "position (tokens)")
+        mark_trained(ax, trained)
         ax.legend(fontsize=9)
     return save(figure, path)
 

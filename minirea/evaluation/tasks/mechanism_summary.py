@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
-from minirea.evaluation.task import Record, short_length
+from minirea.evaluation.frame.records import Record
+from minirea.evaluation.lengths import short_length
 
 Numbers = list[list[float]]  # [L][H]
 

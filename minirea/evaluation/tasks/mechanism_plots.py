@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from minirea.evaluation.figures import length_axis, line_style, new_figure, save
-from minirea.evaluation.mechanism_summary import Numbers, mean, mean_per_head, summarize
-from minirea.evaluation.task import Record, short_length
+from minirea.evaluation.frame.plots import (
+    heading,
+    length_axis,
+    line_style,
+    log_axis,
+    mark_trained,
+    new_figure,
+    percent_grid,
+    save,
+)
+from minirea.evaluation.frame.records import Record
+from minirea.evaluation.lengths import short_length
+from minirea.evaluation.tasks.mechanism_summary import Numbers, mean, mean_per_head, summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +28,7 @@ _MOST_NUMBERS: Final = 64  # heat maps of more heads show colours only
 _LENGTH_COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-def draw(records: Sequence[Record], folder: Path) -> list[Path]:
+def draw(records: Sequence[Record], folder: Path, about: Mapping[str, Any]) -> list[Path]:
     """A picture of each study that has records."""
     whole = [record for record in records if "skipped" not in record]
     of = {study: [r for r in whole if r["study"] == study] for study in ("overlap", "spread", "sweep", "cost")}
@@ -27,11 +37,11 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
         for attention in sorted({r["attention"] for r in of["overlap"]}):
             chosen = [r for r in of["overlap"] if (r["kind"], r["attention"]) == (kind, attention)]
             if chosen:
-                paths.append(overlap(chosen, kind, attention, folder / f"overlap-{kind}-{attention}.png"))
+                paths.append(overlap(chosen, folder / f"overlap-{kind}-{attention}.png", about))
     if of["spread"]:
-        paths.append(spread(of["spread"], folder / "spread.png"))
+        paths.append(spread(of["spread"], folder / "spread.png", about))
     if of["sweep"] or of["cost"]:
-        paths.append(sweeps(of["sweep"], of["cost"], folder / "sweep.png"))
+        paths.append(sweeps(of["sweep"], of["cost"], folder / "sweep.png", about))
     return paths
 
 
@@ -57,12 +67,14 @@ _PANELS: Final[tuple[tuple[str, Callable[[Sequence[Record]], Numbers], str | Non
 )
 
 
-def overlap(records: Sequence[Record], kind: str, attention: str, path: Path) -> Path:
-    """Heat maps of layers and heads: a row for each length, a column for each measure."""
+def overlap(records: Sequence[Record], path: Path, about: Mapping[str, Any]) -> Path:
+    """Heat maps of layers and heads, of one kind and mode: a row for each length, a column for each measure."""
+    kind, attention = records[0]["kind"], records[0]["attention"]
     lengths = sorted({record["length"] for record in records})
     figure, axes = new_figure(len(lengths), len(_PANELS), width=2.6 * len(_PANELS) + 0.9, height=2.5 * len(lengths) + 1)
     prompts = "while answering a needle's question" if kind == "needle" else "in running text"
-    figure.suptitle(f"Selection without RoPE against attention with RoPE, {prompts} (mode {attention}; in %)")
+    title = f"Selection without RoPE against attention with RoPE, in %, {prompts}"
+    figure.suptitle(heading(title, about, f"mode {attention}"))
     for row, length in zip(axes, lengths, strict=True):
         chosen = [record for record in records if record["length"] == length]
         for ax, (title, measure, chance) in zip(row, _PANELS, strict=True):
@@ -79,17 +91,10 @@ def overlap(records: Sequence[Record], kind: str, attention: str, path: Path) ->
 
 
 def _heat_map(ax: Axes, values: Numbers) -> Any:
-    image = ax.imshow(
-        [[100 * value for value in row] for row in values], vmin=0, vmax=100, cmap="cividis", aspect="auto"
-    )
     layers, heads = len(values), len(values[0])
+    image = percent_grid(ax, [[100 * value for value in row] for row in values], layers * heads <= _MOST_NUMBERS)
     ax.set_xticks(_ticks(heads), [str(tick + 1) for tick in _ticks(heads)])
     ax.set_yticks(_ticks(layers), [str(tick + 1) for tick in _ticks(layers)])
-    if layers * heads <= _MOST_NUMBERS:
-        for y, row in enumerate(values):
-            for x, value in enumerate(row):
-                colour = "black" if value > 0.55 else "white"
-                ax.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=8)
     return image
 
 
@@ -101,9 +106,10 @@ def _ticks(count: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------
 # Spread
 # ---------------------------------------------------------------------------------------------------------------
-def spread(records: Sequence[Record], path: Path) -> Path:
+def spread(records: Sequence[Record], path: Path, about: Mapping[str, Any]) -> Path:
     """Highest position and entropy of attention against context length, a line for each attention mode."""
     figure, axes = new_figure(1, 2, width=11, height=4.6)
+    figure.suptitle(heading("Positions and entropy of attention", about))
     positions, entropy = axes[0]
     rows = sorted(summarize(records), key=lambda row: row["length"])
     lengths = [row["length"] for row in rows]
@@ -128,6 +134,7 @@ def spread(records: Sequence[Record], path: Path) -> Path:
     entropy.set_ylim(bottom=0)
     for ax in (positions, entropy):
         length_axis(ax, lengths, "context (tokens)")
+        mark_trained(ax, trained)
         ax.legend(fontsize=9)
     positions.yaxis.set_major_formatter(lambda value, _: short_length(round(value)))
     return save(figure, path)
@@ -150,7 +157,7 @@ _SWEPT: Final = (
 )
 
 
-def sweeps(scores: Sequence[Record], costs: Sequence[Record], path: Path) -> Path:
+def sweeps(scores: Sequence[Record], costs: Sequence[Record], path: Path, about: Mapping[str, Any]) -> Path:
     """Score and time of each setting: a column for each field, a line for each length."""
     rows = [*summarize(scores), *summarize(costs)]
     measures = [measure for measure in _SWEPT if any(row["study"] == measure[0] for row in rows)]
@@ -163,13 +170,13 @@ def sweeps(scores: Sequence[Record], costs: Sequence[Record], path: Path) -> Pat
             if study == "sweep":
                 ax.set_ylim(-5, 105)
             else:
-                _log_seconds(ax)
+                log_axis(ax)
         _share_y(line)
         line[0].set_ylabel(label)
     for ax, field in zip(axes[-1], fields, strict=True):
         ax.set_xlabel(field)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), title="context")
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), title=heading("context", about))
     return save(figure, path)
 
 
@@ -185,16 +192,6 @@ def _lines(ax: Axes, rows: Sequence[Record], lengths: Sequence[int], value_of: C
         ax.plot(x, y, color=colour, marker=marker, markersize=size, label=short_length(length), alpha=0.85)
     ax.set_xticks(range(len(names)), names)
     ax.margins(x=0.15)
-
-
-def _log_seconds(ax: Axes) -> None:
-    """A logarithmic y axis with plain numbers at 1, 2 and 5 of every decade."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter("{x:g}")
 
 
 def _share_y(axes: Sequence[Axes]) -> None:

@@ -16,8 +16,10 @@ from tqdm import tqdm
 
 from minirea.api import LLM
 from minirea.errors import MemoryLimitError
-from minirea.evaluation.results import Results
-from minirea.evaluation.task import Cell, Place, Record, Task, short_length
+from minirea.evaluation.frame.cells import Cell, Place
+from minirea.evaluation.frame.records import Record, Results
+from minirea.evaluation.frame.tasks import Task
+from minirea.evaluation.lengths import short_length
 
 
 class Runner:

@@ -1,4 +1,4 @@
-"""What an evaluation is made of. A Task lists Cells; a Cell reads one context and yields a record for each answer.
+"""Tasks and their options. A Task lists Cells; a Cell reads one context and yields a record for each answer.
 
 A task is a frozen dataclass. Its fields are its options: `option(...)` makes one, and every option is both a flag of
 `minirea eval NAME` and a keyword argument of `minirea.evaluate`. Modules that define tasks are imported for `--help`.
@@ -18,25 +18,20 @@ import dataclasses
 import hashlib
 import json
 import random
-import re
-import sys
-import time
 from abc import ABC, abstractmethod
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from minirea.errors import InputError
+from minirea.evaluation.frame import plots
+from minirea.evaluation.frame.cells import Cell
+from minirea.evaluation.frame.records import Record
+from minirea.evaluation.lengths import parse_length, short_length
 
 if TYPE_CHECKING:
-    from minirea.api import LLM
-    from minirea.generate import Stats
     from minirea.tokenizer import Tokenizer
-
-Record = dict[str, Any]  # one line of records.jsonl; JSON values only
-Place = Mapping[str, str | int | float]  # where a record stands: {"kind": "niah_single_1", "length": 4096, "sample": 3}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -67,148 +62,9 @@ def option(default: Any, help: str, **how: Any) -> Any:  # noqa: A002  as argpar
     return field(default=default, metadata={"option": Option(help, **how)})
 
 
-def parse_length(text: str) -> int:
-    """Tokens from "4096", "4k" or "1m" (k is 1024, m is 1024 * 1024)."""
-    match = re.fullmatch(r"([1-9]\d*)([kKmM]?)", text)
-    if match is None:
-        raise ValueError("a number of tokens such as 4096, 16k or 1m")
-    return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()]
-
-
-def short_length(length: int) -> str:
-    """4096 as 4K, the reverse of parse_length."""
-    for size, unit in ((1024**2, "M"), (1024, "K")):
-        if length % size == 0:
-            return f"{length // size}{unit}"
-    return str(length)
-
-
 def rng(seed: int, *place: object) -> random.Random:
     """The random numbers of one place in a run, the same in every mode and in every order of running."""
     return random.Random(" ".join(map(str, (seed, *place))))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Cells
-# ---------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Cell(ABC):
-    """Work on one context, which gives one record for each of `places`.
-
-    Args:
-        places: where each record stands. Every place of a task is different from all others. "length" (tokens, int) and
-            "kind" (row of the summary) are what the default summary and pictures group by; either may be absent.
-        tokens: length of the context.
-        modes: the attention modes that it applies to; None: all that the user asked for.
-        fields: ReAttentionConfig fields that replace the user's for this cell (a sweep's), and
-            allow_out_of_distribution where they need it. Name them in `places` too.
-    """
-
-    places: tuple[Place, ...]
-    tokens: int
-    modes: tuple[str, ...] | None = field(default=None, kw_only=True)
-    fields: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
-
-    @abstractmethod
-    def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:
-        """One record for each index in `wanted`, in that order; it is saved as soon as it is yielded.
-
-        The runner adds the place, the attention mode and the settings, and turns a MemoryLimitError or torch's
-        OutOfMemoryError into records that say `skipped`. A record needs `score` (float, higher is better, 1 is
-        perfect; or None), everything else is up to the cell.
-        """
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked after a context.
-
-    Args:
-        ids: the tokens that follow the context, at least one.
-        expected: the right answers, as they go into the record.
-        score: of an answer's text, 0 to 1.
-        max_tokens: of the answer.
-        stop: strings that end it.
-        extra: goes into the record beside what the frame puts there.
-    """
-
-    ids: Sequence[int]
-    expected: Sequence[str]
-    score: Callable[[str], float]
-    max_tokens: int
-    stop: tuple[str, ...] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A context and the questions about it. A prompt that shares nothing has all of its tokens in its one question."""
-
-    context: Sequence[int]
-    questions: Sequence[Question]
-
-
-@dataclass(frozen=True)
-class PromptCell(Cell):
-    """Questions to be answered greedily; the context that they share is read once.
-
-    Args:
-        build: makes the prompt, with one question for each place. Called when the cell is run, once.
-    """
-
-    build: Callable[[], Prompt]
-
-    def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:
-        """The answers, each the same as if its whole prompt had been read from the beginning."""
-        prompt = self.build()
-        questions = [prompt.questions[index] for index in wanted]
-        context = list(prompt.context)
-        session = llm.session(len(context) + max(len(q.ids) + q.max_tokens for q in questions))
-        # Whole steps of the context are shared. Its rest is read again with each question, so that the prompt is cut
-        # into the same steps as one that is read alone: a step's queries vote together.
-        shared = len(context) // llm.chunk_size * llm.chunk_size if llm.can_share_prefix else 0
-        started = time.perf_counter()
-        if shared:
-            session.prefill(context[:shared], progress)
-            llm.synchronize()
-        shared_seconds = time.perf_counter() - started
-        for question in questions:
-            rest = [*context[shared:], *question.ids]
-            out = session.generate(rest, progress, max_tokens=question.max_tokens, stop=question.stop)
-            session.rewind(shared)
-            yield {
-                "prompt_sha256": sha256_of_ids([*context, *question.ids]),
-                "prompt_tokens": out.stats.prompt_tokens,
-                "expected": list(question.expected),
-                "answer": out.text,
-                "score": float(question.score(out.text)),
-                "finish_reason": out.finish_reason,
-                **question.extra,
-                **_costs(out.stats, shared, shared_seconds),
-            }
-
-
-def _costs(stats: Stats, shared: int, shared_seconds: float) -> Record:
-    """What an answer took: the first `shared` tokens were read once for all questions, in `shared_seconds`."""
-    return {
-        "shared_tokens": shared,
-        "shared_seconds": round(shared_seconds, 4),
-        "first_token_seconds": round(stats.time_to_first_token, 4),  # after the shared tokens
-        "generated_tokens": stats.generated_tokens,
-        "decode_seconds": round(stats.decode_seconds, 4),
-        "scope": stats.scope,
-        "weight_bytes": stats.weight_bytes,
-        "cache_bytes": stats.cache_bytes,
-        "peak_bytes": stats.peak_bytes,
-    }
-
-
-def sha256_of_ids(ids: Iterable[int]) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of token ids, each as 4 bytes, lowest first."""
-    words = array("I", ids)
-    if sys.byteorder == "big":
-        words.byteswap()
-    return hashlib.sha256(words.tobytes()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -282,15 +138,16 @@ class Task(ABC):
         titles = [short_length(length) for length in lengths] if lengths else ["score"]
         return [[*heads, *titles], *([*head, *(of.get(c, "-") for c in columns)] for head, of in lines.items())]
 
-    def plot(self, records: Sequence[Record], folder: Path) -> list[Path]:
+    def plot(self, records: Sequence[Record], folder: Path, about: Mapping[str, Any]) -> list[Path]:
         """Draw pictures into `folder` and return their paths. By default score, speed and memory against length.
 
-        Raises:
-            InputError: matplotlib is not installed (minirea.evaluation.plots says so).
-        """
-        from minirea.evaluation import plots
+        Args:
+            about: settings of the evaluation; pictures name its model_name and mark its trained_context.
 
-        return plots.against_length(records, folder, title=self.name)
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        return plots.against_length(records, folder, self.name, about)
 
     def identity(self) -> Record:
         """What a directory of results belongs to: every option but those it may grow by; files by their content."""

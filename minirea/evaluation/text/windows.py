@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minirea.errors import InputError
-from minirea.evaluation.task import require
-from minirea.evaluation.text import Encoder, read_text
+from minirea.evaluation.frame.tasks import require
+from minirea.evaluation.text.encoder import Encoder
+from minirea.evaluation.text.haystack import read_text
 
 if TYPE_CHECKING:
     from minirea.tokenizer import Tokenizer

@@ -10,18 +10,17 @@ from __future__ import annotations
 import bisect
 import random
 import re
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from minirea.errors import InputError, MissingFileError
-from minirea.evaluation.diary import diary_entries
+from minirea.evaluation.text.diary import diary_entries
+from minirea.evaluation.text.encoder import Encoder
 
 if TYPE_CHECKING:
-    from minirea.tokenizer import Tokenizer
+    pass
 
 # A sentence with the white space before it; a blank line ends one too.
 _SENTENCE: Final = re.compile(r"\s*\S.*?(?:[.!?]['\"\u201d\u2019)]*(?=\s)|(?=\n\s*\n)|\Z)", re.DOTALL)
@@ -29,42 +28,6 @@ _DIARY_SEED: Final = 2  # the demo model was trained on seed 1000
 # Tokens in which stretches start and words are looked for. A constant, so that a prompt depends on no other's length.
 _FIRST_PART: Final = 2**16
 _FEWEST_WORDS: Final = 100
-_REMEMBERED: Final = 4096  # pieces of text: noise repeats them without end
-_TRIES: Final = 1000  # for each key or value
-
-
-class Encoder:
-    """Token ids of text that stands inside a longer text.
-
-    Some tokenizers put a space before whatever they encode. Encoding a piece behind an anchor and taking the anchor's
-    ids away again gives the ids that the piece has in place.
-
-    Attributes:
-        beginning: ids that the tokenizer puts before a text (BOS).
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._remembered = lru_cache(_REMEMBERED)(self._encode)
-        self._anchors = [(a, tokenizer.encode(a, add_special_tokens=False)) for a in ("\n", "a", ".", "1")]
-        framed = tokenizer.encode("a")
-        bare = tokenizer.encode("a", add_special_tokens=False)
-        self.beginning = framed[: len(framed) - len(bare)] if framed[len(framed) - len(bare) :] == bare else []
-
-    def __call__(self, text: str) -> list[int]:
-        """The ids of `text` in the middle of a text."""
-        return self._remembered(text)[:]
-
-    def filling(self, tokens: int) -> list[int]:
-        """`tokens` ids of empty lines: what makes up for items that do not fit a length exactly."""
-        return (self("\n")[-1:] * tokens)[: max(0, tokens)]
-
-    def _encode(self, text: str) -> list[int]:
-        for anchor, anchor_ids in self._anchors:
-            ids = self._tokenizer.encode(anchor + text, add_special_tokens=False)
-            if ids[: len(anchor_ids)] == anchor_ids:  # otherwise a token straddles anchor and text
-                return ids[len(anchor_ids) :]
-        return self._tokenizer.encode(text, add_special_tokens=False)
 
 
 @dataclass(frozen=True)
@@ -213,45 +176,3 @@ def hide(encode: Encoder, stretch: Stretch, tokens: int, hidden: Sequence[tuple[
         out += ids
         previous = start
     return out + stretch.ids[previous:]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Keys and values
-# ---------------------------------------------------------------------------------------------------------------
-KINDS: Final = ("numbers", "words", "uuids")
-# What a value looks like in an answer, so that 1234567 is not taken for 123456.
-PATTERNS: Final = {
-    "numbers": r"\d+",
-    "words": r"[a-z]+-[a-z]+",
-    "uuids": r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}",
-}
-
-
-def random_value(rng: random.Random, kind: str, words: Sequence[str], digits: int = 6) -> str:
-    """A random number of `digits` digits (the first is not 0), two words with a hyphen, or a UUID (version 4)."""
-    if kind == "numbers":
-        return str(rng.randrange(10 ** (digits - 1), 10**digits))
-    if kind == "words":
-        return f"{rng.choice(words)}-{rng.choice(words)}"
-    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
-
-
-def distinct(make: Callable[[], str], count: int, text: str) -> list[str]:
-    """`count` different results of `make` that do not occur in `text`."""
-    return same_size(make, count, lambda _: 0, text)
-
-
-def same_size(make: Callable[[], str], count: int, size: Callable[[str], int], text: str) -> list[str]:
-    """Like `distinct`, all of one size: questions of one size give prompts of one length on a shared context.
-
-    Raises:
-        InputError: `make` does not have as many.
-    """
-    by_size: dict[int, dict[str, None]] = {}
-    for _ in range(_TRIES * count):
-        if (made := make()) not in text:
-            group = by_size.setdefault(size(made), {})
-            group[made] = None
-            if len(group) == count:
-                return list(group)
-    raise InputError(f"there are not {count} different keys or values like {made!r}, expected fewer or longer ones")

@@ -11,17 +11,21 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
-from minirea.evaluation import mechanism_summary
-from minirea.evaluation.needle import Needle, parse_file
-from minirea.evaluation.task import Cell, Place, PromptCell, Record, Task, option, require, rng, sha256_of_ids
-from minirea.evaluation.text import Encoder, read_haystack
-from minirea.evaluation.windows import radical_inverse
+from minirea.evaluation.frame.cells import Cell, Place, PromptCell, sha256_of_ids
+from minirea.evaluation.frame.records import Record
+from minirea.evaluation.frame.tasks import Task, option, require, rng
+from minirea.evaluation.lengths import grid
+from minirea.evaluation.tasks import mechanism_plots, mechanism_summary
+from minirea.evaluation.tasks.needle import Needle, parse_file
+from minirea.evaluation.text.encoder import Encoder
+from minirea.evaluation.text.haystack import read_haystack
+from minirea.evaluation.text.windows import radical_inverse
 
 if TYPE_CHECKING:
     from minirea.api import LLM
@@ -89,8 +93,8 @@ class OverlapCell(Cell):
     build: Callable[[], Watched]
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:  # noqa: ARG002  one place
-        from minirea.evaluation.mechanism_measures import Overlap
-        from minirea.evaluation.observer import observe_end
+        from minirea.evaluation.tasks.mechanism_measures import Overlap
+        from minirea.evaluation.tasks.observer import observe_end
 
         prompt = self.build()
         config = llm.model.attention.config
@@ -112,8 +116,8 @@ class SpreadCell(Cell):
     build: Callable[[], Watched]
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:  # noqa: ARG002  one place
-        from minirea.evaluation.mechanism_measures import Spread
-        from minirea.evaluation.observer import observe_end
+        from minirea.evaluation.tasks.mechanism_measures import Spread
+        from minirea.evaluation.tasks.observer import observe_end
 
         prompt, model = self.build(), llm.model
         spread = Spread(model.config)
@@ -232,7 +236,7 @@ class Mechanism(Task):
             stretch = haystack.stretch(rng(self.seed, self.name, length, sample), length - len(encode.beginning))
             return Watched([*encode.beginning, *stretch.ids], _TEXT_STEPS)
 
-        places = itertools.product(sorted(set(self.lengths)), range(self.samples))
+        places = grid(self.lengths, self.samples)
         return [_Prompt(length, sample, partial(build, length, sample)) for length, sample in places]
 
     def _questions(self, tokenizer: Tokenizer) -> list[_Prompt]:
@@ -256,7 +260,5 @@ class Mechanism(Task):
     def table(self, rows: Sequence[Record]) -> list[list[str]]:
         return mechanism_summary.table(rows)
 
-    def plot(self, records: Sequence[Record], folder: Path) -> list[Path]:
-        from minirea.evaluation import mechanism_plots
-
-        return mechanism_plots.draw(records, folder)
+    def plot(self, records: Sequence[Record], folder: Path, about: Mapping[str, Any]) -> list[Path]:
+        return mechanism_plots.draw(records, folder, about)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from minirea.evaluation.task import Cell, Record, Task, option, parse_length, require, sha256_of_ids, short_length
-from minirea.evaluation.windows import Text, read_texts, token_bytes
+from minirea.evaluation.frame.cells import Cell, sha256_of_ids
+from minirea.evaluation.frame.records import Record
+from minirea.evaluation.frame.tasks import Task, option, require
+from minirea.evaluation.lengths import grid, parse_length, short_length
+from minirea.evaluation.tasks.perplexity_plots import against_position
+from minirea.evaluation.text.windows import Text, read_texts, token_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +54,7 @@ class WindowCell(Cell):
     baseline: bool
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:
-        from minirea.evaluation.likelihood import nlls_in_range, token_nlls
+        from minirea.evaluation.tasks.likelihood import nlls_in_range, token_nlls
 
         sample = self.places[wanted[0]]["sample"]
         assert isinstance(sample, int)
@@ -124,9 +128,8 @@ class Perplexity(Task):
                 buckets=self.buckets,
                 baseline=not self.no_baseline,
             )
-            for length in sorted(self.lengths)
+            for length, sample in grid(self.lengths, self.samples)
             for text in texts
-            for sample in range(self.samples)
         ]
 
     def summarize(self, records: Sequence[Record]) -> list[Record]:
@@ -160,11 +163,9 @@ class Perplexity(Task):
         ]
         return [[*heads, *(short_length(start) if start else "0" for start in starts)], *body]
 
-    def plot(self, records: Sequence[Record], folder: Path) -> list[Path]:
-        from minirea.evaluation.perplexity_plots import against_position
-
+    def plot(self, records: Sequence[Record], folder: Path, about: Mapping[str, Any]) -> list[Path]:
         whole = [record for record in records if "skipped" not in record]
-        return [against_position(whole, folder / "perplexity.png")] if whole else []
+        return [against_position(whole, folder / "perplexity.png", about)] if whole else []
 
 
 _SHOWN: Final = (

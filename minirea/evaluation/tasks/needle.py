@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from minirea.evaluation.task import Cell, Place, Prompt, PromptCell, Question, Record, Task, option, require, rng
-from minirea.evaluation.text import (
-    KINDS,
-    PATTERNS,
-    Encoder,
-    Haystack,
-    Stretch,
-    distinct,
-    hide,
-    random_value,
-    read_haystack,
-    same_size,
-)
+from minirea.evaluation.frame import plots
+from minirea.evaluation.frame.cells import Cell, Place, Prompt, PromptCell, Question
+from minirea.evaluation.frame.records import Record
+from minirea.evaluation.frame.tasks import Task, option, require, rng
+from minirea.evaluation.lengths import grid
+from minirea.evaluation.text.encoder import Encoder
+from minirea.evaluation.text.haystack import Haystack, Stretch, hide, read_haystack
+from minirea.evaluation.text.values import KINDS, PATTERNS, distinct, random_value, same_size
 
 if TYPE_CHECKING:
     from minirea.tokenizer import Tokenizer
@@ -171,10 +166,8 @@ class Needle(Task):
             )
         return rows
 
-    def plot(self, records: Sequence[Record], folder: Path) -> list[Path]:
-        from minirea.evaluation import plots
-
-        return [plots.heat_map(records, folder, self.name), *super().plot(records, folder)]
+    def plot(self, records: Sequence[Record], folder: Path, about: Mapping[str, Any]) -> list[Path]:
+        return [plots.heat_map(records, folder, self.name, about), *super().plot(records, folder, about)]
 
 
 NOISE: Final = (
@@ -209,11 +202,10 @@ class Passkey(Task):
     def cells(self, tokenizer: Tokenizer) -> list[Cell]:
         encode = Encoder(tokenizer)
         cells: list[Cell] = []
-        for length in sorted(set(self.lengths)):
-            for sample in range(self.samples):
-                for depth in even_depths(self.depths):
-                    place = {"length": length, "depth": depth, "sample": sample}
-                    cells.append(PromptCell((place,), length, partial(self._prompt, encode, place)))
+        for length, sample in grid(self.lengths, self.samples):
+            for depth in even_depths(self.depths):
+                place = {"length": length, "depth": depth, "sample": sample}
+                cells.append(PromptCell((place,), length, partial(self._prompt, encode, place)))
         self._prompt(encode, cells[0].places[0])
         return cells
 
@@ -233,10 +225,8 @@ class Passkey(Task):
         ids = [*body[:start], *introduction, *body[start:], *question]
         return Prompt([], [Question(ids, [value], partial(first_is, "numbers", value), room, stop=("\n",))])
 
-    def plot(self, records: Sequence[Record], folder: Path) -> list[Path]:
-        from minirea.evaluation import plots
-
-        return [plots.heat_map(records, folder, self.name), *super().plot(records, folder)]
+    def plot(self, records: Sequence[Record], folder: Path, about: Mapping[str, Any]) -> list[Path]:
+        return [plots.heat_map(records, folder, self.name, about), *super().plot(records, folder, about)]
 
 
 def even_depths(count: int) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minirea.errors import InputError
-from minirea.evaluation.text import read_text
+from minirea.evaluation.text.haystack import read_text
 
 
 @dataclass(frozen=True)

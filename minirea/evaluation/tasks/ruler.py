@@ -20,10 +20,13 @@ from random import Random
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from minirea.errors import InputError
-from minirea.evaluation.documents import Documents, read_hotpotqa, read_squad
-from minirea.evaluation.needle import NOISE, parse_file
-from minirea.evaluation.task import Cell, Place, Prompt, PromptCell, Question, Task, option, require, rng
-from minirea.evaluation.text import Encoder, Haystack, Stretch, distinct, hide, random_value, read_haystack
+from minirea.evaluation.frame.cells import Cell, Place, Prompt, PromptCell, Question
+from minirea.evaluation.frame.tasks import Task, option, require, rng
+from minirea.evaluation.tasks.needle import NOISE, parse_file
+from minirea.evaluation.text.documents import Documents, read_hotpotqa, read_squad
+from minirea.evaluation.text.encoder import Encoder
+from minirea.evaluation.text.haystack import Haystack, Stretch, hide, read_haystack
+from minirea.evaluation.text.values import distinct, random_value
 
 if TYPE_CHECKING:
     from minirea.tokenizer import Tokenizer

@@ -1,0 +1,1 @@
+"""What every evaluation is made of: tasks, cells, records, pictures, and the runner that brings them together."""

@@ -1,0 +1,1 @@
+"""The tasks of `minirea eval` that make their own prompts."""

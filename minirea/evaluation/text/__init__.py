@@ -1,0 +1,1 @@
+"""Haystacks and what is hidden in them: text as token ids, keys and values, documents."""
