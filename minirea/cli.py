@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from minirea import __version__
 from minirea.config import TAIL_CHUNK_SIZE, TAIL_SIZE
 from minirea.errors import InputError, MinireaError, MissingExtraError, MissingFileError
+from minirea.threads import limited_to, wait_asleep
 
 if TYPE_CHECKING:
     from minirea.api import ModelFiles
@@ -55,14 +56,20 @@ _GENERATION_OPTIONS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 (bad input), 2 (usage) or 130 (Ctrl-C)."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run the command line; returns the exit status: 0, 1 (bad input), 2 (usage) or 130 (Ctrl-C).
+
+    Without argv this is the `minirea` command, the process is its own, and torch is yet to start.
+    """
+    if argv is None:
+        wait_asleep(os.environ)
+        argv = sys.argv[1:]
     parser = _parser(with_tasks=argv[:1] == ["eval"])
     arguments = parser.parse_args(argv)
     if arguments.command == "generate" and arguments.system is not None and not arguments.chat:
         parser.error("--system needs --chat")
     try:
-        return run_generate(arguments) if arguments.command == "generate" else run_eval(arguments)
+        with limited_to(getattr(arguments, "threads", None)):
+            return run_generate(arguments) if arguments.command == "generate" else run_eval(arguments)
     except MinireaError as error:
         if arguments.debug:
             raise
@@ -366,5 +373,6 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="of weights and cache")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     add("--impl", choices=("auto", "triton", "torch"), default="auto", help="the fused kernel or the torch path")
+    add("--threads", type=int, metavar="N", help="of the CPU's arithmetic (default: the cores, or OMP_NUM_THREADS)")
     add("--quiet", action="store_true", help="no progress bar, no statistics")
     add("--debug", action="store_true", help="show tracebacks")

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "minirea.errors": set(),
     "minirea.files": {"errors"},
+    "minirea.threads": {"errors"},
     "minirea.config": {"errors"},
     "minirea.memory": {"errors"},
     "minirea.rope": {"config"},
@@ -32,7 +33,7 @@ ALLOWED = {
         *("generate", "attention", "model", "cache", "config", "tokenizer", "plan", "weights", "errors"),
     },
     "minirea.evaluation": {"evaluation", "api", "config", "generate", "tokenizer", "errors"},
-    "minirea.cli": {"api", "generate", "evaluation", "memory", "errors"},
+    "minirea.cli": {"api", "generate", "evaluation", "memory", "threads", "errors"},
     "minirea.__main__": {"cli"},
     "minirea.__init__": {"errors", "api", "evaluation", "generate"},
     # What looks inside the model instead of only asking it.

@@ -1,0 +1,50 @@
+"""The threads of a CPU's arithmetic: how many there are, and what they do while they wait for each other.
+
+torch hands every operation's parts to OpenMP's threads. By default these spin for milliseconds between two operations,
+which is quick on idle cores and ruinous on busy ones: the thread that all wait for stands in line behind those that
+spin. Threads that sleep instead cost a few microseconds more per operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, MutableMapping
+from typing import Final
+
+from minirea.errors import InputError
+
+# OpenMP's own variable, and what the runtimes that torch comes with (GNU's on Linux, LLVM's elsewhere) prefer to it.
+_WAIT_VARIABLES: Final = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+def wait_asleep(environment: MutableMapping[str, str]) -> None:
+    """Make OpenMP's threads sleep while they wait, unless the environment says already how they wait.
+
+    The runtime looks once, when torch is imported. For processes of our own only: the environment is the caller's.
+    """
+    if not any(name in environment for name in _WAIT_VARIABLES):
+        environment["OMP_WAIT_POLICY"] = "passive"
+
+
+@contextlib.contextmanager
+def limited_to(threads: int | None) -> Iterator[None]:
+    """Within it torch computes with so many threads; None leaves it what it has.
+
+    Raises:
+        InputError: not between 1 and the number of cores.
+    """
+    if threads is None:
+        yield
+        return
+    cores = os.cpu_count() or 1
+    if not 1 <= threads <= cores:
+        raise InputError(f"threads is {threads}, expected 1 to {cores}, the cores of this machine")
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

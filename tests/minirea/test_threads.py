@@ -1,0 +1,78 @@
+"""How the CPU's threads wait and how many there are: the command decides, a program's own state is left alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from testing import tiny_model, write_checkpoint, write_tokenizer
+
+from minirea.cli import main
+from minirea.model import Model
+from minirea.threads import limited_to, wait_asleep
+
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = write_checkpoint(tmp_path_factory.mktemp("model"), tiny_model())
+    write_tokenizer(directory)
+    return directory
+
+
+def generate(model: Path, *arguments: str) -> list[str]:
+    return ["generate", "--model", str(model), "--text", "Hello", "--max-tokens", "2", *arguments]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP tells its settings, others differ")
+@pytest.mark.parametrize(("given", "spins"), [({}, "0"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_of_the_command_sleep_unless_the_environment_says_otherwise(
+    model: Path, given: dict[str, str], spins: str
+) -> None:
+    """What OpenMP itself says that it read, when torch started it."""
+    environment = {name: value for name, value in os.environ.items() if name not in WAIT_VARIABLES}
+    done = subprocess.run(
+        [sys.executable, "-m", "minirea", *generate(model)],
+        env=environment | given | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
+
+
+def test_what_the_environment_says_counts() -> None:
+    for name in WAIT_VARIABLES:
+        environment = {name: "1"}
+        wait_asleep(environment)
+        assert environment == {name: "1"}
+
+
+def test_number_of_threads_holds_for_the_command_only(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen, environment = torch.get_num_threads(), [], dict(os.environ)
+    forward = Model.forward
+    monkeypatch.setattr(Model, "forward", lambda *args: (seen.append(torch.get_num_threads()), forward(*args))[1])
+    for threads in (1, os.cpu_count()):
+        seen.clear()
+        assert main(generate(model, "--threads", str(threads))) == 0
+        assert set(seen) == {threads}
+        assert torch.get_num_threads() == before
+    assert dict(os.environ) == environment
+
+
+@pytest.mark.parametrize("threads", [0, -1, 10**6, 10**30])
+def test_impossible_numbers_of_threads(model: Path, threads: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(generate(model, "--threads", str(threads))) == 1
+    assert f"--threads is {threads}, expected 1 to" in capsys.readouterr().err
+
+
+def test_threads_come_back_after_an_error() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(RuntimeError), limited_to(1):
+        raise RuntimeError
+    assert torch.get_num_threads() == before
