@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import operator
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from torch import Tensor
 from minirea import generate as loop
 from minirea.attention import MODES, Attention
 from minirea.cache import KVCache
+from minirea.checks import integer, shown
 from minirea.config import DTYPES, ModelConfig, ReAttentionConfig, load_config
 from minirea.errors import InputError, MissingFileError
 from minirea.generate import GenerationConfig, Piece, Stats
+from minirea.memory import human
 from minirea.model import Model
 from minirea.plan import keeps_half, plan_run, workspace_bytes
 from minirea.tokenizer import Tokenizer, load_tokenizer
@@ -106,22 +109,36 @@ class _Encoder:
             )
         return self._tokenizer
 
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a prompt, checked against the vocabulary."""
-        vocab_size = self.config.vocab_size
-        ids: list[int] = []
-        given: Sequence[Any] = self.tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else prompt
-        for token_id in given:
-            try:
-                ids.append(operator.index(token_id))  # also numpy's and torch's integers
-            except TypeError:
-                ids.append(-1)
-            if not 0 <= ids[-1] < vocab_size:
-                found = f"the prompt holds token id {token_id!r}"
-                raise InputError(f"{found}, expected integers from 0 to {vocab_size - 1}")
+    def encode(self, prompt: str | Sequence[int], continues: bool = False) -> list[int]:
+        """Token ids of a prompt, checked against the vocabulary.
+
+        Args:
+            prompt: text, or token ids, which are taken as they are.
+            continues: the text goes on from another one; see Session.
+
+        Raises:
+            InputError: no text and no ids, nothing in it, or an id outside the vocabulary.
+        """
+        if isinstance(prompt, str):
+            given: Iterable[Any] = self.tokenizer.encode(prompt, continues=continues) if prompt else ()
+        elif isinstance(prompt, Iterable) and not isinstance(prompt, (bytes, bytearray, dict)):
+            given = prompt
+        else:
+            raise InputError(f"the prompt is {shown(prompt)}, expected text or token ids")
+        ids = [self._checked_id(token_id) for token_id in given]
         if not ids:
             raise InputError("the prompt is empty, expected at least one token")
         return ids
+
+    def _checked_id(self, given: Any) -> int:
+        try:
+            token_id = -1 if isinstance(given, bool) else operator.index(given)  # also numpy's and torch's integers
+        except TypeError:
+            token_id = -1
+        if not 0 <= token_id < self.config.vocab_size:
+            found = f"the prompt holds token id {shown(given)}"
+            raise InputError(f"{found}, expected integers from 0 to {self.config.vocab_size - 1}")
+        return token_id
 
 
 class ModelFiles(_Encoder):
@@ -154,16 +171,26 @@ class ModelFiles(_Encoder):
         attention, dtype, device = self.attention, self.dtype, self.attention.device
         plan_run(self.path, attention, dtype, num_tokens).check(device)
         weights = load_weights(self.path, self.config, device, dtype, progress, keeps_half(dtype, device))
-        return LLM(Model(self.config, weights, attention), self._tokenizer)
+        return LLM(Model(self.config, weights, attention), self._tokenizer, self.path)
 
 
 class LLM(_Encoder):
     """A loaded model. Made by `load`."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, model: Model, tokenizer: Tokenizer | None, path: str | Path | None = None) -> None:
         self.model = model
         self.config = model.config
+        self.path = path
         self._tokenizer = tokenizer
+
+    def __repr__(self) -> str:
+        model, attention = self.model, self.model.attention
+        dtype = str(model.dtype).removeprefix("torch.")
+        name = "" if self.path is None else f" {self.path}"
+        return (
+            f"<LLM{name}: {human(model.nbytes)} of weights, {model.device.type}, {dtype}, {attention.mode}, "
+            f"{attention.impl}, trained on {self.config.trained_context:,} tokens>"
+        )
 
     @property
     def chunk_size(self) -> int:
@@ -190,7 +217,7 @@ class LLM(_Encoder):
         scope = _scope(config, attention, reattention_fields, allow_out_of_distribution)
         model = copy.copy(self.model)
         model.attention = Attention(config, attention, scope, old.impl, old.device)
-        return LLM(model, self._tokenizer)
+        return LLM(model, self._tokenizer, self.path)
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given, so that a clock can be read."""
@@ -201,25 +228,31 @@ class LLM(_Encoder):
         """A context that is kept between calls; `capacity` tokens of cache are allocated at once."""
         return Session(self, capacity)
 
-    def generate(self, prompt: str | Sequence[int], progress: bool = False, **options: Any) -> Generation:
+    def generate(
+        self, prompt: str | Sequence[int], max_tokens: int = 256, *, progress: bool = False, **options: Any
+    ) -> Generation:
         """Continue a text or token ids.
 
         Args:
-            prompt: text (encoded with the tokenizer's special tokens, such as BOS) or ids, taken as they are.
+            prompt: text (encoded with the tokenizer's special tokens, such as BOS) or ids, taken as they are. A chat is
+                `llm.tokenizer.encode_chat([{"role": "user", "content": ...}])`.
+            max_tokens: at most so many tokens.
             progress: show a bar on stderr while the prompt is read.
-            options: fields of GenerationConfig: max_tokens, temperature, stop, seed, ...
+            options: further fields of GenerationConfig: temperature, top_k, top_p, min_p, repetition_penalty, seed,
+                stop, ignore_eos.
 
         Raises:
             InputError: an empty prompt, an id outside the vocabulary, an option out of range.
+            MissingFileError: text or a stop string for a model that has no tokenizer.
             MemoryLimitError: the cache for prompt and max_tokens does not fit.
         """
-        return self.session().generate(prompt, progress, **options)
+        return self.session().generate(prompt, max_tokens, progress=progress, **options)
 
     def stream(
-        self, prompt: str | Sequence[int], progress: bool = False, **options: Any
+        self, prompt: str | Sequence[int], max_tokens: int = 256, *, progress: bool = False, **options: Any
     ) -> Generator[Piece, None, None]:
         """Like `generate`, yielding each piece of text as soon as it is certain."""
-        return self.session().stream(prompt, progress, **options)
+        return self.session().stream(prompt, max_tokens, progress=progress, **options)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Scores of the token after each of `ids`: float32 [T, V], through the same steps that `generate` takes."""
@@ -233,41 +266,88 @@ class LLM(_Encoder):
 
 
 class Session:
-    """One growing context: read it once, then continue it, or ask it several questions by rewinding."""
+    """One growing context: read it once, then continue it, or ask it several questions by rewinding.
 
-    def __init__(self, llm: LLM, capacity: int) -> None:
+    The first text is encoded as `LLM.encode` does, with BOS. Every later one is its continuation: no BOS, no space of
+    the tokenizer's own in front, and no token that reaches across the seam. So texts in parts give the same tokens as
+    in one where a token ends at the seam, as it does before most line ends and spaces.
+
+    A call that fails leaves the session as it was, and so does one that is interrupted; a stream keeps what it yielded.
+
+    Attributes:
+        ids: the whole context. The last sampled token may not be in the cache yet.
+    """
+
+    def __init__(self, llm: LLM, capacity: int = 0) -> None:
         self.llm = llm
-        self.cache = llm._cache(capacity)
-        self.ids: list[int] = []  # the whole context; the last sampled token may not be in the cache yet
+        self.cache = llm._cache(integer("capacity", capacity, 0))
+        self.ids: list[int] = []
+
+    def __repr__(self) -> str:
+        return f"<Session of {len(self.ids):,} tokens, cache for {self.cache.capacity:,}, of {self.llm!r}>"
 
     def prefill(self, prompt: str | Sequence[int], progress: bool = False) -> None:
-        """Append a text or token ids to the context."""
-        self.ids += self.llm.encode(prompt)
-        loop.prefill(self.llm.model, self.cache, self.ids[self.cache.seq_len :], progress=progress)
+        """Append a text or token ids to the context. Errors as for LLM.generate."""
+        ids = self.llm.encode(prompt, continues=bool(self.ids))
+        with self._unchanged_by_failure():
+            self.ids += ids
+            loop.prefill(self.llm.model, self.cache, self.ids[self.cache.seq_len :], progress=progress)
 
     def rewind(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` of the context and forget the rest."""
-        if not 0 <= num_tokens <= len(self.ids):
-            raise InputError(f"num_tokens is {num_tokens}, expected 0 to {len(self.ids)}, the tokens in this session")
-        self.cache.rewind(min(num_tokens, self.cache.seq_len))
-        del self.ids[num_tokens:]
+        if not 0 <= (keep := integer("num_tokens", num_tokens, 0)) <= len(self.ids):
+            raise InputError(f"num_tokens is {keep}, expected 0 to {len(self.ids)}, the tokens in this session")
+        self.cache.rewind(min(keep, self.cache.seq_len))
+        del self.ids[keep:]
 
-    def generate(self, prompt: str | Sequence[int], progress: bool = False, **options: Any) -> Generation:
+    def generate(
+        self, prompt: str | Sequence[int], max_tokens: int = 256, *, progress: bool = False, **options: Any
+    ) -> Generation:
         """Append a prompt to the context and continue it; see LLM.generate."""
-        pieces = list(self.stream(prompt, progress, **options))
+        with self._unchanged_by_failure():
+            pieces = list(self.stream(prompt, max_tokens, progress=progress, **options))
         last = pieces[-1]
         assert last.finish_reason is not None
         ids = [token_id for piece in pieces for token_id in piece.token_ids]
         return Generation("".join(piece.text for piece in pieces), ids, last.finish_reason, last.stats)
 
     def stream(
-        self, prompt: str | Sequence[int], progress: bool = False, **options: Any
+        self, prompt: str | Sequence[int], max_tokens: int = 256, *, progress: bool = False, **options: Any
     ) -> Generator[Piece, None, None]:
-        """Like `generate`, yielding each piece of text as soon as it is certain."""
-        config = generation_config(options)
-        llm = self.llm
-        self.ids += llm.encode(prompt)
-        return loop.generate(llm.model, self.cache, self.ids, config, llm._tokenizer, llm.eos_ids, progress)
+        """Like `generate`, yielding each piece of text as soon as it is certain.
+
+        Nothing is appended before the first piece is asked for. Errors in the arguments are raised at once.
+        """
+        config = generation_config(options | {"max_tokens": max_tokens})
+        if config.stop:
+            _ = self.llm.tokenizer  # raises if there is none to find the strings with
+        return self._stream(self.llm.encode(prompt, continues=bool(self.ids)), len(self.ids), config, progress)
+
+    def _stream(
+        self, ids: list[int], after: int, config: GenerationConfig, progress: bool
+    ) -> Generator[Piece, None, None]:
+        """Append `ids`, which were encoded to follow `after` tokens, and continue."""
+        if len(self.ids) != after:
+            raise InputError(f"the session has {len(self.ids)} tokens, expected the {after} it had for this stream")
+        llm, yielded = self.llm, False
+        with self._unchanged_by_failure(unless=lambda: yielded):
+            self.ids += ids
+            for piece in loop.generate(llm.model, self.cache, self.ids, config, llm._tokenizer, llm.eos_ids, progress):
+                yielded = True
+                yield piece
+
+    @contextlib.contextmanager
+    def _unchanged_by_failure(self, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Forget what was appended if it ends with an error; an end that the caller asks for keeps it if `unless`."""
+        tokens, cached = len(self.ids), self.cache.seq_len
+        try:
+            yield
+        except BaseException as error:
+            asked_for = isinstance(error, (GeneratorExit, KeyboardInterrupt))
+            if not (asked_for and unless()):
+                del self.ids[tokens:]
+                self.cache.rewind(min(cached, self.cache.seq_len))
+            raise
 
 
 def generation_config(options: dict[str, Any]) -> GenerationConfig:
@@ -276,10 +356,7 @@ def generation_config(options: dict[str, Any]) -> GenerationConfig:
     if unknown:
         expected = ", ".join(GenerationConfig.__dataclass_fields__)
         raise InputError(f"unknown option {unknown[0]!r}, expected one of {expected}")
-    try:
-        return GenerationConfig(**options)
-    except TypeError as error:  # a value that cannot even be compared with its bounds
-        raise InputError(f"an option has the wrong type: {error}") from None
+    return GenerationConfig(**options)
 
 
 def _choice(name: str, value: str, expected: tuple[str, ...]) -> None:

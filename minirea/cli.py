@@ -96,7 +96,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     files = read_model(arguments.model, **{name: options[name] for name in _LOAD_OPTIONS + _REATTENTION_OPTIONS})
     ids = _encode(files, prompt, arguments)
     llm = files.load(progress, len(ids) + arguments.max_tokens)
-    pieces = llm.stream(ids, progress, **generation_options)
+    pieces = llm.stream(ids, progress=progress, **generation_options)
     text, token_ids, stats, finish_reason = "", [], None, None
     try:
         for piece in pieces:

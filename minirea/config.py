@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from minirea.checks import integer
 from minirea.errors import InputError, MissingFileError
 
 # Every LLaMA-like architecture whose forward pass is the one in model.py. The two differ only in what their
@@ -119,9 +120,7 @@ class ReAttentionConfig:
             value = getattr(self, name)
             if name in _DERIVED and value is None:
                 value = _DERIVED[name](self)
-                object.__setattr__(self, name, value)
-            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-                raise InputError(f"{name} is {value!r}, expected an integer of at least {lowest}")
+            object.__setattr__(self, name, integer(name, value, lowest, LARGEST_SIZE))
         if self.span_size % 2:
             raise InputError(f"span_size is {self.span_size}, expected an even number: a span has two equal halves")
         for name in ("chunk_size", "tail_chunk_size"):
@@ -178,6 +177,7 @@ class ReAttentionConfig:
             )
 
 
+LARGEST_SIZE: Final = 2**31 - 1  # tokens; kernels count them in int32
 _LOWEST: Final = {
     "global_size": 0,
     "local_size": 1,

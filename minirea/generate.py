@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import secrets
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minirea.cache import KVCache
+from minirea.checks import integer, shown
 from minirea.errors import InputError
 from minirea.graph import compiling_decode_step, decode_ahead, read_captured
 from minirea.memory import peak_bytes
@@ -38,18 +40,39 @@ class GenerationConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        valid = isinstance(self.max_tokens, int) and not isinstance(self.max_tokens, bool) and self.max_tokens >= 1
-        self._require("max_tokens", valid, "an integer of at least 1")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        self._require("stop", all(isinstance(s, str) and s for s in stop), "strings that are not empty")
-        object.__setattr__(self, "stop", stop)
+        self._set("max_tokens", integer("max_tokens", self.max_tokens, 1))
+        try:
+            stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        except TypeError:
+            stop = ("",)
+        if not all(isinstance(s, str) and s for s in stop):
+            raise InputError(f"stop is {shown(self.stop)}, expected strings that are not empty")
+        self._set("stop", stop)
+        if not isinstance(self.ignore_eos, bool):
+            raise InputError(f"ignore_eos is {shown(self.ignore_eos)}, expected True or False")
 
 
 @dataclass
 class Stats:
-    """What one generation cost. Times in seconds, memory in bytes, lengths in tokens."""
+    """What one generation ran on and cost. Times in seconds, memory in bytes, lengths in tokens.
+
+    Attributes:
+        dtype: of the arithmetic and the cache.
+        impl: "triton" (the fused kernel) or "torch".
+        threads: of the CPU's arithmetic; None on a GPU.
+        seed: of the draws, also where one was drawn; None where the best token was taken.
+        trained_context: the longest distance between two tokens that training has shown the model.
+        scope: what the last step saw: tokens in the "global", "selected" and "local" part, of "seq_len".
+    """
 
     prompt_tokens: int
+    device: str = ""
+    dtype: str = ""
+    attention: str = ""
+    impl: str = ""
+    threads: int | None = None
+    seed: int | None = None
+    trained_context: int = 0
     generated_tokens: int = 0
     time_to_first_token: float = 0.0
     decode_seconds: float = 0.0
@@ -57,6 +80,22 @@ class Stats:
     weight_bytes: int = 0
     cache_bytes: int = 0
     peak_bytes: int = 0
+
+    @classmethod
+    def of(cls, model: Model, config: GenerationConfig, prompt_tokens: int) -> Stats:
+        """Before the first step, when only what it will run on is known."""
+        device, attention = model.device, model.attention
+        return cls(
+            prompt_tokens,
+            device=device.type,
+            dtype=str(model.dtype).removeprefix("torch."),
+            attention=attention.mode,
+            impl=attention.impl,
+            threads=torch.get_num_threads() if device.type == "cpu" else None,
+            seed=config.seed if config.temperature > 0 else None,
+            trained_context=model.config.trained_context,
+            weight_bytes=model.nbytes,
+        )
 
     def count(self, seconds: float) -> None:
         """Book one more token, `seconds` after the start."""
@@ -74,6 +113,11 @@ class Stats:
         """Of the tokens after the first, which the prompt's time already holds."""
         return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
+    @property
+    def seen_tokens(self) -> int:
+        """How many tokens the last step attended to."""
+        return sum(tokens for part, tokens in self.scope.items() if part != "seq_len")
+
     def as_dict(self) -> dict[str, object]:
         rates = {"prompt_tokens_per_second": self.prompt_tokens_per_second, "tokens_per_second": self.tokens_per_second}
         return dataclasses.asdict(self) | rates
@@ -83,7 +127,7 @@ class Stats:
 class Piece:
     """A step of a stream: the text that became certain and the tokens behind it.
 
-    The last piece carries `finish_reason`: "stop" (end-of-text token or stop string) or "length".
+    The last piece carries `finish_reason`: "eos" (an end-of-text token), "stop" (a stop string) or "length".
     """
 
     text: str
@@ -92,35 +136,79 @@ class Piece:
     finish_reason: str | None = None
 
 
+class Interrupted(KeyboardInterrupt):
+    """A generation that was interrupted. `piece` is its last: the text that was held back, and complete statistics."""
+
+    def __init__(self, piece: Piece) -> None:
+        super().__init__()
+        self.piece = piece
+
+
 class StopStrings:
     """Passes text through until one of `stops` appears, holding back what could be the beginning of one."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self.stops = stops
         self.held = ""
+        self.unseen: set[int] = set()  # characters of `held` that are searched and not passed on
         self.found = False
 
-    def put(self, text: str) -> str:
-        """Text that certainly comes before any stop string."""
+    def put(self, text: str, is_output: bool = True) -> str:
+        """Text that certainly comes before any stop string.
+
+        Without `is_output` the text is a special token's, which can end the output and is no part of it.
+        """
+        if not is_output:
+            self.unseen |= set(range(len(self.held), len(self.held) + len(text)))
         self.held += text
         hits = [at for at in map(self.held.find, self.stops) if at >= 0]
         if hits:
             self.found = True
-            out, self.held = self.held[: min(hits)], ""
-            return out
+            return self._take(min(hits))
         keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)
-        out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return out
+        return self._take(len(self.held) - keep)
 
     def flush(self) -> str:
         """What was held back, once it is clear that no stop string follows."""
-        out, self.held = self.held, ""
+        return self._take(len(self.held))
+
+    def _take(self, count: int) -> str:
+        out = "".join(c for i, c in enumerate(self.held[:count]) if i not in self.unseen)
+        self.held = "" if self.found else self.held[count:]
+        self.unseen = {i - count for i in self.unseen if i >= count}
         return out
 
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class TextOfTokens:
+    """Turns sampled tokens into text that is certain, up to the first stop string; into none without a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stops: tuple[str, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = tokenizer.stream(continues=True) if tokenizer else None
+        self._stops = StopStrings(stops)
+
+    @property
+    def stopped(self) -> bool:
+        return self._stops.found
+
+    def put(self, token_id: int) -> str:
+        if self._tokenizer is None or self._decoder is None:
+            return ""
+        if token_id not in self._tokenizer.special_ids:
+            return self._stops.put(self._decoder.put(token_id))
+        spelling = self._tokenizer.piece(token_id)
+        return self._stops.put(spelling if isinstance(spelling, str) else spelling.decode(errors="replace"), False)
+
+    def flush(self) -> str:
+        """What was held back, once no token follows."""
+        if self._decoder is None or self.stopped:
+            return ""
+        return self._stops.put(self._decoder.flush()) + self._stops.flush()
 
 
 def chunks(num_tokens: int, chunk_size: int) -> list[tuple[int, int]]:
@@ -220,34 +308,33 @@ def generate(
         eos_ids: tokens that end the text, unless config.ignore_eos.
 
     Raises:
-        KeyboardInterrupt: passed on, after the statistics of what was done have been completed.
+        Interrupted: for a KeyboardInterrupt once tokens are being sampled; its piece completes text and statistics.
     """
     started = time.perf_counter()
-    stats = Stats(prompt_tokens=len(ids), weight_bytes=model.nbytes)
+    if config.seed is None and config.temperature > 0:
+        config = dataclasses.replace(config, seed=secrets.randbits(63))
+    stats = Stats.of(model, config, len(ids))
     cache.reserve(len(ids) + config.max_tokens)
     with compiling_decode_step(model):
         prefill(model, cache, ids[cache.seq_len : -1], 1, progress)
     sampler = Sampler(config, ids, model.config.vocab_size, model.device)
-    text = tokenizer.stream(continues=True) if tokenizer else None
-    stops = StopStrings(config.stop)
+    text = TextOfTokens(tokenizer, config.stop)
     try:
         with contextlib.closing(decode(model, cache, ids[-1], sampler, config.max_tokens)) as token_ids:
             for token_id in token_ids:
                 ids.append(token_id)
                 stats.count(time.perf_counter() - started)
                 ended = token_id in eos_ids and not config.ignore_eos
-                new_text = stops.put(text.put(token_id)) if text and not ended else ""
-                full = stats.generated_tokens == config.max_tokens
-                if text and (ended or full) and not stops.found:
-                    new_text += stops.put(text.flush()) + stops.flush()
-                if ended or full or stops.found:
+                new_text = "" if ended else text.put(token_id)
+                if ended or text.stopped or stats.generated_tokens == config.max_tokens:
+                    new_text += text.flush()
                     break
                 yield Piece(new_text, [token_id], stats)
     except KeyboardInterrupt:
         _complete(stats, model, cache, ids)
-        raise
+        raise Interrupted(Piece(text.flush(), [], stats, "interrupted")) from None
     _complete(stats, model, cache, ids)
-    yield Piece(new_text, [token_id], stats, "stop" if ended or stops.found else "length")
+    yield Piece(new_text, [token_id], stats, "eos" if ended else "stop" if text.stopped else "length")
 
 
 @torch.inference_mode()

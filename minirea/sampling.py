@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minirea.errors import InputError
+from minirea.checks import integer, real
 
 NON_FINITE = -1  # stands for the token when the logits hold NaN or infinity
 # A probability of 1 as an integer. A GPU adds in no fixed order, and only integers have the same sum in every order.
@@ -39,16 +40,18 @@ class SamplingConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        self._require("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number")
-        self._require("temperature", 0 <= self.temperature < math.inf, "a number of at least 0")
-        self._require("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "an integer of at least 0")
-        self._require("top_p", 0 < self.top_p <= 1, "a number above 0 and at most 1")
-        self._require("min_p", 0 <= self.min_p <= 1, "a number from 0 to 1")
-        self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1")
+        self._real("repetition_penalty", lambda x: 0 < x < math.inf, "a positive number")
+        self._real("temperature", lambda x: 0 <= x < math.inf, "a number of at least 0")
+        self._real("top_p", lambda x: 0 < x <= 1, "a number above 0 and at most 1")
+        self._real("min_p", lambda x: 0 <= x <= 1, "a number from 0 to 1")
+        self._set("top_k", integer("top_k", self.top_k, 0))
+        self._set("seed", None if self.seed is None else integer("seed", self.seed, 0, 2**63 - 1))
 
-    def _require(self, name: str, valid: bool, expected: str) -> None:
-        if not valid:
-            raise InputError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+    def _real(self, name: str, valid: Callable[[float], bool], expected: str) -> None:
+        self._set(name, real(name, getattr(self, name), valid, expected))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # the class is frozen
 
 
 class Sampler:

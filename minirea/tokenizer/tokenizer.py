@@ -114,6 +114,11 @@ class Tokenizer:
         return StreamDecoder(self.piece, self._backend, skip_special_tokens, at_start=not continues)
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that mark something, such as a turn's end, and are no text; `decode` leaves them out."""
+        return self._backend.special_ids
+
+    @property
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testing import TINY, random_ids, tiny_model, write_checkpoint
+from testing import TINY, random_ids, tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
-from minirea.generate import StopStrings, chunks, prompt_steps
+from minirea.config import ReAttentionConfig
+from minirea.generate import GenerationConfig, StopStrings, chunks, prompt_steps
 
 # Small enough that a prompt of 100 tokens selects: 4 + 24 dense, then spans.
 SCOPE = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5, "chunk_size": 16}
@@ -149,7 +152,7 @@ def test_end_of_text_stops_and_can_be_ignored(directory: Path) -> None:
     eos = free.token_ids[3]
     llm.model.config = type(llm.model.config)(**vars(llm.model.config) | {"eos_token_ids": frozenset({eos})})
     stopped = llm.generate(ids, max_tokens=8)
-    assert stopped.finish_reason == "stop"
+    assert stopped.finish_reason == "eos"
     assert stopped.token_ids == free.token_ids[: free.token_ids.index(eos) + 1]
     assert llm.generate(ids, max_tokens=8, ignore_eos=True).token_ids == free.token_ids
 
@@ -194,8 +197,6 @@ def test_ids_may_be_any_integers(llm: minirea.LLM) -> None:
 def test_unknown_options_are_named(llm: minirea.LLM) -> None:
     with pytest.raises(minirea.InputError, match="unknown option 'max_token'"):
         llm.generate([3], max_token=5)
-    with pytest.raises(minirea.InputError, match="wrong type"):
-        llm.generate([3], temperature="hot")
 
 
 def test_logits_that_are_not_finite_are_reported(directory: Path) -> None:
@@ -225,3 +226,183 @@ def test_stop_strings_cut_where_the_first_one_appears(parts: list[str], stops: l
     hits = [fed.find(stop) for stop in stops if stop in fed]
     assert matcher.found == bool(hits)
     assert out == fed[: min(hits, default=len(fed))]
+
+
+def test_special_tokens_are_searched_for_stops_and_not_passed_on() -> None:
+    for stops, expected in ((("<end>",), "one two"), (("o<end>",), "one tw"), (("nowhere",), "one two three")):
+        matcher = StopStrings(stops)
+        out = matcher.put("one two") + matcher.put("<end>", is_output=False)
+        out += "" if matcher.found else matcher.put(" three")
+        assert out + matcher.flush() == expected
+        assert matcher.found == (stops != ("nowhere",))
+
+
+def test_a_stop_string_can_be_a_special_token(directory: Path, tmp_path: Path) -> None:
+    """The same tokens with one of the tokenizer's declared special: it leaves the text, and ends it where asked for."""
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    write_tokenizer(tmp_path)
+    llm = minirea.load(tmp_path)
+    free = llm.generate("hello", 12, ignore_eos=True)
+    at = next(i for i, token_id in enumerate(free.token_ids) if i > 2 and token_id > 2)
+    mark = llm.tokenizer.decode([free.token_ids[at]])
+    write_tokenizer(tmp_path, additional_special_tokens=[mark])
+    llm = minirea.load(tmp_path)
+    first = free.token_ids.index(free.token_ids[at])
+    assert llm.generate("hello", 12, ignore_eos=True).text == free.text.replace(f" {mark}", "")
+    out = llm.generate("hello", 12, ignore_eos=True, stop=mark)
+    assert (out.finish_reason, out.token_ids) == ("stop", free.token_ids[: first + 1])
+    assert mark not in out.text
+
+
+# --- What callers pass ------------------------------------------------------------------------------------------------
+BAD_VALUES = {
+    "seed": (1.5, True, "7", -1, 2**63, 10**5000),
+    "top_k": (1.5, True, None, "3", -1),
+    "max_tokens": (0, 1.5, True, None, "3"),
+    "temperature": ("hot", True, None, -1, float("nan"), float("inf"), 10**400),
+    "top_p": ("most", True, 0, 1.5, float("nan")),
+    "min_p": (True, -0.1, None),
+    "repetition_penalty": (0, "no", float("inf")),
+    "stop": (5, [1], [""], ""),
+    "ignore_eos": (1, "yes"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_values_of_the_wrong_kind_are_refused_by_name(name: str) -> None:
+    for value in BAD_VALUES[name]:
+        with pytest.raises(minirea.InputError, match=f"^{name} is ") as caught:
+            GenerationConfig(**{name: value})
+        assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("name", ["global_size", "local_size", "span_top_k", "span_size", "max_spans", "chunk_size"])
+def test_sizes_of_the_wrong_kind_are_refused_by_name(name: str) -> None:
+    for value in (1.5, True, "8", -1, 2**31, 10**30):
+        with pytest.raises(minirea.InputError, match=f"^{name} is "):
+            ReAttentionConfig(**{name: value})
+
+
+def test_numbers_may_be_numpys(llm: minirea.LLM) -> None:
+    ids = random_ids(8)
+    config = GenerationConfig(
+        max_tokens=np.int64(3), seed=np.uint8(7), top_k=np.int32(2), temperature=np.float32(0.5), top_p=np.float64(1)
+    )
+    assert config == GenerationConfig(max_tokens=3, seed=7, top_k=2, temperature=0.5, top_p=1.0)
+    assert type(config.seed) is int
+    assert llm.generate(ids, np.int64(3), seed=np.int64(1)).token_ids == llm.generate(ids, 3, seed=1).token_ids
+    assert ReAttentionConfig(local_size=np.int64(64)) == ReAttentionConfig(local_size=64)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, 1.5, b"bytes", {"role": "user"}, [None], [True], ["3"], [[3]]])
+def test_prompts_of_the_wrong_kind_are_refused(llm: minirea.LLM, prompt: object) -> None:
+    with pytest.raises(minirea.InputError, match="the prompt"):
+        llm.generate(prompt)  # type: ignore[arg-type]
+
+
+def test_a_number_after_the_prompt_is_max_tokens(llm: minirea.LLM) -> None:
+    assert len(llm.generate([3, 4], 5, ignore_eos=True).token_ids) == 5
+    assert sum(len(piece.token_ids) for piece in llm.stream([3, 4], 5, ignore_eos=True)) == 5
+    assert len(llm.session().generate([3, 4], 5, ignore_eos=True).token_ids) == 5
+
+
+@pytest.mark.parametrize("capacity", [-1, 1.5, True, "8", None])
+def test_a_capacity_is_a_number_of_tokens(llm: minirea.LLM, capacity: object) -> None:
+    with pytest.raises(minirea.InputError, match=r"^capacity is "):
+        llm.session(capacity)  # type: ignore[arg-type]
+
+
+def test_stop_strings_need_a_tokenizer(llm: minirea.LLM) -> None:
+    with pytest.raises(minirea.MissingFileError, match="no tokenizer"):
+        llm.generate([3, 4], 5, stop="x")
+
+
+# --- Sessions ---------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def demo() -> minirea.LLM:
+    return minirea.load(Path(__file__).parents[2] / "weights" / "demo")
+
+
+def test_later_texts_of_a_session_are_continuations(demo: minirea.LLM) -> None:
+    """One BOS, whatever the session's texts are appended by; a seam where a token ends changes no token."""
+    first, second, third = "The old house by the sea", "\nQuestion: Where?", " It was"
+    session = demo.session()
+    session.prefill(first)
+    session.prefill(second)
+    list(session.stream(third, 1))
+    whole = demo.encode(first + second + third)
+    assert session.ids[: len(whole)] == whole
+    assert len(session.ids) == len(whole) + 1
+    assert session.ids.count(demo.tokenizer.bos_id) == 1
+    session.rewind(0)
+    session.prefill(first)
+    assert session.ids == demo.encode(first)
+
+
+def test_a_failed_call_leaves_a_session_as_it_was(demo: minirea.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = demo.session()
+    expected = demo.session()
+    for s in (session, expected):
+        s.generate("The old house", 5)
+
+    def unchanged() -> None:
+        assert (session.ids, session.cache.seq_len) == (expected.ids, expected.cache.seq_len)
+
+    for options in ({"seed": -1}, {"max_tokens": 10**13}, {"stop": [""]}, {"nonsense": 1}):
+        with pytest.raises(minirea.MinireaError):
+            session.generate(" by the sea", **options)
+        unchanged()
+    session.stream(" by the sea")  # never asked for a piece
+    unchanged()
+    list(session.stream(" by the sea", 3))
+    session.rewind(len(expected.ids))
+    session.cache.rewind(expected.cache.seq_len)
+    unchanged()
+    forward, calls = demo.model.forward, []
+
+    def failing(*args: object) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) % 3 == 0:
+            raise error
+        return forward(*args)
+
+    monkeypatch.setattr(demo.model, "forward", failing)
+    for error in (RuntimeError("broken"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            session.generate(" by the sea", 5)
+        unchanged()
+    monkeypatch.undo()
+    assert session.generate(" by the sea", 8).token_ids == expected.generate(" by the sea", 8).token_ids
+
+
+def test_a_stream_that_is_left_keeps_what_it_yielded(demo: minirea.LLM) -> None:
+    session = demo.session()
+    stream = session.stream("The old house", 9)
+    pieces = [next(stream), next(stream)]
+    stream.close()
+    assert session.ids == demo.encode("The old house") + [token for piece in pieces for token in piece.token_ids]
+
+
+def test_a_stream_belongs_to_the_context_that_it_was_made_for(demo: minirea.LLM) -> None:
+    session = demo.session()
+    first, second = session.stream("The old house", 2), session.stream("The old house", 2)
+    list(first)
+    with pytest.raises(minirea.InputError, match="the session has"):
+        list(second)
+
+
+def test_what_there_is_can_be_seen(demo: minirea.LLM) -> None:
+    assert set(minirea.__all__) <= set(dir(minirea))
+    assert "weights/demo" in repr(demo)
+    assert "trained on 2,048 tokens" in repr(demo)
+    assert "Session of 0 tokens" in repr(demo.session())
+
+
+def test_stats_say_what_a_run_ran_on(demo: minirea.LLM) -> None:
+    stats = demo.generate("It", 1, temperature=1.0).stats
+    assert (stats.device, stats.dtype, stats.attention, stats.impl) == ("cpu", "float32", "reattention", "torch")
+    assert stats.threads == torch.get_num_threads()
+    assert stats.seed is not None
+    again = demo.generate("It", 12, temperature=1.0, seed=stats.seed)
+    assert again.token_ids == demo.generate("It", 12, temperature=1.0, seed=stats.seed).token_ids
+    assert demo.generate("It", 1, seed=5).stats.seed is None  # nothing is drawn

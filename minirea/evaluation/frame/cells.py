@@ -101,7 +101,7 @@ class PromptCell(Cell):
         shared_seconds = time.perf_counter() - started
         for question in questions:
             rest = [*context[shared:], *question.ids]
-            out = session.generate(rest, progress, max_tokens=question.max_tokens, stop=question.stop)
+            out = session.generate(rest, question.max_tokens, progress=progress, stop=question.stop)
             session.rewind(shared)
             yield {
                 "prompt_sha256": sha256_of_ids([*context, *question.ids]),

@@ -156,7 +156,7 @@ class CostCell(Cell):
 def _timed(llm: LLM, ids: list[int], progress: bool) -> tuple[float, float]:
     """Seconds to the first token, and of a later one: the median, since an early one waits for a graph's capture."""
     times = [time.perf_counter()]
-    for _ in llm.stream(ids, progress, max_tokens=_TIMED_TOKENS, ignore_eos=True):
+    for _ in llm.stream(ids, _TIMED_TOKENS, progress=progress, ignore_eos=True):
         times.append(time.perf_counter())  # noqa: PERF401  each when it comes
     first, *later = [stop - start for start, stop in itertools.pairwise(times)]
     return first, statistics.median(later)
