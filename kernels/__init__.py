@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import torch
 
-from minirea.config import ReAttentionConfig
+from minirea.config import IMPLS, ReAttentionConfig
 from minirea.errors import InputError
 
 __all__ = ["ReAttentionConfig", "prefill_kernels", "reattention", "resolve_impl"]
@@ -30,7 +30,6 @@ class _Package(ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 
-IMPLS: Final = ("auto", "triton", "torch")
 CACHE_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from minirea import generate as loop
-from minirea.attention import MODES, Attention
+from minirea.attention import Attention
 from minirea.cache import KVCache
+from minirea.checkpoint_config import load_config
 from minirea.checks import integer, shown
-from minirea.config import DTYPES, ModelConfig, ReAttentionConfig, load_config
+from minirea.config import DEVICES, DTYPES, IMPLS, MODES, ModelConfig, ReAttentionConfig
 from minirea.errors import InputError, MissingFileError
 from minirea.generate import GenerationConfig, Piece, Stats
 from minirea.memory import human
@@ -82,7 +83,7 @@ def read_model(
     Arguments and errors as for `load`.
     """
     _choice("attention", attention, MODES)
-    _choice("impl", impl, ("auto", "triton", "torch"))
+    _choice("impl", impl, IMPLS)
     _choice("dtype", dtype, ("auto", *DTYPES))
     target = _device(device)
     if impl == "triton" and target.type == "cpu":
@@ -365,7 +366,7 @@ def _choice(name: str, value: str, expected: tuple[str, ...]) -> None:
 
 
 def _device(name: str) -> torch.device:
-    _choice("device", name, ("auto", "cpu", "cuda"))
+    _choice("device", name, DEVICES)
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise InputError("device is 'cuda', but torch sees no CUDA device; expected 'auto' or 'cpu'")

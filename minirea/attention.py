@@ -14,7 +14,6 @@ from minirea.config import ModelConfig, ReAttentionConfig
 from minirea.kernels import prefill_kernels, reattention, resolve_impl
 from minirea.rope import apply_rope, for_whole_heads, inverse_frequencies, rope_table
 
-MODES: Final = ("reattention", "streaming", "full")
 # Chunks of a prompt in a step on a GPU. Their matrix products are one, which reads the weights once and has enough rows
 # for all multiprocessors, and so is their attention's launch. Twice as many would be 1% faster and hold twice as much
 # (kernels/README.md).
@@ -31,7 +30,7 @@ class Attention:
     rotates as fast as it reads and needs no second copy of the keys, so with it the first case never comes.
 
     Args:
-        mode: one of MODES; "streaming" is reattention that selects nothing.
+        mode: one of config.MODES; "streaming" is reattention that selects nothing.
         config: scope sizes; with "full" only chunk_size matters.
         impl: "auto", "triton" or "torch", as minirea.kernels.reattention takes it.
     """

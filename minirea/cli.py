@@ -10,13 +10,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minirea import __version__
-from minirea.config import TAIL_CHUNK_SIZE, TAIL_SIZE
-from minirea.errors import InputError, MinireaError, MissingExtraError, MissingFileError
+from minirea.config import DEVICES, DTYPES, IMPLS, MODES, SCOPE_FIELDS, SPAN_SCOPES, TAIL_CHUNK_SIZE, TAIL_SIZE
+from minirea.errors import InputError, MinireaError, MinireaWarning, MissingExtraError, MissingFileError
 from minirea.threads import limited_to, wait_asleep
 
 if TYPE_CHECKING:
@@ -25,23 +26,9 @@ if TYPE_CHECKING:
     from minirea.evaluation.frame.tasks import Option, Task
     from minirea.generate import Stats
 
-_MODES = ("reattention", "streaming", "full")
-
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 _LOAD_OPTIONS = ("device", "dtype", "attention", "impl", "allow_out_of_distribution")
-_REATTENTION_OPTIONS = (
-    "global_size",
-    "local_size",
-    "span_top_k",
-    "span_size",
-    "max_spans",
-    "chunk_size",
-    "span_scope",
-    "tail_size",
-    "tail_chunk_size",
-    "dense_size",
-)
 _GENERATION_OPTIONS = (
     "max_tokens",
     "temperature",
@@ -68,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.command == "generate" and arguments.system is not None and not arguments.chat:
         parser.error("--system needs --chat")
     try:
-        with limited_to(getattr(arguments, "threads", None)):
+        with _warnings_as_lines(), limited_to(getattr(arguments, "threads", None)):
             return run_generate(arguments) if arguments.command == "generate" else run_eval(arguments)
     except MinireaError as error:
         if arguments.debug:
@@ -93,7 +80,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     generation_options = {name: options[name] for name in _GENERATION_OPTIONS}
     generation_config(generation_options)  # a bad value should not wait for the weights to load
     progress = not arguments.quiet
-    files = read_model(arguments.model, **{name: options[name] for name in _LOAD_OPTIONS + _REATTENTION_OPTIONS})
+    files = read_model(arguments.model, **{name: options[name] for name in _LOAD_OPTIONS + SCOPE_FIELDS})
     ids = _encode(files, prompt, arguments)
     llm = files.load(progress, len(ids) + arguments.max_tokens)
     pieces = llm.stream(ids, progress=progress, **generation_options)
@@ -121,7 +108,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
 def run_eval(arguments: argparse.Namespace) -> int:
     """`minirea eval`: put a task to a model, print the summary, draw the pictures."""
-    from minirea.evaluation import SCOPE_FIELDS, evaluate, report
+    from minirea.evaluation import evaluate, report
 
     if arguments.task == "report":
         return _show(report(arguments.results, arguments.out, arguments.differing), arguments.out)
@@ -211,6 +198,23 @@ def _as_flag(message: str, names: set[str]) -> str:
     return re.sub(r"^(\w+)(?= is )", lambda m: "--" + m[1].replace("_", "-") if m[1] in names else m[1], message)
 
 
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """minirea's own warnings on standard error, one line each and none left out; those of libraries as they are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", MinireaWarning)
+        show = warnings.showwarning
+
+        def show_line(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+            if issubclass(category, MinireaWarning):
+                print(f"minirea: warning: {message}", file=sys.stderr)
+            else:
+                show(message, category, *where, **options)
+
+        warnings.showwarning = show_line
+        yield
+
+
 def _fail(message: str) -> int:
     print("minirea: error:", " ".join(message.split()), file=sys.stderr)
     return EXIT_ERROR
@@ -232,7 +236,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser(with_tasks: bool = True) -> argparse.ArgumentParser:
     """The whole command line; without the tasks of `eval` where they would only cost time."""
     parser = _Parser(
-        prog="minirea", description="Run a LLaMA or Mistral model on prompts of any length, with ReAttention."
+        prog="minirea", description="Run a LLaMA, Mistral or Qwen2 model on prompts of any length, with ReAttention."
     )
     parser.add_argument("--version", action="version", version=f"minirea {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
@@ -245,7 +249,7 @@ def _parser(with_tasks: bool = True) -> argparse.ArgumentParser:
     _add_input(generate)
     _add_sampling(generate)
     add = _add_attention(generate)
-    add("--attention", choices=_MODES, default="reattention", help="what a token can see")
+    add("--attention", choices=MODES, default="reattention", help="what a token can see")
     _add_execution(generate)
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     _add_eval(commands, with_tasks)
@@ -271,7 +275,7 @@ def _add_eval(commands: Any, with_tasks: bool) -> None:
         command.add_argument("--out", required=True, metavar="DIR", help="where results are kept")
         _add_task_options(command, task)
         add = _add_attention(command)
-        add("--attention", default="reattention", metavar="MODE,MODE", help=f"modes to compare: {', '.join(_MODES)}")
+        add("--attention", default="reattention", metavar="MODE,MODE", help=f"modes to compare: {', '.join(MODES)}")
         at_most = "longest length of a mode (repeatable): longer ones are recorded as skipped"
         add("--at-most", action=_Limit, default={}, metavar="MODE=N", help=at_most)
         _add_execution(command)
@@ -359,7 +363,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     add("--span-size", type=int, metavar="N", help="tokens around each winner (default: 32)")
     add("--max-spans", type=int, metavar="N", help="winners kept after the vote (default: 256, or what fits C)")
     add("--chunk-size", type=int, metavar="N", help="prompt tokens per scope, at most --local-size (default: 512)")
-    add("--span-scope", choices=("layer", "kv_head"), help="who votes together (default: layer)")
+    add("--span-scope", choices=SPAN_SCOPES, help="who votes together (default: layer)")
     tail = f"last tokens of a prompt, read in smaller chunks; 0: none (default: {TAIL_SIZE})"
     add("--tail-size", type=int, metavar="N", help=tail)
     add("--tail-chunk-size", type=int, metavar="N", help=f"prompt tokens per scope there (default: {TAIL_CHUNK_SIZE})")
@@ -370,9 +374,9 @@ def _add_attention(parser: argparse.ArgumentParser) -> Callable[..., Any]:
 
 def _add_execution(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("execution").add_argument
-    add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="of weights and cache")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
-    add("--impl", choices=("auto", "triton", "torch"), default="auto", help="the fused kernel or the torch path")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of weights and cache")
+    add("--device", choices=DEVICES, default="auto", help="where to run")
+    add("--impl", choices=IMPLS, default="auto", help="the fused kernel or the torch path")
     add("--threads", type=int, metavar="N", help="of the CPU's arithmetic (default: the cores, or OMP_NUM_THREADS)")
     add("--quiet", action="store_true", help="no progress bar, no statistics")
     add("--debug", action="store_true", help="show tracebacks")

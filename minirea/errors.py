@@ -37,3 +37,10 @@ class MemoryLimitError(MinireaError, MemoryError):
 
 class MissingExtraError(MinireaError, ImportError):
     """A library that only an extra installs is needed; the message names the extra."""
+
+
+class MinireaWarning(UserWarning):
+    """Something that works but that a user should know; the message is like an error's."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))

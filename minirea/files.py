@@ -38,6 +38,26 @@ def is_there(path: str | Path) -> bool:
     return True
 
 
+def list_directory(path: str | Path, what: str) -> list[str]:
+    """Names in a directory, sorted.
+
+    Args:
+        what: is expected there, for messages: "model directory".
+
+    Raises:
+        MissingFileError: there is nothing of that name.
+        InputError: it is no directory, or not readable.
+    """
+    try:
+        return sorted(os.listdir(path))
+    except NotADirectoryError:
+        raise InputError(f"{path}: is a file, expected a {what}") from None
+    except FileNotFoundError:
+        raise MissingFileError(f"{path}: no such {what}") from None
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
+
+
 def read_file(path: str | Path, limit_bytes: int, what: str, pipes: bool = False) -> bytes:
     """All bytes of a regular file.
 

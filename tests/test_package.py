@@ -19,9 +19,11 @@ ALLOWED = {
     "minirea.threads": {"errors"},
     "minirea.checks": {"errors"},
     "minirea.config": {"checks", "errors"},
+    "minirea.json_object": {"errors", "files"},
+    "minirea.checkpoint_config": {"config", "errors", "files", "json_object"},
     "minirea.memory": {"errors"},
     "minirea.rope": {"config"},
-    "minirea.tokenizer": {"tokenizer", "config", "errors"},
+    "minirea.tokenizer": {"tokenizer", "json_object", "errors"},
     "minirea.sampling": {"checks"},
     "minirea.cache": {"config", "memory", "errors"},
     "minirea.attention": {"kernels", "cache", "config", "cpu", "rope", "errors"},
@@ -31,10 +33,10 @@ ALLOWED = {
     "minirea.graph": {"kernels", "model", "cache", "sampling"},
     "minirea.generate": {"checks", "graph", "model", "cache", "sampling", "tokenizer", "memory", "errors"},
     "minirea.api": {
-        *("generate", "attention", "model", "cache", "checks", "config", "memory", "tokenizer", "plan", "weights"),
-        "errors",
+        *("generate", "attention", "model", "cache", "checks", "checkpoint_config", "config", "memory", "tokenizer"),
+        *("plan", "weights", "errors"),
     },
-    "minirea.evaluation": {"evaluation", "api", "config", "generate", "tokenizer", "errors"},
+    "minirea.evaluation": {"evaluation", "api", "config", "generate", "json_object", "tokenizer", "errors"},
     "minirea.cli": {"api", "config", "generate", "evaluation", "memory", "threads", "errors"},
     "minirea.__main__": {"cli"},
     "minirea.__init__": {"errors", "api", "evaluation", "generate"},
@@ -43,7 +45,7 @@ ALLOWED = {
     "minirea.evaluation.tasks.observer": {"evaluation", "attention", "cache", "generate", "kernels", "model", "errors"},
     "minirea.evaluation.tasks.mechanism_measures": {"evaluation", "config", "kernels", "rope"},
     "kernels": {"config", "errors", "kernels"},
-    "weights": {"config", "errors", "weights"},
+    "weights": {"config", "errors", "files", "json_object", "weights"},
 }
 
 

@@ -84,7 +84,7 @@ def read_files(files: list[Path]) -> None:
 
 
 def load_minirea(arguments: argparse.Namespace, _: list[Path]) -> Any:
-    from minirea.config import load_config
+    from minirea.checkpoint_config import load_config
     from minirea.weights import load_weights
 
     config = load_config(arguments.model)

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from shapes import SHAPES, named
 
-from minirea.config import DTYPES, load_config
+from minirea.checkpoint_config import load_config
+from minirea.config import DTYPES
 from minirea.weights.names import NameTable
 
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

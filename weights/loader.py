@@ -16,6 +16,7 @@ import json
 import math
 import os
 import reprlib
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,16 +30,27 @@ from typing import Any, Final, NamedTuple, TypeGuard
 import torch
 from tqdm import tqdm
 
-from minirea.config import JsonObject, ModelConfig
-from minirea.errors import InputError, MemoryLimitError, MissingFileError
+from minirea.config import ModelConfig
+from minirea.errors import InputError, MemoryLimitError, MinireaWarning, MissingFileError
+from minirea.files import list_directory
+from minirea.json_object import JsonObject
 from minirea.weights.names import NameTable, Place, is_ignored
 
-MAX_HEADER_BYTES: Final = 100_000_000
+MAX_HEADER_BYTES: Final = 2**25  # of JSON, which takes ten times as much once it is read; real ones have some 100,000
 STAGING_BYTES: Final = 8 * 2**20  # of one reader
 # A disk wants several requests at a time; PCIe takes ten times what one core copies out of the page cache.
 READERS: Final = {"cpu": 4, "cuda": 8}
 
 _DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What else a tensor that the model has no use for may be stored in, by the bits of an element.
+_OTHER_BITS: Final = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16"), 16),
+    **dict.fromkeys(("U32", "I32"), 32),
+    **dict.fromkeys(("U64", "I64", "C64"), 64),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("F4",), 4),
+}
 _OTHER_FORMATS: Final = (".bin", ".pth", ".pt", ".gguf")
 _LISTED: Final = 3  # how many names a message lists before it only counts
 
@@ -48,17 +60,24 @@ _repr.maxstring, _repr.maxother, _repr.maxlong = 120, 120, 40
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in a file: `nbytes` bytes from byte `offset` of the file on, row-major."""
+    """One tensor in a file: `nbytes` bytes from byte `offset` of the file on, row-major.
+
+    `stored_as` is the format's name of its dtype, `dtype` torch's: None for those that no weight may have.
+    """
 
     path: Path
     name: str
-    dtype: torch.dtype
+    stored_as: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
 
     def __str__(self) -> str:
         return f"{self.path}: tensor {_repr.repr(self.name)}"
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return _DTYPES.get(self.stored_as)
 
 
 def load_weights(
@@ -86,14 +105,19 @@ def load_weights(
         query heads, the key heads, the value heads), o.weight [E, H*D], gate_up.weight [2F, E] and down.weight [E, F];
         the biases that the config declares.
 
+    Warns (MinireaWarning) of tensors that the model has no use for, such as a value head.
+
     Raises:
         MissingFileError: no safetensors file, or a shard is not there.
-        InputError: a malformed file, or a missing, extra, misshapen, duplicated or non-finite tensor.
+        InputError: a malformed file, or a missing, misshapen, duplicated or non-finite tensor, or one of another model.
         MemoryLimitError: the weights do not fit on the device.
+
+    Warns (MinireaWarning) of tensors that it does not use, such as a value head.
     """
     tensors = _read_headers(Path(directory))
     table = NameTable(config)
     assigned = _assign(Path(directory), tensors, table)
+    _warn_of_unused(Path(directory), tensors, assigned)
     dtype = dtype or _declared_dtype(config) or _most_common_dtype(tensors)
     kept = _kept_dtypes(assigned) if keep_half else {}
     try:
@@ -102,7 +126,7 @@ def load_weights(
             _Transfer(tensor, weights[place.name][place.rows], place.interleaved, table.is_redundant(place))
             for tensor, place in assigned
         ]
-        total = sum(tensor.nbytes for tensor in tensors)
+        total = sum(tensor.nbytes for tensor, _ in assigned)
         # Small models load before a bar could be read.
         with tqdm(
             total=total, unit="B", unit_scale=True, desc="weights", delay=1, leave=False, disable=not progress
@@ -182,7 +206,8 @@ def _most_common_dtype(tensors: list[StoredTensor]) -> torch.dtype:
     """Weighted by elements. float64 files run in float32: nothing is computed in float64."""
     elements: Counter[torch.dtype] = Counter()
     for tensor in tensors:
-        elements[tensor.dtype] += math.prod(tensor.shape)
+        if tensor.dtype is not None:
+            elements[tensor.dtype] += math.prod(tensor.shape)
     most_common = elements.most_common(1)[0][0] if elements else torch.float32
     return torch.float32 if most_common == torch.float64 else most_common
 
@@ -196,12 +221,7 @@ def _short(dtype: torch.dtype) -> str:
 
 def _weight_files(directory: Path) -> list[Path]:
     """The files of one set of weights: Hugging Face's or Mistral's, whole or in shards."""
-    try:
-        names = sorted(os.listdir(directory))
-    except FileNotFoundError:
-        raise MissingFileError(f"{directory}: no such model directory") from None
-    except OSError as error:
-        raise InputError(f"{directory}: cannot be read: {error.strerror}") from None
+    names = list_directory(directory, "model directory")
     stored = [name for name in names if name.endswith(".safetensors")]
     mistral = [name for name in stored if name.startswith("consolidated")]
     hugging_face = [name for name in stored if name not in mistral]
@@ -298,15 +318,14 @@ def _stored_tensor(path: Path, name: str, entry: Any, data_offset: int) -> Store
     if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
         raise InputError(f"{where} is described as {_repr.repr(entry)}, expected a dtype, a shape and two data_offsets")
     begin, end = offsets
-    nbytes = math.prod(shape) * _DTYPES[dtype].itemsize if dtype in _DTYPES else max(0, end - begin)
+    bits = 8 * _DTYPES[dtype].itemsize if dtype in _DTYPES else _OTHER_BITS.get(dtype)
+    if bits is None:
+        known = ", ".join((*_DTYPES, *_OTHER_BITS))
+        raise InputError(f"{where} has dtype {_repr.repr(dtype)}, expected one of {known}")
+    nbytes = -(-math.prod(shape) * bits // 8)
     if end - begin != nbytes:
         raise InputError(f"{where} has data_offsets {offsets}, expected {nbytes} bytes for {dtype} {_repr.repr(shape)}")
-    if dtype not in _DTYPES and not is_ignored(name):
-        raise InputError(
-            f"{where} has dtype {_repr.repr(dtype)}, expected one of {', '.join(_DTYPES)}: "
-            "quantized weights are not supported"
-        )
-    return StoredTensor(path, name, _DTYPES.get(dtype, torch.uint8), tuple(shape), data_offset + begin, nbytes)
+    return StoredTensor(path, name, dtype, tuple(shape), data_offset + begin, nbytes)
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
@@ -332,30 +351,49 @@ def _check_tiling(path: Path, tensors: list[StoredTensor], begin: int, end: int)
 
 
 def _assign(directory: Path, tensors: list[StoredTensor], table: NameTable) -> list[tuple[StoredTensor, Place]]:
-    """Each tensor with its place. Every place of the table is taken, once, by a tensor of its shape."""
+    """Each tensor of the model with its place. Every place of the table is taken, once, by a tensor of its shape."""
     assigned: dict[tuple[str, int], tuple[StoredTensor, Place]] = {}
-    extra: list[str] = []
+    extra: list[StoredTensor] = []
     for tensor in tensors:
         place = table.find(tensor.name)
         if place is None:
-            extra.append(tensor.name)
+            extra.append(tensor)
             continue
+        if tensor.dtype is None:
+            raise InputError(
+                f"{tensor} has dtype {tensor.stored_as}, expected one of {', '.join(_DTYPES)}: "
+                "quantized weights are not supported"
+            )
         if tensor.shape != place.shape:
             raise InputError(f"{tensor} has shape {list(tensor.shape)}, expected {list(place.shape)}")
         if place.slot in assigned:
             raise InputError(f"{tensor} is also there as {_repr.repr(assigned[place.slot][0].name)}, expected it once")
         assigned[place.slot] = (tensor, place)
+    head, embedding = assigned.get(("head.weight", 0)), ("embed.weight", 0)
+    if head and table.is_redundant(head[1]) and embedding not in assigned:  # a tied matrix under its other name
+        del assigned[head[1].slot]
+        assigned[embedding] = (head[0], head[1]._replace(name="embed.weight"))
     expected = table.expected([tensor.name for tensor in tensors])
     missing = list(itertools.islice((name for name, place in expected if place.slot not in assigned), _LISTED))
     problems = []
     if missing:
         found = sum(1 for _, place in assigned.values() if not table.is_redundant(place))
         problems.append(f"lacks {_listed(missing, table.count() - found)}")
-    if extra:
-        problems.append(f"holds {_listed(extra, len(extra))}, for which the config has no place")
+    # Integers are buffers, wherever they are. A parameter that the config does not know means another model.
+    wrong = [tensor.name for tensor in extra if missing or (tensor.dtype and table.changes_the_model(tensor.name))]
+    if wrong:
+        problems.append(f"holds {_listed(wrong, len(wrong))}, for which the config has no place")
     if problems:
         raise InputError(f"{directory}: the checkpoint {' and '.join(problems)}")
     return list(assigned.values())
+
+
+def _warn_of_unused(directory: Path, tensors: list[StoredTensor], assigned: list[tuple[StoredTensor, Place]]) -> None:
+    used = {tensor.name for tensor, _ in assigned}
+    unused = [tensor.name for tensor in tensors if tensor.name not in used]
+    if unused:
+        listed = _listed(unused, len(unused))
+        warnings.warn(f"{directory}: not used, the model has no such part: {listed}", MinireaWarning, stacklevel=3)
 
 
 def _listed(names: list[str], count: int) -> str:

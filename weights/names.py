@@ -16,10 +16,10 @@ _TABLE: Final = (
     # Hugging Face                              Mistral's own               ours                  shape   bias
     ("model.embed_tokens",                      "tok_embeddings",           "embed",              "V E",  None),
     ("model.layers.*.input_layernorm",          "layers.*.attention_norm",  "layers.*.attn_norm", "E",    None),
-    ("model.layers.*.self_attn.q_proj",         "layers.*.attention.wq",    "layers.*.qkv",       "HD E", "attention"),
-    ("model.layers.*.self_attn.k_proj",         "layers.*.attention.wk",    "layers.*.qkv",       "GD E", "attention"),
-    ("model.layers.*.self_attn.v_proj",         "layers.*.attention.wv",    "layers.*.qkv",       "GD E", "attention"),
-    ("model.layers.*.self_attn.o_proj",         "layers.*.attention.wo",    "layers.*.o",         "E HD", "attention"),
+    ("model.layers.*.self_attn.q_proj",         "layers.*.attention.wq",    "layers.*.qkv",       "HD E", "qkv"),
+    ("model.layers.*.self_attn.k_proj",         "layers.*.attention.wk",    "layers.*.qkv",       "GD E", "qkv"),
+    ("model.layers.*.self_attn.v_proj",         "layers.*.attention.wv",    "layers.*.qkv",       "GD E", "qkv"),
+    ("model.layers.*.self_attn.o_proj",         "layers.*.attention.wo",    "layers.*.o",         "E HD", "o"),
     ("model.layers.*.post_attention_layernorm", "layers.*.ffn_norm",        "layers.*.mlp_norm",  "E",    None),
     ("model.layers.*.mlp.gate_proj",            "layers.*.feed_forward.w1", "layers.*.gate_up",   "F E",  "mlp"),
     ("model.layers.*.mlp.up_proj",              "layers.*.feed_forward.w3", "layers.*.gate_up",   "F E",  "mlp"),
@@ -35,6 +35,7 @@ _INTERLEAVED: Final = ("layers.*.attention.wq", "layers.*.attention.wk")
 # Buffers that older exports saved with the weights; all follow from the config.
 _IGNORED: Final = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|rope\.freqs)")
 _LAYER: Final = re.compile(r"((?:model\.)?layers\.)(0|[1-9][0-9]{0,8})\.")
+_IN_A_LAYER: Final = re.compile(r"(model\.)?layers\.")
 
 
 class Place(NamedTuple):
@@ -66,7 +67,7 @@ class NameTable:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._hugging_face: dict[str, Place] = {}
         self._mistral: dict[str, Place] = {}
-        biases = {"attention": config.attention_bias, "mlp": config.mlp_bias, None: False}
+        biases = {"qkv": config.qkv_bias, "o": config.o_bias, "mlp": config.mlp_bias, None: False}
         sizes = {
             "E": config.hidden_size,
             "F": config.mlp_size,
@@ -86,7 +87,6 @@ class NameTable:
                 interleaved = config.head_dim if mistral in _INTERLEAVED else 0
                 self._hugging_face[f"{hugging_face}.{kind}"] = place
                 self._mistral[f"{mistral}.{kind}"] = place._replace(interleaved=interleaved)
-        self._any_spelling = self._hugging_face | self._mistral
         if config.tie_word_embeddings:
             del self.shapes["head.weight"]
 
@@ -96,12 +96,22 @@ class NameTable:
         Hugging Face's base-model checkpoints leave "model." out, so it may be absent.
         """
         pattern, layer = _split(checkpoint_name)
-        place = (
-            self._hugging_face.get(pattern) or self._mistral.get(pattern) or self._hugging_face.get(f"model.{pattern}")
-        )
+        place = self._find_pattern(pattern)
         if place is None or layer >= self.num_layers:
             return None
         return place._replace(name=place.name.replace("*", str(layer)))
+
+    def changes_the_model(self, checkpoint_name: str) -> bool:
+        """Whether a tensor without a place belongs to a layer, or to a module of the table: a bias, say.
+
+        The checkpoint's model is then another than the config's. Other tensors, such as a value head, are beside it.
+        """
+        module = checkpoint_name.rpartition(".")[0]
+        return bool(_IN_A_LAYER.match(checkpoint_name)) or self._find_pattern(f"{module}.weight") is not None
+
+    def _find_pattern(self, pattern: str) -> Place | None:
+        hugging_face, mistral = self._hugging_face, self._mistral
+        return hugging_face.get(pattern) or mistral.get(pattern) or hugging_face.get(f"model.{pattern}")
 
     def is_redundant(self, place: Place) -> bool:
         """Whether the place is the head's although the embedding is the head."""

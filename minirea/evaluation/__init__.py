@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minirea.config import MODES, SCOPE_FIELDS
 from minirea.errors import InputError
 from minirea.evaluation.frame.records import Record
 from minirea.evaluation.frame.tasks import Task, make_task
@@ -23,20 +24,6 @@ if TYPE_CHECKING:
     from minirea.api import LLM
 
 __all__ = ["Evaluation", "evaluate", "report"]
-
-_MODES = ("reattention", "streaming", "full")
-SCOPE_FIELDS = (
-    "global_size",
-    "local_size",
-    "span_top_k",
-    "span_size",
-    "max_spans",
-    "chunk_size",
-    "span_scope",
-    "tail_size",
-    "tail_chunk_size",
-    "dense_size",
-)
 
 
 @dataclass(frozen=True)
@@ -94,8 +81,8 @@ def evaluate(
     """
     modes = tuple(attention.split(",")) if isinstance(attention, str) else tuple(attention)
     for mode in modes:
-        if mode not in _MODES:
-            raise InputError(f"attention is {','.join(modes)!r}, expected {', '.join(_MODES)} or several with commas")
+        if mode not in MODES:
+            raise InputError(f"attention is {','.join(modes)!r}, expected {', '.join(MODES)} or several with commas")
     if not modes or len(set(modes)) < len(modes):
         raise InputError(f"attention is {','.join(modes)!r}, expected different modes")
     fields = {name: options.pop(name) for name in SCOPE_FIELDS if name in options}
@@ -155,8 +142,8 @@ def report(folders: Sequence[str | Path], out: str | Path, differing: Sequence[s
 def _limits(at_most: Mapping[str, int | str]) -> dict[str, int]:
     limits = {}
     for mode, length in at_most.items():
-        if mode not in _MODES:
-            raise InputError(f"at_most is {mode!r}, expected one of {', '.join(_MODES)}")
+        if mode not in MODES:
+            raise InputError(f"at_most is {mode!r}, expected one of {', '.join(MODES)}")
         try:
             limits[mode] = parse_length(str(length))
         except ValueError as error:

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from minirea.config import JsonObject
 from minirea.errors import InputError
+from minirea.json_object import JsonObject
 from minirea.tokenizer.backend import reading
 from minirea.tokenizer.config import TokenizerConfig, one_line
 from minirea.tokenizer.stream import ByteRun

@@ -10,8 +10,10 @@ import base64
 from pathlib import Path
 from typing import Any, Final
 
-from minirea.config import JsonObject
+from minirea.json_object import JsonObject
 from minirea.tokenizer.config import is_unicode
+
+_LIMIT_BYTES: Final = 2**28  # the largest published one has 20 million
 
 # The special tokens of the first tekken files, which do not list them; ids in this order.
 _FIRST_SPECIAL_TOKENS: Final = (
@@ -45,7 +47,7 @@ def read_tekken(path: Path) -> Any:
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    tekken = JsonObject.read(path)
+    tekken = JsonObject.read(path, limit_bytes=_LIMIT_BYTES)
     header = tekken.child("config") or JsonObject({}, f"{path}: config")
     pattern = header.values.get("pattern")
     if not isinstance(pattern, str):

@@ -17,7 +17,7 @@ from bench_machine import Lengths, lengths, tokens
 from shapes import SHAPES, named
 from testing import tiny_model, write_checkpoint
 
-from minirea.config import load_config
+from minirea.checkpoint_config import load_config
 from minirea.errors import MemoryLimitError
 
 BENCH = Path(__file__).parents[2] / "tools" / "bench.py"

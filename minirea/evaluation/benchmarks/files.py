@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from minirea.config import JsonObject
 from minirea.errors import InputError, MissingFileError
+from minirea.json_object import JsonObject
 
 _DEPTH: Final = 4  # folders below the given one that are searched; L-Eval's own checkout has its files 2 deep
 
