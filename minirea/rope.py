@@ -7,11 +7,14 @@ Frequencies and angles are float32, in the order of operations that the checkpoi
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from minirea.config import RopeConfig
+
+_LARGEST: Final = torch.finfo(torch.float32).max
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, max_position: int, seq_len: int = 0) -> tuple[Tensor, float]:
@@ -29,7 +32,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, max_position: int, seq_
     theta = rope.theta
     if rope.type == "dynamic":  # grow the base with the context (NTK-aware scaling)
         stretch = rope.factor * max(seq_len, max_position) / max_position - (rope.factor - 1)
-        theta *= stretch ** (head_dim / (head_dim - 2))
+        theta = min(theta * stretch ** (head_dim / (head_dim - 2)), _LARGEST)
     base = theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     if rope.type == "linear":
         return 1.0 / base / rope.factor, 1.0
@@ -60,7 +63,7 @@ def _yarn(base: Tensor, rope: RopeConfig, head_dim: int) -> Tensor:
     low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = float(max(low, 0)), float(min(high, head_dim - 1))
     width = (high - low) or 0.001  # equal ends would divide by zero
     keep = 1 - ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
     return 1.0 / (rope.factor * base) * (1 - keep) + 1.0 / base * keep

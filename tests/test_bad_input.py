@@ -149,7 +149,10 @@ BAD_DIRECTORIES: dict[str, tuple[Damage, list[str]]] = {
     ),
     "shape and bytes disagree": (header(lambda h: h[NORM].update(shape=[63])), [NORM]),
     "missing tensor": (tensors(lambda w: w.pop(NORM)), [NORM, "missing"]),
-    "extra tensor": (tensors(lambda w: w.update(surprise=torch.zeros(2))), ["surprise"]),
+    "parameter of another model": (
+        tensors(lambda w: w.update({"model.norm.bias": torch.zeros(64)})),
+        ["model.norm.bias", "the config has no place"],
+    ),
     "misshapen tensor": (tensors(lambda w: w.update({HEAD: torch.zeros(97, 63)})), [HEAD, "63", "64"]),
     "integer weights": (tensors(lambda w: w.update({NORM: torch.ones(64, dtype=torch.int8)})), [NORM, "I8"]),
     "NaN weights": (poison(float("nan")), ["model.layers.1.mlp.down_proj.weight"]),
@@ -189,6 +192,16 @@ def test_bad_directories(case: str, directory: Path, capsys: pytest.CaptureFixtu
     status, out, err = run(capsys, "generate", "--model", directory, "--text", "hello", "--max-tokens", "2", "--quiet")
     assert (status, out) == (1, "")
     assert_one_line(err, *named)
+
+
+def test_what_a_model_has_no_use_for_is_one_warning(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors(lambda w: w.update(v_head=torch.zeros(2), buffer=torch.arange(3)))(directory)
+    status, out, err = run(capsys, "generate", "--model", directory, "--text", "hello", "--max-tokens", "2", "--quiet")
+    assert status == 0
+    assert out
+    assert err.startswith("minirea: warning: ")
+    assert err.count("\n") == 1
+    assert "'buffer', 'v_head'" in err
 
 
 def test_the_undamaged_directory_is_fine(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,16 +22,17 @@ TINY: dict[str, Any] = {
 }
 
 
-def tiny_model(seed: int = 0, mistral: bool = False, **fields: Any) -> Any:
+def tiny_model(seed: int = 0, mistral: bool = False, family: str = "Llama", **fields: Any) -> Any:
     """A random transformers model whose every parameter matters: norms and biases are not left at 1 and 0."""
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+    import transformers
 
     torch.manual_seed(seed)
     values = TINY | fields
-    if not mistral:
+    family = "Mistral" if mistral else family
+    if family == "Llama":
         values.pop("sliding_window", None)
-    config = (MistralConfig if mistral else LlamaConfig)(**values)
-    model = (MistralForCausalLM if mistral else LlamaForCausalLM)(config).eval()
+    config = getattr(transformers, f"{family}Config")(**values)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spread = 0.2 if parameter.dim() == 1 else 1.5 * parameter.shape[-1] ** -0.5

@@ -36,7 +36,7 @@ from minirea.files import list_directory
 from minirea.json_object import JsonObject
 from minirea.weights.names import NameTable, Place, is_ignored
 
-MAX_HEADER_BYTES: Final = 2**25  # of JSON, which takes ten times as much once it is read; real ones have some 100,000
+MAX_HEADER_BYTES: Final = 100_000_000  # the format's own
 STAGING_BYTES: Final = 8 * 2**20  # of one reader
 # A disk wants several requests at a time; PCIe takes ten times what one core copies out of the page cache.
 READERS: Final = {"cpu": 4, "cuda": 8}
@@ -62,7 +62,7 @@ _repr.maxstring, _repr.maxother, _repr.maxlong = 120, 120, 40
 class StoredTensor:
     """One tensor in a file: `nbytes` bytes from byte `offset` of the file on, row-major.
 
-    `stored_as` is the format's name of its dtype, `dtype` torch's: None for those that no weight may have.
+    `stored_as` is the format's name of its dtype.
     """
 
     path: Path
@@ -76,8 +76,13 @@ class StoredTensor:
         return f"{self.path}: tensor {_repr.repr(self.name)}"
 
     @property
-    def dtype(self) -> torch.dtype | None:
-        return _DTYPES.get(self.stored_as)
+    def is_readable(self) -> bool:
+        """Whether it has a dtype that a weight may have. Others are buffers, or quantized."""
+        return self.stored_as in _DTYPES
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES[self.stored_as]
 
 
 def load_weights(
@@ -206,7 +211,7 @@ def _most_common_dtype(tensors: list[StoredTensor]) -> torch.dtype:
     """Weighted by elements. float64 files run in float32: nothing is computed in float64."""
     elements: Counter[torch.dtype] = Counter()
     for tensor in tensors:
-        if tensor.dtype is not None:
+        if tensor.is_readable:
             elements[tensor.dtype] += math.prod(tensor.shape)
     most_common = elements.most_common(1)[0][0] if elements else torch.float32
     return torch.float32 if most_common == torch.float64 else most_common
@@ -359,7 +364,7 @@ def _assign(directory: Path, tensors: list[StoredTensor], table: NameTable) -> l
         if place is None:
             extra.append(tensor)
             continue
-        if tensor.dtype is None:
+        if not tensor.is_readable:
             raise InputError(
                 f"{tensor} has dtype {tensor.stored_as}, expected one of {', '.join(_DTYPES)}: "
                 "quantized weights are not supported"
@@ -380,7 +385,9 @@ def _assign(directory: Path, tensors: list[StoredTensor], table: NameTable) -> l
         found = sum(1 for _, place in assigned.values() if not table.is_redundant(place))
         problems.append(f"lacks {_listed(missing, table.count() - found)}")
     # Integers are buffers, wherever they are. A parameter that the config does not know means another model.
-    wrong = [tensor.name for tensor in extra if missing or (tensor.dtype and table.changes_the_model(tensor.name))]
+    wrong = [
+        tensor.name for tensor in extra if missing or (tensor.is_readable and table.changes_the_model(tensor.name))
+    ]
     if wrong:
         problems.append(f"holds {_listed(wrong, len(wrong))}, for which the config has no place")
     if problems:

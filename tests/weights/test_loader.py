@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from minirea.config import ModelConfig, RopeConfig
-from minirea.errors import InputError, MemoryLimitError, MinireaError, MissingFileError
+from minirea.errors import InputError, MemoryLimitError, MinireaError, MinireaWarning, MissingFileError
 from minirea.weights import checkpoint_dtype, kept_weight_bytes, load_weights, loader, weight_bytes
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ CONFIG = ModelConfig(
     rope=RopeConfig(),
     max_position_embeddings=64,
 )
-BIASED = dataclasses.replace(CONFIG, attention_bias=True, mlp_bias=True)
+BIASED = dataclasses.replace(CONFIG, qkv_bias=True, o_bias=True, mlp_bias=True)
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
 
 
@@ -66,10 +66,10 @@ def hugging_face_tensors(config: ModelConfig, dtype: torch.dtype = torch.float32
         tensors[f"{prefix}.input_layernorm.weight"] = random(width)
         tensors[f"{prefix}.post_attention_layernorm.weight"] = random(width)
         modules = [
-            ("self_attn.q_proj", q_width, width, config.attention_bias),
-            ("self_attn.k_proj", kv_width, width, config.attention_bias),
-            ("self_attn.v_proj", kv_width, width, config.attention_bias),
-            ("self_attn.o_proj", width, q_width, config.attention_bias),
+            ("self_attn.q_proj", q_width, width, config.qkv_bias),
+            ("self_attn.k_proj", kv_width, width, config.qkv_bias),
+            ("self_attn.v_proj", kv_width, width, config.qkv_bias),
+            ("self_attn.o_proj", width, q_width, config.o_bias),
             ("mlp.gate_proj", mlp, width, config.mlp_bias),
             ("mlp.up_proj", mlp, width, config.mlp_bias),
             ("mlp.down_proj", width, mlp, config.mlp_bias),
@@ -90,8 +90,8 @@ def fused(tensors: dict[str, torch.Tensor], config: ModelConfig, dtype: torch.dt
         result[f"{ours}.attn_norm.weight"] = tensors[f"{theirs}.input_layernorm.weight"]
         result[f"{ours}.mlp_norm.weight"] = tensors[f"{theirs}.post_attention_layernorm.weight"]
         for name, modules, has_bias in (
-            ("qkv", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], config.attention_bias),
-            ("o", ["self_attn.o_proj"], config.attention_bias),
+            ("qkv", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], config.qkv_bias),
+            ("o", ["self_attn.o_proj"], config.o_bias),
             ("gate_up", ["mlp.gate_proj", "mlp.up_proj"], config.mlp_bias),
             ("down", ["mlp.down_proj"], config.mlp_bias),
         ):
@@ -440,13 +440,69 @@ def test_transposed_tensor_is_misshapen(tmp_path: Path) -> None:
         "model.layers.*.self_attn.q_proj.weight",
         "model.layers.0.self_attn.q_proj.bias",
         "model.layers.0.self_attn.q_norm.weight",
-        "score.weight",
-        "line\nbreak\ud7ff",
+        "layers.0.attention.wq.lora_A",
+        "model.norm.bias",
+        "norm.bias",
+        "lm_head.bias",
+        "output.bias",
     ],
 )
-def test_extra_tensors_are_named(tmp_path: Path, extra: str) -> None:
+def test_parameters_of_another_model_are_named(tmp_path: Path, extra: str) -> None:
+    """Without them the results would be others, and not those of any model."""
     message = str(load_error(write(tmp_path, hugging_face_tensors(CONFIG) | {extra: torch.ones(24)})))
     assert f"holds {extra!r}, for which the config has no place" in message
+
+
+@pytest.mark.parametrize("extra", ["score.weight", "v_head.summary.bias", "line\nbreak\ud7ff", "a" * 5000])
+def test_tensors_beside_the_model_are_warned_of(tmp_path: Path, extra: str) -> None:
+    tensors = hugging_face_tensors(CONFIG)
+    write(tmp_path, tensors | {extra: torch.full((24,), math.nan)})  # its values are not read
+    with pytest.warns(MinireaWarning) as caught:
+        weights = load_weights(tmp_path, CONFIG, CPU, torch.float32)
+    assert_same(weights, fused(tensors, CONFIG, torch.float32))
+    (message,) = (str(warning.message) for warning in caught)
+    assert loader._repr.repr(extra) in message
+    assert message.isprintable()
+    assert len(message) < 2000
+
+
+OTHER_DTYPES = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32),
+    *(torch.uint64, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2),
+)
+
+
+@pytest.mark.parametrize("name", ["buffer", "model.layers.0.self_attn.mask", "model.embed_tokens.position_ids"])
+def test_buffers_of_every_other_dtype_are_warned_of(tmp_path: Path, name: str) -> None:
+    """Wherever they are, and in any number: one warning."""
+    tensors = hugging_face_tensors(CONFIG)
+    write(tmp_path, tensors | {f"{name}_{i}": torch.zeros(3, 5, dtype=dtype) for i, dtype in enumerate(OTHER_DTYPES)})
+    with pytest.warns(MinireaWarning) as caught:
+        weights = load_weights(tmp_path, CONFIG, CPU, torch.float32)
+    assert len(caught) == 1
+    assert f"and {len(OTHER_DTYPES) - 3} more" in str(caught[0].message)
+    assert_same(weights, fused(tensors, CONFIG, torch.float32))
+    assert checkpoint_dtype(tmp_path, CONFIG) == torch.float32
+
+
+@pytest.mark.parametrize("spelling", ["hugging face", "mistral"])
+def test_a_tied_matrix_stored_as_the_head(tmp_path: Path, spelling: str) -> None:
+    tensors = hugging_face_tensors(TIED)
+    stored = {HEAD if name == EMBED else name: tensor for name, tensor in tensors.items()}
+    if spelling == "mistral":
+        write(tmp_path, to_mistral(stored, TIED), "consolidated.safetensors")
+    else:
+        write(tmp_path, stored)
+    weights = load_weights(tmp_path, TIED, CPU, torch.float32)
+    assert weights["head.weight"] is weights["embed.weight"]
+    assert_same(weights, fused(tensors, TIED, torch.float32))
+    assert kept_weight_bytes(tmp_path, TIED, torch.float32) == weight_bytes(TIED, torch.float32)
+
+
+def test_a_tied_matrix_stored_nowhere(tmp_path: Path) -> None:
+    tensors = hugging_face_tensors(TIED)
+    del tensors[EMBED]
+    assert f"lacks {EMBED!r}" in str(load_error(write(tmp_path, tensors), TIED))
 
 
 def test_unknown_names_are_shown_beside_the_missing_ones(tmp_path: Path) -> None:
@@ -583,7 +639,7 @@ def test_directory_that_is_none(tmp_path: Path) -> None:
     assert "holds no weights, expected *.safetensors files" in str(load_error(tmp_path))
     assert isinstance(load_error(tmp_path / "gone"), MissingFileError)
     put("file", b"")(tmp_path)
-    assert "file: cannot be read: Not a directory" in str(load_error(tmp_path / "file"))
+    assert "file: is a file, expected a model directory" in str(load_error(tmp_path / "file"))
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
