@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from minirea.errors import InputError, MissingFileError
 from minirea.evaluation.benchmarks import files, metrics
 from minirea.evaluation.benchmarks.files import Entry, Template
-from minirea.evaluation.frame.cells import Prompt, PromptCell, Question
+from minirea.evaluation.frame.cells import Prompt, PromptCell, Question, common_prefix
 from minirea.evaluation.frame.records import Record
 from minirea.evaluation.frame.tasks import Task, option, require
 from minirea.evaluation.lengths import short_length
@@ -294,9 +294,8 @@ def cut_middle(text: str, tokenizer: Tokenizer, length: int) -> tuple[str, int]:
 
 def _common(prompts: Sequence[list[int]]) -> int:
     """How many tokens all prompts begin with, one of each left out: a question has at least one."""
-    first, last = min(prompts), max(prompts)  # whatever these two share, all that lie between them share
     limit = min(map(len, prompts)) - 1
-    return next((i for i in range(limit) if first[i] != last[i]), limit)
+    return min(limit, common_prefix(min(prompts), max(prompts)))  # what these two share, all between them share
 
 
 def _average(label: str, members: Sequence[str], found: Mapping[str, Record]) -> Record | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from minirea.evaluation.frame.records import Place, Record
 
 if TYPE_CHECKING:
-    from minirea.api import LLM
+    from minirea.api import LLM, Generation, Session
     from minirea.generate import Stats
 
 
@@ -57,6 +57,7 @@ class Question:
         max_tokens: of the answer.
         stop: strings that end it.
         extra: goes into the record beside what the frame puts there.
+        context: tokens of its own that stand between the prompt's context and `ids`.
     """
 
     ids: Sequence[int]
@@ -65,6 +66,7 @@ class Question:
     max_tokens: int
     stop: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    context: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -77,50 +79,121 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptCell(Cell):
-    """Questions to be answered greedily; the context that they share is read once.
+    """Questions to be answered greedily. What a prompt has in common with the one before it is read once.
 
     Args:
         build: makes the prompt, with one question for each place. Called when the cell is run, once.
+        as_session: a question's context is read as a piece of its own, as a session that is asked a question later
+            reads it, instead of as the beginning of one prompt.
     """
 
     build: Callable[[], Prompt]
+    as_session: bool = field(default=False, kw_only=True)
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:
         """The answers, each the same as if its whole prompt had been read from the beginning."""
+        session = llm.session(self.tokens)  # refuses what does not fit before a prompt is made
         prompt = self.build()
-        questions = [prompt.questions[index] for index in wanted]
-        context = list(prompt.context)
-        session = llm.session(len(context) + max(len(q.ids) + q.max_tokens for q in questions))
-        # Whole steps of the context are shared. Its rest is read again with each question, so that the prompt is cut
-        # into the same steps as one that is read alone: a step's queries vote together.
-        shared = len(context) // llm.chunk_size * llm.chunk_size if llm.can_share_prefix else 0
-        started = time.perf_counter()
-        if shared:
-            session.prefill(context[:shared], progress)
-            llm.synchronize()
-        shared_seconds = time.perf_counter() - started
-        for question in questions:
-            rest = [*context[shared:], *question.ids]
-            out = session.generate(rest, question.max_tokens, progress=progress, stop=question.stop)
-            session.rewind(shared)
+        needed = max(len(prompt.context) + len(q.context) + len(q.ids) + q.max_tokens for q in prompt.questions)
+        if needed != self.tokens:
+            del session  # two of them may not fit
+            session = llm.session(needed)
+        reader = _Reader(llm, session, prompt, self.as_session, progress)
+        for index in wanted:
+            question = prompt.questions[index]
+            shared, context_seconds, out = reader.ask(index)
             yield {
-                "prompt_sha256": sha256_of_ids([*context, *question.ids]),
+                "prompt_sha256": sha256_of_ids([*prompt.context, *question.context, *question.ids]),
                 "prompt_tokens": out.stats.prompt_tokens,
                 "expected": list(question.expected),
                 "answer": out.text,
                 "score": float(question.score(out.text)),
                 "finish_reason": out.finish_reason,
                 **question.extra,
-                **_costs(out.stats, shared, shared_seconds),
+                **_costs(out.stats, *shared, context_seconds),
             }
 
 
-def _costs(stats: Stats, shared: int, shared_seconds: float) -> Record:
-    """What an answer took: the first `shared` tokens were read once for all questions, in `shared_seconds`."""
+class _Reader:
+    """Puts a prompt's questions to a session, which keeps what the next one begins with.
+
+    A piece is what is read in one go: context and question, or with `as_session` the context alone. Of the one before
+    it a piece shares whole chunks that lie before the tail of both. Every piece is then cut into the chunks of one that
+    is read alone, whose queries vote together. What is shared does not depend on which questions are asked.
+    """
+
+    def __init__(self, llm: LLM, session: Session, prompt: Prompt, as_session: bool, progress: bool) -> None:
+        self.llm, self.session, self.prompt, self.as_session, self.progress = llm, session, prompt, as_session, progress
+        self._lengths = [len(self._piece(index)) for index in range(len(prompt.questions))]
+        self._held: list[int] = []  # the piece that the session begins with
+        self._read = 0, 0.0  # tokens that were read to be shared, and the seconds that this took
+
+    def ask(self, index: int) -> tuple[tuple[int, float], float, Generation]:
+        """The answer to a question.
+
+        Returns:
+            Tokens that it shares and the seconds that they took (0 if an earlier answer had read them), the seconds
+            that the rest of the context took if that is a piece of its own, and the answer.
+        """
+        piece, question, session = self._piece(index), self.prompt.questions[index], self.session
+        shared = self._shared(index, piece)
+        held = shared
+        if piece != self._held or shared < len(piece):
+            common = common_prefix(self._held, piece)
+            held = min(shared, _num_shared(self.llm, common, [len(self._held), len(piece)]))
+        session.rewind(held)
+        if held < shared:
+            self._read = shared, self._prefill(piece[held:shared])
+        seconds = self._prefill(piece[shared:]) if self.as_session else 0.0
+        rest = question.ids if self.as_session else piece[shared:]
+        self._held = piece
+        out = session.generate(rest, question.max_tokens, progress=self.progress, stop=question.stop)
+        return (shared, self._read[1] if shared == self._read[0] else 0.0), seconds, out
+
+    def _piece(self, index: int) -> list[int]:
+        question = self.prompt.questions[index]
+        return [*self.prompt.context, *question.context, *(() if self.as_session else question.ids)]
+
+    def _shared(self, index: int, piece: list[int]) -> int:
+        """Tokens of a piece that need not be read for it alone: of all pieces' context, or of the piece before."""
+        of_all = _num_shared(self.llm, len(self.prompt.context), self._lengths)
+        if index == 0:
+            return of_all
+        before = self._piece(index - 1)
+        if before == piece:  # one context, which is a piece, and another question
+            return len(piece)
+        return max(of_all, _num_shared(self.llm, common_prefix(before, piece), [len(before), len(piece)]))
+
+    def _prefill(self, ids: list[int]) -> float:
+        """Read tokens; the seconds that it took."""
+        started = time.perf_counter()
+        if ids:
+            self.session.prefill(ids, self.progress)
+            self.llm.synchronize()
+        return time.perf_counter() - started
+
+
+def _num_shared(llm: LLM, shared: int, lengths: Sequence[int]) -> int:
+    """How many of the first `shared` tokens of prompts of these lengths can be read once for all of them."""
+    before_last = min([shared, *(length - 1 for length in lengths)])
+    return max(0, before_last) // llm.chunk_size * llm.chunk_size if llm.can_share_prefix else 0
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # slices compare a hundred times faster than a loop over tokens
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
+
+
+def _costs(stats: Stats, shared: int, shared_seconds: float, context_seconds: float) -> Record:
+    """What an answer took: the first `shared` tokens were there, from an earlier answer or read for all of them."""
     return {
         "shared_tokens": shared,
         "shared_seconds": round(shared_seconds, 4),
-        "first_token_seconds": round(stats.time_to_first_token, 4),  # after the shared tokens
+        "first_token_seconds": round(context_seconds + stats.time_to_first_token, 4),  # after the shared tokens
         "generated_tokens": stats.generated_tokens,
         "decode_seconds": round(stats.decode_seconds, 4),
         "scope": stats.scope,

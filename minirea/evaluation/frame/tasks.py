@@ -79,6 +79,7 @@ class Task(ABC):
 
     name: ClassVar[str]  # as on the command line
     about: ClassVar[str]  # one line for --help
+    notes: ClassVar[str] = ""  # more of --help, after that line
     # More prompts of these leave the others as they are, so a directory of results may grow by them.
     GROWS: ClassVar[tuple[str, ...]] = ("lengths", "samples")
 
@@ -98,6 +99,12 @@ class Task(ABC):
         """
         require("lengths", self.lengths, bool(self.lengths) and min(self.lengths) >= 1, "lengths of at least 1 token")
         require("samples", self.samples, self.samples >= 1, "at least 1")
+
+    def check_answers(self, each: int) -> None:
+        """Raise InputError if `each` answers for every length and sample are more than a run can list."""
+        answers = len(set(self.lengths)) * self.samples * each
+        expected = f"at most {MOST_ANSWERS:,} answers in each mode: these are {answers:,}"
+        require("samples", self.samples, answers <= MOST_ANSWERS, expected)
 
     @abstractmethod
     def cells(self, tokenizer: Tokenizer) -> Sequence[Cell]:
@@ -155,6 +162,8 @@ class Task(ABC):
         return {"task": self.name} | {name: _identified(value) for name, value in values.items()}
 
 
+MOST_ANSWERS: Final = 200_000
+QUICKLY_MADE: Final = 2**16  # tokens of a prompt that is made only to see whether its length has room for it
 _GROUPED_BY: Final = ("attention", "kind", "length")
 
 

@@ -17,12 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
-from minirea.evaluation.frame.cells import Cell, Place, PromptCell, sha256_of_ids
+from minirea.evaluation.frame.cells import Cell, Place, sha256_of_ids
 from minirea.evaluation.frame.records import Record
 from minirea.evaluation.frame.tasks import Task, option, require, rng
 from minirea.evaluation.lengths import grid
 from minirea.evaluation.tasks import mechanism_plots, mechanism_summary
-from minirea.evaluation.tasks.needle import Needle, parse_file
+from minirea.evaluation.tasks.needle import MOST_DEPTHS, Needle, parse_file
 from minirea.evaluation.text.encoder import Encoder
 from minirea.evaluation.text.haystack import read_haystack
 from minirea.evaluation.text.windows import radical_inverse
@@ -185,7 +185,8 @@ class Mechanism(Task):
     def check(self) -> None:
         super().check()
         require("studies", self.studies, bool(self.studies), f"some of {', '.join(STUDIES)}")
-        require("depths", self.depths, self.depths >= 1, "at least 1")
+        require("depths", self.depths, 1 <= self.depths <= MOST_DEPTHS, f"1 to {MOST_DEPTHS:,}")
+        self.check_answers(3 + (self.depths + 1) * len(self._settings()))
         require("lengths", self.lengths, min(self.lengths) >= 256, "lengths of at least 256 tokens")
 
     def cells(self, tokenizer: Tokenizer) -> list[Cell]:
@@ -241,18 +242,17 @@ class Mechanism(Task):
 
     def _questions(self, tokenizer: Tokenizer) -> list[_Prompt]:
         """Needles at spread depths, one in each haystack; observed are the steps that give the answer's tokens."""
-        encode = Encoder(tokenizer)
+        encode, needle = Encoder(tokenizer), self._needle(separate=True)
+        haystack = read_haystack(self.text, encode)
 
-        def build(cell: PromptCell) -> Watched:
-            prompt = cell.build()
-            question = prompt.questions[0]
+        def build(length: int, sample: int) -> Watched:
+            place: Place = {"length": length, "depth": radical_inverse(sample + 1), "sample": sample}
+            question = needle.copies(haystack, encode, [place]).questions[0]
             answer = encode(f" {question.expected[0]}")
-            return Watched([*prompt.context, *question.ids, *answer[:-1]], len(answer))
+            return Watched([*question.context, *question.ids, *answer[:-1]], len(answer))
 
-        depths = tuple(radical_inverse(sample + 1) for sample in range(self.samples))
-        cells = self._needle(samples=1, at=depths, separate=True).cells(tokenizer)
-        prompts = [cell for cell in cells if isinstance(cell, PromptCell)]
-        return [_Prompt(cell.tokens, i % self.samples, partial(build, cell)) for i, cell in enumerate(prompts)]
+        places = grid(self.lengths, self.samples)
+        return [_Prompt(length, sample, partial(build, length, sample)) for length, sample in places]
 
     def summarize(self, records: Sequence[Record]) -> list[Record]:
         return mechanism_summary.summarize(records)

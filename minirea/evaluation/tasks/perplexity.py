@@ -117,6 +117,7 @@ class Perplexity(Task):
         require("lengths", self.lengths, min(self.lengths) >= 2, "lengths of at least 2 tokens")
         valid = self.buckets == LOG or (isinstance(self.buckets, int) and self.buckets >= 2)
         require("buckets", self.buckets, valid, "log, or at least 2 tokens")
+        self.check_answers(len(self.text))
 
     def cells(self, tokenizer: Tokenizer) -> Sequence[Cell]:
         texts = read_texts(self.text, tokenizer, max(self.lengths))

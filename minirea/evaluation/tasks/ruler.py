@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from minirea.errors import InputError
 from minirea.evaluation.frame.cells import Cell, Place, Prompt, PromptCell, Question
-from minirea.evaluation.frame.tasks import Task, option, require, rng
+from minirea.evaluation.frame.tasks import QUICKLY_MADE, Task, option, require, rng
 from minirea.evaluation.tasks.needle import NOISE, parse_file
 from minirea.evaluation.text.documents import Documents, read_hotpotqa, read_squad
 from minirea.evaluation.text.encoder import Encoder
@@ -110,6 +110,7 @@ class Ruler(Task):
         for kind, file in self._files().items():
             valid = file is not None or kind not in self.kinds
             require("kinds", self.kinds, valid, f"{kind} only with a file (--squad for qa_1, --hotpotqa for qa_2)")
+        self.check_answers(len(self.chosen()))
 
     def _files(self) -> dict[str, Path | None]:
         return {"qa_1": self.squad, "qa_2": self.hotpotqa}
@@ -138,7 +139,7 @@ class Ruler(Task):
                 for sample in range(self.samples):
                     place: Place = {"kind": kind, "length": length, "sample": sample}
                     cells.append(PromptCell((place,), length, partial(self._prompt, makers[kind], encode, place)))
-        for kind in chosen:  # says now if the shortest length has no room
+        for kind in chosen if min(self.lengths) <= QUICKLY_MADE else ():  # says now if the shortest has no room
             makers[kind](rng(self.seed), encode, min(self.lengths) - ROOM[kind])
         return cells
 

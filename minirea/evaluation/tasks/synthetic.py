@@ -14,9 +14,9 @@ from minirea.errors import InputError
 from minirea.evaluation.frame import plots
 from minirea.evaluation.frame.cells import Cell, Place, Prompt, PromptCell, Question
 from minirea.evaluation.frame.records import Record
-from minirea.evaluation.frame.tasks import Task, option, require, rng
+from minirea.evaluation.frame.tasks import QUICKLY_MADE, Task, option, require, rng
 from minirea.evaluation.lengths import grid
-from minirea.evaluation.tasks.needle import Passkey, even_depths
+from minirea.evaluation.tasks.needle import MOST_DEPTHS, Passkey, even_depths
 from minirea.evaluation.text.encoder import Encoder
 from minirea.evaluation.text.values import random_value
 
@@ -67,7 +67,8 @@ class KeyValue(Task):
 
     def check(self) -> None:
         super().check()
-        require("depths", self.depths, self.depths >= 1, "at least 1")
+        require("depths", self.depths, 1 <= self.depths <= MOST_DEPTHS, f"1 to {MOST_DEPTHS:,}")
+        self.check_answers(self.depths)
 
     def cells(self, tokenizer: Tokenizer) -> list[Cell]:
         encode = Encoder(tokenizer)
@@ -76,7 +77,8 @@ class KeyValue(Task):
             depths = even_depths(self.depths)
             places = tuple({"length": length, "depth": depth, "sample": sample} for depth in depths)
             cells.append(PromptCell(places, length, partial(self._prompt, encode, places)))
-        self._prompt(encode, cells[0].places)
+        if cells[0].tokens <= QUICKLY_MADE:
+            self._prompt(encode, cells[0].places)
         return cells
 
     def _prompt(self, encode: Encoder, places: Sequence[Place]) -> Prompt:
@@ -119,6 +121,7 @@ CODE_ROOM: Final = 30
 CODE_INTRODUCTION: Final = "Here are a number of Python functions. You will be asked what one of them returns.\n"
 ASK_CODE: Final = "\n\nWhat does {name}({argument}) return? Answer with one integer: {name}({argument}) returns"
 LARGEST_STEP: Final = 20
+MOST_CALLS: Final = 10_000
 
 
 @dataclass(frozen=True)
@@ -154,8 +157,10 @@ class CodeRun(Task):
 
     def check(self) -> None:
         super().check()
-        valid = bool(self.calls) and min(self.calls) >= 1 and len(set(self.calls)) == len(self.calls)
-        require("calls", self.calls, valid, "different numbers of at least 1")
+        valid = bool(self.calls) and len(set(self.calls)) == len(self.calls)
+        valid = valid and min(self.calls) >= 1 and max(self.calls) <= MOST_CALLS
+        require("calls", self.calls, valid, f"different numbers from 1 to {MOST_CALLS:,}")
+        self.check_answers(len(self.calls))
 
     def cells(self, tokenizer: Tokenizer) -> list[Cell]:
         encode = Encoder(tokenizer)
@@ -165,7 +170,8 @@ class CodeRun(Task):
                 {"kind": f"{calls} calls", "length": length, "sample": sample} for calls in self.calls
             )
             cells.append(PromptCell(places, length, partial(self._prompt, encode, places)))
-        self._prompt(encode, cells[0].places)
+        if cells[0].tokens <= QUICKLY_MADE:
+            self._prompt(encode, cells[0].places)
         return cells
 
     def _prompt(self, encode: Encoder, places: Sequence[Place]) -> Prompt:

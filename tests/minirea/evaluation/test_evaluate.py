@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import re
 import shutil
@@ -22,9 +23,10 @@ from minirea.cli import main
 from minirea.errors import InputError, MemoryLimitError, MissingExtraError, MissingFileError
 from minirea.evaluation import report
 from minirea.evaluation.frame import plots
-from minirea.evaluation.frame.cells import Prompt, PromptCell, Question
+from minirea.evaluation.frame.cells import Prompt, PromptCell, Question, common_prefix
 from minirea.evaluation.frame.records import Results
 from minirea.evaluation.frame.runner import render
+from minirea.evaluation.frame.tasks import make_task
 from minirea.evaluation.lengths import parse_length, short_length
 from minirea.evaluation.registry import names, task_class
 
@@ -85,6 +87,46 @@ def test_an_answer_on_a_shared_context_is_that_of_a_fresh_prompt(
     for order in ([0, 1, 2], [2, 0, 2]):
         shared = [record["answer"] for record in cell.run(llm, order, progress=False)]
         assert shared == [llm.generate([*context, *asked[i]], max_tokens=12).text for i in order]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_prompts_that_begin_alike_are_read_once_and_answered_as_if_alone(llm: minirea.LLM, mode: str) -> None:
+    """Copies of one text with a needle at other depths, in the task's order and in one that shares little."""
+    llm = llm.with_attention(mode, **SCOPE)
+    options = {"lengths": 450, "samples": 2, "depths": 4, "separate": True, "needles": 2, "answer_tokens": 12}
+    for cell in make_task(task_class("needle"), options).cells(llm.tokenizer):
+        assert isinstance(cell, PromptCell)
+        assert [place["depth"] for place in cell.places] == [1.0, 0.6667, 0.3333, 0.0]
+        whole = [[*q.context, *q.ids] for q in cell.build().questions]
+        alone = [llm.generate(ids, max_tokens=12, stop=["\n"]) for ids in whole]
+        chunk, common = SCOPE["chunk_size"], [0, *itertools.starmap(common_prefix, itertools.pairwise(whole))]
+        shared = [min(count, len(whole[0]) - 1) // chunk * chunk for count in common]
+        for order in ([0, 1, 2, 3], [3, 0, 2], [1]):
+            records = list(cell.run(llm, order, progress=False))
+            assert [r["answer"] for r in records] == [alone[i].text for i in order]
+            assert [r["generated_tokens"] for r in records] == [len(alone[i].token_ids) for i in order]
+            assert [r["prompt_tokens"] for r in records] == [len(whole[i]) for i in order]
+            assert [r["shared_tokens"] for r in records] == [shared[i] for i in order]
+        assert sum(shared) > 0.7 * 450  # of 0.67 + 0.33 + 0 lengths
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_as_session_a_question_is_a_piece_of_its_own(llm: minirea.LLM, separate: bool) -> None:
+    options = {"lengths": 450, "samples": 1, "depths": 3, "separate": separate, "as_session": True}
+    (cell,) = make_task(task_class("needle"), options).cells(llm.tokenizer)
+    prompt = cell.build()
+    for order in ([0, 1, 2], [2, 0]):
+        for index, record in zip(order, cell.run(llm, order, progress=False), strict=True):
+            session, question = llm.session(), prompt.questions[index]
+            session.prefill([*prompt.context, *question.context])
+            out = session.generate(question.ids, max_tokens=16, stop=["\n"])
+            assert record["answer"] == out.text
+            assert record["prompt_tokens"] == out.stats.prompt_tokens
+
+
+def test_common_prefix() -> None:
+    for one, other, shared in (([], [1], 0), ([1, 2], [1, 2], 2), ([1, 2, 3], [1, 2], 2), ([1, 2, 3], [1, 3, 3], 1)):
+        assert common_prefix(one, other) == common_prefix(other, one) == shared
 
 
 def test_a_dynamic_rope_shares_nothing_and_answers_alike(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def prompts(name: str, tokenizer: Tokenizer, **options: Any) -> Iterator[tuple[P
         assert isinstance(cell, PromptCell)
         prompt = cell.build()
         for place, question in zip(cell.places, prompt.questions, strict=True):
-            yield place, [*prompt.context, *question.ids], question
+            yield place, [*prompt.context, *question.context, *question.ids], question
 
 
 @pytest.mark.parametrize(
