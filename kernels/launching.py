@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any, Final
 
 import torch
 import triton
+
+from minirea.errors import CudaError, InputError
+from minirea.kernels import driver
 
 # Triton's own take 3 us a call, and a launch can make a dozen.
 cdiv: Final = functools.cache(triton.cdiv)
@@ -15,13 +17,37 @@ next_power_of_2: Final = functools.cache(triton.next_power_of_2)
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel that takes EARLY: whether it starts before its turn, and has to wait for what it reads."""
+    """Launch a kernel that takes EARLY: whether it starts before its turn, and has to wait for what it reads.
+
+    Args:
+        arguments: what it is given at run time, in order.
+        constants: what it is compiled for, and Triton's options.
+    """
     early = _starts_early(device)
     if early:
         constants["launch_pdl"] = True
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, **constants, EARLY=early)
+    _start(kernel, programs, device, arguments, constants | {"EARLY": early})
+
+
+def launch_cooperatively(kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel whose programs wait for each other: all run at once or none does, so that none waits for one
+    that never starts. Arguments are those of `launch`.
+    """
+    try:
+        _start(kernel, programs, device, arguments, constants | {"launch_cooperative_grid": True})
+    except CudaError as error:
+        if "COOPERATIVE" not in error.name:
+            raise
+        raise InputError(f"this GPU cannot run all programs of a kernel at once ({error}); use impl 'torch'") from None
+
+
+def _start(
+    kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    if isinstance(kernel, triton.JITFunction):
+        driver.launch(kernel, programs, device, arguments, constants)
+    else:  # TRITON_INTERPRET=1
+        kernel[(programs,)](*arguments, **constants)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from minirea.errors import InputError, MemoryLimitError, MinireaError, MissingFileError
+from minirea.errors import CudaError, InputError, MemoryLimitError, MinireaError, MissingFileError
 
 if TYPE_CHECKING:
     from minirea.api import LLM, Generation, Session, load
@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "CudaError",
     "Evaluation",
     "Generation",
     "GenerationConfig",

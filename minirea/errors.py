@@ -39,6 +39,18 @@ class MissingExtraError(MinireaError, ImportError):
     """A library that only an extra installs is needed; the message names the extra."""
 
 
+class CudaError(MinireaError, RuntimeError):
+    """A call of CUDA's driver failed; the message says what was tried and gives CUDA's name and text.
+
+    Attributes:
+        name: of the error in CUDA, like CUDA_ERROR_OUT_OF_MEMORY; empty where CUDA has none.
+    """
+
+    def __init__(self, message: str, name: str = "") -> None:
+        super().__init__(message)
+        self.name = name
+
+
 class MinireaWarning(UserWarning):
     """Something that works but that a user should know; the message is like an error's."""
 

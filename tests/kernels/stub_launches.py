@@ -1,0 +1,238 @@
+"""Run by test_driver.py in a process of its own, where libcuda is a stub: launches by Triton's own driver and by ours.
+
+Its argument names a function below, whose result it prints as JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.nvidia.driver import CudaDriver
+from triton.language.extra.cuda import gdc_wait
+
+from minirea.errors import CudaError, InputError
+from minirea.kernels import driver
+
+STREAM = 0x7F0000001234
+LOG = Path(os.environ["STUB_CUDA_LOG"])
+stub = ctypes.CDLL("libcuda.so.1")
+
+
+class Matrix(NamedTuple):
+    ptr: Any
+    stride_m: Any
+    stride_n: Any
+
+
+@dataclass(frozen=True)
+class Sizes:
+    BLOCK: int
+    PRECISION: str
+
+
+@triton.jit(do_not_specialize=["steps"])
+def every_kind(a, out_ptr, bias_ptr, n, steps, eps, small, large, negative, huge, flag, nothing, c: tl.constexpr):
+    """Uses all that it is given, so that nothing is optimized away."""
+    offs = tl.arange(0, c.BLOCK)
+    x = tl.load(a.ptr + offs * a.stride_m + offs * a.stride_n, mask=offs < n, other=0.0).to(tl.float32) + eps
+    if nothing is None:
+        x += tl.load(bias_ptr + offs).to(tl.float32)
+    x += (steps + small + negative).to(tl.float32) + large.to(tl.float32) + huge.to(tl.float32)
+    tl.store(out_ptr + offs, tl.where(flag, x, 0.0).to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def product(a_ptr, b_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr):
+    """So large that it needs more shared memory than every kernel may have."""
+    m, k = tl.arange(0, 128)[:, None], tl.arange(0, 64)
+    acc = tl.zeros([128, N], tl.float32)
+    for start in tl.range(0, K, 64, num_stages=STAGES):
+        a = tl.load(a_ptr + m * K + start + k[None, :])
+        b = tl.load(b_ptr + (start + k)[:, None] * N + tl.arange(0, N)[None, :])
+        acc = tl.dot(a, b, acc)
+    tl.store(out_ptr + m * N + tl.arange(0, N)[None, :], acc)
+
+
+@triton.jit(do_not_specialize=["number"])
+def store(out_ptr, number):
+    tl.store(out_ptr, number)
+
+
+@triton.jit
+def copy(x_ptr, out_ptr, EARLY: tl.constexpr):
+    if EARLY:
+        gdc_wait()
+    tl.store(out_ptr + tl.arange(0, 256), tl.load(x_ptr + tl.arange(0, 256)))
+
+
+def arguments_of_every_kind() -> list[tuple[Any, ...]]:
+    x, half = torch.zeros(4096), torch.zeros(4096, dtype=torch.bfloat16)
+    c = Sizes(64, "tf32")
+    tail = (0.1, 3, 2**40, -16, 2**63 + 5, True)
+    return [
+        ((Matrix(x, 64, 1), x, half, 100, 7, *tail, None), {"c": c}),
+        ((Matrix(half[1:], 63, 1), x[4:], half[8:], 1, 1, *tail, None), {"c": c}),
+        ((Matrix(half, 2**33, 16), half, x, 2**31, 16, 1e-30, 1, 2**31, -(2**31), 2**63, False, 5), {"c": c}),
+        ((Matrix(half, 1, 1), half, x, 16, -3, -2.5, -7, -(2**40), -1, 2**64 - 1, False, None), {"c": c}),
+    ]
+
+
+def cases() -> list[tuple[triton.JITFunction, tuple[Any, ...], dict[str, Any]]]:
+    x, half = torch.zeros(65536), torch.zeros(65536, dtype=torch.float16)
+    return [
+        *((every_kind, arguments, constants) for arguments, constants in arguments_of_every_kind()),
+        (product, (half, half, x), {"N": 128, "K": 512, "STAGES": 3, "num_warps": 8, "launch_cooperative_grid": True}),
+        (copy, (x, half), {"EARLY": True, "launch_pdl": True, "num_warps": 2}),
+        (copy, (x, half), {"EARLY": False, "launch_pdl": True, "launch_cooperative_grid": True}),
+        (copy, (half, x), {"EARLY": False, "num_ctas": 2}),
+    ]
+
+
+def set_up_torch() -> None:
+    """As torch is on a machine with GPUs."""
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.get_device_capability = lambda _=None: (9, 0)
+    torch._C._cuda_getCurrentRawStream = lambda _: STREAM
+
+
+def set_up_triton() -> None:
+    """Its own driver, which it builds with a C compiler."""
+    theirs = CudaDriver()
+    theirs.get_current_device = lambda: 0
+    theirs.get_current_stream = lambda _: STREAM
+    theirs.get_device_capability = lambda _: (9, 0)
+    triton.runtime.driver.set_active(theirs)
+
+
+def recorded(run: Callable[[], Any]) -> list[str]:
+    """What the stub is asked to do meanwhile."""
+    before = len(LOG.read_text().splitlines()) if LOG.exists() else 0
+    run()
+    return LOG.read_text().splitlines()[before:] if LOG.exists() else []
+
+
+def param_sizes(ptx: str) -> list[int]:
+    """Bytes of each parameter of a kernel, from its assembly."""
+    entry = ptx[ptx.index(".entry") : ptx.index(")", ptx.index(".entry"))]
+    return [int(bits) // 8 for bits in re.findall(r"\.param \.[a-z](\d+)", entry)]
+
+
+def ours(kernel: triton.JITFunction, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    driver.launch(kernel, 5, torch.device("cuda", 0), arguments, constants)
+
+
+def cubins(kernel: triton.JITFunction) -> list[bytes]:
+    return [future.result().cubin for future in driver._kernels[id(kernel)].variants.values()]
+
+
+def compared() -> list[dict[str, Any]]:
+    """Each case launched by Triton's own driver and by ours."""
+    set_up_triton()
+    result = []
+    for case in cases():
+        kernel, arguments, constants = case
+        constants = constants | {"enable_fp_fusion": True}
+        compiled = kernel.warmup(*arguments, grid=(5,), **constants)
+        sizes = param_sizes(compiled.asm["ptx"])
+        stub.stub_param_sizes(len(sizes), (ctypes.c_size_t * len(sizes))(*sizes))
+        row = {"kernel": kernel.__name__, "sizes": sizes}
+        row["theirs"] = recorded(lambda: kernel[(5,)](*arguments, **constants))  # noqa: B023
+        for name in ("ours", "again"):
+            row[name] = recorded(lambda: ours(*case))  # noqa: B023
+        row["same_code"] = cubins(kernel)[-1] == compiled.asm["cubin"]
+        result.append(row)
+    return result
+
+
+def alone() -> list[str]:
+    """Every case, twice, without a driver of Triton's; what was recorded."""
+    return recorded(lambda: [ours(*case) for case in cases() * 2])
+
+
+def in_contexts() -> list[list[str]]:
+    """Launches of one kernel in a thread of the device's primary context, in one of another context, and in one of
+    none, each twice; then in four threads at once, each with a number of its own."""
+    x = torch.zeros(256)
+    case = (copy, (x, x), {"EARLY": False})
+    result = []
+    for context in (0x100, 0xABC00, None):
+
+        def run(context: int | None = context) -> None:
+            if context is not None:
+                stub.cuCtxSetCurrent(ctypes.c_void_p(context))
+            ours(*case)
+            ours(*case)
+
+        result.append(recorded(lambda: in_threads([run])))
+    return result
+
+
+def many_threads() -> list[str]:
+    """Launches of four threads at once, each with a number of its own."""
+    x = torch.zeros(4096)
+    sizes = [8, 4, 8, 8]
+    stub.stub_param_sizes(len(sizes), (ctypes.c_size_t * len(sizes))(*sizes))
+
+    def run(number: int) -> None:
+        for _ in range(200):
+            ours(store, (x, number), {})
+
+    return recorded(lambda: in_threads([lambda number=number: run(number) for number in range(4)]))
+
+
+def in_threads(runs: list[Callable[[], None]]) -> None:
+    with ThreadPoolExecutor(len(runs)) as pool:
+        for future in [pool.submit(run) for run in runs]:
+            future.result()
+
+
+def errors() -> dict[str, str]:
+    """What is raised when a function of libcuda fails at the first launch of a kernel, and that the next one works."""
+    x = torch.zeros(4096)
+    result = {}
+    for index, (function, code) in enumerate(
+        (
+            ("cuModuleLoadData", 2),
+            ("cuModuleGetFunction", 999),
+            ("cuLaunchKernelEx", 720),
+            ("cuLaunchKernelEx", 700),
+            ("cuCtxGetCurrent", 201),
+        )
+    ):
+        case = (store, (x, 1.0), {"num_warps": 2**index})
+        stub.stub_fail(function.encode(), code)
+        try:
+            ours(*case)
+        except CudaError as error:
+            result[f"{function} {code}"] = f"{error.name}: {error}"
+        ours(*case)
+    ours(store, (x, 2), {})
+    for name, case in (
+        ("shared memory", (product, (x.half(), x.half(), x), {"N": 256, "K": 512, "STAGES": 8, "num_warps": 8})),
+        ("range", (store, (x, 2**31), {})),
+    ):
+        try:
+            ours(*case)
+        except InputError as error:
+            result[name] = str(error)
+    return result
+
+
+if __name__ == "__main__":
+    set_up_torch()
+    json.dump(globals()[sys.argv[1]](), sys.stdout)
+    if sys.argv[1] != "compared":
+        assert triton.runtime.driver._active is None
+        assert triton.runtime.driver._default is None
