@@ -140,6 +140,7 @@ def cubins(kernel: triton.JITFunction) -> list[bytes]:
 def compared() -> list[dict[str, Any]]:
     """Each case launched by Triton's own driver and by ours."""
     set_up_triton()
+    stub.cuCtxSetCurrent(ctypes.c_void_p(0x100))
     result = []
     for case in cases():
         kernel, arguments, constants = case
