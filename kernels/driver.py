@@ -29,6 +29,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.language import constexpr
 from triton.runtime.jit import create_function_from_signature
 
 from minirea.errors import CudaError, InputError
@@ -123,7 +124,7 @@ class Variant:
     Args:
         compiled: what triton.compile returns.
         types: Triton's type of each flattened argument; "constexpr" is compiled in and not passed.
-        is_number: which of them are numbers; the others are tensors, or None, which is compiled in.
+        is_number: which of them are numbers; the others are tensors, or compiled in.
     """
 
     def __init__(self, compiled: Any, types: Sequence[str], is_number: Sequence[bool]) -> None:
@@ -231,6 +232,7 @@ class Layout(NamedTuple):
     is_pointer: tuple[bool, ...]
     is_number: tuple[bool, ...]
     is_specialized: tuple[bool, ...]  # integers whose value the compiler may use
+    is_constant: tuple[bool, ...]  # tl.constexpr, which a tuple may have as members
 
 
 class Kernel:
@@ -239,6 +241,7 @@ class Kernel:
     def __init__(self, function: triton.JITFunction) -> None:
         self.function = function
         self.parameters = [parameter for parameter in function.params if not parameter.is_constexpr]
+        self.names = [parameter.name for parameter in self.parameters]
         self.layouts: dict[tuple[Any, ...], Layout] = {}
         self.variants: dict[object, Future[Variant]] = {}
 
@@ -250,12 +253,13 @@ class Kernel:
             classes += map(type, members)
             specialized += [not parameter.do_not_specialize] * len(members)
         for kind in classes:
-            if not (kind in NUMBERS or kind is type(None) or issubclass(kind, torch.Tensor)):
+            if not (kind in NUMBERS or kind in (type(None), constexpr) or issubclass(kind, torch.Tensor)):
                 raise TypeError(f"{self.function.__name__} is given a {kind.__name__}, expected tensors and numbers")
         return Layout(
             tuple(issubclass(kind, torch.Tensor) for kind in classes),
             tuple(kind in NUMBERS for kind in classes),
             tuple(kind is int and wanted for kind, wanted in zip(classes, specialized, strict=True)),
+            tuple(kind is constexpr for kind in classes),
         )
 
     def variant(
@@ -291,8 +295,8 @@ class Kernel:
                 f"kernels cannot be compiled and kept in {triton.knobs.cache.dir} ({error}), expected a directory that "
                 "can be written; set TRITON_CACHE_DIR to one"
             ) from None
-        types = [signature[parameter.name] for parameter in self.parameters]
-        return Variant(compiled, flatten(types), layout.is_number)
+        types = flatten([signature[name] for name in self.names])
+        return Variant(compiled, types, layout.is_number)
 
 
 def flatten(items: Sequence[Any]) -> list[Any]:
@@ -327,6 +331,7 @@ class _Thread(threading.local):
 _thread: Final = _Thread()
 _kernels: Final[dict[int, Kernel]] = {}  # by id: hashing a JITFunction takes as long as the rest of a lookup
 _dtype = operator.attrgetter("dtype")
+_value = operator.attrgetter("value")
 
 
 def launch(
@@ -340,8 +345,8 @@ def launch(
 
     Args:
         function: a `@triton.jit` function.
-        arguments: its arguments at run time in order: tensors, numbers, None, and tuples of those.
-        constants: its constants by name, and Triton's options: num_warps, launch_pdl, launch_cooperative_grid, ...
+        arguments: its first arguments in order: tensors, numbers, None, and tuples of those.
+        constants: all others by name, its constants among them, and Triton's options: num_warps, launch_pdl, ...
 
     Raises:
         CudaError: a call of libcuda failed; `name` has CUDA's name of the error.
@@ -358,6 +363,10 @@ def _launch(
     function: triton.JITFunction, programs: int, device: int, arguments: Sequence[Any], constants: dict[str, Any]
 ) -> None:
     kernel = _kernels.get(id(function)) or _kernels.setdefault(id(function), Kernel(function))
+    named = kernel.names[len(arguments) :]
+    if named:
+        constants = constants.copy()
+        arguments = (*arguments, *map(constants.pop, named))
     flat = flatten(arguments)
     kinds = (tuple(map(type, arguments)), tuple(map(type, flat)))
     layout = kernel.layouts.get(kinds) or kernel.layouts.setdefault(kinds, kernel.layout(arguments))
@@ -372,6 +381,7 @@ def _launch(
         # Nearly always all are aligned, as the compiler likes to know.
         functools.reduce(operator.or_, pointers, 0) % 16 == 0 or tuple(pointer % 16 == 0 for pointer in pointers),
         tuple(map(specialization, itertools.compress(flat, layout.is_specialized))),
+        tuple(map(_value, itertools.compress(flat, layout.is_constant))),
         tuple(constants),
         tuple(values),
         tuple(map(type, values)),  # 1, 1.0 and True are equal

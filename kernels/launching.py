@@ -20,8 +20,8 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **
     """Launch a kernel that takes EARLY: whether it starts before its turn, and has to wait for what it reads.
 
     Args:
-        arguments: what it is given at run time, in order.
-        constants: what it is compiled for, and Triton's options.
+        arguments: its first arguments, in order.
+        constants: the others by name, and Triton's options.
     """
     early = _starts_early(device)
     if early:

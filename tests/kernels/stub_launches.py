@@ -86,6 +86,7 @@ def arguments_of_every_kind() -> list[tuple[Any, ...]]:
         ((Matrix(half[1:], 63, 1), x[4:], half[8:], 1, 1, *tail, None), {"c": c}),
         ((Matrix(half, 2**33, 16), half, x, 2**31, 16, 1e-30, 1, 2**31, -(2**31), 2**63, False, 5), {"c": c}),
         ((Matrix(half, 1, 1), half, x, 16, -3, -2.5, -7, -(2**40), -1, 2**64 - 1, False, None), {"c": c}),
+        *(((Matrix(half, tl.constexpr(stride), 1), half, x, 16, -3, *tail, None), {"c": c}) for stride in (0, 5)),
     ]
 
 
@@ -97,6 +98,8 @@ def cases() -> list[tuple[triton.JITFunction, tuple[Any, ...], dict[str, Any]]]:
         (copy, (x, half), {"EARLY": True, "launch_pdl": True, "num_warps": 2}),
         (copy, (x, half), {"EARLY": False, "launch_pdl": True, "launch_cooperative_grid": True}),
         (copy, (half, x), {"EARLY": False, "num_ctas": 2}),
+        (copy, (half,), {"EARLY": False, "out_ptr": x}),
+        (copy, (), {"num_warps": 4, "out_ptr": x, "EARLY": False, "x_ptr": half}),
     ]
 
 
