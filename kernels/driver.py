@@ -288,12 +288,18 @@ class Kernel:
             backend, options, bound, specialization, None
         )
         source = ASTSource(self.function, signature, constexprs, attributes)
+        directory = triton.knobs.cache.dir
+        if directory.startswith("~"):  # Triton would make a directory of that name in the current one
+            raise InputError(
+                "there is no home directory to keep compiled kernels in: HOME is not set, and this user has none; "
+                "expected TRITON_CACHE_DIR to name a directory that can be written"
+            )
         try:
             compiled = triton.compile(source, target=target, options=parsed.__dict__)
         except OSError as error:
             raise InputError(
-                f"kernels cannot be compiled and kept in {triton.knobs.cache.dir} ({error}), expected a directory that "
-                "can be written; set TRITON_CACHE_DIR to one"
+                f"kernels cannot be compiled and kept in {directory} ({error}), expected a directory that can be "
+                "written; set TRITON_CACHE_DIR to one"
             ) from None
         types = flatten([signature[name] for name in self.names])
         return Variant(compiled, types, layout.is_number)

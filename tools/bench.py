@@ -4,9 +4,11 @@
     python tools/bench.py model --model weights/demo --contexts 512,64k
     python tools/bench.py load --model DIR
     python tools/bench.py kernel --contexts 8k,128k
+    python tools/bench.py launch
 
 Every command prints the machine and its versions first, each number beside its floor and a baseline of the same run,
-and one JSON object as its last line.
+and one JSON object as its last line. `bench.py --driver triton COMMAND` launches kernels by Triton's own driver, which
+needs a C compiler, instead of minirea's; that is for comparing the two and nothing else.
 """
 
 from __future__ import annotations
@@ -14,18 +16,22 @@ from __future__ import annotations
 import argparse
 
 import bench_kernel
+import bench_launch
 import bench_load
 import bench_model
 
-COMMANDS = (bench_model, bench_load, bench_kernel)  # each has add_command(subparsers) and run(arguments)
+COMMANDS = (bench_model, bench_load, bench_kernel, bench_launch)  # each has add_command(subparsers) and run(arguments)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--driver", choices=("minirea", "triton"), default="minirea", help="default: minirea")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         command.add_command(subparsers).set_defaults(run=command.run)
     arguments = parser.parse_args()
+    if arguments.driver == "triton":
+        bench_launch.use_tritons_driver()
     arguments.run(arguments)
 
 

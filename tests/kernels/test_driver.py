@@ -192,6 +192,18 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch:
         compile_scale()
 
 
+def test_no_home_directory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no directory named ~ is made where the program runs."""
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TRITON_HOME", "~/")  # what Triton finds for a user who has none
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        InputError, match=r"^there is no home directory .* expected TRITON_CACHE_DIR to name a directory"
+    ):
+        compile_scale()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.usefixtures("cache_dir")
 def test_threads_that_need_the_same_code_compile_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, together, compiled = driver.Kernel(scale), threading.Barrier(4), []
