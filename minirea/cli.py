@@ -270,7 +270,8 @@ def _add_eval(commands: Any, with_tasks: bool) -> None:
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK", parser_class=_Parser)
     for name in registry.names():
         task = registry.task_class(name)
-        command = tasks.add_parser(name, help=task.about, description=task.about, formatter_class=_HelpFormatter)
+        about = f"{task.about}. {task.notes}" if task.notes else task.about
+        command = tasks.add_parser(name, help=task.about, description=about, formatter_class=_HelpFormatter)
         command.add_argument("--model", required=True, metavar="DIR", help="Hugging Face or Mistral model directory")
         command.add_argument("--out", required=True, metavar="DIR", help="where results are kept")
         _add_task_options(command, task)
@@ -301,14 +302,17 @@ def _add_task_options(parser: argparse.ArgumentParser, task: type[Task]) -> None
         else:
             metavar = how.metavar or (",".join(map(str, how.choices)) and "{" + ",".join(map(str, how.choices)) + "}")
             parse, nargs = functools.partial(_task_option, field.name, how), "+" if how.many == "list" else None
-            group.add_argument(flag, type=parse, nargs=nargs, metavar=metavar, help=how.help + shown)
+            about = how.help + (" (required)" if how.required else shown)
+            group.add_argument(flag, type=parse, nargs=nargs, metavar=metavar, required=how.required, help=about)
 
 
 def _default_of(default: Any, how: Option) -> str:
-    """What --help says about a default: nothing where it says nothing or is said already."""
-    text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-    hidden = default in (None, "", ()) or "(default" in how.help
-    return "" if hidden else f" (default: {json.dumps(text) if ' ' in text else text})".replace("%", "%%")
+    """What --help says about a default, as it is typed: nothing where it says nothing or is said already."""
+    if default in (None, "", ()) or "(default" in how.help:
+        return ""
+    values = list(map(str, default)) if isinstance(default, tuple) else [str(default)]
+    shown = [json.dumps(value) if " " in value else value for value in values]
+    return f" (default: {(' ' if how.many == 'list' else ',').join(shown)})".replace("%", "%%")
 
 
 def _task_option(name: str, how: Option, text: str) -> Any:

@@ -61,7 +61,7 @@ def evaluate(
     progress: bool = False,
     **options: Any,
 ) -> Evaluation:
-    """Put a task to a model, as `minirea eval` does, and return the same records.
+    """Put a task to a model, as `minirea eval` does, and return the same records: all that `out` holds.
 
     Args:
         task: "needle", "ruler", ...: one of minirea.evaluation.registry.names().
@@ -90,8 +90,8 @@ def evaluate(
     limits = _limits(at_most or {})
 
     import minirea.api as api  # imports torch, which a bad option need not wait for
-    from minirea.evaluation.frame.records import Results
-    from minirea.evaluation.frame.runner import Runner
+    from minirea.evaluation.frame.records import Results, check_settings
+    from minirea.evaluation.frame.runner import Runner, known_settings
 
     fields["allow_out_of_distribution"] = allow_out_of_distribution
     if isinstance(model, api.LLM):
@@ -102,13 +102,20 @@ def evaluate(
         if scope["dense_size"] == attention_of_model.config.max_scope:
             del scope["dense_size"]  # the default follows from the fields that are given
         fields = scope | {name: value for name, value in fields.items() if value is not None}
+        cells = chosen.cells(llm.tokenizer)
     else:
-        llm = api.load(model, device, dtype, modes[0], impl, progress=progress, **fields)
-    runner = Runner(chosen, llm, modes, limits, fields)
-    with Results(None if out is None else Path(out), runner.settings) as results:
+        files = api.read_model(model, device, dtype, modes[0], impl, **fields)
+        cells = chosen.cells(files.tokenizer)
+        if out is not None:
+            check_settings(Path(out), known_settings(chosen, files), some=True)
+        llm = files.load(progress)
+    runner = Runner(chosen, cells, llm, modes, limits, fields)
+    settings, folder = runner.settings, None if out is None else Path(out)
+    with Results(folder, settings, chosen.check_record) as results:
         records = runner.run(results, progress)
-        evaluation = Evaluation(chosen, records, chosen.summarize(records), runner.settings)
-        results.summarize({"settings": runner.settings, "environment": runner.environment, "rows": evaluation.rows})
+        environment = results.environment(runner.environment)
+        evaluation = Evaluation(chosen, records, chosen.summarize(records), settings)
+        results.summarize({"settings": settings, "environment": environment, "rows": evaluation.rows})
     return evaluation
 
 
@@ -127,9 +134,13 @@ def report(folders: Sequence[str | Path], out: str | Path, differing: Sequence[s
     """
     from minirea.evaluation.frame.records import Results, read_results
 
-    settings, records, environment = read_results([Path(folder) for folder in folders], differing)
-    # Only what comes from the records is asked of the task: its options may name files that are elsewhere.
-    task = object.__new__(task_class(str(settings.get("task"))))
+    def task_of(settings: Record) -> Task:
+        """Only what comes from the records is asked of it: its options may name files that are elsewhere."""
+        return object.__new__(task_class(str(settings.get("task"))))
+
+    paths = [Path(folder) for folder in folders]
+    settings, records, environment = read_results(paths, differing, lambda found: task_of(found).check_record)
+    task = task_of(settings)
     evaluation = Evaluation(task, records, task.summarize(records), settings)
     with Results(Path(out), settings) as results:
         for record in records:

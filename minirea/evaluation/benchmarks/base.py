@@ -99,7 +99,7 @@ class Benchmark(Task):
         many="comma",
     )
     samples: int = option(0, "lines of each data file, from the first; 0 is all", metavar="N", parse=int)
-    data: Path | None = option(None, "directory of the published data files", metavar="DIR", parse=Path)
+    data: Path | None = option(None, "directory of the published data files", metavar="DIR", parse=Path, required=True)
     datasets: tuple[str, ...] = option((), "only these, by file name", metavar="A,B", many="comma")
     prompts: Path | None = option(
         None,

@@ -21,7 +21,7 @@ _NAMES: Final = ("OPTION_A", "OPTION_B", "OPTION_C", "OPTION_D")
 _METRICS: Final[Mapping[str, Metric]] = {
     "longbook_qa_eng": metrics.qa_f1,
     "longbook_sum_eng": metrics.rouge_l_sum,
-    "longdialogue_qa_eng": metrics.has_word_upper,
+    "longdialogue_qa_eng": metrics.has_words_upper,
     "longbook_qa_chn": metrics.qa_f1_zh_characters,
     "code_run": metrics.last_value,
     "math_calc": metrics.leading_values,
@@ -35,7 +35,7 @@ _CHOICES: Final[Mapping[str, Callable[[str, str, str], float]]] = {
     "code_debug": metrics.named_function,
 }
 _METRIC_NAMES: Final = {"longbook_qa_eng": "F1", "longbook_sum_eng": "ROUGE-Lsum", "longbook_qa_chn": "F1 zh"}
-_ONE_ANSWER: Final = ("longdialogue_qa_eng", "code_run", "math_find", "passkey", "number_string", "kv_retrieval")
+_ONE_ANSWER: Final = ("code_run", "math_find", "passkey", "number_string", "kv_retrieval")
 _NUMERIC: Final = ("code_run", "math_calc", "math_find")
 
 

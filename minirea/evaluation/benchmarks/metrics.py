@@ -183,9 +183,11 @@ def has_word(answer: str, reference: str) -> float:
     return float(reference in _without(answer, "\n:\"'.,?!{}").split())
 
 
-def has_word_upper(answer: str, reference: str) -> float:
-    """`has_word` with the answer in capitals. En.Dia in InfiniteBench, where names are in capitals."""
-    return has_word(answer.upper(), reference)
+def has_words_upper(answer: str, reference: str) -> float:
+    """1 if the answer holds the reference's words one after another, in whatever case. En.Dia in InfiniteBench."""
+    words, wanted = (_without(text.upper(), "\n:\"'.,?!{}").split() for text in (answer, reference))
+    places = range(len(words) - len(wanted) + 1) if wanted else ()
+    return float(any(words[place : place + len(wanted)] == wanted for place in places))
 
 
 def leading_values(answer: str, reference: str) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from minirea.errors import MissingExtraError
+from minirea.errors import InputError, MissingExtraError
 from minirea.evaluation.frame.records import Record
 from minirea.evaluation.lengths import short_length
 
@@ -106,9 +106,12 @@ def _ink(percent: float) -> str:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a PNG and return its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    """Write a PNG and return its path. Raises InputError if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     return path
 
 

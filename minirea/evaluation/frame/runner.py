@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minirea.api import LLM
+from minirea.api import LLM, ModelFiles
 from minirea.errors import MemoryLimitError
 from minirea.evaluation.frame.cells import Cell, Place
 from minirea.evaluation.frame.records import Record, Results
@@ -26,6 +26,7 @@ class Runner:
     """One evaluation: a task, a model, and where the results go.
 
     Args:
+        cells: the task's, for this model's tokenizer.
         llm: any attention mode; its weights serve all of them.
         attention: the modes to run, each on every cell.
         at_most: longest length by mode; what is longer is recorded as skipped.
@@ -33,13 +34,18 @@ class Runner:
     """
 
     def __init__(
-        self, task: Task, llm: LLM, attention: Sequence[str], at_most: Mapping[str, int], fields: Mapping[str, Any]
+        self,
+        task: Task,
+        cells: Sequence[Cell],
+        llm: LLM,
+        attention: Sequence[str],
+        at_most: Mapping[str, int],
+        fields: Mapping[str, Any],
     ) -> None:
         self.task = task
         self.llm = llm
         self.at_most = at_most
         self.fields = fields
-        cells = task.cells(llm.tokenizer)
         # Every mode reads a cell before the next, longer one: what is there after an interruption can be compared.
         self.work = [(cell, mode) for cell in cells for mode in attention if cell.modes is None or mode in cell.modes]
         self._models: dict[str, LLM] = {}
@@ -48,11 +54,8 @@ class Runner:
     def settings(self) -> Record:
         """What every record of a directory has in common."""
         return {
-            **self.task.identity(),
+            **known_settings(self.task, self.llm),
             "model": fingerprint(self.llm),
-            "dtype": str(self.llm.model.dtype).removeprefix("torch."),
-            "device": self.llm.model.device.type,
-            "impl": self.llm.model.attention.impl,
             **dataclasses.asdict(self._model("full", {}).model.attention.config),  # full attention refuses no scope
         }
 
@@ -127,15 +130,37 @@ def record_id(mode: str, place: Place) -> str:
     return " ".join([mode, *(f"{name}={value}" for name, value in place.items())])
 
 
+def known_settings(task: Task, model: LLM | ModelFiles) -> Record:
+    """What is known of a run's settings before the weights are read."""
+    if isinstance(model, ModelFiles):
+        attention, dtype = model.attention, model.dtype
+    else:
+        attention, dtype = model.model.attention, model.model.dtype
+    return {
+        **task.identity(),
+        "model_name": "" if model.path is None else Path(model.path).resolve().name,
+        "model_config": _digest_of_config(model).hexdigest()[:16],
+        "trained_context": model.config.trained_context,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": attention.device.type,
+        "impl": attention.impl,
+    }
+
+
+def _digest_of_config(model: LLM | ModelFiles) -> hashlib._Hash:
+    """Of a model's shape and its tokenizer."""
+    config = dataclasses.asdict(model.config) | {"eos_token_ids": sorted(model.config.eos_token_ids)}
+    digest = hashlib.sha256(repr(sorted(config.items())).encode())
+    digest.update(repr(model.tokenizer.encode("The quick brown fox jumps over 1234567890 lazy dogs.\n")).encode())
+    return digest
+
+
 def fingerprint(llm: LLM) -> str:
     """Tells models apart by their shape, their norms, rows of their embedding and their tokenizer, wherever they lie.
 
     Not by their other matrices, which a device may keep in a layout of its own.
     """
-    model = llm.model
-    config = dataclasses.asdict(model.config) | {"eos_token_ids": sorted(model.config.eos_token_ids)}
-    digest = hashlib.sha256(repr(sorted(config.items())).encode())
-    digest.update(repr(llm.tokenizer.encode("The quick brown fox jumps over 1234567890 lazy dogs.\n")).encode())
+    model, digest = llm.model, _digest_of_config(llm)
     norms = [norm for layer in model.layers for norm in (layer.attn_norm, layer.mlp_norm)]
     for tensor in (*model.embed[:8], model.norm, *norms):
         digest.update(tensor.float().cpu().numpy().tobytes())

@@ -48,6 +48,7 @@ class Option:
             str is taken as it is.
         many: "" (one value), "comma" (a,b,c) or "list" (A B C: for files). The field is a tuple then.
         choices: the only values allowed, each of them where there are many.
+        required: the default is no value that can be used.
     """
 
     help: str
@@ -55,6 +56,7 @@ class Option:
     parse: Callable[[str], Any] = str
     many: str = ""
     choices: tuple[Any, ...] = ()
+    required: bool = False
 
 
 def option(default: Any, help: str, **how: Any) -> Any:  # noqa: A002  as argparse calls it
@@ -132,6 +134,10 @@ class Task(ABC):
                 | {"skipped": sum("skipped" in r for r in members)}
             )
         return rows
+
+    def check_record(self, record: Record) -> None:
+        """Raise an exception, of whatever type, for a record of another form than `summarize` and `table` need."""
+        self.table(self.summarize([record]))
 
     def table(self, rows: Sequence[Record]) -> list[list[str]]:
         """The summary for the terminal: cells of text, the heading first. By default scores in percent by length."""

@@ -104,7 +104,12 @@ class Perplexity(Task):
     )
     samples: int = option(2, "stretches of each text, spread over it", metavar="N", parse=int)
     text: tuple[Path, ...] = option(
-        (), "UTF-8 text files that the model has not been trained on", metavar="FILE", parse=Path, many="list"
+        (),
+        "UTF-8 text files that the model has not been trained on",
+        metavar="FILE",
+        parse=Path,
+        many="list",
+        required=True,
     )
     buckets: str | int = option(
         LOG, "width of the buckets of positions in tokens, or log: 128, then doubling", metavar="N", parse=parse_buckets

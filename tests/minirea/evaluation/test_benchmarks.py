@@ -77,6 +77,18 @@ def text(prompt: Prompt, tokenizer: Tokenizer, question: int = 0) -> str:
     return tokenizer.decode([*prompt.context, *prompt.questions[question].ids])
 
 
+@pytest.mark.parametrize("labels", [["MR. JONES"], ["ANN", "MR. JONES"], [["MR. JONES", "ANN"]]])
+def test_every_label_of_a_dialogue_counts_and_may_have_several_words(
+    tmp_path: Path, tokenizer: Tokenizer, labels: list[Any]
+) -> None:
+    write(tmp_path / "longdialogue_qa_eng.jsonl", INFINITE | {"answer": labels})
+    (cell,) = cells(InfiniteBench, tmp_path, tokenizer)
+    (question,) = cell.build().questions
+    assert question.score("That would be Mr. Jones.") == 1
+    assert question.score("Ann!") == float("ANN" in str(labels))
+    assert question.score("Mr. Smith") == 0
+
+
 # --- LongBench ---
 def test_longbench_uses_the_published_templates_where_they_are(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write(tmp_path / "data" / "hotpotqa.jsonl", LONGBENCH | {"all_classes": None, "length": 4, "_id": "x"})

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.util
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,14 @@ from minirea.cli import main
 from minirea.errors import InputError, MemoryLimitError, MissingExtraError, MissingFileError
 from minirea.evaluation import report
 from minirea.evaluation.frame import plots
+from minirea.evaluation.frame import records as records_module
 from minirea.evaluation.frame.cells import Prompt, PromptCell, Question, common_prefix
-from minirea.evaluation.frame.records import Results
+from minirea.evaluation.frame.records import RECORDS, Results
 from minirea.evaluation.frame.runner import render
-from minirea.evaluation.frame.tasks import make_task
+from minirea.evaluation.frame.tasks import make_task, parsed
 from minirea.evaluation.lengths import parse_length, short_length
 from minirea.evaluation.registry import names, task_class
+from minirea.evaluation.text.haystack import Haystack, Stretch
 
 DEMO = Path(__file__).parents[3] / "weights" / "demo"
 SCOPE: dict[str, Any] = {"global_size": 4, "local_size": 64, "span_size": 8, "max_spans": 6, "chunk_size": 32}
@@ -299,9 +304,193 @@ def test_directories_that_cannot_be_used(tmp_path: Path) -> None:
         Results(tmp_path / "stray", settings)
     (tmp_path / "stray" / "settings.json").write_text('{"task": "needle"}')
     for line in ("{}", "[1]", "\x00", '{"id": 3}'):
-        (tmp_path / "stray" / "records.jsonl").write_text(f'{{"id": "a"}}\n{line}\n')
+        (tmp_path / "stray" / "records.jsonl").write_text(f"{json.dumps(GOOD)}\n{line}\n")
         with pytest.raises(InputError, match=r"records.jsonl: line 2 is no record"):
             Results(tmp_path / "stray", settings)
+
+
+GOOD = {"id": "full length=300", "attention": "full", "length": 300, "depth": 0.5, "sample": 0, "score": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"score": ...}, "it has no score, expected a number or null"),
+        ({"score": "1.0"}, 'score is "1.0", expected a number or null'),
+        ({"score": [1.0]}, "score is [1.0], expected a number or null"),
+        ({"score": True}, "score is true, expected a number or null"),
+        ({"score": 2}, "score is 2, expected 0 to 1"),
+        ({"score": float("nan")}, "it holds NaN, expected finite numbers"),
+        ({"key": {"a": [float("inf")]}}, "it holds Infinity, expected finite numbers"),
+        ({"attention": ...}, "it has no attention, expected text"),
+        ({"attention": 3}, "attention is 3, expected text"),
+        ({"length": "300"}, 'length is "300", expected an integer'),
+        ({"length": None}, "length is null, expected an integer"),
+        ({"depth": {}}, "depth is {}, expected a number"),
+        ({"depth": ...}, "KeyError: 'depth'"),
+        ({"score": None}, "TypeError: "),
+        ("[" * 100_000 + "]" * 100_000, "RecursionError: "),
+        ("{" * 3, "JSONDecodeError: "),
+        ({"score": 0.5}, "has the id of line 1 and another score"),
+    ],
+)
+def test_records_that_are_none_are_told_by_line_and_never_averaged(
+    uninterrupted: Path, tmp_path: Path, llm: minirea.LLM, line: Any, message: str
+) -> None:
+    shutil.copy(uninterrupted / "settings.json", tmp_path)
+    first = GOOD | {"id": "first"} if message.startswith("has the id") is False else GOOD
+    bad = line if isinstance(line, str) else json.dumps({k: v for k, v in (GOOD | line).items() if v is not ...})
+    (tmp_path / RECORDS).write_text(f"{json.dumps(first)}\n{bad}\n")
+    before = (tmp_path / RECORDS).read_bytes()
+    with pytest.raises(InputError, match=rf"{RECORDS}: line 2 ") as error:
+        minirea.evaluate("needle", llm, out=tmp_path, **NEEDLE)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=rf"{RECORDS}: line 2 "):
+        report([tmp_path], tmp_path / "report")
+    assert (tmp_path / RECORDS).read_bytes() == before
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_record_that_was_skipped_may_come_again(uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copy(uninterrupted / "settings.json", tmp_path)
+    records = [GOOD | {"score": None, "skipped": "too long"}, GOOD, GOOD]
+    (tmp_path / RECORDS).write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert [record["score"] for record in report([tmp_path], tmp_path / "report").records] == [1.0]
+
+
+class FullDisk(FileIO):
+    """A file that takes half of the last line and then no more."""
+
+    room = 0
+
+    def write(self, data: Any) -> int:
+        if not FullDisk.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        FullDisk.room -= 1
+        return super().write(data[: max(1, len(data) // 2)])
+
+
+def test_a_full_disk_is_one_line_and_loses_no_answer(
+    llm: minirea.LLM, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(records_module, "FileIO", FullDisk)
+        FullDisk.room = 31
+        with pytest.raises(InputError, match=r"^out is '.*', which cannot be written: No space left") as error:
+            minirea.evaluate("needle", llm, attention=MODES, out=tmp_path, **NEEDLE)
+    assert "the answers that records.jsonl holds stay" in str(error.value)
+    kept = lines(tmp_path)
+    assert 0 < len(kept) < 36
+    assert all(json.loads(line)["id"] for line in kept)
+    asked = count_answers(monkeypatch)
+    minirea.evaluate("needle", llm, attention=MODES, out=tmp_path, **NEEDLE)
+    assert asked() == 36 - len(kept)
+    assert (tmp_path / "summary.json").read_bytes() == (uninterrupted / "summary.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["settings.json", "summary.json"])
+def test_a_summary_that_cannot_be_written_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if name == "settings.json":
+            patch.setattr(os, "replace", refuse)
+        with pytest.raises(InputError, match="which cannot be written"), Results(tmp_path, {"task": "x"}) as results:  # noqa: PT012
+            patch.setattr(os, "replace", refuse)
+            results.summarize({})
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_records_removed_in_mid_run_are_written_anew(tmp_path: Path) -> None:
+    with Results(tmp_path / "r", {"task": "x"}) as results:
+        for index in range(4):
+            results.add(GOOD | {"id": str(index)})
+            if index == 1:
+                shutil.rmtree(tmp_path / "r")
+        results.summarize({})
+        (tmp_path / "r" / RECORDS).unlink()
+        results.summarize({})
+        assert [json.loads(line)["id"] for line in lines(tmp_path / "r")] == ["0", "1", "2", "3"]
+        with pytest.raises(InputError, match="which another evaluation is writing to"):
+            Results(tmp_path / "r", {"task": "x"})
+        (tmp_path / "other").write_text("")
+        (tmp_path / "other").replace(tmp_path / "r" / RECORDS)
+        with pytest.raises(InputError, match=r"whose records.jsonl another program has replaced"):
+            results.add(GOOD)
+
+
+def test_a_run_of_less_shows_all_that_the_directory_holds(
+    llm: minirea.LLM, uninterrupted: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "summary.json").write_text(json.dumps({"environment": {"machine": "another", "torch": "1"}}))
+    less = NEEDLE | {"lengths": (300,), "samples": 1}
+    evaluation = minirea.evaluate("needle", llm, attention="full", out=tmp_path, **less)
+    assert len(evaluation.records) == 36
+    rows = {(row["attention"], row["length"]): row for row in evaluation.rows}
+    expected = {(row["attention"], row["length"]): row for row in json_of(uninterrupted)["rows"]}
+    assert rows == expected
+    assert json_of(tmp_path)["environment"]["machine"][0] == "another"
+
+
+def test_another_model_is_told_by_name_before_its_weights_are_read(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = NEEDLE | {"samples": 1, "lengths": (300,)}
+    minirea.evaluate("needle", model, out=tmp_path / "out", device="cpu", **options)
+    other = write_model(tmp_path / "other", num_hidden_layers=1)
+    moved = shutil.copytree(model, tmp_path / "moved")
+    minirea.evaluate("needle", moved, out=tmp_path / "out", device="cpu", **options)  # the same under another name
+    monkeypatch.setattr(minirea.api, "load_weights", None)
+    with pytest.raises(InputError, match=rf'evaluation: model is "{model.name}" there and "other" here'):
+        minirea.evaluate("needle", other, out=tmp_path / "out", device="cpu", **options)
+    with pytest.raises(InputError, match="seed is 5 there and 6 here"):
+        minirea.evaluate("needle", model, out=tmp_path / "out", device="cpu", **options | {"seed": 6})
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("needle", {"samples": 10**12}),
+        ("needle", {"depths": 10**12}),
+        ("needle", {"share": 10**12}),
+        ("needle", {"separate": True, "needles": 10**12}),
+        ("needle", {"samples": 10**5, "depths": 10**4}),
+        ("passkey", {"depths": 10**12}),
+        ("passkey", {"samples": 10**12}),
+        ("kv", {"samples": 10**12}),
+        ("number-string", {"depths": 10**12}),
+        ("code-run", {"samples": 10**12}),
+        ("code-run", {"calls": (10**12,)}),
+        ("ruler", {"samples": 10**12}),
+        ("perplexity", {"samples": 10**12, "text": ("x",)}),
+        ("mechanism", {"samples": 10**12}),
+        ("mechanism", {"depths": 10**12}),
+    ],
+)
+def test_more_than_a_run_could_list_is_refused_at_once(task: str, options: dict[str, Any]) -> None:
+    name = "samples" if len(options) == 2 and "depths" in options else next(n for n in options if options[n] != True)  # noqa: E712
+    with pytest.raises(InputError, match=rf"^{name} is .*expected .*(\d to|at most) "):
+        make_task(task_class(task), options)
+
+
+@pytest.mark.parametrize("name", ["needle", "passkey", "kv", "number-string", "code-run", "ruler"])
+def test_what_cannot_fit_is_skipped_before_a_prompt_is_made(
+    llm: minirea.LLM, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def refuse(_: minirea.LLM, capacity: int = 0) -> Any:
+        raise MemoryLimitError(f"{capacity} do not fit")
+
+    monkeypatch.setattr(minirea.LLM, "session", refuse)
+    monkeypatch.setattr(Stretch, "head", None)
+    monkeypatch.setattr(Haystack, "stretch", None)
+    records = minirea.evaluate(name, llm, lengths="200m", samples=1).records
+    assert records
+    assert {record["skipped"] for record in records} == {f"{200 * 2**20} do not fit"}
 
 
 def test_a_report_of_parts_is_that_of_the_whole(llm: minirea.LLM, uninterrupted: Path, tmp_path: Path) -> None:
@@ -594,3 +783,43 @@ def test_help_of_a_task_shows_its_defaults(capsys: pytest.CaptureFixture[str]) -
     assert status == 0
     assert "(default: 10)" in out
     assert "(default: 4096,16384)" in " ".join(out.split())
+
+
+def test_help_marks_what_is_required_and_says_what_a_flag_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in names():
+        _, out, _ = run(capsys, name, "--help")
+        text = " ".join(out.split())
+        for field in dataclasses.fields(task_class(name)):
+            flag = f"--{field.name.replace('_', '-')}"
+            assert bool(re.search(rf"\[{flag}[ \]]", text)) != field.metadata["option"].required, (name, flag)
+    for name, flag in (
+        ("longbench", "--data"),
+        ("leval", "--data"),
+        ("infinitebench", "--data"),
+        ("perplexity", "--text"),
+    ):
+        status, _, err = run(capsys, name, "--model", "m", "--out", "o")
+        assert (status, f"the following arguments are required: {flag}" in err) == (2, True)
+    _, out, _ = run(capsys, "needle", "--help")
+    assert "share a haystack" in " ".join(out.split())
+
+
+def test_the_defaults_that_help_shows_are_taken_by_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    count = 0
+    for name in names():
+        _, out, _ = run(capsys, name, "--help")
+        for field in dataclasses.fields(task_class(name)):
+            how, flag = field.metadata["option"], f"--{field.name.replace('_', '-')}"
+            about = re.search(rf"^  {flag} .*?(?=\n  -|\Z|\n\n)", out, re.MULTILINE | re.DOTALL)
+            assert about is not None
+            shown = re.search(r"\(default: (.*)\)$", " ".join(about[0].split()))
+            if shown is None or "(default" in how.help:
+                continue
+            typed = shown[1].split(" ") if how.many == "list" else [shown[1]]
+            value = [parsed(field.name, json.loads(one) if one[:1] == '"' else one, how) for one in typed]
+            if isinstance(field.default, str):
+                assert value[0].split() == field.default.split()  # help breaks lines
+            else:
+                assert (tuple(one[0] for one in value) if how.many == "list" else value[0]) == field.default
+            count += 1
+    assert count > 40
