@@ -24,6 +24,9 @@ _THETA: Final = {"lowest": 1.0, "highest": 1e15}
 _FACTOR: Final = {"lowest": 1e-4, "highest": 1e6}
 _LARGEST_HEAD_DIM: Final = 4096
 
+# Matrices in 8 bits, float or integer, with a scale per tensor or row.
+_QUANT_METHODS: Final = ("compressed-tensors", "fp8", "fbgemm_fp8")
+_QUANT_FORMATS: Final = ("float-quantized", "int-quantized", "naive-quantized")
 _FLOAT64: Final = "float64"  # nothing is computed in it: such a checkpoint runs in float32
 _SENSIBLE_LENGTHS: Final = range(16, 10**9)  # of a tokenizer's model_max_length; 10^30 says that there is none
 
@@ -153,8 +156,6 @@ def _from_hugging_face(c: JsonObject, tokenizer_length: int | None) -> ModelConf
     family = _family(c)
     if c.values.get("hidden_act", "silu") not in ("silu", "swish"):
         raise c.fail("hidden_act", '"silu"')
-    if c.values.get("quantization_config") is not None:
-        raise c.fail("quantization_config", "no such key: minirea reads float32, float16 and bfloat16 weights")
     hidden_size, num_heads = c.integer("hidden_size"), c.integer("num_attention_heads")
     max_position = c.integer("max_position_embeddings", tokenizer_length or family.max_position_embeddings)
     kv_heads_if_null = num_heads if "num_key_value_heads" in c.values else family.num_kv_heads or num_heads
@@ -175,6 +176,7 @@ def _from_hugging_face(c: JsonObject, tokenizer_length: int | None) -> ModelConf
         qkv_bias=_has_bias(c, family.qkv_bias),
         o_bias=_has_bias(c, family.o_bias),
         mlp_bias=_has_bias(c, family.mlp_bias),
+        quantized=_is_quantized(c),
         dtype=_dtype(c),
     )
     return _checked(config, c, heads="num_attention_heads", kv_heads="num_key_value_heads")
@@ -223,6 +225,21 @@ def _family(c: JsonObject) -> Family:
 
 def _has_bias(c: JsonObject, declared: bool | str) -> bool:
     return c.boolean(declared, False) if isinstance(declared, str) else declared
+
+
+def _is_quantized(c: JsonObject) -> bool:
+    """Whether matrices are stored in 8 bits with a scale per tensor or row. Other ways are refused by their name."""
+    q = c.child("quantization_config") or c.child("compression_config")
+    if q is None:
+        return False
+    method = q.values.get("quant_method")
+    if method not in _QUANT_METHODS:
+        raise q.fail("quant_method", f"one of {', '.join(_QUANT_METHODS)}: minirea reads no other quantized weights")
+    if method == "compressed-tensors" and q.values.get("format") not in _QUANT_FORMATS:
+        raise q.fail("format", f"one of {', '.join(_QUANT_FORMATS)} with {method}")
+    if q.values.get("weight_block_size") is not None:
+        raise q.fail("weight_block_size", "no such key: minirea reads one scale per tensor or row")
+    return True
 
 
 def _dtype(c: JsonObject) -> str | None:

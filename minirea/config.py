@@ -67,6 +67,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    quantized: bool = False
     dtype: str | None = None
     eos_token_ids: frozenset[int] = frozenset()
 

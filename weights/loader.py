@@ -42,6 +42,8 @@ STAGING_BYTES: Final = 8 * 2**20  # of one reader
 READERS: Final = {"cpu": 4, "cuda": 8}
 
 _DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Of matrices with a scale.
+_QUANTIZED_DTYPES: Final = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
 # What else a tensor that the model has no use for may be stored in, by the bits of an element.
 _OTHER_BITS: Final = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
@@ -82,7 +84,15 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        return _DTYPES[self.stored_as]
+        return _DTYPES.get(self.stored_as) or _QUANTIZED_DTYPES[self.stored_as]
+
+
+class Assigned(NamedTuple):
+    """A tensor of a checkpoint and where it goes. `scale`, one number or one per row, makes quantized values wide."""
+
+    tensor: StoredTensor
+    place: Place
+    scale: StoredTensor | None = None
 
 
 def load_weights(
@@ -116,8 +126,6 @@ def load_weights(
         MissingFileError: no safetensors file, or a shard is not there.
         InputError: a malformed file, or a missing, misshapen, duplicated or non-finite tensor, or one of another model.
         MemoryLimitError: the weights do not fit on the device.
-
-    Warns (MinireaWarning) of tensors that it does not use, such as a value head.
     """
     tensors = _read_headers(Path(directory))
     table = NameTable(config)
@@ -128,10 +136,16 @@ def load_weights(
     try:
         weights = empty_weights(config, dtype, device, kept)
         transfers = [
-            _Transfer(tensor, weights[place.name][place.rows], place.interleaved, table.is_redundant(place))
-            for tensor, place in assigned
+            _Transfer(
+                tensor,
+                weights[place.name][place.rows],
+                place.interleaved,
+                compare=table.is_redundant(place),
+                scale=None if scale is None else _read_scale(scale, len(tensor.shape)).to(device),
+            )
+            for tensor, place, scale in assigned
         ]
-        total = sum(tensor.nbytes for tensor, _ in assigned)
+        total = sum(tensor.nbytes for tensor, _, _ in assigned)
         # Small models load before a bar could be read.
         with tqdm(
             total=total, unit="B", unit_scale=True, desc="weights", delay=1, leave=False, disable=not progress
@@ -193,10 +207,10 @@ def _shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield pattern.replace("*", str(layer)), shape
 
 
-def _kept_dtypes(assigned: list[tuple[StoredTensor, Place]]) -> dict[str, torch.dtype]:
+def _kept_dtypes(assigned: list[Assigned]) -> dict[str, torch.dtype]:
     """Those of our matrices all parts of which are stored in one half-precision dtype, with that dtype."""
     stored: dict[str, set[torch.dtype]] = {}
-    for tensor, place in assigned:
+    for tensor, place, _ in assigned:
         if len(tensor.shape) == 2:
             stored.setdefault(place.name, set()).add(tensor.dtype)
     halves = ({torch.float16}, {torch.bfloat16})
@@ -355,39 +369,44 @@ def _check_tiling(path: Path, tensors: list[StoredTensor], begin: int, end: int)
 # --- From the checkpoint's tensors to ours ----------------------------------------------------------------------------
 
 
-def _assign(directory: Path, tensors: list[StoredTensor], table: NameTable) -> list[tuple[StoredTensor, Place]]:
+def _assign(directory: Path, tensors: list[StoredTensor], table: NameTable) -> list[Assigned]:
     """Each tensor of the model with its place. Every place of the table is taken, once, by a tensor of its shape."""
-    assigned: dict[tuple[str, int], tuple[StoredTensor, Place]] = {}
+    assigned: dict[tuple[str, int], Assigned] = {}
     extra: list[StoredTensor] = []
+    scales = _scales(tensors) if table.quantized else {}
     for tensor in tensors:
         place = table.find(tensor.name)
         if place is None:
             extra.append(tensor)
             continue
-        if not tensor.is_readable:
+        scale = scales.get(tensor.name)
+        if not tensor.is_readable and not (scale and tensor.stored_as in _QUANTIZED_DTYPES):
+            lacks = f", or {' or '.join(_QUANTIZED_DTYPES)} with a weight_scale" if table.quantized else ""
             raise InputError(
-                f"{tensor} has dtype {tensor.stored_as}, expected one of {', '.join(_DTYPES)}: "
-                "quantized weights are not supported"
+                f"{tensor} has dtype {tensor.stored_as}, expected one of {', '.join(_DTYPES)}{lacks}: "
+                "other quantized weights are not supported"
             )
         if tensor.shape != place.shape:
             raise InputError(f"{tensor} has shape {list(tensor.shape)}, expected {list(place.shape)}")
         if place.slot in assigned:
-            raise InputError(f"{tensor} is also there as {_repr.repr(assigned[place.slot][0].name)}, expected it once")
-        assigned[place.slot] = (tensor, place)
+            other = _repr.repr(assigned[place.slot].tensor.name)
+            raise InputError(f"{tensor} is also there as {other}, expected it once")
+        assigned[place.slot] = Assigned(tensor, place, None if tensor.is_readable else scale)
     head, embedding = assigned.get(("head.weight", 0)), ("embed.weight", 0)
-    if head and table.is_redundant(head[1]) and embedding not in assigned:  # a tied matrix under its other name
-        del assigned[head[1].slot]
-        assigned[embedding] = (head[0], head[1]._replace(name="embed.weight"))
+    if head and table.is_redundant(head.place) and embedding not in assigned:  # a tied matrix under its other name
+        del assigned[head.place.slot]
+        assigned[embedding] = head._replace(place=head.place._replace(name="embed.weight"))
+    used = {entry.scale.name for entry in assigned.values() if entry.scale}
+    extra = [tensor for tensor in extra if tensor.name not in used]
     expected = table.expected([tensor.name for tensor in tensors])
     missing = list(itertools.islice((name for name, place in expected if place.slot not in assigned), _LISTED))
     problems = []
     if missing:
-        found = sum(1 for _, place in assigned.values() if not table.is_redundant(place))
+        found = sum(1 for entry in assigned.values() if not table.is_redundant(entry.place))
         problems.append(f"lacks {_listed(missing, table.count() - found)}")
-    # Integers are buffers, wherever they are. A parameter that the config does not know means another model.
-    wrong = [
-        tensor.name for tensor in extra if missing or (tensor.is_readable and table.changes_the_model(tensor.name))
-    ]
+    # Integers are buffers, wherever they are, but for zero points. A parameter without a place means another model.
+    suspects = [tensor.name for tensor in extra if missing or tensor.is_readable or table.quantized]
+    wrong = [name for name in suspects if missing or table.changes_the_model(name)]
     if wrong:
         problems.append(f"holds {_listed(wrong, len(wrong))}, for which the config has no place")
     if problems:
@@ -395,8 +414,23 @@ def _assign(directory: Path, tensors: list[StoredTensor], table: NameTable) -> l
     return list(assigned.values())
 
 
-def _warn_of_unused(directory: Path, tensors: list[StoredTensor], assigned: list[tuple[StoredTensor, Place]]) -> None:
-    used = {tensor.name for tensor, _ in assigned}
+def _scales(tensors: list[StoredTensor]) -> dict[str, StoredTensor]:
+    """The scale of each quantized matrix by the matrix's name. One number or one per row, or an error."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    scales = {}
+    for name, scale in by_name.items():
+        weight = by_name.get(name.removesuffix("_scale"))
+        if not name.endswith(".weight_scale") or weight is None:
+            continue
+        if not scale.is_readable or scale.shape not in ((), (1,), (1, 1), weight.shape[:1], (*weight.shape[:1], 1)):
+            found = f"{scale.stored_as} {list(scale.shape)}"
+            raise InputError(f"{scale} is {found}, expected floating-point numbers, one or one per row")
+        scales[weight.name] = scale
+    return scales
+
+
+def _warn_of_unused(directory: Path, tensors: list[StoredTensor], assigned: list[Assigned]) -> None:
+    used = {tensor.name for entry in assigned for tensor in (entry.tensor, entry.scale) if tensor}
     unused = [tensor.name for tensor in tensors if tensor.name not in used]
     if unused:
         listed = _listed(unused, len(unused))
@@ -413,12 +447,14 @@ class _Transfer:
     """One tensor's way from its file into its `rows` of ours, in blocks of bounded size.
 
     `interleaved` is Place's. With `compare` the rows hold the values already, and the file's must be the same.
+    The values are multiplied by `scale`, float32 [1] or [rows, 1] on the device.
     """
 
     tensor: StoredTensor
     rows: torch.Tensor
     interleaved: int
     compare: bool
+    scale: torch.Tensor | None = None
 
     @property
     def in_place(self) -> bool:
@@ -440,6 +476,14 @@ class _Transfer:
         """The tensor in pieces, in file order."""
         for first_row in range(0, len(self.rows), self.block_rows):
             yield _Block(self, first_row, self.rows[first_row : first_row + self.block_rows])
+
+    def values(self, staging: torch.Tensor, first_row: int) -> torch.Tensor:
+        """The bytes of the rows from `first_row` on as numbers, those of a quantized matrix as float32."""
+        staged = staging.view(self.tensor.dtype)
+        if self.scale is None:
+            return staged
+        wide = staged.to(self.rows.device, non_blocking=True).float().view(-1, *self.rows.shape[1:])
+        return wide.mul_(self.scale[first_row : first_row + len(wide)] if len(self.scale) > 1 else self.scale)
 
     def unstage(self, rows: torch.Tensor, staged: torch.Tensor) -> None:
         """Put a block's values, in the file's dtype and row order, into `rows`, or compare them."""
@@ -478,7 +522,7 @@ class _Block(NamedTuple):
             else:
                 staging = workspace.staging[: self.nbytes]
                 _read_into(file, offset, _bytes_of(staging))
-                transfer.unstage(self.rows, staging.view(tensor.dtype))
+                transfer.unstage(self.rows, transfer.values(staging, self.first_row))
             low, high = torch.aminmax(self.rows)  # NaN makes both NaN
             if not math.isfinite(low) or not math.isfinite(high):  # asking waits for the stream
                 raise InputError(
@@ -547,6 +591,14 @@ def _read_into(file: FileIO, offset: int, buffer: memoryview) -> None:
             buffer = buffer[count:]
     except OSError as error:
         raise InputError(f"{file.name}: cannot be read: {error.strerror}") from None
+
+
+def _read_scale(scale: StoredTensor, dimensions: int) -> torch.Tensor:
+    """A quantized matrix's scale, float32 [1, ...] or [rows, 1, ...] with as many dimensions as the matrix."""
+    values = torch.empty(scale.shape, dtype=scale.dtype)
+    with _open(scale.path) as file:
+        _read_into(file, scale.offset, _bytes_of(values))
+    return values.float().view(-1, *(1,) * (dimensions - 1))
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -32,8 +32,11 @@ _TABLE: Final = (
 # Mistral's own RoPE rotates neighbouring rows (2i, 2i + 1) of a head, ours rows (i, i + D/2).
 _INTERLEAVED: Final = ("layers.*.attention.wq", "layers.*.attention.wk")
 
-# Buffers that older exports saved with the weights; all follow from the config.
-_IGNORED: Final = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|rope\.freqs)")
+# Buffers that older exports saved with the weights, which follow from the config, and scales for quantizing activations
+# or the cache, which stay as precise as they are.
+_IGNORED: Final = re.compile(
+    r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|rope\.freqs|(input|output|q|k|v)_scale|input_scale_ub)"
+)
 _LAYER: Final = re.compile(r"((?:model\.)?layers\.)(0|[1-9][0-9]{0,8})\.")
 _IN_A_LAYER: Final = re.compile(r"(model\.)?layers\.")
 
@@ -64,6 +67,7 @@ class NameTable:
 
     def __init__(self, config: ModelConfig) -> None:
         self.num_layers = config.num_layers
+        self.quantized = config.quantized
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._hugging_face: dict[str, Place] = {}
         self._mistral: dict[str, Place] = {}
