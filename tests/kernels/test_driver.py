@@ -197,9 +197,7 @@ def test_no_home_directory_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     monkeypatch.setenv("TRITON_HOME", "~/")  # what Triton finds for a user who has none
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        InputError, match=r"^there is no home directory .* TRITON_CACHE_DIR to name a directory"
-    ):
+    with pytest.raises(InputError, match=r"^there is no home directory .* TRITON_CACHE_DIR to name a directory"):
         compile_scale()
     assert not list(tmp_path.iterdir())
 
