@@ -14,14 +14,16 @@ the arguments that run in C, and Triton's own rules for specializing are applied
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import itertools
 import operator
+import os
 import struct
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from ctypes import POINTER, byref, c_char_p, c_int, c_uint, c_uint64, c_void_p
 from typing import Any, Final, NamedTuple
 
@@ -332,6 +334,7 @@ class _Thread(threading.local):
         self.context = c_void_p()
         self.context_address = byref(self.context)
         self.calls: dict[object, Call] = {}
+        self.compilers: Executor | None = None  # set while this thread compiles what it would launch
 
 
 _thread: Final = _Thread()
@@ -365,6 +368,20 @@ def launch(
         _launch(function, programs, device.index, arguments, constants)
 
 
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Meanwhile this thread's launches only compile: side by side in threads, which are waited for at the end.
+
+    What other threads need of it they wait for as well. What cannot be compiled is told by the launch that needs it.
+    """
+    calls, _thread.calls = _thread.calls, {}
+    try:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as _thread.compilers:
+            yield
+    finally:
+        _thread.calls, _thread.compilers = calls, None
+
+
 def _launch(
     function: triton.JITFunction, programs: int, device: int, arguments: Sequence[Any], constants: dict[str, Any]
 ) -> None:
@@ -396,8 +413,12 @@ def _launch(
     context = _current_context(device)
     call = _thread.calls.get((context, key))
     if call is None:
-        variant = kernel.variant(key, _target(device), arguments, constants, layout)
-        call = _thread.calls.setdefault((context, key), Call(variant, context))
+        compile_it = functools.partial(kernel.variant, key, _target(device), arguments, constants, layout)
+        if _thread.compilers is not None:
+            hash(function)  # in the order of launches: Triton 3.6 names what it keeps on the disk by that order too
+            _thread.compilers.submit(compile_it)
+            return
+        call = _thread.calls.setdefault((context, key), Call(compile_it(), context))
     call.launch(programs, torch._C._cuda_getCurrentRawStream(device), [*pointers, *numbers])
 
 

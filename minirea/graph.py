@@ -94,11 +94,13 @@ def compiling_decode_step(model: Model) -> Iterator[None]:
 
 @torch.inference_mode()
 def _compile_decode_step(model: Model) -> None:
-    """Run a step over one layer and one token, on a stream where nobody captures."""
+    """Compile what a step over one layer and one token launches, all at the same time; nothing is launched."""
+    from minirea.kernels.driver import compiling  # imports triton
+
     first_layer = copy.copy(model)
     first_layer.layers = model.layers[:1]
     config = dataclasses.replace(model.config, num_layers=1)
-    with contextlib.suppress(Exception):  # the step itself will have and tell it
+    with contextlib.suppress(Exception), compiling():  # the step itself will have and tell it
         cache = KVCache(config, 16, model.attention.dense_limit, model.device, model.dtype)
         sampler = Sampler(SamplingConfig(), [], config.vocab_size, model.device)
         DecodeStep(first_layer, cache, 0, sampler).run()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -77,7 +77,7 @@ def recorded(model: str) -> list[Launch]:
 
 
 def launch_by_triton(
-    kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], constants: dict[str, Any]
+    kernel: Any, programs: int, device: torch.device, arguments: Sequence[Any], constants: dict[str, Any]
 ) -> None:
     """What takes the place of minirea.kernels.driver.launch, to compare with."""
     with torch.cuda.device(device):

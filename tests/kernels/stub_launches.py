@@ -183,6 +183,18 @@ def in_contexts() -> list[list[str]]:
     return result
 
 
+def compiled_ahead() -> dict[str, Any]:
+    """All cases as `compiling` takes them, the first of them launched before, then as they are launched."""
+    first, *others = cases()[4:]
+    launched = recorded(lambda: ours(*first))
+    with driver.compiling():
+        ahead = recorded(lambda: [ours(*case) for case in (first, *others)])
+    compile_it, compiled = triton.compile, []
+    triton.compile = lambda *arguments, **options: compiled.append(1) or compile_it(*arguments, **options)
+    after = recorded(lambda: [ours(*case) for case in (first, *others)])
+    return {"launched": launched, "ahead": ahead, "after": after, "cases": len(others), "compiled after": len(compiled)}
+
+
 def many_threads() -> list[str]:
     """Launches of four threads at once, each with a number of its own."""
     x = torch.zeros(4096)

@@ -127,6 +127,15 @@ def test_threads_do_not_mix_their_arguments(stub: Callable[..., Any]) -> None:
     assert sum(line.startswith("cuModuleLoadData") for line in lines) == 1
 
 
+def test_kernels_are_compiled_without_a_launch(stub: Callable[..., Any]) -> None:
+    """`compiling` asks libcuda for nothing, also where a launch is already prepared; later launches compile nothing."""
+    found = stub("compiled_ahead")
+    assert sum(line.startswith("cuLaunchKernelEx") for line in found["launched"]) == 1
+    assert found["ahead"] == []
+    assert sum(line.startswith("cuLaunchKernelEx") for line in found["after"]) == 1 + found["cases"]
+    assert found["compiled after"] == 0
+
+
 def test_errors_have_cudas_name_and_text(stub: Callable[..., Any]) -> None:
     found = stub("errors")
     for call, expected in {
