@@ -131,7 +131,7 @@ def test_scales_of_activations_and_cache_are_left_out(tmp_path: Path) -> None:
         (FLOAT_CONFIG | {"format": None}, "format is null"),
         (FLOAT_CONFIG | {"format": {"a": 1}}, "format"),
         (FP8_CONFIG | {"weight_block_size": [128, 128]}, r"weight_block_size is \[128, 128\]"),
-        ("fp8", "quantization_config"),
+        ("fp8", '_config is "fp8"'),
     ],
 )
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
