@@ -172,7 +172,7 @@ class ModelFiles(_Encoder):
         attention, dtype, device = self.attention, self.dtype, self.attention.device
         plan_run(self.path, attention, dtype, num_tokens).check(device)
         weights = load_weights(self.path, self.config, device, dtype, progress, keeps_half(dtype, device))
-        return LLM(Model(self.config, weights, attention), self._tokenizer, self.path)
+        return LLM(Model(self.config, weights, attention, progress), self._tokenizer, self.path)
 
 
 class LLM(_Encoder):

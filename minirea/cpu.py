@@ -8,17 +8,20 @@ or float16 the change of format loses nothing (see `pack`): it is float32 arithm
 
 from __future__ import annotations
 
+import heapq
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
+
+from minirea.threads import thread_pool
 
 HALF_TYPES: Final = (torch.bfloat16, torch.float16)
-PACKING_THREADS: Final = min(2, os.cpu_count() or 1)  # each holds one matrix in float32
+MAX_PREPARING_THREADS: Final = 4  # each holds one matrix in float32
 _LARGEST_EXPONENT: Final = 15  # packed weights lie in (-2^15, 2^15)
 _LARGEST_SCALE: Final = 126  # as an exponent: its inverse is a normal float32
 
@@ -56,17 +59,32 @@ def pack(matrix_NK: Tensor) -> PackedMatrix:
     low, high = torch.aminmax(matrix_NK)
     largest = max(-float(low), float(high))
     scale = 2.0 ** min(_LARGEST_SCALE, _LARGEST_EXPONENT - math.frexp(largest)[1])
-    scaled = torch.empty(matrix_NK.shape, dtype=torch.float32)
-    torch.mul(matrix_NK, scale, out=scaled)
+    scaled = matrix_NK.float().mul_(scale)  # three times faster than one product of both dtypes
     packed = torch.ops.quantized.linear_prepack_fp16(scaled, None)
     return PackedMatrix(packed, scale, matrix_NK.numel() * torch.float16.itemsize)
 
 
-def prepare(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
+def preparing_bytes(sizes: Iterable[int]) -> int:
+    """What `prepare` holds at most beside its arguments and results, for matrices of so many elements.
+
+    Each of its threads has a matrix in float32, and the packed one beside the one that it replaces.
+    """
+    largest = heapq.nlargest(_preparing_threads(), sizes)
+    return sum(largest) * (torch.float32.itemsize + torch.float16.itemsize)
+
+
+def _preparing_threads() -> int:
+    return min(MAX_PREPARING_THREADS, torch.get_num_threads())
+
+
+def prepare(weights: dict[str, Tensor], dtype: torch.dtype, progress: bool = False) -> dict[str, Any]:
     """Every matrix as this CPU multiplies by it fastest, for arithmetic in `dtype`. `weights` is emptied on the way.
 
     Half-precision matrices are packed for float32 arithmetic; the embedding, of which rows are looked up, stays.
     Others are stored column by column, which MKL multiplies one row by twice as fast as row by row.
+
+    Args:
+        progress: show a bar of bytes on stderr: packing takes longer than reading.
 
     Returns:
         name -> Tensor or PackedMatrix. A tied head is one object with the embedding unless it is packed.
@@ -83,43 +101,27 @@ def prepare(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
             return tensor
         return pack(tensor) if half else tensor.t().contiguous().t()
 
-    names = list(weights)
-    with ThreadPoolExecutor(PACKING_THREADS) as pool:
-        prepared = dict(zip(names, pool.map(fastest, names), strict=True))
+    sizes = {name: tensor.nbytes for name, tensor in weights.items()}
+    names = sorted(sizes, key=sizes.__getitem__, reverse=True)  # no thread should be left with the largest at the end
+    prepared = {}
+    with (
+        thread_pool(_preparing_threads(), "prepare") as pool,
+        tqdm(
+            total=sum(sizes.values()),
+            unit="B",
+            unit_scale=True,
+            desc="packing",
+            delay=1,
+            leave=False,
+            disable=not progress,
+        ) as bar,
+    ):
+        for name, matrix in zip(names, pool.map(fastest, names), strict=True):
+            prepared[name] = matrix
+            bar.update(sizes[name])
     if tied:
         prepared["head.weight"] = prepared["embed.weight"]
     return prepared
-
-
-def linear(x_TK: Tensor, matrix_NK: Tensor | PackedMatrix, bias_N: Tensor | None = None) -> Tensor:
-    """x_TK times the matrix transposed, plus the bias: [T, N]. On any device; only a CPU has packed matrices."""
-    if isinstance(matrix_NK, PackedMatrix):
-        out_TN = matrix_NK.multiply(x_TK).mul_(matrix_NK.inverse_scale)
-        return out_TN if bias_N is None else out_TN.add_(bias_N)
-    return F.linear(x_TK, matrix_NK, bias_N)
-
-
-def add_linear(sum_TN: Tensor, x_TK: Tensor, matrix_NK: Tensor | PackedMatrix, bias_N: Tensor | None = None) -> None:
-    """sum_TN += linear(...), by a product that ends in the sum where there is one: one rounding, no pass of its own."""
-    if bias_N is not None:
-        sum_TN += linear(x_TK, matrix_NK, bias_N)
-    elif isinstance(matrix_NK, PackedMatrix):
-        sum_TN.add_(matrix_NK.multiply(x_TK), alpha=matrix_NK.inverse_scale)
-    else:
-        sum_TN.addmm_(x_TK, matrix_NK.t())
-
-
-def norm_linear(
-    x_TE: Tensor, norm_E: Tensor, eps: float, matrix_NE: Tensor | PackedMatrix, bias_N: Tensor | None = None
-) -> Tensor:
-    """linear(rms_norm(x_TE), ...): [T, N]. The scale of a packed matrix is undone in the norm, where it costs least.
-
-    A power of two commutes with the product, exactly but for elements so small that they turn subnormal.
-    """
-    if not isinstance(matrix_NE, PackedMatrix):
-        return linear(rms_norm(x_TE, norm_E, eps), matrix_NE, bias_N)
-    out_TN = matrix_NE.multiply(rms_norm(x_TE, norm_E, eps, matrix_NE.inverse_scale))
-    return out_TN if bias_N is None else out_TN.add_(bias_N)
 
 
 def attend(q_GRD: Tensor, k_GND: Tensor, v_GND: Tensor) -> Tensor:

@@ -15,25 +15,26 @@ from torch import Tensor
 from minirea.attention import Attention
 from minirea.cache import KVCache
 from minirea.config import ModelConfig
-from minirea.cpu import PackedMatrix, add_linear, linear, norm_linear, prepare
+from minirea.cpu import prepare
 from minirea.kernels import prefill_kernels
+from minirea.linear import Matrix, add_linear, norm_linear
 
 
 class Layer(NamedTuple):
     """Weights of one block. q, k and v share one matrix, and so do gate and up: one read, one launch.
 
-    On a CPU a matrix may be a PackedMatrix; `linear` takes both.
+    What a Matrix is, minirea.linear says.
     """
 
     attn_norm: Tensor  # [E]
-    qkv: Tensor | PackedMatrix  # [(H + 2G) D, E]
+    qkv: Matrix  # [(H + 2G) D, E]
     qkv_bias: Tensor | None
-    o: Tensor | PackedMatrix  # [E, H D]
+    o: Matrix  # [E, H D]
     o_bias: Tensor | None
     mlp_norm: Tensor  # [E]
-    gate_up: Tensor | PackedMatrix  # [2F, E]
+    gate_up: Matrix  # [2F, E]
     gate_up_bias: Tensor | None
-    down: Tensor | PackedMatrix  # [E, F]
+    down: Matrix  # [E, F]
     down_bias: Tensor | None
 
 
@@ -42,17 +43,20 @@ class Model:
 
     Args:
         weights: what minirea.weights.load_weights returns; on a CPU it is emptied. Arithmetic is in the norms' dtype.
+        progress: show a bar on stderr while a CPU rearranges them.
     """
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Any], attention: Attention) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: dict[str, Any], attention: Attention, progress: bool = False
+    ) -> None:
         self.config = config
         self.attention = attention
         self.kernels = prefill_kernels(attention.impl)
         if weights["norm.weight"].is_cpu:
-            weights = prepare(weights, weights["norm.weight"].dtype)
+            weights = prepare(weights, weights["norm.weight"].dtype, progress)
         self.embed: Tensor = weights["embed.weight"]  # [V, E]
         self.norm: Tensor = weights["norm.weight"]  # [E]
-        self.head: Tensor | PackedMatrix = weights["head.weight"]  # [V, E]
+        self.head: Matrix = weights["head.weight"]  # [V, E]
         self.layers = [_layer(weights, index) for index in range(config.num_layers)]
 
     @property
@@ -131,12 +135,8 @@ class Model:
         qkv = self._norm_linear(x_TE, layer.attn_norm, layer.qkv, layer.qkv_bias)
         return qkv.view(len(x_TE), -1, self.config.head_dim)
 
-    def _norm_linear(
-        self, x_TE: Tensor, norm_E: Tensor, matrix_NE: Tensor | PackedMatrix, bias_N: Tensor | None = None
-    ) -> Tensor:
-        if x_TE.is_cpu:
-            return norm_linear(x_TE, norm_E, self.config.norm_eps, matrix_NE, bias_N)
-        return linear(self.kernels.rms_norm(x_TE, norm_E, self.config.norm_eps), matrix_NE, bias_N)
+    def _norm_linear(self, x_TE: Tensor, norm_E: Tensor, matrix_NE: Matrix, bias_N: Tensor | None = None) -> Tensor:
+        return norm_linear(x_TE, norm_E, self.config.norm_eps, matrix_NE, bias_N, self.kernels.rms_norm)
 
 
 def _layer(weights: dict[str, Any], index: int) -> Layer:

@@ -10,7 +10,7 @@ import torch
 from minirea.attention import Attention
 from minirea.cache import cache_bytes
 from minirea.config import ModelConfig
-from minirea.cpu import PACKING_THREADS, can_pack
+from minirea.cpu import MAX_PREPARING_THREADS, can_pack, preparing_bytes
 from minirea.memory import MemoryPlan
 from minirea.weights import kept_weight_bytes, weight_bytes
 
@@ -39,8 +39,9 @@ def _model_bytes(path: str | Path, config: ModelConfig, dtype: torch.dtype, devi
     """Of the weights, and beside them while they are loaded."""
     if device.type != "cpu":
         return weight_bytes(config, dtype), 0
-    largest = max(config.vocab_size, 2 * config.mlp_size) * config.hidden_size
-    loading = PACKING_THREADS * largest * torch.float32.itemsize  # matrices that change their layout
+    # Matrices that change their layout: the head, and each layer's largest.
+    rows = [config.vocab_size, *[2 * config.mlp_size] * min(config.num_layers, MAX_PREPARING_THREADS)]
+    loading = preparing_bytes(n * config.hidden_size for n in rows)
     if not keeps_half(dtype, device):
         return weight_bytes(config, dtype), loading
     weights = kept_weight_bytes(path, config, dtype)

@@ -1,4 +1,4 @@
-"""The threads of a CPU's arithmetic: how many there are, and what they do while they wait for each other.
+"""Threads: how many compute, what they do while they wait for each other, and that ours end before the process does.
 
 torch hands every operation's parts to OpenMP's threads. By default these spin for milliseconds between two operations,
 which is quick on idle cores and ruinous on busy ones: the thread that all wait for stands in line behind those that
@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Iterator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Final
 
 from minirea.errors import InputError
@@ -48,3 +52,37 @@ def limited_to(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def thread_pool(threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    """A pool whose threads have ended when it is left, however often Ctrl-C is pressed meanwhile.
+
+    What has not begun by then is dropped. A thread that comes back from C++ into an interpreter that is gone would
+    abort the process.
+    """
+    pool = ThreadPoolExecutor(threads, name)
+    try:
+        yield pool
+    finally:
+        with _without_keyboard_interrupt():
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _without_keyboard_interrupt() -> Iterator[None]:
+    """SIGINT still calls its handler, which may end the process, but a KeyboardInterrupt goes no further."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+
+    def call_handler(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            handler(number, frame)
+
+    signal.signal(signal.SIGINT, call_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)

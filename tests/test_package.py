@@ -27,9 +27,10 @@ ALLOWED = {
     "minirea.sampling": {"checks"},
     "minirea.cache": {"config", "memory", "errors"},
     "minirea.attention": {"kernels", "cache", "config", "cpu", "rope", "errors"},
-    "minirea.cpu": set(),
+    "minirea.cpu": {"threads"},
     "minirea.plan": {"attention", "cache", "config", "cpu", "memory", "weights"},
-    "minirea.model": {"kernels", "attention", "cache", "config", "cpu"},
+    "minirea.linear": {"cpu"},
+    "minirea.model": {"kernels", "attention", "cache", "config", "cpu", "linear"},
     "minirea.graph": {"kernels", "model", "cache", "sampling"},
     "minirea.generate": {"checks", "graph", "model", "cache", "sampling", "tokenizer", "memory", "errors"},
     "minirea.api": {
@@ -45,7 +46,7 @@ ALLOWED = {
     "minirea.evaluation.tasks.observer": {"evaluation", "attention", "cache", "generate", "kernels", "model", "errors"},
     "minirea.evaluation.tasks.mechanism_measures": {"evaluation", "config", "kernels", "rope"},
     "kernels": {"config", "errors", "kernels"},
-    "weights": {"config", "errors", "files", "json_object", "weights"},
+    "weights": {"config", "errors", "files", "json_object", "threads", "weights"},
 }
 
 

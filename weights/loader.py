@@ -19,7 +19,6 @@ import reprlib
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from io import FileIO
@@ -34,6 +33,7 @@ from minirea.config import ModelConfig
 from minirea.errors import InputError, MemoryLimitError, MinireaWarning, MissingFileError
 from minirea.files import list_directory
 from minirea.json_object import JsonObject
+from minirea.threads import thread_pool
 from minirea.weights.names import NameTable, Place, is_ignored
 
 MAX_HEADER_BYTES: Final = 100_000_000  # the format's own
@@ -559,7 +559,7 @@ def _fill(transfers: list[_Transfer], device: torch.device) -> Iterator[int]:
         finally:
             free.put(workspace)
 
-    with ThreadPoolExecutor(readers, "reader") as pool:
+    with thread_pool(readers, "reader") as pool:
         # A redundant head is compared with the embedding, which must be complete by then.
         for compare in (False, True):
             part = [transfer.blocks() for transfer in transfers if transfer.compare == compare]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from minirea import api
+from minirea import api, cpu
 from minirea.attention import Attention
-from minirea.cpu import PackedMatrix, add_linear, attend, can_pack, linear, norm_linear, pack, prepare, rms_norm
+from minirea.cpu import PackedMatrix, attend, can_pack, pack, prepare, preparing_bytes, rms_norm
+from minirea.linear import add_linear, linear, norm_linear
 from minirea.model import Model
 from minirea.weights import load_weights
 
@@ -48,10 +52,12 @@ def test_packed_products_are_as_exact_as_those_of_float32(dtype: torch.dtype, la
     x = random(3, 256, seed=2)
     exact = x.double() @ matrix.double().t()
     error = (linear(x, pack(matrix)).double() - exact).abs()
-    error_of_torch = (F.linear(x, matrix.float()).double() - exact).abs()
-    # FBGEMM sums in one chain, torch's BLAS in several: a few roundings of the sum of magnitudes more.
+    # FBGEMM sums in one chain, torch's BLAS in several, so float32 products are summed in a chain here as well.
+    chain = torch.zeros(3, 96)
+    for x_column, weight_column in zip(x.t(), matrix.float().t(), strict=True):
+        chain += torch.outer(x_column, weight_column)
     rounding = 2**-24 * (x.abs().double() @ matrix.abs().double().t())
-    assert (error <= 2 * error_of_torch.max() + 2 * rounding).all()
+    assert (error <= 2 * (chain.double() - exact).abs().max() + 2 * rounding).all()
 
 
 @needs_fbgemm
@@ -98,6 +104,28 @@ def test_half_precision_weights_are_packed_but_for_the_embedding(tied: bool) -> 
     for name in ("head.weight", "a.qkv.weight"):
         assert isinstance(prepared[name], PackedMatrix)
         torch.testing.assert_close(linear(x, prepared[name]), F.linear(x, before[name].float()))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_bar_of_preparing_shows_all_bytes(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Bar] = []
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options | {"disable": False, "delay": 0, "file": io.StringIO()})
+            shown.append(self)
+
+    monkeypatch.setattr(cpu, "tqdm", Bar)
+    weights = model_weights(torch.bfloat16, tied)
+    nbytes = sum(tensor.nbytes for tensor in weights.values())
+    prepare(weights, torch.float32, progress=True)
+    assert [(bar.total, bar.n) for bar in shown] == [(nbytes, nbytes)]
+
+
+def test_preparing_holds_a_matrix_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    for threads, elements in ((1, 50), (2, 90), (64, 130)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert preparing_bytes([10, 20, 50, 20, 10, 40]) == 6 * elements
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from testing import tiny_model, write_checkpoint, write_tokenizer
 
 from minirea.cli import main
 from minirea.model import Model
-from minirea.threads import limited_to, wait_asleep
+from minirea.threads import limited_to, thread_pool, wait_asleep
 
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
@@ -76,3 +79,39 @@ def test_threads_come_back_after_an_error() -> None:
     with pytest.raises(RuntimeError), limited_to(1):
         raise RuntimeError
     assert torch.get_num_threads() == before
+
+
+def test_a_pool_outlasts_repeated_ctrl_c() -> None:
+    """The second and the third strike while the main thread waits for the pool's to end."""
+    interrupts, submitted = threading.Semaphore(0), threading.Event()
+    done: list[int] = []
+
+    def interrupt(*_: object) -> None:
+        interrupts.release()
+        raise KeyboardInterrupt
+
+    def work(number: int) -> None:
+        assert submitted.wait(60)
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+            while not interrupts.acquire(timeout=0.1):  # a signal during a handler may go unseen until the next one
+                os.kill(os.getpid(), signal.SIGINT)
+            while signal.getsignal(signal.SIGINT) is interrupt:
+                time.sleep(0.001)
+        done.append(number)
+
+    def run() -> None:
+        with thread_pool(1, "worker") as pool:
+            results = pool.map(work, range(3))
+            submitted.set()
+            list(results)
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert signal.getsignal(signal.SIGINT) is interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done == [0]  # what had begun is finished, the rest is dropped
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("worker")]

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from minirea import threads
 from minirea.config import ModelConfig, RopeConfig
 from minirea.errors import InputError, MemoryLimitError, MinireaError, MinireaWarning, MissingFileError
 from minirea.weights import checkpoint_dtype, kept_weight_bytes, load_weights, loader, weight_bytes
@@ -740,7 +741,7 @@ def test_an_error_cancels_what_is_not_begun(tmp_path: Path, monkeypatch: pytest.
     load_weights(write(tmp_path, tensors), CONFIG, CPU, torch.float32)
     all_reads, limit = len(reads), 1.25 * len(reads)
     tensors[min(tensors)].view(-1)[0] = math.nan
-    monkeypatch.setattr(loader, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(threads, "ThreadPoolExecutor", Pool)
     load_error(write(tmp_path, tensors))
     assert left.is_set()
     assert len(reads) < 1.5 * all_reads
