@@ -90,7 +90,7 @@ def read_model(
         raise InputError("impl is 'triton', expected 'auto' or 'torch' on a CPU")
     config = load_config(path)
     scope = _scope(config, attention, reattention_fields, allow_out_of_distribution)
-    tokenizer = _tokenizer(path, config)
+    tokenizer = _tokenizer(path)
     torch_dtype = _dtype(path, config, dtype, target)
     return ModelFiles(path, config, tokenizer, Attention(config, attention, scope, impl, target), torch_dtype)
 
@@ -389,15 +389,9 @@ def _scope(config: ModelConfig, attention: str, fields: dict[str, Any], allow: b
     return scope
 
 
-def _tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer | None:
+def _tokenizer(path: str | Path) -> Tokenizer | None:
     """The directory's tokenizer; None if it has none, which is enough for token ids."""
     try:
-        tokenizer = load_tokenizer(path)
+        return load_tokenizer(path)
     except MissingFileError:
         return None
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, expected at most {config.vocab_size} "
-            "(vocab_size): its ids would fall outside the embedding"
-        )
-    return tokenizer

@@ -173,7 +173,6 @@ BAD_DIRECTORIES: dict[str, tuple[Damage, list[str]]] = {
     "tokenizer of another kind": (write("tokenizer.json", b'{"model": 3}'), ["tokenizer.json"]),
     "tokenizer config not JSON": (write("tokenizer_config.json", b"{"), ["tokenizer_config.json"]),
     "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), ["tokenizer.json", "tokenizer.model"]),
-    "tokenizer larger than the embedding": (lambda d: write_tokenizer(d, 98), ["98", "97", "vocab_size"]),
     "SentencePiece model of noise": (
         both(remove("tokenizer.json"), write("tokenizer.model", b"\x00\x01noise" * 40)),
         ["tokenizer.model"],

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
-from minirea.errors import InputError, MinireaError
+from minirea.errors import InputError
 from minirea.tokenizer.config import one_line
+
+LARGEST_FILE = 2**29  # bytes; published tokenizer files stay below 2**26
 
 
 class Backend(Protocol):
-    """What Tokenizer needs of a library."""
+    """What Tokenizer needs of a library.
+
+    A text has three kinds of beginning, `at`: "start" begins a text, so a dummy prefix goes before it; "seam" goes on
+    from another text, so nothing does; "section" comes after a special token.
+    """
 
     vocab_size: int
-    special_ids: frozenset[int]
+    special_tokens: dict[str, int]  # by spelling
     own_tokens: tuple[int | None, int | None]  # BOS and EOS where no config file names them
-    frames_text: bool  # encode's add_special_tokens does something
+    frames_text: bool  # encode's `frame` does something
     drops_every_leading_space: bool  # not only a dummy prefix
 
-    def encode(self, text: str, add_special_tokens: bool, continues: bool) -> list[int]:
-        """Token ids; where the text `continues` another one, without what goes before a text."""
+    def encode(self, text: str, frame: bool, at: str, match_special: bool) -> list[int]:
+        """Token ids. With `frame`, between what the files put around a text.
+
+        Without `match_special`, special tokens spelled in the text are ordinary text.
+        """
 
     def token_to_id(self, token: str) -> int | None: ...
 
@@ -38,32 +45,18 @@ class Backend(Protocol):
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Make one line of whatever a library does with a hostile file. A Rust panic is not even an Exception."""
+def one_line_of(path: Path, failure: str) -> Iterator[None]:
+    """Make InputError of whatever a library raises, a Rust panic included, which is a BaseException but no Exception.
+
+    Args:
+        path: the file that the library works with.
+        failure: what it could not do: "cannot be read as a tokenizer".
+    """
     try:
-        with _muted_stderr():
-            yield
-    except (MinireaError, KeyboardInterrupt, SystemExit):
+        yield
+    except (InputError, MemoryError):
         raise
     except BaseException as error:
-        raise InputError(f"{path}: cannot be read as a tokenizer: {one_line(error)}") from None
-
-
-@contextlib.contextmanager
-def _muted_stderr() -> Iterator[None]:
-    """Native code prints panics and logs on file descriptor 2, past sys.stderr; what it raises says the same."""
-    with _STDERR_LOCK, open(os.devnull, "wb") as null:
-        try:
-            saved = os.dup(2)
-        except OSError:  # standard error is closed: there is nothing to mute
-            yield
-            return
-        os.dup2(null.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-
-
-_STDERR_LOCK: Final = threading.Lock()  # two threads at once would restore each other's silence
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{path}: {failure}: {one_line(error)}") from None

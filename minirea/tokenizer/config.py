@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from minirea.errors import InputError
+from minirea.files import is_there, read_file
 from minirea.json_object import JsonObject
 
 _NAMED_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_LARGEST_FILE: Final = 2**26  # bytes; published ones have some 50,000
 
 
 class Vocabulary(Protocol):
@@ -102,7 +106,7 @@ class TokenizerConfig:
 def _declared_token(decoder: JsonObject, key: str) -> AddedToken:
     """One entry of added_tokens_decoder."""
     fields = decoder.child(key)
-    if fields is None or not key.isdecimal() or int(key) >= 2**31:
+    if fields is None or not key.isdecimal() or len(key) > 10 or int(key) >= 2**31:
         raise decoder.fail(key, "a token id as the key and an object")
     special = fields.boolean("special", False)
     return AddedToken(
@@ -134,10 +138,22 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def parse_json(raw: bytes, source: str) -> JsonObject:
+    """The object that JSON text holds. Raises InputError naming `source`."""
+    try:
+        values = json.loads(raw)
+    except (ValueError, RecursionError) as error:  # bad syntax and bad UTF-8 are both ValueErrors
+        raise InputError(f"{source}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: holds a JSON {type(values).__name__}, expected an object")
+    return JsonObject(values, source)
+
+
 def one_line(error: BaseException) -> str:
     """What an exception of some library says, short enough for the end of a message."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def read_if_there(path: Path) -> JsonObject:
-    return JsonObject.read(path) if path.exists() else JsonObject({}, str(path))
+    raw = read_file(path, _LARGEST_FILE, "JSON") if is_there(path) else b"{}"
+    return parse_json(raw, str(path))

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 import codecs
+import functools
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from minirea.errors import InputError
+from minirea.files import read_file
 from minirea.json_object import JsonObject
-from minirea.tokenizer.backend import reading
-from minirea.tokenizer.config import TokenizerConfig, one_line
-from minirea.tokenizer.stream import ByteRun
+from minirea.tokenizer.backend import LARGEST_FILE, one_line_of
+from minirea.tokenizer.config import TokenizerConfig, parse_json
+from minirea.tokenizer.stream import utf8_decoder
 from minirea.tokenizer.tekken import BYTE_OF_CHARACTER, read_tekken
+
+_MARK: Final = "\x00section\x00"  # an added token that stands for the special token before a section
+
+
+class ContradictionError(InputError):
+    """An added token does not have the id that tokenizer_config.json gives it."""
 
 
 class HuggingFace:
@@ -21,23 +30,21 @@ class HuggingFace:
 
     drops_every_leading_space = False
 
-    def __init__(
-        self, tokenizer: Any, path: Path, config: TokenizerConfig, frames_text: bool, has_prefix: bool = False
-    ) -> None:
-        tokenizer.no_truncation()  # a file may ask for both; they are meant for training batches
-        tokenizer.no_padding()
+    def __init__(self, tokenizer: Any, path: Path, config: TokenizerConfig, frames_text: bool) -> None:
         self._tokenizer = tokenizer
         self._path = path
         self._add_tokens(config)
+        self._added = tokenizer.get_added_tokens_decoder()
         self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
-        self.special_ids = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        self.special_tokens = {token.content: i for i, token in self._added.items() if token.special}
         self.frames_text = frames_text
         self.own_tokens = (None, None) if frames_text else (self.token_to_id("<s>"), self.token_to_id("</s>"))
         steps = _decoder_steps(tokenizer.decoder, path)
         self._byte_level = "ByteLevel" in steps
         self._byte_fallback = "ByteFallback" in steps
-        self._join = " ".join if tokenizer.decoder is None else tokenizer.decoder.decode
-        self._bare = _without_prefix(tokenizer) if has_prefix else tokenizer
+        self._decoder = tokenizer.decoder
+        self._prefix_free = {name: _state(getattr(tokenizer, name)) for name in ("normalizer", "pre_tokenizer")}
+        self._has_prefix = sum(_drop_prefix(self._prefix_free, name) for name in self._prefix_free) > 0
 
     def _add_tokens(self, config: TokenizerConfig) -> None:
         """Add what the config files add and mark as special what they call special, with transformers' own calls."""
@@ -50,29 +57,50 @@ class HuggingFace:
         )
         for token in added:
             if (found := self.token_to_id(token.content)) != token.id:
-                raise InputError(f"{self._path}: {token.content!r} gets id {found}, {token.source} has {token.id}")
+                raise ContradictionError(
+                    f"{self._path}: {token.content!r} gets id {found}, {token.source} has {token.id}"
+                )
         known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         named = [token for token in config.special_tokens() if self.token_to_id(token) is not None]
         self._tokenizer.add_special_tokens([token for token in named if token not in known])
 
-    def encode(self, text: str, add_special_tokens: bool, continues: bool) -> list[int]:
-        if not continues:
-            return self._encoded(self._tokenizer, text, add_special_tokens).ids
-        ids = self._encoded(self._bare, text, False).ids
-        # A prefix that goes before every section still belongs after the added tokens of the text.
-        added = self._tokenizer.get_added_tokens_decoder()
-        first = next((index for index, token_id in enumerate(ids) if token_id in added), None)
-        if first is None or self._bare is self._tokenizer:
+    def encode(self, text: str, frame: bool, at: str, match_special: bool) -> list[int]:
+        if at == "section":
+            marked = self._encoded(self._variant(True, match_special, marked=True), _MARK + text)
+            return marked[1:]
+        if at == "start" or not self._has_prefix:
+            return self._encoded(self._variant(True, match_special), text, frame)
+        # A prefix that goes before every section of a text still belongs after its first added token.
+        bare = self._variant(False, match_special)
+        ids = self._encoded(bare, text)
+        first = next((index for index, token_id in enumerate(ids) if token_id in self._added), None)
+        if first is None:
             return ids
-        start = self._encoded(self._bare, text, False, with_offsets=True).offsets[first][0]
-        return ids[:first] + self._encoded(self._tokenizer, text[start:], False).ids
+        with one_line_of(self._path, "cannot encode the text"):
+            start = bare.encode(text, add_special_tokens=False).offsets[first][0]
+        return ids[:first] + self._encoded(self._variant(True, match_special), text[start:])
 
-    def _encoded(self, tokenizer: Any, text: str, add_special_tokens: bool, with_offsets: bool = False) -> Any:
-        encode_batch = tokenizer.encode_batch if with_offsets else tokenizer.encode_batch_fast
-        try:
-            return encode_batch([text], add_special_tokens=add_special_tokens)[0]
-        except Exception as error:  # the library raises nothing more exact
-            raise InputError(f"{self._path}: cannot encode the text: {one_line(error)}") from None
+    def _encoded(self, tokenizer: Any, text: str, frame: bool = False) -> list[int]:
+        with one_line_of(self._path, "cannot encode the text"):
+            return tokenizer.encode_batch_fast([text], add_special_tokens=frame)[0].ids
+
+    @functools.cache  # noqa: B019  a handful of variants, as long-lived as this object
+    def _variant(self, has_prefix: bool, match_special: bool, marked: bool = False) -> Any:
+        """The same tokenizer, its vocabulary shared: without prefix, deaf to special tokens, or with _MARK added."""
+        if has_prefix and match_special and not marked:
+            return self._tokenizer
+        import tokenizers
+
+        state = {name: _state(getattr(self._tokenizer, name)) for name in self._prefix_free}
+        state |= {} if has_prefix else self._prefix_free
+        empty = {"type": "WordLevel", "vocab": {"": 0}, "unk_token": ""}
+        variant = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0", "model": empty} | state))
+        variant.model = self._tokenizer.model
+        variant.add_tokens([self._added[token_id] for token_id in sorted(self._added)])
+        if marked:
+            variant.add_tokens([tokenizers.AddedToken(_MARK, special=False, normalized=False)])
+        variant.encode_special_tokens = not match_special
+        return variant
 
     def token_to_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
@@ -85,84 +113,127 @@ class HuggingFace:
             return _bytes_of(token)
         if self._byte_fallback and (match := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)):
             return bytes.fromhex(match[1])
-        return self._join(["a", token])[1:]  # after another token, so that it is not taken for the start of a text
+        return self._join("a", token)[1:]  # after another token, so that it is not taken for the start of a text
 
     def first_piece(self, token_id: int) -> str:
-        return self._join([self._tokenizer.id_to_token(token_id)])
+        return self._join(self._tokenizer.id_to_token(token_id))
+
+    def _join(self, *tokens: str) -> str:
+        if self._decoder is None:
+            return " ".join(tokens)
+        with one_line_of(self._path, f"cannot decode the token {tokens[-1]!r}"):
+            return self._decoder.decode(list(tokens))
 
     def byte_decoder(self) -> codecs.IncrementalDecoder:
-        return codecs.getincrementaldecoder("utf-8")("replace") if self._byte_level else ByteRun()
+        return utf8_decoder(replace_each_byte=not self._byte_level)
 
 
 def load_tekken(path: Path, config: TokenizerConfig) -> HuggingFace:
-    with reading(path):
-        tokenizer = read_tekken(path)
-    return HuggingFace(tokenizer, path, config, frames_text=False)
+    with one_line_of(path, "cannot be read as a tokenizer"):
+        return HuggingFace(read_tekken(path), path, config, frames_text=False)
 
 
 def load_json(path: Path, config: TokenizerConfig) -> HuggingFace:
     import tokenizers
 
-    declared = JsonObject.read(path)
-    with reading(path):
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    raw = read_file(path, LARGEST_FILE, "a tokenizer")
+    declared = parse_json(raw, str(path))
+    _check_steps(declared)
+    with one_line_of(path, "cannot be read as a tokenizer"):
+        if any(declared.values.get(key) is not None for key in ("truncation", "padding")):  # meant for training batches
+            raw = json.dumps(declared.values | {"truncation": None, "padding": None}).encode()
+        tokenizer = tokenizers.Tokenizer.from_str(raw.decode())
         tokenizer.encode("")  # fails if the post-processor names a token that it does not define
-    for token in declared.values.get("added_tokens") or []:
-        if (found := tokenizer.token_to_id(token["content"])) != token["id"]:  # the library renumbers in silence
-            raise InputError(f"{path}: added token {token['content']!r} has id {token['id']}, expected {found}")
-    if not tokenizer.get_vocab_size():
-        raise InputError(f"{path}: the vocabulary is empty")
-    has_prefix = _drop_prefix(declared.values.get("normalizer")) or _drop_prefix(declared.values.get("pre_tokenizer"))
-    return HuggingFace(tokenizer, path, config, frames_text=True, has_prefix=has_prefix)
+        for token in declared.values.get("added_tokens") or []:
+            if (found := tokenizer.token_to_id(token["content"])) != token["id"]:  # the library renumbers in silence
+                raise InputError(f"{path}: added token {token['content']!r} has id {token['id']}, expected {found}")
+        if not tokenizer.get_vocab_size():
+            raise InputError(f"{path}: the vocabulary is empty")
+        return HuggingFace(tokenizer, path, config, frames_text=True)
 
 
-def _without_prefix(tokenizer: Any) -> Any:
-    """The same tokenizer, its model shared, that puts nothing before a text."""
-    import tokenizers
+def _check_steps(declared: JsonObject) -> None:
+    """Refuse what would make the library panic, abort, or encode one text in several ways."""
+    model = declared.values.get("model")
+    if isinstance(model, dict) and model.get("dropout"):
+        raise JsonObject(model, f"{declared.source}: model").fail("dropout", "0 or null: encoding would vary")
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        for step in _steps(declared.values.get(part)):
+            source = JsonObject(step, f"{declared.source}: {part}: {step.get('type')}")
+            pattern = step.get("pattern")
+            if isinstance(pattern, dict) and "" in pattern.values():
+                raise source.fail("pattern", "one that is not empty")
+            if step.get("type") == "FixedLength":
+                source.integer("length")
+            if step.get("type") == "Precompiled" and not _is_character_map(step.get("precompiled_charsmap")):
+                raise source.fail("precompiled_charsmap", "a character map of SentencePiece in base64")
+            if step.get("type") == "TemplateProcessing":
+                _check_template(source)
 
-    steps = {"normalizer": tokenizer.normalizer, "pre_tokenizer": tokenizer.pre_tokenizer}
-    declared = {name: json.loads(step.__getstate__()) if step else None for name, step in steps.items()}
-    for name, step in declared.items():
-        if _drop_prefix(step) and step["type"] == "Prepend":
-            declared[name] = None
-    empty = {"type": "WordLevel", "vocab": {"": 0}, "unk_token": ""}
-    bare = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0", "model": empty} | declared))
-    bare.model = tokenizer.model
-    added = tokenizer.get_added_tokens_decoder()
-    bare.add_tokens([added[token_id] for token_id in sorted(added)])
-    return bare
 
-
-def _drop_prefix(step: Any) -> bool:
-    """Edit a declared normalizer or pre-tokenizer so that it puts no space before a text; whether it did."""
-    if not isinstance(step, dict):
+def _is_character_map(value: Any) -> bool:
+    """Whether its parts are there: the size of a trie, the trie, and text."""
+    try:
+        raw = base64.b64decode(value, validate=True)
+        size = int.from_bytes(raw[:4], "little")
+        raw[4 + size :].decode()
+    except (TypeError, ValueError):
         return False
-    kind = step.get("type")
+    return 0 < size <= len(raw) - 4 and size % 4 == 0
+
+
+def _check_template(template: JsonObject) -> None:
+    defined = template.values.get("special_tokens")
+    for key in ("single", "pair"):
+        for piece in template.values.get(key) or []:
+            token = piece.get("SpecialToken") if isinstance(piece, dict) else None
+            if isinstance(token, dict) and not (isinstance(defined, dict) and token.get("id") in defined):
+                raise template.fail("special_tokens", f"an entry for {token.get('id')!r}, which {key} has")
+
+
+def _steps(step: Any) -> list[dict[str, Any]]:
+    """A declared step and, of a sequence, all steps in it."""
+    found, pending = [], [step]
+    while pending:
+        step = pending.pop()
+        if isinstance(step, dict):
+            found.append(step)
+            pending += [part for value in step.values() if isinstance(value, list) for part in value]
+    return found
+
+
+def _state(step: Any) -> Any:
+    """A normalizer, pre-tokenizer or decoder as tokenizer.json declares it."""
+    return None if step is None else json.loads(step.__getstate__())
+
+
+def _drop_prefix(parent: Any, key: Any) -> bool:
+    """Edit the declared step at parent[key] so that it puts no space before a text; whether it did."""
+    step = parent[key]
+    kind = step["type"] if step else None
     if kind == "Sequence":
         parts = next(value for value in step.values() if isinstance(value, list))
-        dropped = [_drop_prefix(part) for part in parts]
-        parts[:] = [part for part in parts if part["type"] != "Prepend"]
-        return any(dropped)
+        dropped = [_drop_prefix(parts, index) for index in range(len(parts))]
+        parts[:] = [part for part in parts if part is not None]
+        return True in dropped
+    if kind == "Prepend":
+        parent[key] = None
+        return True
     if kind == "Metaspace":
-        had_prefix = step.pop("prepend_scheme", "always") != "never" and step.pop("add_prefix_space", True)
-        step |= {"prepend_scheme": "never"}
+        had_prefix = step.get("prepend_scheme", "always") != "never"
+        parent[key] = {"type": kind, "replacement": step["replacement"], "prepend_scheme": "never"}
+        parent[key] |= {"split": step.get("split", True)}
         return had_prefix
     if kind == "ByteLevel":
-        had_prefix = step.get("add_prefix_space", True)
+        had_prefix = step["add_prefix_space"]
         step["add_prefix_space"] = False
         return had_prefix
-    return kind == "Prepend"
+    return False
 
 
 def _decoder_steps(decoder: Any, path: Path) -> set[str]:
     """The types of a decoder's steps, all of which `HuggingFace.piece` can do token by token."""
-    if decoder is None:
-        return set()
-    steps, pending = set(), [json.loads(decoder.__getstate__())]
-    while pending:
-        step = pending.pop()
-        pending += step.get("decoders", [])
-        steps.add(step["type"])
+    steps = {step["type"] for step in _steps(_state(decoder))}
     known = {"ByteLevel", "Fuse"} if "ByteLevel" in steps else {"ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
     if unknown := sorted(steps - known - {"Sequence"}):
         raise InputError(f"{path}: decoder has a {unknown[0]} step, expected only {', '.join(sorted(known))}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable
-from typing import Any
 
 from minirea.tokenizer.backend import Backend
 
@@ -12,8 +11,8 @@ from minirea.tokenizer.backend import Backend
 class StreamDecoder:
     """Text from tokens as they come. What `put` and `flush` return, joined, is what `Tokenizer.decode` returns.
 
-    A character is handed out once its bytes are all there and no later token can change it. Only the current run of
-    byte tokens is ever held back, so a token costs the same anywhere in a text.
+    A character is handed out once its bytes are all there and no later token can change it, so at most three bytes
+    are held back, and a token costs the same anywhere in a text.
     """
 
     def __init__(
@@ -21,7 +20,7 @@ class StreamDecoder:
     ) -> None:
         self._piece = piece
         self._backend = backend
-        self._skipped = backend.special_ids if skip_special_tokens else frozenset()
+        self._skipped = frozenset(backend.special_tokens.values()) if skip_special_tokens else frozenset()
         self._bytes = backend.byte_decoder()
         self._at_start = at_start
 
@@ -47,28 +46,6 @@ class StreamDecoder:
         return self._bytes.decode(b"", final=True)
 
 
-class ByteRun(codecs.IncrementalDecoder):
-    """Bytes to text as the ByteFallback step of `tokenizers` does: one bad byte spoils its whole run of byte tokens.
-
-    So nothing of a run is certain before it ends; then it is text, or one U+FFFD for each of its bytes.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._run = bytearray()
-
-    def decode(self, data: Any, final: bool = False) -> str:
-        self._run += data
-        if not final:
-            return ""
-        try:
-            return self._run.decode()
-        except UnicodeDecodeError:
-            return "\ufffd" * len(self._run)
-        finally:
-            self._run.clear()
-
-
 def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
     """UTF-8 error handler: one U+FFFD for each bad byte, as in sentencepiece, where Python has one for several."""
     assert isinstance(error, UnicodeDecodeError)
@@ -76,3 +53,8 @@ def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error("minirea.replace_each_byte", _replace_each_byte)
+
+
+def utf8_decoder(replace_each_byte: bool) -> codecs.IncrementalDecoder:
+    """Bytes to text, with one U+FFFD for each bad byte, or for each bad sequence as the Unicode standard has it."""
+    return codecs.getincrementaldecoder("utf-8")("minirea.replace_each_byte" if replace_each_byte else "replace")

@@ -10,10 +10,10 @@ import base64
 from pathlib import Path
 from typing import Any, Final
 
+from minirea.files import read_file
 from minirea.json_object import JsonObject
-from minirea.tokenizer.config import is_unicode
-
-_LIMIT_BYTES: Final = 2**28  # the largest published one has 20 million
+from minirea.tokenizer.backend import LARGEST_FILE
+from minirea.tokenizer.config import is_unicode, parse_json
 
 # The special tokens of the first tekken files, which do not list them; ids in this order.
 _FIRST_SPECIAL_TOKENS: Final = (
@@ -22,6 +22,8 @@ _FIRST_SPECIAL_TOKENS: Final = (
     *("[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
 )
 _MOST_SPECIAL_TOKENS: Final = 2**16  # published files have a thousand; a hostile one must not fill the memory
+_LONGEST_TOKEN: Final = 1024  # bytes; of published ones 256
+_MOST_SPLITS: Final = 2**26  # bytes of all ways to split all tokens; of published ones 2**24
 
 
 def _byte_characters() -> list[str]:
@@ -47,7 +49,7 @@ def read_tekken(path: Path) -> Any:
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    tekken = JsonObject.read(path, limit_bytes=_LIMIT_BYTES)
+    tekken = parse_json(read_file(path, LARGEST_FILE, "a tokenizer"), str(path))
     header = tekken.child("config") or JsonObject({}, f"{path}: config")
     pattern = header.values.get("pattern")
     if not isinstance(pattern, str):
@@ -62,6 +64,8 @@ def read_tekken(path: Path) -> Any:
     # Files list more tokens than their models use.
     spelled = [token.decode("latin-1").translate(CHARACTER_OF_BYTE) for token in tokens[: size - len(special)]]
     vocab = {token: len(special) + rank for rank, token in enumerate(spelled)}
+    if shadow := next((token for token in special if token in vocab), None):
+        raise tekken.fail("special_tokens", f"none that is spelled like a token of vocab, as {shadow!r} is")
     # Two neighbours merge if together they are a token, lowest rank first. Each way to split a token is listed, but
     # only one can occur: until the last two parts of a token merge, no merge has crossed its ends, so inside of it
     # everything went as it goes for that token alone. Hence the order among the splits of one token does not matter.
@@ -99,6 +103,8 @@ def _vocabulary(tekken: JsonObject) -> list[bytes]:
         raise tekken.fail("vocab", "token_bytes in base64") from None
     if b"".join(tokens[:256]) != bytes(range(256)) or not all(tokens) or _repeats(tokens):
         raise tekken.fail("vocab", "distinct tokens, those of a single byte first and in order")
+    if max(map(len, tokens)) > _LONGEST_TOKEN or sum(len(token) ** 2 for token in tokens) > _MOST_SPLITS:
+        raise tekken.fail("vocab", f"words or parts of words as tokens, of at most {_LONGEST_TOKEN} bytes")
     return tokens
 
 

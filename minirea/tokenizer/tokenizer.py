@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from minirea.errors import InputError, MissingFileError
+from minirea.files import is_there
 from minirea.tokenizer.backend import Backend
-from minirea.tokenizer.chat import ChatTemplate
+from minirea.tokenizer.chat import ChatTemplate, Disguise, conversation
 from minirea.tokenizer.config import TokenizerConfig
-from minirea.tokenizer.huggingface import load_json, load_tekken
+from minirea.tokenizer.huggingface import ContradictionError, load_json, load_tekken
 from minirea.tokenizer.sentencepiece import SentencePiece, sentencepiece_file
 from minirea.tokenizer.stream import StreamDecoder
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a model directory: its tokenizer.json, else tekken.json, else tokenizer.model (or .model.vN).
+    """The tokenizer of a model directory: its tekken.json, else tokenizer.json, else tokenizer.model (or .model.vN).
+
+    Of two the vendor's own counts: tekken.json is Mistral's, and some tokenizer.json files beside it split words
+    differently. Only where tokenizer_config.json adds tokens that contradict it, it is older than the model, and
+    tokenizer.json counts.
 
     tokenizer.json is taken as it stands: its post-processor says what goes around a text, and add_bos_token in
     tokenizer_config.json does not count, as in transformers 5. The other two formats say nothing of the kind, so BOS
@@ -31,12 +37,18 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     if not directory.is_dir():
         raise MissingFileError(f"{directory}: no such model directory")
     config = TokenizerConfig(directory)
+    tekken, json_file = directory / "tekken.json", directory / "tokenizer.json"
     backend: Backend
-    if (path := directory / "tokenizer.json").exists():
-        backend = load_json(path, config)
-    elif (path := directory / "tekken.json").exists():
-        backend = load_tekken(path, config)
-    elif (path := sentencepiece_file(directory)).exists():
+    if is_there(tekken):
+        try:
+            backend = load_tekken(tekken, config)
+        except ContradictionError:
+            if not is_there(json_file):
+                raise
+            backend = load_json(json_file, config)
+    elif is_there(json_file):
+        backend = load_json(json_file, config)
+    elif is_there(path := sentencepiece_file(directory)):
         backend = SentencePiece(path, config)
     else:
         raise MissingFileError(f"{directory}: no tokenizer, expected tokenizer.json, tekken.json or tokenizer.model")
@@ -50,12 +62,17 @@ class Tokenizer:
         vocab_size: the highest id that `encode` can produce, plus one.
         bos_id: the token that begins a text, if there is one.
         eos_ids: the tokens that end a text, as the tokenizer's own files have them.
+        special_tokens: id by spelling, of the tokens that decoding leaves out.
     """
 
     def __init__(self, backend: Backend, config: TokenizerConfig, directory: Path) -> None:
         self.vocab_size = backend.vocab_size
+        self.special_tokens = backend.special_tokens
+        self._special_ids = frozenset(backend.special_tokens.values())
         self._backend = backend
+        self._splits_special = config.flag("split_special_tokens", False)
         self._directory = directory
+        self._any_special = _any_of(backend.special_tokens)
         self._pieces: dict[int, str | bytes] = {}
         own_bos, own_eos = backend.own_tokens
         self.bos_id = config.token_id("bos_token", backend, own_bos)
@@ -78,7 +95,8 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True, continues: bool = False) -> list[int]:
         """Token ids of `text`; with `add_special_tokens`, BOS and whatever else the files ask for go around it.
 
-        Special tokens spelled out in the text become their ids, as in transformers.
+        Special tokens spelled out in the text become their ids, as in transformers, unless tokenizer_config.json has
+        split_special_tokens.
 
         With `continues` the text goes on from one whose ids are already there, and its ids are to be appended: nothing
         goes around it, no dummy prefix goes before it, a space at its start is its own. No token and no pattern reaches
@@ -93,8 +111,9 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             found = f"character {error.start} is the lone surrogate {text[error.start]!r}"
             raise InputError(f"text: {found}, expected valid Unicode") from None
-        ids = self._backend.encode(text, add_special_tokens, continues)
-        return [*self._before, *ids, *self._after] if add_special_tokens and not continues else ids
+        frame = add_special_tokens and not continues
+        ids = self._backend.encode(text, frame, "seam" if continues else "start", not self._splits_special)
+        return [*self._before, *ids, *self._after] if frame else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Bytes that are not valid UTF-8 become U+FFFD.
@@ -116,32 +135,71 @@ class Tokenizer:
     @property
     def special_ids(self) -> frozenset[int]:
         """Tokens that mark something, such as a turn's end, and are no text; `decode` leaves them out."""
-        return self._backend.special_ids
+        return self._special_ids
 
     @property
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
-    def encode_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        allow_special_tokens: bool = False,
+    ) -> list[int]:
         """Token ids of a conversation, laid out by the model's chat template.
 
         Where `encode` begins a text with BOS, so does this: once, whether or not the template writes one.
 
         Args:
-            messages: each with "role" ("system", "user", "assistant") and "content".
+            messages: each with "role" ("system", "user", "assistant") and "content", a string or a list of parts
+                {"type": "text", "text": ...}, which are joined.
             add_generation_prompt: end with what introduces the assistant's next answer.
+            allow_special_tokens: special tokens spelled in a message act as such. Otherwise only those act that the
+                template writes, and a message's are ordinary text: who writes a line of it cannot end the user's turn.
 
         Raises:
-            InputError: no template, a template that fails or refuses the messages, or a malformed message.
+            InputError: no template, a template that fails, refuses the messages or does not end, a malformed message.
         """
-        if self._chat_template is None:
+        template = self._chat_template
+        if template is None:
             raise InputError(
                 f"{self._directory}: no chat template, expected chat_template.jinja, chat_template.json or "
                 "chat_template in tokenizer_config.json"
             )
-        text = self._chat_template.render(messages, add_generation_prompt, self._template_names)
-        ids = self.encode(text, add_special_tokens=False)
+        copied = conversation(messages)
+        spellings = () if allow_special_tokens else self.special_tokens
+        disguise = Disguise(copied, spellings, template.text or "")
+        text = template.render(disguise.messages, add_generation_prompt, self._template_names)
+        ids = self._encode_disguised(text, disguise)
         return ids if ids[:1] == self._leading_bos else self._leading_bos + ids
+
+    def _encode_disguised(self, text: str, disguise: Disguise) -> list[int]:
+        """Ids of a rendered conversation: sections with disguised tokens as plain text, all others as ever."""
+        ids: list[int] = []
+        begun = start = 0  # of the text not yet encoded, and of the section
+        for found in [*self._any_special.finditer(text), None]:
+            end = found.start() if found else len(text)
+            plain = disguise.take_off(text[start:end])
+            if plain != text[start:end]:
+                ids += self._encode_text(text[begun:start])
+                ids += self._encode_plain(plain, "section" if start else "start")
+                begun = end
+            start = found.end() if found else end
+        return ids + self._encode_text(text[begun:])
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._backend.encode(text, frame=False, at="start", match_special=True) if text else []
+
+    def _encode_plain(self, text: str, at: str) -> list[int]:
+        """Ids of text in which no special token acts."""
+        ids = self._backend.encode(text, frame=False, at=at, match_special=False)
+        made = [token for token, token_id in self.special_tokens.items() if token in text and token_id in ids]
+        cut = next((text.index(token) + 1 for token in made if len(token) > 1), None)
+        if cut is None:
+            return ids
+        # The vocabulary spells a special token like ordinary text: only apart its halves are no such token.
+        return self._encode_plain(text[:cut], at) + self._encode_plain(text[cut:], "seam")
 
     def piece(self, token_id: int) -> str | bytes:
         """What a token adds to a text: characters, or bytes that may be part of one. Ids of no token add nothing."""
@@ -158,3 +216,9 @@ class Tokenizer:
         if not 0 <= value < self.vocab_size:
             raise InputError(f"token id {token_id!r} is not in the vocabulary, expected 0 to {self.vocab_size - 1}")
         return value
+
+
+def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
+    """Matches each of `tokens`, the longest first."""
+    longest_first = sorted(map(re.escape, tokens), key=len, reverse=True)
+    return re.compile("|".join(longest_first) or "(?!)")

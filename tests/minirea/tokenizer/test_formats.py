@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import json
-import shutil
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizer_kinds import HARD_TEXTS, JSON_KINDS, SENTENCEPIECE_KINDS, byte_level, train_sentencepiece
 from tokenizers import processors
 
+from minirea.errors import InputError
 from minirea.tokenizer import Tokenizer, load_tokenizer
 
 SHARED = Path(__file__).parents[4] / "shared" / "tokenizers"
@@ -96,6 +97,8 @@ class TestTokenizerJson:
             lambda i: ours.piece(i) != b" "
         )
         ids = data.draw(st.lists(one, max_size=12))
+        if "ByteFallback" in str(theirs.backend_tokenizer.decoder) and "\ufffd" in ours.decode(ids):
+            return  # one bad byte spoils the whole run of bytes there, here only itself: see below
         expected = theirs.decode(ids, skip_special_tokens=True)
         assert ours.decode(ids) == expected
         assert streamed(ours, ids) == expected
@@ -105,6 +108,31 @@ class TestTokenizerJson:
         assert (ours.bos_id, ours.eos_ids) == (1, frozenset({2}))
         assert ours.vocab_size == len(theirs)
         assert not ours.has_chat_template
+
+
+@pytest.fixture(scope="module")
+def fallback_pair(tmp_path_factory: Any) -> tuple[Tokenizer, Any, Any]:
+    """A tokenizer.json with byte fallback, a SentencePiece model likewise, and sentencepiece itself."""
+    directory = tmp_path_factory.mktemp("json")
+    JSON_KINDS["llama_prepend"]().save(str(directory / "tokenizer.json"))
+    other = tmp_path_factory.mktemp("model")
+    model = train_sentencepiece(other / "tokenizer.model", model_type="bpe")
+    return load_tokenizer(directory), load_tokenizer(other), model
+
+
+@settings(max_examples=200, deadline=None)
+@given(raw=st.one_of(st.binary(max_size=12), st.text("a\né日🙂", max_size=5).map(str.encode)))
+def test_byte_fallback_is_the_same_in_both_formats(fallback_pair: tuple[Tokenizer, Any, Any], raw: bytes) -> None:
+    """Text is out as soon as its UTF-8 is complete, and one bad byte spoils no others."""
+    from_json, from_model, model = fallback_pair
+    expected = model.decode([model.piece_to_id(f"<0x{byte:02X}>") for byte in raw])
+    for tokenizer, first in ((from_json, 3), (from_model, model.piece_to_id("<0x00>"))):
+        stream, text = tokenizer.stream(), ""
+        for at, byte in enumerate(raw, 1):
+            text += stream.put(first + byte)
+            seen = codecs.getincrementaldecoder("utf-8")("replace").decode(raw[:at])
+            assert len(text) >= len(seen), "certain text is held back"
+        assert text + stream.flush() == tokenizer.decode([first + byte for byte in raw]) == expected
 
 
 def test_a_stream_never_shows_half_a_character(tmp_path: Path) -> None:
@@ -504,10 +532,23 @@ class TestTekken:
 
 
 def test_which_file_is_read(tmp_path: Path) -> None:
+    """The vendor's own before one that was converted from it."""
     train_sentencepiece(tmp_path / "tokenizer.model", model_type="bpe")
     assert load_tokenizer(tmp_path).vocab_size == 600
-    write_tekken(tmp_path / "tekken.json", SINGLE_BYTES)
-    assert load_tokenizer(tmp_path).vocab_size == 266
     byte_level().save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path).vocab_size == 501
-    shutil.rmtree(tmp_path)
+    write_tekken(tmp_path / "tekken.json", SINGLE_BYTES)
+    assert load_tokenizer(tmp_path).vocab_size == 266
+
+
+def test_a_tekken_file_older_than_the_model_gives_way(tmp_path: Path) -> None:
+    """A chat fine-tune that came with its own tokenizer.json and tokens, and the base model's tekken.json."""
+    write_tekken(tmp_path / "tekken.json", SINGLE_BYTES)
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    write_json(tmp_path / "tokenizer_config.json", added_tokens_decoder={"501": {"content": "<|im_end|>"}})
+    assert load_tokenizer(tmp_path).encode("<|im_end|>") == [501]
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"'<\|im_end\|>' gets id 266, .* has 501"):
+        load_tokenizer(tmp_path)
