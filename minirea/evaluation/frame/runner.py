@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from minirea.api import LLM, ModelFiles
 from minirea.errors import MemoryLimitError
-from minirea.evaluation.frame.cells import Cell, Place
-from minirea.evaluation.frame.records import Record, Results
+from minirea.evaluation.frame.cells import Cell
+from minirea.evaluation.frame.records import Place, Record, Results
 from minirea.evaluation.frame.tasks import Task
 from minirea.evaluation.lengths import short_length
 

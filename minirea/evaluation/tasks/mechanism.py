@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
-from minirea.evaluation.frame.cells import Cell, Place, sha256_of_ids
-from minirea.evaluation.frame.records import Record
+from minirea.evaluation.frame.cells import Cell, sha256_of_ids
+from minirea.evaluation.frame.records import Place, Record
 from minirea.evaluation.frame.tasks import Task, option, require, rng
 from minirea.evaluation.lengths import grid
 from minirea.evaluation.tasks import mechanism_plots, mechanism_summary

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from minirea.errors import InputError
 from minirea.evaluation.frame import plots
-from minirea.evaluation.frame.cells import Cell, Place, Prompt, PromptCell, Question
-from minirea.evaluation.frame.records import Record
+from minirea.evaluation.frame.cells import Cell, Prompt, PromptCell, Question
+from minirea.evaluation.frame.records import Place, Record
 from minirea.evaluation.frame.tasks import QUICKLY_MADE, Task, option, require, rng
 from minirea.evaluation.lengths import grid
 from minirea.evaluation.tasks.needle import MOST_DEPTHS, Passkey, even_depths

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +15,28 @@ from typing import Any
 import pytest
 
 from minirea.errors import InputError
-from minirea.evaluation.frame.cells import Place, PromptCell, Question
+from minirea.evaluation.frame.cells import PromptCell, Question, sha256_of_ids
+from minirea.evaluation.frame.records import Place
 from minirea.evaluation.frame.tasks import make_task
 from minirea.evaluation.registry import task_class
 from minirea.evaluation.tasks.needle import NEEDLE, QUESTION, even_depths, first_is
 from minirea.evaluation.tasks.ruler import KINDS, NEEDLE_KINDS, match_all, match_part, zeta_counts
 from minirea.evaluation.tasks.synthetic import Function, NumberString, has_word, last_integer_is
+from minirea.evaluation.text.encoder import Encoder
+from minirea.evaluation.text.facts import WORDINGS
 from minirea.tokenizer import Tokenizer, load_tokenizer
 
+PROMPTS = {
+    "needle": "93c6f53e42b3",
+    "needle separate": "c9e2422697c8",
+    "needle share": "20865346b4e2",
+    "needle facts": "92386ee22303",
+    "passkey": "dfbf2b512866",
+    "kv": "2012f900b089",
+    "number-string": "ce49d0133cdf",
+    "code-run": "0425d2ba89cd",
+    "ruler": "53703caef999",
+}
 DEMO = Path(__file__).parents[3] / "weights" / "demo"
 
 
@@ -97,6 +113,101 @@ def test_prompt_and_answer_fill_the_length_to_the_token(
     assert count == len(lengths) * 2 * {"needle": options.get("depths", 2), "code-run": 2}.get(
         name, options.get("depths")
     )
+
+
+def test_one_needle_stands_in_each_copy_of_a_sample_s_text(tokenizer: Tokenizer) -> None:
+    options = {"lengths": 4096, "samples": 2, "depths": 5, "separate": True}
+    texts: dict[Any, set[str]] = {}
+    keys, depths = set(), []
+    for place, ids, question in prompts("needle", tokenizer, **options):
+        text, key, (value,) = tokenizer.decode(ids), question.extra["key"], question.expected
+        hidden = NEEDLE.format(key=key, value=value)
+        assert text.count(hidden) == text.count(value) == 1
+        assert text.count("The special magic number for") == 1 + 1
+        assert abs(text.index(hidden) / len(text) - float(place["depth"])) < 0.06
+        texts.setdefault(place["sample"], set()).add(text.split("\nQuestion")[0].replace(hidden, "")[:12000])
+        keys.add(key)
+        depths.append(place["depth"])
+    assert [len(of) for of in texts.values()] == [1, 1]
+    assert texts[0] != texts[1]
+    assert len(keys) == 10
+    assert depths == [1.0, 0.75, 0.5, 0.25, 0.0] * 2  # what one shares with the one before is longest so
+
+
+@pytest.fixture
+def chat_tokenizer(tmp_path: Path) -> Tokenizer:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, tmp_path)
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]\n{{ m.content }}\n--\n{% endfor %}[assistant]:"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    return load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, {"separate": True}, {"facts": True}, {"facts": True, "separate": True}])
+def test_a_chat_prompt_is_a_message_in_the_template(chat_tokenizer: Tokenizer, options: dict[str, Any]) -> None:
+    for place, ids, question in prompts(
+        "needle", chat_tokenizer, lengths=2000, samples=1, depths=3, chat=True, **options
+    ):
+        text = chat_tokenizer.decode(ids)
+        assert text.startswith("[user]\n")
+        assert text.endswith("The text above says it.\n--\n[assistant]:")
+        message = text.removeprefix("[user]\n").removesuffix("\n--\n[assistant]:")
+        assert chat_tokenizer.encode_chat([{"role": "user", "content": message}])[:1] == ids[:1]
+        assert ids[0] == chat_tokenizer.bos_id
+        assert ids.count(chat_tokenizer.bos_id) == 1
+        assert question.stop == ()
+        assert place["length"] - 20 < len(ids) + question.max_tokens <= place["length"]
+        assert question.score(f"It is {question.expected[0]}.") == 1
+
+
+def test_a_chat_prompt_has_the_ids_that_the_tokenizer_gives_to_the_conversation(chat_tokenizer: Tokenizer) -> None:
+    encode = Encoder(chat_tokenizer, chat=True)
+    for content in ("One two three.", "1 + 1", "A line\nand another."):
+        expected = chat_tokenizer.encode_chat([{"role": "user", "content": content}])
+        assert [*encode.beginning, *encode(content), *encode.end] == expected
+
+
+def test_without_a_chat_template_a_chat_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match=r"^chat is on, but this model has no chat template"):
+        make_task(task_class("needle"), {"chat": True}).cells(tokenizer)
+
+
+def test_facts_are_told_and_asked_in_plain_words(tokenizer: Tokenizer) -> None:
+    told = set()
+    for place, ids, question in prompts("needle", tokenizer, lengths=3000, samples=4, depths=5, facts=True):
+        text, key, (value,) = tokenizer.decode(ids), question.extra["key"], question.expected
+        (wording,) = [w for w in WORDINGS if w.told.format(key=key, value=value) in text]
+        assert text.endswith(f"\nQuestion: {wording.asked.format(key=key)} Answer:")
+        assert abs(text.index(wording.told.format(key=key, value=value)) / len(text) - float(place["depth"])) < 0.1
+        assert text.count(key) == 2
+        assert question.score(f" {value.upper()}!") == 1
+        assert question.score(f" un{value}") == question.score("") == 0
+        told.add(wording)
+    assert len(told) > 3
+    assert all(len(set(w.values)) == len(w.values) >= 10 and "{key}" in w.asked for w in WORDINGS)
+
+
+def test_prompts_are_what_they_were(tokenizer: Tokenizer) -> None:
+    """A digest of every task's prompts and right answers: directories of results grow, so they must not change."""
+    corpus = {"lengths": (1500, 2500), "samples": 2, "seed": 3}
+    chosen: dict[str, dict[str, Any]] = {
+        "needle": {"depths": 3},
+        "needle separate": {"depths": 3, "separate": True, "needles": 2},
+        "needle share": {"depths": 3, "share": 2, "keys": "numbers", "values": "words", "align": 256},
+        "needle facts": {"depths": 3, "facts": True},
+        "passkey": {"depths": 2},
+        "kv": {"depths": 2},
+        "number-string": {"depths": 2},
+        "code-run": {"calls": (1, 3)},
+        "ruler": {},
+    }
+    found = {}
+    for name, options in chosen.items():
+        told = [
+            (sha256_of_ids(ids), q.expected) for _, ids, q in prompts(name.split()[0], tokenizer, **corpus, **options)
+        ]
+        found[name] = hashlib.sha256(repr(told).encode()).hexdigest()[:12]
+    assert found == PROMPTS
 
 
 def test_every_needle_stands_once_at_its_depth_and_is_asked_for_in_its_own_words(tokenizer: Tokenizer) -> None:
