@@ -49,3 +49,9 @@ def test_both_drivers_repeat_a_launch(has_compiler: bool, monkeypatch: pytest.Mo
     assert calls.count("minirea") == total
     assert calls.count("triton") == (total + 1) * has_compiler
     assert ("none" in bench_launch.row_text(row)) != has_compiler
+
+
+def test_all_launches_can_be_by_tritons_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "launch", driver.launch)
+    bench_launch.use_tritons_driver()
+    assert driver.launch is bench_launch.launch_by_triton
