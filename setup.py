@@ -49,5 +49,5 @@ setup(
         "tqdm",
     ],
     extras_require={"test": TEST, "plot": PLOT, "eval": EVAL},
-    entry_points={"console_scripts": ["minirea = minirea.cli:main"]},
+    entry_points={"console_scripts": ["minirea = minirea.__main__:command"]},
 )

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import operator
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,9 @@ from minirea.checkpoint_config import load_config
 from minirea.checks import integer, shown
 from minirea.config import DEVICES, DTYPES, IMPLS, MODES, ModelConfig, ReAttentionConfig
 from minirea.errors import InputError, MissingFileError
+from minirea.files import is_there, read_start
 from minirea.generate import GenerationConfig, Piece, Stats
-from minirea.memory import human
+from minirea.memory import MemoryPlan, human
 from minirea.model import Model
 from minirea.plan import keeps_half, plan_run, workspace_bytes
 from minirea.tokenizer import Tokenizer, load_tokenizer
@@ -86,6 +88,7 @@ def read_model(
     _choice("impl", impl, IMPLS)
     _choice("dtype", dtype, ("auto", *DTYPES))
     target = _device(device)
+    _check_is_model_directory(path)
     if impl == "triton" and target.type == "cpu":
         raise InputError("impl is 'triton', expected 'auto' or 'torch' on a CPU")
     config = load_config(path)
@@ -159,6 +162,15 @@ class ModelFiles(_Encoder):
         self.dtype = dtype
         self._tokenizer = tokenizer
 
+    def plan(self, num_tokens: int = 0) -> MemoryPlan:
+        """What weights, cache and workspace need for so many tokens, of prompt and text together; 0: not known yet."""
+        return plan_run(self.path, self.attention, self.dtype, num_tokens)
+
+    def seen_tokens(self, num_tokens: int) -> int:
+        """How many tokens attention will see at once, at most, in a context of `num_tokens`."""
+        window = self.attention.sliding_window if self.attention.mode == "full" else self.attention.config.max_scope
+        return min(num_tokens, num_tokens if window is None else window)
+
     def load(self, progress: bool = False, num_tokens: int = 0) -> LLM:
         """Read the weights.
 
@@ -170,7 +182,7 @@ class ModelFiles(_Encoder):
             MissingFileError, InputError, MemoryLimitError: with one line that says what to mend.
         """
         attention, dtype, device = self.attention, self.dtype, self.attention.device
-        plan_run(self.path, attention, dtype, num_tokens).check(device)
+        self.plan(num_tokens).check(device)
         weights = load_weights(self.path, self.config, device, dtype, progress, keeps_half(dtype, device))
         return LLM(Model(self.config, weights, attention, progress), self._tokenizer, self.path)
 
@@ -363,6 +375,31 @@ def generation_config(options: dict[str, Any]) -> GenerationConfig:
 def _choice(name: str, value: str, expected: tuple[str, ...]) -> None:
     if value not in expected:
         raise InputError(f"{name} is {value!r}, expected one of {', '.join(expected)}")
+
+
+def _check_is_model_directory(path: str | Path) -> None:
+    """What people pass instead gets told what it is. Whether the directory holds a model, load_config tells."""
+    if not isinstance(path, (str, Path)):
+        raise InputError(f"path is {shown(path)}, expected a model directory")
+    gguf = "a GGUF file, expected a model directory with config.json, safetensors and a tokenizer: get the original"
+    gguf += " model, or convert it (transformers: from_pretrained(..., gguf_file=...), then save_pretrained)"
+    name, path = str(path), Path(path)
+    if not is_there(path):
+        if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+            fetch = f"hf download {path} --local-dir {path.name}"
+            raise MissingFileError(
+                f"{path}: no such model directory. If it names a model of the Hugging Face Hub, minirea does not fetch "
+                f"it: run `{fetch}` and pass that directory"
+            )
+    elif path.is_file():
+        if path.suffix == ".gguf" or read_start(path, 4) == b"GGUF":
+            raise InputError(f"{path}: is {gguf}")
+        if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".json"):
+            raise InputError(f"{path}: is a file of a model, expected its directory: {path.parent}")
+    elif not any(is_there(path / name) for name in ("config.json", "params.json")):
+        found = next(path.glob("*.gguf"), None)
+        if found is not None:
+            raise InputError(f"{path}: holds {found.name}, {gguf}")
 
 
 def _device(name: str) -> torch.device:

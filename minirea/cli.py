@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
 import functools
 import json
 import os
 import re
+import subprocess
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,16 +20,25 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from minirea import __version__
 from minirea.config import DEVICES, DTYPES, IMPLS, MODES, SCOPE_FIELDS, SPAN_SCOPES, TAIL_CHUNK_SIZE, TAIL_SIZE
-from minirea.errors import InputError, MinireaError, MinireaWarning, MissingExtraError, MissingFileError
+from minirea.errors import InputError, MinireaError, MinireaWarning, MissingExtraError, printable
+from minirea.files import read_all, read_file
+from minirea.terminal import EXIT_INTERRUPTED, Interrupts, discard_output, open_streams, put, put_now, say
 from minirea.threads import limited_to, wait_asleep
 
 if TYPE_CHECKING:
     from minirea.api import ModelFiles
     from minirea.evaluation import Evaluation
     from minirea.evaluation.frame.tasks import Option, Task
-    from minirea.generate import Stats
+    from minirea.generate import Piece, Stats
 
-EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_ERROR, EXIT_USAGE = 1, 2
+PROMPT_LIMIT = 2**30  # bytes
+
+# What torch, C++, Python's threads and the dynamic linker say where memory, or `ulimit -v`, is used up.
+_OUT_OF_MEMORY = (
+    *("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "can't start new thread"),
+    *("failed to map segment", "not enough memory"),
+)
 
 _LOAD_OPTIONS = ("device", "dtype", "attention", "impl", "allow_out_of_distribution")
 _GENERATION_OPTIONS = (
@@ -42,39 +54,62 @@ _GENERATION_OPTIONS = (
 )
 
 
-def main(argv: list[str] | None = None) -> int:
+def run_process() -> int:
+    """The `minirea` command, in a process of its own where torch is yet to start; returns the exit status."""
+    interrupts = Interrupts()
+    interrupts.take_over()
+    open_streams()
+    wait_asleep(os.environ)
+    try:
+        status = main(sys.argv[1:], interrupts)
+    except SystemExit as stop:  # --help and usage
+        status = stop.code if isinstance(stop.code, int) else 0
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # what could not be written has been told, or was help
+        discard_output()
+        return status or EXIT_ERROR
+    return status
+
+
+def main(argv: list[str] | None = None, interrupts: Interrupts | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 (bad input), 2 (usage) or 130 (Ctrl-C).
 
-    Without argv this is the `minirea` command, the process is its own, and torch is yet to start.
+    Args:
+        argv: what follows the program's name; None: sys.argv has it.
+        interrupts: what Ctrl-C does; without, it is a KeyboardInterrupt.
     """
-    if argv is None:
-        wait_asleep(os.environ)
-        argv = sys.argv[1:]
+    argv = sys.argv[1:] if argv is None else argv
     parser = _parser(with_tasks=argv[:1] == ["eval"])
     arguments = parser.parse_args(argv)
     if arguments.command == "generate" and arguments.system is not None and not arguments.chat:
-        parser.error("--system needs --chat")
+        arguments.parser.error("--system needs --chat")
+    run = run_generate if arguments.command == "generate" else run_eval
     try:
-        with _warnings_as_lines(), limited_to(getattr(arguments, "threads", None)):
-            return run_generate(arguments) if arguments.command == "generate" else run_eval(arguments)
-    except MinireaError as error:
-        if arguments.debug:
-            raise
-        return _fail(_as_flag(str(error), set(vars(arguments))))
+        with limited_to(getattr(arguments, "threads", None)), _warnings_as_lines():
+            return run(arguments, interrupts or Interrupts())
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        discard_output()
+        return EXIT_ERROR
     except KeyboardInterrupt:
         if arguments.debug:
             raise
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_ERROR
+    except Exception as error:
+        if arguments.debug:
+            raise
+        return _fail(as_flags(explained(error), set(vars(arguments))))
 
 
-def run_generate(arguments: argparse.Namespace) -> int:
+def run_generate(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     """`minirea generate`: load, read the prompt, print the text as it comes."""
+    if sys.stdout is None:
+        raise InputError("standard output is closed, expected somewhere to write the text to")
     prompt = read_prompt(arguments)
     # Imports torch, which --help and a bad prompt need not wait for.
     from minirea.api import generation_config, read_model
+    from minirea.generate import Interrupted
 
     options = vars(arguments)
     generation_options = {name: options[name] for name in _GENERATION_OPTIONS}
@@ -82,31 +117,74 @@ def run_generate(arguments: argparse.Namespace) -> int:
     progress = not arguments.quiet
     files = read_model(arguments.model, **{name: options[name] for name in _LOAD_OPTIONS + SCOPE_FIELDS})
     ids = _encode(files, prompt, arguments)
-    llm = files.load(progress, len(ids) + arguments.max_tokens)
+    num_tokens = len(ids) + arguments.max_tokens
+    _warn_beyond_training(files, num_tokens)
+    if arguments.dry_run:
+        return _print_plan(files, len(ids), arguments)
+    llm = files.load(progress, num_tokens)
+    answer = Answer(len(ids), arguments.json, arguments.quiet)
+    interrupts.finish = answer.finish_now
     pieces = llm.stream(ids, progress=progress, **generation_options)
-    text, token_ids, stats, finish_reason = "", [], None, None
     try:
         for piece in pieces:
-            stats, finish_reason = piece.stats, piece.finish_reason
-            token_ids += piece.token_ids
-            text += piece.text
-            if not arguments.json:
-                sys.stdout.write(piece.text)
-                sys.stdout.flush()
-    except KeyboardInterrupt:
-        finish_reason = "interrupted"
-        with contextlib.suppress(KeyboardInterrupt):
-            pieces.throw(KeyboardInterrupt)  # wherever it struck, the stream completes its statistics
-    if arguments.json:
-        _print_json(text, token_ids, finish_reason, len(ids), stats)
-    else:
-        print(flush=True)
-    if stats and not arguments.quiet:
-        print(footer(stats, finish_reason), file=sys.stderr)
-    return EXIT_INTERRUPTED if finish_reason == "interrupted" else 0
+            answer.add(piece)
+            interrupts.defer()
+            if interrupts.pending and piece.finish_reason is None:
+                pieces.throw(KeyboardInterrupt)
+    except KeyboardInterrupt as struck:
+        answer.finish_reason = "interrupted"
+        try:
+            if not isinstance(struck, Interrupted):
+                pieces.throw(KeyboardInterrupt)  # it struck outside the stream, which can complete its statistics yet
+        except KeyboardInterrupt as passed_on:
+            struck = passed_on
+        if isinstance(struck, Interrupted):
+            answer.add(struck.piece)
+    interrupts.ignore()
+    answer.finish()
+    return EXIT_INTERRUPTED if answer.finish_reason == "interrupted" else 0
 
 
-def run_eval(arguments: argparse.Namespace) -> int:
+@dataclasses.dataclass
+class Answer:
+    """What has been generated so far, and how it is printed: piece by piece, or as one JSON object."""
+
+    prompt_tokens: int
+    as_json: bool
+    quiet: bool
+    text: str = ""
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    stats: Stats | None = None
+    finish_reason: str | None = None
+
+    def add(self, piece: Piece) -> None:
+        self.text += piece.text
+        self.token_ids += piece.token_ids
+        self.stats, self.finish_reason = piece.stats, piece.finish_reason
+        if not self.as_json:
+            put(piece.text)
+
+    def finish(self) -> None:
+        """Print what is left to print."""
+        put(self._rest())
+        if self.stats and not self.quiet:
+            say(footer(self.stats, self.finish_reason))
+
+    def finish_now(self) -> None:
+        """The same from a signal's handler, with the statistics as far as they are known."""
+        self.finish_reason = "interrupted"
+        put_now(self._rest())
+        say("\nminirea: interrupted")
+
+    def _rest(self) -> str:
+        if not self.as_json:
+            return "\n" if self.text or self.finish_reason != "interrupted" else ""
+        record: dict[str, Any] = {"text": self.text, "token_ids": self.token_ids, "finish_reason": self.finish_reason}
+        record |= {"prompt_tokens": self.prompt_tokens} | (self.stats.as_dict() if self.stats else {})
+        return json.dumps(record) + "\n"
+
+
+def run_eval(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     """`minirea eval`: put a task to a model, print the summary, draw the pictures."""
     from minirea.evaluation import evaluate, report
 
@@ -114,68 +192,121 @@ def run_eval(arguments: argparse.Namespace) -> int:
         return _show(report(arguments.results, arguments.out, arguments.differing), arguments.out)
     options = vars(arguments)
     names = {*_LOAD_OPTIONS, *SCOPE_FIELDS, *arguments.task_options, "attention", "out", "at_most"} - {"task"}
+
+    def tell() -> None:
+        if Path(arguments.out).exists():
+            say(f"\nminirea: interrupted; {arguments.out} keeps the answers, the same command goes on")
+
+    interrupts.finish = tell
     try:
         evaluation = evaluate(
             arguments.task, arguments.model, progress=not arguments.quiet, **{name: options[name] for name in names}
         )
     except KeyboardInterrupt:
-        if Path(arguments.out).exists():
-            print(f"minirea: interrupted; {arguments.out} keeps the answers, the same command goes on", file=sys.stderr)
+        tell()
         raise
     return _show(evaluation, arguments.out)
 
 
 def _show(evaluation: Evaluation, folder: str) -> int:
     """The table to standard output and the pictures to the folder."""
-    print(evaluation.table, flush=True)
+    put(evaluation.table + "\n")
     try:
         evaluation.plot(folder)
     except MissingExtraError as error:  # a server may well have no matplotlib, and the results are complete
-        print(f"minirea: no pictures: {error}", file=sys.stderr)
+        say(f"minirea: no pictures: {error}")
     return 0
 
 
 def read_prompt(arguments: argparse.Namespace) -> str:
-    """The prompt's text from --text, a file or standard input.
+    """The prompt's text from --text, a file or standard input, without a byte order mark.
 
     Raises:
-        MissingFileError, InputError: no such file, a directory, not UTF-8, or empty.
+        MissingFileError, InputError: no such file, not readable, too large, not UTF-8, or empty.
     """
     if arguments.text is not None:
         source, text = "--text", arguments.text
     else:
-        source = "standard input" if arguments.prompt == "-" else arguments.prompt
+        source = "--prompt " + ("standard input" if arguments.prompt == "-" else arguments.prompt)
         try:
-            raw = sys.stdin.buffer.read() if arguments.prompt == "-" else Path(arguments.prompt).read_bytes()
+            raw = _prompt_bytes(arguments.prompt).removeprefix(codecs.BOM_UTF8)
             text = raw.decode("utf-8")
-        except FileNotFoundError:
-            raise MissingFileError(f"--prompt {source}: no such file") from None
-        except OSError as error:
-            raise InputError(f"--prompt {source}: cannot be read: {error.strerror}") from None
         except UnicodeDecodeError as error:
             found = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
-            raise InputError(f"--prompt {source}: not UTF-8 text: found {found}") from None
+            raise InputError(f"{source}: not UTF-8 text: found {found}") from None
+        except MinireaError as error:
+            raise type(error)(f"--prompt {error}") from None
     if not text:
         raise InputError(f"{source}: the prompt is empty, expected some text")
     return text
 
 
+def _prompt_bytes(path: str) -> bytes:
+    if path != "-":
+        return read_file(path, PROMPT_LIMIT, "a prompt", pipes=True)
+    if sys.stdin is None:
+        raise InputError("standard input: is closed, expected the prompt's text")
+    try:
+        return read_all(sys.stdin.buffer, PROMPT_LIMIT, "standard input", "a prompt")
+    except OSError as error:
+        raise InputError(f"standard input: cannot be read: {error.strerror}") from None
+
+
+def _warn_beyond_training(files: ModelFiles, num_tokens: int) -> None:
+    seen, trained = files.seen_tokens(num_tokens), files.config.trained_context
+    if seen > trained:
+        say(
+            f"minirea: warning: {files.attention.mode} attention will see up to {seen:,} tokens at once, more than the "
+            f"{trained:,} that this model was trained on: expect damaged text"
+        )
+
+
+def _print_plan(files: ModelFiles, prompt_tokens: int, arguments: argparse.Namespace) -> int:
+    """--dry-run: what the run would need, and an error if there is less."""
+    from minirea.memory import available_bytes, human
+
+    num_tokens, device = prompt_tokens + arguments.max_tokens, files.attention.device
+    plan, free = files.plan(num_tokens), available_bytes(device)
+    dtype = str(files.dtype).removeprefix("torch.")
+    if arguments.json:
+        sizes = {name: getattr(plan, name) for name in ("weights", "loading", "cache", "workspace", "peak")}
+        record = {f"{name}_bytes": size for name, size in sizes.items()}
+        record |= {"device": device.type, "dtype": dtype, "prompt_tokens": prompt_tokens, "num_tokens": num_tokens}
+        put(json.dumps(record | {"free_bytes": free}) + "\n")
+    else:
+        lines = (
+            f"device      {device.type}, {dtype}, {files.attention.mode} attention, {files.attention.impl}",
+            f"tokens      {prompt_tokens:,} in the prompt and {arguments.max_tokens:,} to generate",
+            f"weights     {human(plan.weights)}, and {human(plan.loading)} more while they are loaded",
+            f"cache       {human(plan.cache)}",
+            f"workspace   {human(plan.workspace)}",
+            f"at most     {human(plan.peak)}" + ("" if free is None else f" of {human(free)} that are free"),
+        )
+        put("\n".join(lines) + "\n")
+    plan.check(device)
+    return 0
+
+
 def footer(stats: Stats, finish_reason: str | None) -> str:
-    """The four lines of statistics after a generation."""
+    """The lines of statistics after a generation."""
     from minirea.memory import human
 
     s, scope = stats, stats.scope
-    parts = [f"{scope[name]:,} {name}" for name in ("global", "selected", "local") if scope[name]]
-    seen = scope["global"] + scope["selected"] + scope["local"]
-    return "\n".join(
-        (
-            f"prompt      {s.prompt_tokens:,} tokens, {s.prompt_tokens_per_second:,.1f} tokens/s, "
-            f"first token after {s.time_to_first_token:.2f} s",
-            f"generation  {s.generated_tokens:,} tokens, {s.tokens_per_second:,.1f} tokens/s, ended by {finish_reason}",
-            f"scope       {' + '.join(parts)} = {seen:,} of {scope['seq_len']:,} tokens",
-            f"memory      weights {human(s.weight_bytes)}, cache {human(s.cache_bytes)}, peak {human(s.peak_bytes)}",
-        )
-    )
+    parts = [f"{scope[name]:,} {name}" for name in ("global", "selected", "local") if scope.get(name)]
+    beyond = f", more than the trained {s.trained_context:,}" if s.seen_tokens > s.trained_context else ""
+    ran_on = [s.device, s.dtype, f"{s.attention} attention", s.impl]
+    ran_on += [f"{s.threads} threads" if s.threads != 1 else "1 thread"] if s.threads else []
+    ran_on += [f"seed {s.seed}"] if s.seed is not None else []
+    lines = [
+        f"device      {', '.join(ran_on)}",
+        f"prompt      {s.prompt_tokens:,} tokens, {s.prompt_tokens_per_second:,.1f} tokens/s, "
+        f"first token after {s.time_to_first_token:.2f} s",
+        f"generation  {s.generated_tokens:,} tokens, {s.tokens_per_second:,.1f} tokens/s, ended by {finish_reason}",
+    ]
+    if scope:
+        lines += [f"scope       {' + '.join(parts)} = {s.seen_tokens:,} of {scope['seq_len']:,} tokens{beyond}"]
+    lines += [f"memory      weights {human(s.weight_bytes)}, cache {human(s.cache_bytes)}, peak {human(s.peak_bytes)}"]
+    return "\n".join(lines)
 
 
 def _encode(files: ModelFiles, prompt: str, arguments: argparse.Namespace) -> list[int]:
@@ -185,47 +316,73 @@ def _encode(files: ModelFiles, prompt: str, arguments: argparse.Namespace) -> li
     return files.encode(files.tokenizer.encode_chat([*system, {"role": "user", "content": prompt}]))
 
 
-def _print_json(
-    text: str, token_ids: list[int], finish_reason: str | None, prompt_tokens: int, stats: Stats | None
-) -> None:
-    record: dict[str, Any] = {"text": text, "token_ids": token_ids, "finish_reason": finish_reason}
-    record |= {"prompt_tokens": prompt_tokens} | (stats.as_dict() if stats else {})
-    print(json.dumps(record), flush=True)
+def as_flags(message: str, names: set[str]) -> str:
+    """A message that names Python's fields, as the command line spells them.
+
+    `max_tokens` is --max-tokens wherever it stands, dtype="float32" is --dtype float32. A name of one word, which might
+    be a word, counts at the beginning of a message that says what it is, and in backquotes anywhere.
+    """
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match[1], match[2] if match.re.groups > 1 else "True"
+        return "--" + name.replace("_", "-") + ("" if value == "True" else " " + value.strip("\"'"))
+
+    known, several_words = ("|".join(group) or "(?!)" for group in (names, {name for name in names if "_" in name}))
+    before = r"(?<![\w./-])"  # neither in a path nor in another name
+    for pattern in (
+        rf"`({known})`",
+        rf"{before}({known})=(True|[\w.]+|\"[^\"]*\"|'[^']*')",
+        rf"{before}({several_words})(?![\w/-])",
+        rf"^({known})(?= is )",
+    ):
+        message = re.sub(pattern, flag, message)
+    return message
 
 
-def _as_flag(message: str, names: set[str]) -> str:
-    """Name a field at the beginning of a message the way it was typed: max_tokens is --max-tokens."""
-    return re.sub(r"^(\w+)(?= is )", lambda m: "--" + m[1].replace("_", "-") if m[1] in names else m[1], message)
+def explained(error: Exception) -> str:
+    """What to tell about an error: its own message, or what a library's means."""
+    text = printable(" ".join(str(error).split()), 400)
+    if isinstance(error, MinireaError):
+        return str(error)
+    if isinstance(error, MemoryError) or any(phrase in text.lower() for phrase in _OUT_OF_MEMORY):
+        return f"out of memory ({text or 'an allocation failed'}): shorten the prompt, lower max_tokens, or free memory"
+    if "C compiler" in text or (isinstance(error, subprocess.CalledProcessError) and "-shared" in text):
+        return f'Triton cannot compile: {text}; install a C compiler such as gcc, or use impl="torch"'
+    return f"{type(error).__name__}: {text} (a fault of minirea; --debug shows where)"
 
 
 @contextlib.contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """minirea's own warnings on standard error, one line each and none left out; those of libraries as they are."""
+    """Within it minirea's own warnings are a line on standard error each, like its errors."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, MinireaWarning):
+            say(f"minirea: warning: {printable(str(message))}")
+        else:
+            shown_by_python(message, category, *place)
+
+    shown_by_python = warnings.showwarning
     with warnings.catch_warnings():
         warnings.simplefilter("always", MinireaWarning)
-        show = warnings.showwarning
-
-        def show_line(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
-            if issubclass(category, MinireaWarning):
-                print(f"minirea: warning: {message}", file=sys.stderr)
-            else:
-                show(message, category, *where, **options)
-
-        warnings.showwarning = show_line
+        warnings.showwarning = show
         yield
 
 
 def _fail(message: str) -> int:
-    print("minirea: error:", " ".join(message.split()), file=sys.stderr)
+    say(f"minirea: error: {message}")
     return EXIT_ERROR
 
 
 class _HelpFormatter(argparse.HelpFormatter):
     """Shows the defaults that say something: not those of switches and of options that are off."""
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        # A value that is broken in two could not be copied.
+        return textwrap.wrap(" ".join(text.split()), width, break_long_words=False, break_on_hyphens=False)
+
     def _get_help_string(self, action: argparse.Action) -> str:
         shown = action.default not in (None, False, [], {}, argparse.SUPPRESS)
-        return (action.help or "") + (" (default: %(default)s)" if shown else "")
+        return (action.help or "") + (" (default: %(default)s)" if shown else " (required)" if action.required else "")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -252,6 +409,8 @@ def _parser(with_tasks: bool = True) -> argparse.ArgumentParser:
     add("--attention", choices=MODES, default="reattention", help="what a token can see")
     _add_execution(generate)
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    generate.add_argument("--dry-run", action="store_true", help="print what it would need of the memory, and stop")
+    generate.set_defaults(parser=generate)
     _add_eval(commands, with_tasks)
     return parser
 
@@ -302,7 +461,7 @@ def _add_task_options(parser: argparse.ArgumentParser, task: type[Task]) -> None
         else:
             metavar = how.metavar or (",".join(map(str, how.choices)) and "{" + ",".join(map(str, how.choices)) + "}")
             parse, nargs = functools.partial(_task_option, field.name, how), "+" if how.many == "list" else None
-            about = how.help + (" (required)" if how.required else shown)
+            about = how.help + ("" if how.required else shown)
             group.add_argument(flag, type=parse, nargs=nargs, metavar=metavar, required=how.required, help=about)
 
 
@@ -338,8 +497,8 @@ class _Limit(argparse.Action):
 def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face or Mistral model directory")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", metavar="FILE", help="UTF-8 text file, or - for standard input")
-    source.add_argument("--text", metavar="STRING", help="the prompt itself")
+    source.add_argument("--prompt", metavar="FILE", help="UTF-8 text file, or - for standard input (or --text)")
+    source.add_argument("--text", metavar="STRING", help="the prompt itself (one of the two is required)")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument("--system", metavar="STR", help="system message, with --chat")
 

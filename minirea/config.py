@@ -170,7 +170,7 @@ class ReAttentionConfig:
             parts = f"{selecting}+ local_size {self.local_size}, or dense_size {self.dense_size}"
             raise InputError(
                 f"the scope can reach {self.max_scope} tokens ({parts}), more than the trained "
-                f"context of {trained_context} ({source}); lower one of them or pass --allow-out-of-distribution"
+                f"context of {trained_context} ({source}); lower one of them or pass allow_out_of_distribution=True"
             )
 
 

@@ -275,7 +275,7 @@ def decode(
             if token_id == NON_FINITE:
                 raise InputError(
                     f"the logits are not finite after {start + count} tokens: the weights are damaged, or too large "
-                    f"for {str(model.dtype).removeprefix('torch.')} (try --dtype float32)"
+                    f'for {str(model.dtype).removeprefix("torch.")} (try dtype="float32")'
                 )
             yield token_id
 

@@ -52,7 +52,12 @@ class MemoryPlan:
     def fits(self, device: torch.device) -> bool:
         """Whether `device` can hold it; true where the system does not say how much there is."""
         available = available_bytes(device)
-        return available is None or self.weights + max(self.loading, self.cache + self.workspace) <= available
+        return available is None or self.peak <= available
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at once."""
+        return self.weights + max(self.loading, self.cache + self.workspace)
 
     def check(self, device: torch.device) -> None:
         """Refuse what `device` cannot hold.
@@ -80,9 +85,9 @@ class MemoryPlan:
     def _change(self, available: int) -> str:
         room = available - self.weights - self.workspace
         if not self.cache or room <= 0 or self.weights + self.loading > available:
-            return "use a smaller --dtype, another --device or a smaller model"
+            return "use a smaller `dtype`, another `device` or a smaller model"
         fit = self.held_tokens + room * (self.num_tokens - self.held_tokens) // self.cache
-        return f"shorten the prompt or lower --max-tokens: about {fit:,} of {self.num_tokens:,} tokens fit"
+        return f"shorten the prompt or lower max_tokens: about {fit:,} of {self.num_tokens:,} tokens fit"
 
 
 def human(size: float) -> str:

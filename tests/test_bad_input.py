@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from testing import edit_json, tiny_model, write_checkpoint, write_tokenizer
 
-from minirea.cli import main
+import minirea
+from minirea.cli import as_flags, main
 
 Damage = Callable[[Path], object]
 
@@ -226,16 +228,24 @@ BAD_ARGUMENTS: dict[str, tuple[list[str], int, list[str]]] = {
     "empty stop string": (["--text", "a", "--stop", ""], 1, ["--stop"]),
     "no local window": (["--text", "a", "--local-size", "0"], 1, ["--local-size is 0"]),
     "odd span": (["--text", "a", "--span-size", "5"], 1, ["--span-size is 5", "even"]),
-    "chunk beyond local": (["--text", "a", "--chunk-size", "129"], 1, ["--chunk-size is 129", "128"]),
+    "chunk beyond local": (["--text", "a", "--chunk-size", "129"], 1, ["--chunk-size is 129", "--local-size (128)"]),
     "scope beyond the trained context": (
         ["--text", "a", "--max-spans", "64"],
         1,
-        ["256", "2180", "--allow-out-of-distribution"],
+        ["256", "2180", "--max-spans 64", "--local-size 128", "pass --allow-out-of-distribution"],
     ),
+    "sizes beyond counting": (
+        ["--text", "a", "--local-size", "1" + "0" * 30, "--allow-out-of-distribution"],
+        1,
+        ["--local-size is 1000", "from 1 to 2147483647"],
+    ),
+    "number of 5,000 digits": (["--text", "a", "--seed", "1" * 5000], 2, ["--seed"]),
+    "prompt's name too long": (["--prompt", "x" * 5000], 1, ["--prompt xxx", "too long"]),
+    "prompt without end": (["--prompt", "/dev/zero"], 1, ["--prompt /dev/zero", "a device"]),
     "more tokens than memory": (["--text", "a", "--max-tokens", "1" + "0" * 12], 1, ["memory", "--max-tokens"]),
     "triton on a CPU": (["--text", "a", "--impl", "triton", "--device", "cpu"], 1, ["--impl", "triton"]),
     "chat without a template": (["--text", "a", "--chat"], 1, ["chat"]),
-    "system without chat": (["--text", "a", "--system", "b"], 2, ["--system", "--chat"]),
+    "system without chat": (["--text", "a", "--system", "b"], 2, ["--system", "--chat", "`minirea generate --help`"]),
     "no prompt": ([], 2, ["--prompt", "--text"]),
     "two prompts": (["--text", "a", "--prompt", "b"], 2, ["--prompt", "--text"]),
     "number that is none": (["--text", "a", "--max-tokens", "many"], 2, ["--max-tokens", "many"]),
@@ -261,7 +271,13 @@ def test_bad_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize(
-    ("raw", "named"), [(b"", ["empty"]), (b"good \xff\xfe bad", ["UTF-8", "0xff", "offset 5"]), (b"\xc3", ["offset 0"])]
+    ("raw", "named"),
+    [
+        (b"", ["empty"]),
+        (b"good \xff\xfe bad", ["UTF-8", "0xff", "offset 5"]),
+        (b"\xc3", ["offset 0"]),
+        (b"\xef\xbb\xbf", ["empty"]),
+    ],
 )
 def test_bad_prompts(
     raw: bytes,
@@ -277,6 +293,89 @@ def test_bad_prompts(
         status, out, err = run(capsys, "generate", "--model", pristine, "--prompt", prompt)
         assert (status, out) == (1, "")
         assert_one_line(err, source, *named)
+
+
+def test_a_prompt_that_is_a_named_pipe_is_refused(
+    pristine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    status, out, err = run(capsys, "generate", "--model", pristine, "--prompt", tmp_path / "pipe")
+    assert (status, out) == (1, "")
+    assert_one_line(err, "--prompt", "a named pipe")
+
+
+GGUF, HUB = ["GGUF", "save_pretrained"], ["Hugging Face Hub", "hf download meta-llama/Llama-3.1-8B --local-dir"]
+NO_MODELS = {
+    "model.gguf": (lambda path: path.write_bytes(b""), GGUF),
+    "renamed": (lambda path: path.write_bytes(b"GGUF and more"), GGUF),
+    "of-gguf": (lambda path: (path.mkdir(), (path / "q4.gguf").touch()), [*GGUF, "q4.gguf"]),
+    "model.safetensors": (lambda path: path.touch(), ["a file of a model", "its directory"]),
+    "meta-llama/Llama-3.1-8B": (lambda _: None, HUB),
+    "x" * 5000: (lambda _: None, ["too long"]),
+    "./meta-llama/Llama-3.1-8B": (lambda _: None, ["no such model directory"]),
+}
+
+
+@pytest.mark.parametrize("name", NO_MODELS)
+def test_what_is_passed_instead_of_a_model_is_told_apart(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, named = NO_MODELS[name]
+    monkeypatch.chdir(tmp_path)
+    make(Path(name))
+    status, _, err = run(capsys, "generate", "--model", name, "--text", "a")
+    assert status == 1
+    assert_one_line(err, *named)
+    assert ("Hub" in err) == (named is HUB)
+
+
+def test_a_path_that_is_none() -> None:
+    with pytest.raises(minirea.InputError, match=r"^path is 5, expected a model directory"):
+        minirea.load(5)  # type: ignore[arg-type]
+
+
+def test_errors_name_flags_on_the_command_line_and_fields_in_python(pristine: Path) -> None:
+    """Anywhere in a message; a word that is a field's name too is left alone, and so are paths."""
+    names = {"max_tokens", "dtype", "local_size", "allow_out_of_distribution", "device", "seed"}
+    for message, expected in (
+        ("max_tokens is 0, expected more", "--max-tokens is 0, expected more"),
+        ("seed is 1.5", "--seed is 1.5"),
+        ("another device, a seed is planted", "another device, a seed is planted"),
+        ('another `device` or dtype="float32"', "another --device or --dtype float32"),
+        ("x (local_size 5), or allow_out_of_distribution=True", "x (--local-size 5), or --allow-out-of-distribution"),
+        ("lower max_tokens: 3 fit", "lower --max-tokens: 3 fit"),
+        ("/home/max_tokens/x.max_tokens: my_max_tokens", "/home/max_tokens/x.max_tokens: my_max_tokens"),
+    ):
+        assert as_flags(message, names) == expected
+    assert as_flags("max_tokens is 0", set()) == "max_tokens is 0"
+    for fields, message in (
+        ({"max_spans": 64}, r"max_spans 64 .* pass allow_out_of_distribution=True"),
+        ({"local_size": 8}, r"^chunk_size|expected at most local_size"),
+    ):
+        with pytest.raises(minirea.InputError, match=message) as caught:
+            minirea.load(pristine, **fields, chunk_size=16)
+        assert "--" not in str(caught.value)
+
+
+def test_unexpected_errors_are_one_line_too(
+    pristine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error, named in (
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory:\n you tried"), ["out of memory"]),
+        (MemoryError(), ["out of memory", "--max-tokens"]),
+        (RuntimeError("Failed to find C compiler. Please specify via CC"), ["C compiler", "--impl torch"]),
+        (KeyError("surprise\x1b[31m"), ["KeyError", "surprise", "--debug"]),
+    ):
+
+        def fail(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("minirea.api.ModelFiles.load", fail)
+        status, out, err = run(capsys, "generate", "--model", pristine, "--text", "a")
+        assert (status, out) == (1, "")
+        assert_one_line(err, *named)
+        with pytest.raises(type(error)):
+            run(capsys, "generate", "--model", pristine, "--text", "a", "--debug")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -35,10 +35,11 @@ ALLOWED = {
     "minirea.generate": {"checks", "graph", "model", "cache", "sampling", "tokenizer", "memory", "errors"},
     "minirea.api": {
         *("generate", "attention", "model", "cache", "checks", "checkpoint_config", "config", "memory", "tokenizer"),
-        *("plan", "weights", "errors"),
+        *("plan", "weights", "errors", "files"),
     },
     "minirea.evaluation": {"evaluation", "api", "config", "generate", "json_object", "tokenizer", "errors"},
-    "minirea.cli": {"api", "config", "generate", "evaluation", "memory", "threads", "errors"},
+    "minirea.terminal": {"errors"},
+    "minirea.cli": {"api", "config", "generate", "evaluation", "files", "memory", "terminal", "threads", "errors"},
     "minirea.__main__": {"cli"},
     "minirea.__init__": {"errors", "api", "evaluation", "generate"},
     # What looks inside the model instead of only asking it.
@@ -108,6 +109,15 @@ def test_importing_the_engine_does_not_load_the_compiler_of_torch() -> None:
     assert not {name for name in modules_after("import minirea.api") if name.startswith("torch._dynamo")}
 
 
+def test_the_clone_is_found_from_its_parent_and_from_within(tmp_path: Path) -> None:
+    """A folder of the package's name, without the package, stands beside it; kernels/ lies beside the package."""
+    (tmp_path / "minirea").mkdir()
+    for folder in (tmp_path, ROOT):
+        code = "import minirea; print(minirea.load.__module__, minirea.__path__)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
+        assert done.stdout.startswith("minirea.api")
+
+
 def test_import_minirea_is_lazy() -> None:
     assert "torch" not in modules_after("import minirea")
 
@@ -121,5 +131,8 @@ def test_what_is_installed() -> None:
     demo = Path(minirea.weights.__file__).parent / "demo"
     assert (demo / "model.safetensors").exists()
     entry_points = importlib.metadata.entry_points(group="console_scripts")
-    assert entry_points["minirea"].value == "minirea.cli:main"
+    module, function = entry_points["minirea"].value.split(":")
+    code = f"import sys; from {module} import {function}; sys.exit({function}())"
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"minirea {minirea.__version__}\n"
     assert importlib.metadata.version("minirea") == minirea.__version__

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from testing import tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
-from minirea.cli import main
+from minirea import terminal
+from minirea.cli import _parser, main
+from minirea.evaluation.tasks.mechanism import SWEEPS
 
 PROMPT = "It was a quiet day in the harbour, and nothing at all had happened since noon. " * 3
 FAST = ("--local-size", "24", "--global-size", "4", "--max-spans", "4", "--chunk-size", "16")
@@ -110,40 +116,75 @@ def test_chat_uses_the_template(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert json.loads(chat)["prompt_tokens"] == len(ids)
 
 
+def interrupt(process: subprocess.Popen[bytes], *pauses: float) -> tuple[bytes, bytes]:
+    """Send SIGINT, and again after each pause in seconds; the rest of what the process writes."""
+    process.send_signal(signal.SIGINT)
+    for pause in pauses:
+        time.sleep(pause)
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+    assert b"Exception" not in err
+    return out, err
+
+
+@pytest.mark.parametrize("pauses", [(), (0.001, 0.001)])
 @pytest.mark.parametrize("as_json", [False, True])
-def test_ctrl_c_keeps_what_was_printed(model: Path, as_json: bool) -> None:
+def test_ctrl_c_keeps_what_was_generated(model: Path, as_json: bool, pauses: tuple[float, ...]) -> None:
     process = subprocess.Popen(
-        command(model, "--text", PROMPT, "--max-tokens", "10000000", *(["--json"] if as_json else [])),
+        command(model, "--text", PROMPT, "--max-tokens", "1000000", *(["--json"] if as_json else [])),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     assert process.stdout is not None and process.stderr is not None
+    start = process.stdout.read(5) if not as_json else process.stderr.read(1)  # a bar: it has begun to read
+    out, err = interrupt(process, *pauses)
+    out = (b"" if as_json else start) + out
     if as_json:
-        while b"prefill" not in process.stderr.read1():  # type: ignore[union-attr]
-            pass
-        start = b""
+        record = json.loads(out)
+        assert record["finish_reason"] == "interrupted"
+        assert len(record["token_ids"]) == record.get("generated_tokens", 0)
     else:
-        start = process.stdout.read(5)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"Traceback" not in err
-    if as_json and out:  # interrupted while it was still reading the prompt, there is nothing to report
-        assert json.loads(out)["finish_reason"] == "interrupted"
-    if not as_json:
-        assert len(start + out) > 5
-        assert b"ended by interrupted" in err
+        assert len(out) > 5
+        assert out.endswith(b"\n")
+        assert pauses or b"ended by interrupted" in err
 
 
-def test_ctrl_c_while_loading(model: Path) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_ctrl_c_at_any_time_of_a_start(model: Path, count: int) -> None:
+    """From the first import that is minirea's own, through torch's, to loading."""
+    for module in ("argparse", "torch", "minirea.weights.loader")[3 - count :: 2]:
+        code = (
+            "import os, signal, sys\n"
+            "class Strike:\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            f"        if name == {module!r}:\n"
+            f"            for _ in range({count}): os.kill(os.getpid(), signal.SIGINT)\n"
+            "from minirea.__main__ import command\n"
+            f"sys.modules.pop({module!r}, None)\n"
+            "sys.meta_path.insert(0, Strike())\n"
+            "sys.exit(command())"
+        )
+        arguments = command(model, "--text", PROMPT)[3:]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (130, b"", b""), module
+
+
+def test_the_handler_of_the_caller_stays(model: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["generate", "--model", str(model), "--text", "a", "--max-tokens", "1", "--quiet"]) == 0
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_while_it_waits_for_the_prompt(model: Path) -> None:
     """A pipe that never ends holds the program before anything is loaded."""
     process = subprocess.Popen(command(model, "--prompt", "-"), stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=2)
+        process.wait(timeout=1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"Traceback" not in err
+    _, err = process.communicate()
+    assert process.returncode == 130 or (process.returncode, err[-18:]) == (-2, b"KeyboardInterrupt\n")  # not begun yet
 
 
 def test_a_reader_that_leaves_is_no_crash(model: Path) -> None:
@@ -158,6 +199,133 @@ def test_a_reader_that_leaves_is_no_crash(model: Path) -> None:
     assert process.returncode == 1
     assert b"Traceback" not in err
     assert b"Exception" not in err
+
+
+# A line of bash, the exit status, standard output (None: the text of an ordinary run), and a part of standard error.
+STREAMS = {
+    "full disk": (
+        "MINIREA --text hello --quiet >/dev/full",
+        1,
+        "",
+        "error: standard output: cannot be written: No space",
+    ),
+    "full disk, JSON": ("MINIREA --text hello --json --quiet >/dev/full", 1, "", "error: standard output: cannot be"),
+    "no output": ("MINIREA --text hello >&-", 1, "", "error: standard output is closed"),
+    "help to a full disk": ("MINIREA --help >/dev/full", 1, "", ""),
+    "no input": ("MINIREA --prompt - <&-", 1, "", "error: --prompt standard input: is closed"),
+    "endless input": ("MINIREA --prompt /dev/stdin </dev/zero", 1, "", "more than 100,000 bytes"),
+    "no error stream": ("MINIREA --text hello 2>&-", 0, None, ""),
+    "full error stream": ("MINIREA --text hello 2>/dev/full", 0, None, ""),
+    "nothing but output": ("MINIREA --text hello <&- 2>&-", 0, None, ""),
+    "process substitution": ("MINIREA --prompt <(printf hello) --quiet", 0, None, ""),
+    "pipe": ("printf hello | MINIREA --prompt /dev/stdin --quiet", 0, None, ""),
+    "little memory": ("ulimit -v 300000; MINIREA --text hello", 1, "", "error: "),
+}
+
+
+@pytest.fixture(scope="module")
+def few_tokens(model: Path) -> str:
+    return subprocess.run(
+        command(model, "--text", "hello", "--max-tokens", "3"), stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_streams_and_limits(case: str, model: Path, few_tokens: str) -> None:
+    line, status, out, err = STREAMS[case]
+    code = "import sys, minirea.cli as cli; cli.PROMPT_LIMIT = 100_000; sys.exit(cli.run_process())"
+    words = [sys.executable, "-c", code, *command(model, "--max-tokens", "3")[3:]]
+    done = subprocess.run(
+        ["bash", "-c", "unset PYTHONUNBUFFERED; " + line.replace("MINIREA", shlex.join(words))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (status, few_tokens if out is None else out), done.stderr
+    assert err in done.stderr
+    assert done.stderr.count("\n") <= status
+    assert "Traceback" not in done.stderr
+
+
+def test_output_that_its_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    for encoding, expected in (
+        ("ascii", rb"na\xefve \u263a"),
+        ("latin-1", b"na\xefve \\u263a"),
+        ("utf-8", "naïve ☺".encode()),
+    ):
+        raw = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding))
+        terminal.put("naïve ☺")
+        assert raw.getvalue() == expected
+
+
+def test_a_byte_order_mark_is_no_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, mark in (("plain", b""), ("marked", b"\xef\xbb\xbf")):
+        (tmp_path / name).write_bytes(mark + PROMPT.encode())
+    records = [
+        json.loads(run(capsys, model, "--prompt", str(tmp_path / name), "--max-tokens", "4", "--json")[1])
+        for name in ("plain", "marked")
+    ]
+    assert records[0]["token_ids"] == records[1]["token_ids"]
+    assert records[0]["prompt_tokens"] == records[1]["prompt_tokens"]
+
+
+def test_dry_run_prints_the_plan_and_stops(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minirea.api.load_weights", lambda *_: pytest.fail("the weights were read"))
+    status, out, err = run(capsys, model, "--text", PROMPT, "--max-tokens", "12", "--dry-run")
+    assert (status, err) == (0, "")
+    for part in ("device      cpu, float32", "12 to generate", "weights ", "cache ", "workspace ", "that are free"):
+        assert part in out
+    record = json.loads(run(capsys, model, "--text", PROMPT, "--max-tokens", "12", "--dry-run", "--json")[1])
+    assert record["num_tokens"] == record["prompt_tokens"] + 12
+    assert record["peak_bytes"] >= record["weights_bytes"] + record["cache_bytes"] + record["workspace_bytes"]
+    status, out, err = run(capsys, model, "--text", PROMPT, "--max-tokens", "1000000000000", "--dry-run")
+    assert (status, "cache " in out) == (1, True)
+    assert "not enough memory" in err
+
+
+def test_the_footer_says_what_ran(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--text", "hello", "--max-tokens", "2", "--temperature", "1")
+    _, _, err = run(capsys, model, *arguments, "--seed", "7")
+    assert re.search(
+        r"^device      cpu, float32, reattention attention, torch, \d+ threads?, seed 7$", err, re.MULTILINE
+    )
+    record = json.loads(run(capsys, model, *arguments, "--json")[1])
+    again = json.loads(run(capsys, model, *arguments, "--json", "--seed", str(record["seed"]))[1])
+    assert record["token_ids"] == again["token_ids"]
+    assert (record["device"], record["dtype"], record["impl"]) == ("cpu", "float32", "torch")
+    assert record["threads"] >= 1
+
+
+def test_full_attention_beyond_the_trained_context_says_so(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for mode, warned in (("full", True), ("reattention", False)):
+        _, _, err = run(capsys, model, "--text", PROMPT * 2, "--max-tokens", "2", "--attention", mode)
+        assert err.count("minirea: warning: full attention will see up to") == warned
+        assert ("more than the trained 256" in err) == warned
+
+
+def test_help_marks_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, flag in (
+        (["generate"], "--model DIR"),
+        (["eval", "perplexity"], "--text FILE"),
+        (["eval", "longbench"], "--data DIR"),
+        (["eval", "needle"], "--out DIR"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--help"])
+        text = " ".join(capsys.readouterr().out.split("options:")[1].split())
+        assert "(required)" in text[text.index(flag) :].split(" --")[0], (arguments, flag)
+
+
+def test_the_default_sweeps_that_help_shows_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["eval", "mechanism", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    shown = text[text.rindex("--sweep FIELD=") :].split("(default: ")[1].split(")")[0]
+    parsed = _parser().parse_args(["eval", "mechanism", "--model", "m", "--out", "o", "--sweep", *shlex.split(shown)])
+    assert tuple(parsed.sweep) == SWEEPS
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,7 @@ def token_nlls(llm: LLM, ids: Sequence[int], progress: bool = False) -> Tensor:
         position = int(nll_T.isfinite().logical_not().nonzero()[0])
         raise InputError(
             f"the logits are not finite at token {position}: the weights are damaged, or too large for "
-            f"{str(model.dtype).removeprefix('torch.')} (try --dtype float32)"
+            f'{str(model.dtype).removeprefix("torch.")} (try dtype="float32")'
         )
     return nll_T
 
