@@ -16,34 +16,39 @@ cdiv: Final = functools.cache(triton.cdiv)
 next_power_of_2: Final = functools.cache(triton.next_power_of_2)
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **named: Any) -> None:
-    """Launch a kernel that takes EARLY: whether it starts before its turn, and has to wait for what it reads."""
+def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel that takes EARLY: whether it starts before its turn, and has to wait for what it reads.
+
+    Args:
+        arguments: its first arguments, in order.
+        constants: the others by name, and Triton's options.
+    """
     early = _starts_early(device)
     if early:
-        named["launch_pdl"] = True
-    start(kernel, programs, device, *arguments, **named, EARLY=early)
+        constants["launch_pdl"] = True
+    start(kernel, programs, device, arguments, constants | {"EARLY": early})
 
 
-def launch_cooperatively(kernel: Any, programs: int, device: torch.device, *arguments: Any, **named: Any) -> None:
-    """Launch a kernel whose programs wait for each other: all run at once or none does, so that none can wait for one
-    that never starts. Raises InputError where they do not fit on the GPU.
+def launch_cooperatively(kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel whose programs wait for each other: all run at once or none does, so that none waits for one
+    that never starts. Arguments are those of `launch`.
     """
     try:
-        start(kernel, programs, device, *arguments, **named, launch_cooperative_grid=True)
+        start(kernel, programs, device, arguments, constants | {"launch_cooperative_grid": True})
     except CudaError as error:
         if "COOPERATIVE" not in error.name:
             raise
-        raise InputError(
-            f"this GPU cannot run {programs} programs of the fused kernel at once ({error}); use impl 'torch'"
-        ) from None
+        raise InputError(f"this GPU cannot run all programs of a kernel at once ({error}); use impl 'torch'") from None
 
 
-def start(kernel: Any, programs: int, device: torch.device, *arguments: Any, **named: Any) -> None:
-    """Launch a kernel with its first arguments in order, the others by name, and Triton's options."""
+def start(
+    kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    """Launch a kernel: compiled through libcuda, or in Triton's interpreter."""
     if isinstance(kernel, triton.JITFunction):
-        driver.launch(kernel, programs, device, arguments, named)
+        driver.launch(kernel, programs, device, arguments, constants)
     else:  # TRITON_INTERPRET=1
-        kernel[(programs,)](*arguments, **named)
+        kernel[(programs,)](*arguments, **constants)
 
 
 @functools.cache
