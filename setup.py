@@ -31,6 +31,8 @@ setup(
         "minirea.tokenizer",
         *(f"minirea.evaluation{room}" for room in ("", ".frame", ".text", ".tasks", ".benchmarks")),
         "minirea.kernels",
+        "minirea.kernels.fused",
+        "minirea.kernels.steps",
         "minirea.weights",
     ],
     package_dir={"minirea.kernels": "kernels", "minirea.weights": "weights"},

@@ -1,14 +1,13 @@
 """ReAttention over a key/value cache that holds keys without RoPE: one call, two implementations.
 
 `impl="torch"` runs the phases of reference.py on any device. `impl="triton"` runs the same phases as one fused
-kernel (reattention.py); triton is imported only when it is asked for or chosen.
+kernel (fused/); triton is imported only when it is asked for or chosen.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import sys
 from types import ModuleType
 from typing import Any, Final
 
@@ -17,18 +16,8 @@ import torch
 from minirea.config import IMPLS, ReAttentionConfig
 from minirea.errors import InputError
 
-__all__ = ["ReAttentionConfig", "prefill_kernels", "reattention", "resolve_impl"]
+__all__ = ["ReAttentionConfig", "prefill_kernels", "reattention", "resolve_impl", "scratch_bytes"]
 
-
-class _Package(ModuleType):
-    """Keeps `reattention` the function: importing the submodule of the same name would put the module in its place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name == "reattention" and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 CACHE_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -89,7 +78,7 @@ def reattention(
 
         out_THD, selection = reattention_reference(*tensors, int(seq_len), cos, sin, config, *options)
     else:
-        from minirea.kernels.reattention import reattention_triton
+        from minirea.kernels.fused.launch import reattention_triton
 
         out_THD, selection = reattention_triton(*tensors, seq_len, cos, sin, config, *options)
     return (out_THD, selection) if return_selection else out_THD
@@ -107,14 +96,42 @@ def resolve_impl(impl: str, device: torch.device) -> str:
 
 
 def prefill_kernels(impl: str) -> ModuleType:
-    """What a prefill step takes beside attention, by an implementation that resolve_impl gave."""
+    """What a prefill step takes besides attention, by an implementation that resolve_impl gave."""
     if impl == "torch":
-        from minirea.kernels import prefill_step_reference
+        from minirea.kernels.steps import reference
 
-        return prefill_step_reference
-    from minirea.kernels import prefill_step  # imports triton
+        return reference
+    from minirea.kernels.steps import rows  # imports triton
 
-    return prefill_step
+    return rows
+
+
+def scratch_bytes(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    config: ReAttentionConfig,
+    capacity: int,
+    num_queries: int,
+    chunk_size: int,
+    device: torch.device,
+) -> int:
+    """Bytes that impl "triton" keeps for the life of the process once steps of these sizes have run on one stream.
+
+    Scratch is allocated at the first step of its kind: one for decode steps, and one each for steps of one, two, four
+    and so on chunks. It serves all layers; another stream has its own.
+
+    Args:
+        capacity: tokens that the cache has room for, N.
+        num_queries: of the largest step.
+        chunk_size: queries that share a scope in steps of several queries.
+        device: a CUDA device; its number of multiprocessors counts.
+    """
+    from minirea.kernels.fused import launch
+
+    layer = launch.Layer(num_heads, num_kv_heads, head_dim, dtype, config)
+    return launch.scratch_bytes(layer, capacity, num_queries, chunk_size, device)
 
 
 @functools.cache

@@ -115,7 +115,7 @@ class DecodeStep:
     """
 
     def __init__(self, model: Model, cache: KVCache, last_id: int, sampler: Sampler) -> None:
-        from minirea.kernels import decode_step  # imports triton
+        from minirea.kernels.steps import matvec as decode_step  # imports triton
 
         self.kernels = decode_step
         self.model, self.cache, self.sampler = model, cache, sampler

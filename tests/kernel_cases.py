@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from oracle import reattention_oracle
 
 from minirea.kernels import ReAttentionConfig
-from minirea.kernels.reference import reattention_oracle
 
 
 @dataclass

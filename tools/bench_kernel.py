@@ -139,7 +139,7 @@ class Layer:
         return {
             "score, pick": (seq_len - self.edge) * self.key_bytes,
             "attend, local part": 2 * self.config.local_size * self.key_bytes,
-            "attend, front rows": 2 * (scope - self.config.local_size) * self.key_bytes,
+            "attend, far part": 2 * (scope - self.config.local_size) * self.key_bytes,
         }
 
     def score_flops(self, seq_len: int, queries: int) -> float:

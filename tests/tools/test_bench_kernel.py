@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +60,7 @@ def test_rows_are_readable() -> None:
         "queries": 1,
         "pairs": 2,
         "scope": 5000,
-        "bytes": {"score, pick": 3e6, "attend, local part": 1e6, "attend, front rows": 1.28e5},
+        "bytes": {"score, pick": 3e6, "attend, local part": 1e6, "attend, far part": 1.28e5},
         "phase_us": {"score, pick": 4000.0, "combine": 7.0},
         "launch_us": 8256.0,
         "sdpa_bytes": 6e6,
@@ -113,15 +112,6 @@ def test_a_machine_without_a_gpu_is_told_so() -> None:
     done = run_bench()
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "bench.py kernel needs an NVIDIA GPU, and torch finds no CUDA device here\n"
-
-
-@pytest.mark.interpret
-def test_phases_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "interpreted_bench.py")]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 @pytest.mark.gpu

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from decode_step_cases import Inputs
 from kernel_cases import error
+from matvec_cases import Inputs
 
 # T, and E or F: sizes that tiles divide, rows that take several programs, and sizes that nothing divides.
 SHAPES = [(1, 16), (5, 4096), (3, 4099), (7, 50), (2, 1)]
@@ -13,8 +13,8 @@ CACHE_SHAPES = [(1, 1, 2), (5, 3, 20), (4, 2, 128)]  # T, G, D
 
 def check_rms_norm(T: int, E: int, dtype: torch.dtype, device: str) -> None:
     """At most twice the error of the twin in the same dtype, and rounding; small rows and zeros too."""
-    from minirea.kernels.prefill_step import rms_norm
-    from minirea.kernels.prefill_step_reference import rms_norm as twin
+    from minirea.kernels.steps.reference import rms_norm as twin
+    from minirea.kernels.steps.rows import rms_norm
 
     inputs = Inputs(dtype, device, seed=E)
     x_TE, weight_E = 8 * inputs.normal(T, E), inputs.normal(E)
@@ -30,8 +30,8 @@ def check_rms_norm(T: int, E: int, dtype: torch.dtype, device: str) -> None:
 
 def check_write_kv(T: int, G: int, D: int, dtype: torch.dtype, device: str) -> None:
     """What its twin writes, bit for bit, and nothing else of a cache whose keys and values are one tensor."""
-    from minirea.kernels.prefill_step import write_kv
-    from minirea.kernels.prefill_step_reference import write_kv as twin
+    from minirea.kernels.steps.reference import write_kv as twin
+    from minirea.kernels.steps.rows import write_kv
 
     inputs = Inputs(dtype, device, seed=D)
     qkv_TXD = inputs.normal(T * (3 + 2 * G), D).view(T, 3 + 2 * G, D)
@@ -45,8 +45,8 @@ def check_write_kv(T: int, G: int, D: int, dtype: torch.dtype, device: str) -> N
 
 def check_swiglu(T: int, F: int, dtype: torch.dtype, device: str) -> None:
     """At most twice the error of the twin in the same dtype, and rounding; and gates that are not finite pass."""
-    from minirea.kernels.prefill_step import swiglu
-    from minirea.kernels.prefill_step_reference import swiglu as twin
+    from minirea.kernels.steps.reference import swiglu as twin
+    from minirea.kernels.steps.rows import swiglu
 
     gate_up_TM = 8 * Inputs(dtype, device, seed=F).normal(2 * F, T).t().contiguous()
     gate_up_TM[0, 0] = gate_up_TM[-1, -1] = torch.inf

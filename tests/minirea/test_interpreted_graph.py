@@ -1,4 +1,4 @@
-"""The kernels of a step together, in Triton's interpreter. test_graph.py runs it in a process of its own."""
+"""The kernels of a step together, in Triton's interpreter: `python -m pytest -m interpret`."""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The fused kernel in Triton's interpreter. Not collected by name: test_interpreter.py runs it in a process of its own.
+"""The fused kernel in Triton's interpreter, as one program: `python -m pytest -m interpret`.
 
 bfloat16 is left to the GPU: the interpreter's dot multiplies its bit patterns.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 import pytest
@@ -27,18 +26,11 @@ from kernel_cases import (
 
 from minirea.errors import InputError
 from minirea.kernels import ReAttentionConfig, reattention, reference
-from minirea.kernels.reattention import (
-    NOWHERE,
-    locate,
-    pack,
-    position_of,
-    rotate,
-    select,
-    sort,
-    take_best,
-    to_order,
-    vote,
-)
+from minirea.kernels.fused import launch
+from minirea.kernels.fused.attend import rotate
+from minirea.kernels.fused.order import NOWHERE, pack, position_of, take_best, to_order
+from minirea.kernels.fused.scope import locate, select
+from minirea.kernels.fused.vote import sort, vote
 
 
 def check(case: Case) -> None:
@@ -96,10 +88,9 @@ def test_chunks_in_one_launch(T: int, chunk_size: int, span_scope: str) -> None:
 
 
 def test_more_chunks_than_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["minirea.kernels.reattention"]
-    launch, queries = module._chunk, []
-    monkeypatch.setattr(module, "MAX_CHUNKS", 2)
-    monkeypatch.setattr(module, "_chunk", lambda *arguments: (queries.append(len(arguments[0])), launch(*arguments))[1])
+    launch_chunks, queries = launch.launch_chunks, []
+    monkeypatch.setattr(launch, "MAX_CHUNKS", 2)
+    monkeypatch.setattr(launch, "launch_chunks", lambda *args: (queries.append(len(args[0])), launch_chunks(*args))[1])
     case = make_case(ReAttentionConfig(3, 8, 2, 4, 5), 80, T=19, dtype=torch.float16)
     check_chunks(case, 4, reattention(*case.arguments(), impl="triton", chunk_size=4))
     assert queries == [8, 8, 3]
@@ -145,12 +136,6 @@ def test_offsets_beyond_2_31_elements(stride_n: int) -> None:
             cast = {"k_cache": case.k_cache[:, :20], "v_cache": case.v_cache[:, :20]}
             cast[name] = far.copy_(cast[name])
             assert torch.equal(reattention(*replace(case, **cast).arguments(), impl="triton"), expected)
-
-
-def test_the_package_offers_the_function_not_its_submodule() -> None:
-    import minirea.kernels
-
-    assert minirea.kernels.reattention is reattention and callable(reattention)
 
 
 def test_limits_are_named() -> None:

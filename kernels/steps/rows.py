@@ -1,4 +1,4 @@
-"""What a prefill step does on a GPU beside attention and matrix products, each in one pass over memory.
+"""What a prefill step does on a GPU besides attention and matrix products, each in one pass over memory.
 
     rms_norm   the residual stream -> its rows, normed
     write_kv   keys and values of a chunk -> the cache, behind what it holds
@@ -31,7 +31,7 @@ def rms_norm_kernel(x_ptr, norm_ptr, out_ptr, eps, E: tl.constexpr, BLOCK_E: tl.
         gdc_launch_dependents()
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < E
-    norm = tl.load(norm_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)  # nobody writes it: before the wait
+    norm = tl.load(norm_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)  # constant: before the wait
     if EARLY:
         gdc_wait()
     row = tl.program_id(0).to(tl.int64) * E

@@ -1,4 +1,4 @@
-"""A decode step's kernels beside attention: one row of activations against every matrix of the model.
+"""A decode step's kernels besides attention: one row of activations against every matrix of the model.
 
     embed         token id -> x, and one more cached token
     norm_qkv      x -> q, and k and v into the cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decode_step_cases import EPS, SMALL, Inputs, check_all, check_best_token
+from matvec_cases import EPS, SMALL, Inputs, check_all, check_best_token
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,7 +26,7 @@ def test_best_token_is_the_lowest_of_the_best() -> None:
 
 def test_a_chain_that_starts_early_reads_nothing_early() -> None:
     """Each kernel begins before the one that feeds it has ended; 400 of them in a graph give what one by one give."""
-    from minirea.kernels import decode_step as step
+    from minirea.kernels.steps import matvec as step
 
     r = Inputs(torch.float32, "cuda")
     E, F = 1024, 2048

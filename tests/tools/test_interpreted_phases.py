@@ -1,4 +1,4 @@
-"""The phases that `bench.py kernel` times, in Triton's interpreter. Run by test_bench_kernel.py, in its own process."""
+"""The phases that `bench.py kernel` times, in Triton's interpreter: `python -m pytest -m interpret`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kernel_phases import attend_rows, launch_phase, phases_of, recorded
 
 from minirea.kernels import ReAttentionConfig, reattention
 
-WRITTEN = ("candidate", "kept", "num_kept", "selection", "front", "partial_acc", "partial_max", "partial_sum", "out")
+WRITTEN = ("candidate", "kept", "num_kept", "selection", "num_far", "partial_acc", "partial_max", "partial_sum")
 
 
 def case_of(T: int, dtype: torch.dtype, span_scope: str = "layer", max_spans: int = 40, seed: int = 0) -> Case:
@@ -34,16 +34,16 @@ def test_phases_of_decode_one_by_one_are_the_fused_launch(dtype: torch.dtype, ma
     caches = case.k_cache, case.v_cache
     expected = fused(case)
     launch = recorded(lambda: fused(case))
-    for name in WRITTEN:
-        launch.arguments[f"{name}_ptr"].fill_(-7)
+    for written in (launch.arguments["out_ptr"], *(getattr(launch.arguments["scratch"], name) for name in WRITTEN)):
+        written.fill_(-7)
     phases = phases_of(launch)
-    order = ["score, pick", "merge, sort", "select, locate", "attend, local part", "attend, front rows", "combine"]
+    order = ["score, pick", "merge, sort", "select, locate", "attend, local part", "attend, far part", "combine"]
     assert launch.kernel == "decode_kernel" and list(phases) == [*order, "an empty launch"]
     for name in phases:
         if name != "combine":
             phases[name](*caches)
     # The fused launch attends to both parts before it stores anything.
-    both = launch.arguments | {"LOCAL": True, "FRONT": True}
+    both = launch.arguments | {"LOCAL": True, "FAR": True}
     launch_phase(attend_rows, launch.arguments["workers"], both, *caches)
     phases["combine"](*caches)
     assert torch.equal(launch.arguments["out_ptr"], expected)
@@ -55,7 +55,7 @@ def test_scoring_alone_finds_the_candidates_of_the_fused_launch(T: int, span_sco
     """Also of caches other than those that the launch was recorded with."""
     case, other = (case_of(T, torch.float16, span_scope, seed=seed) for seed in (0, 1))
     launch = recorded(lambda: fused(case))
-    candidate = launch.arguments["candidate_ptr"]
+    candidate = launch.arguments["scratch"].candidate
     for k_cache in (case.k_cache, other.k_cache):
         case.k_cache = k_cache
         candidate.fill_(-7)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from kernel_cases import error
 
-from minirea.kernels import decode_step_reference as twins
+from minirea.kernels.steps import reference as twins
 
 EPS = 1e-5
 # H, G, D, E, F, V: sizes that tiles divide, sizes that they do not, and rows that take several tiles.
@@ -62,7 +62,7 @@ class Inputs:
 
 def check_all(shape: tuple[int, ...], dtype: torch.dtype, device: str, bias: bool) -> None:
     """Every kernel of the step, once."""
-    from minirea.kernels import decode_step as step
+    from minirea.kernels.steps import matvec as step
 
     H, G, D, E, F, V = shape
     r = Inputs(dtype, device, seed=sum(shape))
@@ -84,7 +84,7 @@ def check_all(shape: tuple[int, ...], dtype: torch.dtype, device: str, bias: boo
 
 def check_best_token(device: str) -> None:
     """The lowest of the best; a token that is no token where the logits are not usable; and a clean second call."""
-    from minirea.kernels import decode_step as step
+    from minirea.kernels.steps import matvec as step
 
     workspace, token = step.BestTokenWorkspace.on(torch.device(device)), torch.tensor([7], device=device)
     expected = token.clone()

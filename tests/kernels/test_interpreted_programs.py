@@ -1,14 +1,13 @@
 # mypy: disable-error-code="no-untyped-def"
 """The fused kernel in Triton's interpreter with its programs at once, each in a process of its own, on shared memory.
 
-interpreted.py has one program that waits for nobody. Here counters, barriers and the program that sorts the winners do
-what they do on a GPU, if at another pace. Not collected by name: test_interpreter.py runs it in a process of its own.
+In test_interpreted_fused.py one program does everything and waits for none. Here counters, barriers and the program
+that sorts the winners do what they do on a GPU, if at another pace.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import sys
 from dataclasses import replace
 from multiprocessing import connection
 from typing import Any
@@ -18,10 +17,10 @@ import torch
 from kernel_cases import Case, check_chunks, error, make_case, plain_attention
 from triton.runtime import interpreter
 
-import minirea.kernels.reattention  # noqa: F401  (the package's function of this name hides the module)
 from minirea.kernels import ReAttentionConfig
+from minirea.kernels.fused import launch as launching
+from minirea.kernels.fused.arguments import Rope
 
-kernels = sys.modules["minirea.kernels.reattention"]
 CONTEXT = multiprocessing.get_context("fork")
 
 
@@ -34,11 +33,11 @@ def run_program(program: int, programs: int, step: Any, arguments: tuple[Any, ..
 
 def launch(monkeypatch: pytest.MonkeyPatch, step: Any, programs: int, arguments: tuple[Any, ...]) -> Any:
     """step(*arguments) as `programs` processes at once, a number that nothing else counts to; returns the workspace."""
-    monkeypatch.setattr(kernels, "_programs", lambda *_: programs)
+    monkeypatch.setattr(launching, "num_programs", lambda *_: programs)
     with monkeypatch.context() as patch:  # the workspace first, for all processes to share
-        patch.setattr(kernels, "_launch", lambda *_, **__: None)
+        patch.setattr(launching, "launch", lambda *_, **__: None)
         workspace = step(*arguments)
-    for tensor in vars(workspace).values():
+    for tensor in workspace:
         tensor.share_memory_()
     running = [CONTEXT.Process(target=run_program, args=(i, programs, step, arguments)) for i in range(programs)]
     for process in running:
@@ -46,9 +45,7 @@ def launch(monkeypatch: pytest.MonkeyPatch, step: Any, programs: int, arguments:
     waiting = {process.sentinel: process for process in running}
     try:
         while waiting:  # one that fails leaves the others waiting for it forever
-            ended = connection.wait(list(waiting), timeout=60)
-            assert ended, f"{len(waiting)} of {programs} programs still run after a minute"
-            for sentinel in ended:
+            for sentinel in connection.wait(list(waiting)):
                 process = waiting.pop(sentinel)
                 process.join()
                 assert process.exitcode == 0
@@ -59,17 +56,23 @@ def launch(monkeypatch: pytest.MonkeyPatch, step: Any, programs: int, arguments:
     return workspace
 
 
+def tensors(case: Case) -> tuple[torch.Tensor, ...]:
+    return case.q, case.k_cache, case.v_cache
+
+
 def check_growing(monkeypatch: pytest.MonkeyPatch, case: Case, programs: int, seq_lens: tuple[int, ...]) -> None:
     """Launches with more and more keys find the right scope and output, whatever the one before left behind."""
-    kernels._workspaces.clear()  # whose counters have counted to another number of programs
-    step = kernels._decode if case.q.shape[0] == 1 else kernels._chunk
+    launching._workspaces.clear()  # whose counters have counted to another number of programs
+    T = case.q.shape[0]
+    step, sizes = (launching.launch_decode, ()) if T == 1 else (launching.launch_chunks, (T,))
     for seq_len in seq_lens:
         case = replace(case, seq_len=seq_len)
         out_THD = torch.full_like(case.q, torch.nan).share_memory_()
-        arguments = (case.q, case.k_cache, case.v_cache, out_THD, seq_len, case.cos, case.sin, case.config, None)
+        arguments = (*tensors(case), out_THD, seq_len, Rope(case.cos, case.sin), case.config, None, *sizes)
         workspace = launch(monkeypatch, step, programs, arguments)
         exact_THD, scopes = case.oracle()
-        assert [s.tolist() for s in kernels._scopes(workspace, seq_len, case.config)] == [s.tolist() for s in scopes]
+        found = launching.scopes_of(workspace, seq_len, case.config)
+        assert [s.tolist() for s in found] == [s.tolist() for s in scopes]
         assert error(out_THD, exact_THD) <= 2 * error(plain_attention(case, scopes), exact_THD) + 1e-7
         assert not torch.equal(workspace.counters, torch.zeros_like(workspace.counters))
 
@@ -93,12 +96,12 @@ def test_chunk_barriers(monkeypatch: pytest.MonkeyPatch, span_scope: str) -> Non
 @pytest.mark.parametrize(("span_scope", "programs"), [("layer", 5), ("kv_head", 7), ("kv_head", 4)])
 def test_chunks_together(monkeypatch: pytest.MonkeyPatch, span_scope: str, programs: int) -> None:
     """Three chunks, the last one shorter: more programs than ballots, or fewer. The first may be dense."""
-    kernels._workspaces.clear()
+    launching._workspaces.clear()
     config = ReAttentionConfig(2, 8, 3, 4, 5, span_scope=span_scope)
     case = make_case(config, 150, T=11, H=4, G=2, D=16, largest=2, dtype=torch.float16)
     for seq_len in (60, 14, 11, 150):
         case = replace(case, seq_len=seq_len)
         out_THD = torch.full_like(case.q, torch.nan).share_memory_()
-        arguments = (case.q, case.k_cache, case.v_cache, out_THD, seq_len, case.cos, case.sin, case.config, None, 4)
-        launch(monkeypatch, kernels._chunk, programs, arguments)
+        arguments = (*tensors(case), out_THD, seq_len, Rope(case.cos, case.sin), case.config, None, 4)
+        launch(monkeypatch, launching.launch_chunks, programs, arguments)
         check_chunks(case, 4, out_THD)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from prefill_step_cases import CACHE_SHAPES, SHAPES, check_rms_norm, check_swiglu, check_write_kv
+from rows_cases import CACHE_SHAPES, SHAPES, check_rms_norm, check_swiglu, check_write_kv
 
 pytestmark = [
     pytest.mark.gpu,

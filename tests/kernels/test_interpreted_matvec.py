@@ -1,10 +1,10 @@
-"""The decode step's kernels in Triton's interpreter. test_interpreter.py runs it in a process of its own."""
+"""The decode step's kernels in Triton's interpreter: `python -m pytest -m interpret`."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from decode_step_cases import SMALL, check_all, check_best_token
+from matvec_cases import SMALL, check_all, check_best_token
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

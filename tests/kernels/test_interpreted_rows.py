@@ -1,10 +1,10 @@
-"""The prefill step's kernels in Triton's interpreter. test_interpreter.py runs it in a process of its own."""
+"""The prefill step's kernels in Triton's interpreter: `python -m pytest -m interpret`."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from prefill_step_cases import CACHE_SHAPES, SHAPES, check_rms_norm, check_swiglu, check_write_kv
+from rows_cases import CACHE_SHAPES, SHAPES, check_rms_norm, check_swiglu, check_write_kv
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -1,0 +1,217 @@
+"""What the kernels are given: tensors with their strides, scratch memory, and everything known when they are compiled.
+
+A NamedTuple of pointers and strides is one argument of a kernel; Triton specializes each member as if it stood alone.
+A frozen dataclass is one `tl.constexpr`, here always called `c`; what follows from its fields is a property, computed
+by Python at compile time. Numbers that change from step to step are members of neither, since `do_not_specialize`
+does not reach into a tuple.
+
+Letters, besides the project's: M, N tiles of rows and keys; R rows of one key/value head (row r is query
+r // (H / G)); K winners per row; P spans. A *ballot* is the set of rows that vote together, and what they elect is one
+selection: a chunk has one ballot, or with span_scope "kv_head" one for each key/value head. Names in capitals ending in
+_PAD are the next powers of two, with the surplus masked.
+"""
+
+# ruff: noqa: N802  (constants of a kernel, some of which are computed)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from minirea.kernels.launching import next_power_of_2 as pad
+
+# Arguments that change from model to model or from step to step; without this every other value compiles anew.
+VARYING: Final = ("seq_len", "global_size", "local_size", "span_size", "max_spans", "max_scope", "num_positions")
+
+# Packed candidates, and elements of partial results, that one program holds in registers at a time.
+MAX_CANDIDATES: Final = 8192
+MAX_PARTIALS: Final = 16384
+
+
+class Heads(NamedTuple):
+    """Vectors by head and token: queries, or cached keys or values."""
+
+    ptr: Any
+    stride_h: Any
+    stride_n: Any
+    stride_d: Any
+
+
+class Rope(NamedTuple):
+    """Tables of RoPE, float32 [positions, D / 2]."""
+
+    cos_ptr: Any
+    sin_ptr: Any
+
+
+class Softmax(NamedTuple):
+    """State of the online softmax of M rows: sums of values and of weights relative to the maximum so far."""
+
+    acc: Any  # float32 [M, BLOCK_D]
+    row_max: Any  # float32 [M], in units of log2
+    row_sum: Any  # float32 [M], or [M, N] where columns are added up at the end
+
+
+class DecodeScratch(NamedTuple):
+    """Memory of a decode step."""
+
+    counters: Any  # int64 [2 + G]: of the barrier, of ballots whose winners are sorted, and of each key/value head
+    block: Any  # float32 [programs, M, K_PAD, N]
+    tag: Any  # int32 [programs, M, K_PAD]
+    candidate: Any  # int64 [H, SLICES, K_PAD]
+    kept: Any  # int32 [ballots, W_PAD]
+    num_kept: Any  # int32 [ballots]
+    partial_acc: Any  # float32 [H, SLICES, D]
+    partial_max: Any  # float32 [H, SLICES]
+    partial_sum: Any  # float32 [H, SLICES]
+    selection: Any  # int64 [ballots, max_scope]
+    num_far: Any  # int32 [ballots]
+
+
+class ChunkScratch(NamedTuple):
+    """Memory of the chunks of a launch; chunks have R rows of each key/value head."""
+
+    counters: Any  # int64 [1]: of the barrier
+    block: Any  # float32 [programs, M, K_PAD, N]
+    tag: Any  # int32 [programs, M, K_PAD]
+    candidate: Any  # int64 [chunks * G * R, SLICES * K_PAD]
+    counts: Any  # int32 [ballots, N]: votes of each position
+    num_votes: Any  # int32 [ballots, levels + 1]: positions that have at least so many votes
+    tally: Any  # int32 [ballots, programs, 2]
+    kept: Any  # int32 [ballots, P_PAD]
+    num_kept: Any  # int32 [ballots]
+    q_rot: Any  # [chunks * G * R, D]
+    k_rot: Any  # [G * local_rows + chunks * G * far_rows, D]
+    v_far: Any  # [chunks, G, far_rows, D]
+    selection: Any  # int64 [ballots, max_scope]
+    num_far: Any  # int32 [ballots]
+
+
+class Tiles(NamedTuple):
+    """Tile sizes and launch parameters of one variant; BLOCK_N and BLOCK_A count keys, BLOCK_M query rows."""
+
+    BLOCK_M: int
+    BLOCK_N: int  # while scoring
+    BLOCK_A: int  # while attending
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What both kernels are compiled for."""
+
+    tiles: Tiles
+    G: int
+    GROUP: int  # query heads of one key/value head
+    D: int
+    K: int
+    BY_HEAD: bool  # one ballot for each key/value head
+    SELECTS: bool
+    RELATIVE: bool  # RoPE by distances inside a tile or a launch; else by true positions inside the scope
+    SEQ_LEN_IN_MEMORY: bool
+    PRECISION: str  # of float32 products
+    SLICES: int  # parts of the middle
+
+    @property
+    def BLOCK_M(self) -> int:
+        return self.tiles.BLOCK_M
+
+    @property
+    def BLOCK_N(self) -> int:
+        return self.tiles.BLOCK_N
+
+    @property
+    def BLOCK_A(self) -> int:
+        return self.tiles.BLOCK_A
+
+    @property
+    def STAGES(self) -> int:
+        return self.tiles.num_stages
+
+    @property
+    def K_PAD(self) -> int:
+        return pad(self.K)
+
+    @property
+    def BLOCK_D(self) -> int:
+        return max(16, pad(self.D))
+
+    @property
+    def HALF_PAD(self) -> int:
+        return max(16, pad(self.D // 2))
+
+    @property
+    def SCALE(self) -> float:
+        return self.D**-0.5
+
+    @property
+    def CANDIDATES(self) -> int:
+        """Packed numbers of a row, of all slices."""
+        return self.SLICES * self.K_PAD
+
+    @property
+    def CANDIDATES_PAD(self) -> int:
+        return pad(self.CANDIDATES)
+
+    @property
+    def BALLOTS(self) -> int:
+        """Of one step or chunk."""
+        return self.G if self.BY_HEAD else 1
+
+
+@dataclass(frozen=True)
+class DecodeSizes(Sizes):
+    """What the decode kernel is compiled for."""
+
+    VOTES: bool  # whether there may be more winners than are kept
+    ALONE: bool  # one program does everything
+
+    @property
+    def BALLOT_ROWS(self) -> int:
+        return self.GROUP if self.BY_HEAD else self.G * self.GROUP
+
+    @property
+    def BALLOT_ROWS_PAD(self) -> int:
+        return pad(self.BALLOT_ROWS)
+
+    @property
+    def W_PAD(self) -> int:
+        """Winners of a ballot."""
+        return self.BALLOT_ROWS_PAD * self.K_PAD
+
+    @property
+    def SLICES_PAD(self) -> int:
+        return pad(self.SLICES)
+
+    @property
+    def PICK_M(self) -> int:
+        """Rows that `pick` reduces at a time: one for each warp."""
+        return max(1, min(self.BLOCK_M, self.tiles.num_warps, MAX_CANDIDATES // (self.K_PAD * self.BLOCK_N)))
+
+    @property
+    def COMBINE_HEADS(self) -> int:
+        """Query heads that `combine` joins at a time."""
+        most = MAX_PARTIALS // (self.SLICES_PAD * self.BLOCK_D)
+        return max(1, min(max(pad(self.GROUP), self.tiles.num_warps), most))
+
+
+@dataclass(frozen=True)
+class ChunkSizes(Sizes):
+    """What the chunk kernel is compiled for."""
+
+    P_PAD: int
+    PROGRAMS_PAD: int
+    BLOCK_R: int = 64  # rows of the scope that are gathered at a time
+    BLOCK_C: int = 1024  # counts that are read at a time
+
+    @property
+    def COUNT_ROWS(self) -> int:
+        """Rows whose votes are counted at a time."""
+        return max(1, min(128, MAX_CANDIDATES // self.CANDIDATES))
+
+    @property
+    def PICK_M(self) -> int:
+        """Rows that `pick` reduces at a time."""
+        return max(1, min(self.BLOCK_M, MAX_CANDIDATES // (self.K_PAD * self.BLOCK_N)))

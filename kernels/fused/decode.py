@@ -1,0 +1,190 @@
+"""The decode kernel: one query per head, in one cooperative launch.
+
+A decode step has few winners. Most programs are workers, with a slice of one key/value head each; the one or few that
+are left over sort the winners of all workers, who attend to the local part meanwhile.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: SIM102  (an `if` on constants is decided at compile time only if it stands alone)
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from minirea.kernels.fused.arguments import VARYING, Heads, Rope, Softmax
+from minirea.kernels.fused.attend import attend, combine, store_partial
+from minirea.kernels.fused.memory import load_rows, of_head, prefetch_rows, prefetch_spans, slice_of
+from minirea.kernels.fused.scope import locate, select
+from minirea.kernels.fused.score import pick, score_slice
+from minirea.kernels.fused.sync import arrive, wait
+from minirea.kernels.fused.vote import sort_winners
+
+# Counters besides that of the barrier: ballots whose winners are sorted, and finished slices of each key/value head.
+SORTED: tl.constexpr = tl.constexpr(1)
+SLICES_DONE: tl.constexpr = tl.constexpr(2)
+
+
+class Step(NamedTuple):
+    """The numbers of one launch: what the kernel was given, and what follows from it."""
+
+    n: Any  # cached tokens
+    dense: Any  # all of them are in scope
+    local_lo: Any
+    mid_lo: Any
+    mid_hi: Any
+    span_size: Any
+    max_spans: Any
+    max_scope: Any
+    program: Any
+    workers: Any
+    selectors: Any  # programs that sort winners
+
+
+@triton.jit(do_not_specialize=[*VARYING, "workers"])
+def decode_kernel(
+    q, k, v, out_ptr, rope, scratch,
+    seq_len, workers, global_size, local_size, span_size, max_spans, max_scope, num_positions, c: tl.constexpr,
+):  # fmt: skip
+    """One step of one query per head: q [1, H, D] against k and v [G, N, D], to out [1, H, D].
+
+    A worker's unit of work is one slice of one key/value head: first of the middle to score, then of the local part to
+    attend to, then of the far part. Attending to the local part needs no selection, so it fills the time until the last
+    worker has scored and the selecting program has sorted the winners.
+    """
+    n = tl.load(seq_len).to(tl.int32) if c.SEQ_LEN_IN_MEMORY else seq_len
+    q = Heads(q.ptr, q.stride_h, 0, q.stride_d)  # one token: its stride does not matter
+    dense = n <= global_size + local_size
+    program = tl.program_id(0)
+    step = Step(
+        n=n,
+        dense=dense,
+        local_lo=tl.where(dense, 0, n - local_size),
+        mid_lo=global_size,
+        mid_hi=n - local_size,
+        span_size=span_size,
+        max_spans=max_spans,
+        max_scope=max_scope,
+        program=program,
+        workers=workers,
+        # The programs after the workers select; a program that is alone does both.
+        selectors=1 if c.ALONE else tl.num_programs(0) - workers,
+    )
+    tile_rope = rope_of_a_tile(rope, num_positions, c)
+    all_arrived = tl.cast(0, tl.int64)
+
+    if c.SELECTS:
+        if not dense:
+            if program < workers:
+                score_slices(q, k, v, scratch, step, c)
+            all_arrived = arrive(scratch.counters)
+            if c.ALONE:
+                sort_winners(scratch, 0, 1, max_spans, c)
+                tl.atomic_add(scratch.counters + SORTED, 1, sem="release", scope="gpu")
+
+    if program < workers:
+        for unit in range(program, c.G * c.SLICES, workers):
+            attend_slice(q, k, v, out_ptr, rope, tile_rope, scratch, step, unit % c.G, unit // c.G, all_arrived, c)
+
+    # Last, since of a kernel's code only the first 64 KiB are fetched ahead, and the workers need those. The first time
+    # sorts what the launch before has left: it brings the code into the cache while the workers still score.
+    if c.SELECTS and not c.ALONE:
+        if not dense and program >= workers:
+            for time in range(2):
+                if time == 1:
+                    wait(scratch.counters, all_arrived)
+                sort_winners(scratch, program - workers, step.selectors, max_spans, c)
+            tl.atomic_add(scratch.counters + SORTED, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def rope_of_a_tile(rope, num_positions, c: tl.constexpr):
+    """cos and sin [BLOCK_A, HALF_PAD] of positions 0, 1, ..., which stay in registers."""
+    offs_tile = tl.arange(0, c.BLOCK_A)
+    offs_h = tl.arange(0, c.HALF_PAD)
+    cos = load_rows(rope.cos_ptr, offs_tile, c.D // 2, offs_tile < num_positions, offs_h, 1, c.D // 2)
+    sin = load_rows(rope.sin_ptr, offs_tile, c.D // 2, offs_tile < num_positions, offs_h, 1, c.D // 2)
+    return Rope(cos, sin)
+
+
+@triton.jit
+def score_slices(q, k, v, scratch, step, c: tl.constexpr):
+    """Steps 3 and 4: the candidates of this program's slices of the middle."""
+    # This scratch is the program's own and stays in its cache.
+    block_ptr = scratch.block + step.program * (c.BLOCK_M * c.K_PAD * c.BLOCK_N)
+    tag_ptr = scratch.tag + step.program * (c.BLOCK_M * c.K_PAD)
+    for unit in range(step.program, c.G * c.SLICES, step.workers):
+        g = unit % c.G
+        part = unit // c.G
+        k_head = of_head(k, g)
+        lo, hi = slice_of(step.mid_lo, step.mid_hi, part, c.SLICES)
+        score_slice(q, k_head, block_ptr, tag_ptr, g, 0, c.GROUP, lo, hi, c)
+        # The memory would be idle from here until this program attends to its local slice.
+        local_first, local_last = slice_of(step.local_lo, step.n, part, c.SLICES)
+        prefetch_rows(k_head.ptr, k.stride_n, local_first, local_last, c.D, c.BLOCK_N)
+        prefetch_rows(of_head(v, g).ptr, v.stride_n, local_first, local_last, c.D, c.BLOCK_N)
+        candidate_ptr = scratch.candidate + (g * c.GROUP * c.SLICES + part) * c.K_PAD
+        pick(block_ptr, tag_ptr, candidate_ptr, c.GROUP, lo, c)
+
+
+@triton.jit
+def attend_slice(
+    q, k, v, out_ptr, rope, tile_rope, scratch, step, g, part, all_arrived, c: tl.constexpr,
+):  # fmt: skip
+    """Steps 6 to 8 for slice `part` of head g: local rows, then far rows. The last one of a head combines all."""
+    offs_m = tl.arange(0, c.BLOCK_M)
+    offs_h = tl.arange(0, c.HALF_PAD)
+    offs_d = tl.arange(0, c.BLOCK_D)
+    mask_m = offs_m < c.GROUP
+    heads = g * c.GROUP + offs_m
+    k_head = of_head(k, g)
+    v_head = of_head(v, g)
+    selection_ptr = scratch.selection + (g * step.max_scope if c.BY_HEAD else 0)
+    q_a = load_rows(q.ptr, heads, q.stride_h, mask_m, offs_h, q.stride_d, c.D // 2)
+    q_b = load_rows(q.ptr + c.D // 2 * q.stride_d, heads, q.stride_h, mask_m, offs_h, q.stride_d, c.D // 2)
+    state = Softmax(
+        tl.full([c.BLOCK_M, c.BLOCK_D], 0, tl.float32),
+        tl.full([c.BLOCK_M], -1.0e38, tl.float32),
+        tl.full([c.BLOCK_M, c.BLOCK_A], 0, tl.float32),
+    )
+
+    lo, hi = slice_of(step.local_lo, step.n, part, c.SLICES)
+    if c.RELATIVE:
+        state = attend(state, q_a, q_b, k_head, v_head, rope, tile_rope, lo, hi, step.n - 1, 0, selection_ptr,
+                       False, True, c)  # fmt: skip
+    num_far = tl.where(step.dense, 0, step.mid_lo)
+    if c.SELECTS:
+        if not step.dense:
+            wait(scratch.counters + SORTED, all_arrived // tl.num_programs(0) * step.selectors)
+            num_far += select_and_locate(k_head, v_head, scratch, selection_ptr, step, g if c.BY_HEAD else 0, part, c)
+    length = num_far + step.n - step.local_lo
+    if not c.RELATIVE:
+        state = attend(state, q_a, q_b, k_head, v_head, rope, tile_rope, lo, hi, step.n - 1, length - step.n,
+                       selection_ptr, False, False, c)  # fmt: skip
+    lo, hi = slice_of(0, num_far, part, c.SLICES)
+    state = attend(state, q_a, q_b, k_head, v_head, rope, tile_rope, lo, hi, length - 1, 0, selection_ptr,
+                   c.SELECTS, c.RELATIVE, c)  # fmt: skip
+
+    store_partial(scratch, state, heads * c.SLICES + part, mask_m, offs_d, c)
+    tl.debug_barrier()
+    done = tl.atomic_add(scratch.counters + SLICES_DONE + g, 1, sem="acq_rel", scope="gpu")
+    if done % c.SLICES == c.SLICES - 1:  # the last of this launch
+        combine(scratch, out_ptr, g, c)
+
+
+@triton.jit
+def select_and_locate(k, v, scratch, selection_ptr, step, ballot, part, c: tl.constexpr):
+    """Steps 6 and 7 for one slice of the far rows; returns how many rows are selected in all."""
+    num_kept = tl.load(scratch.num_kept + ballot)
+    kept_ptr = scratch.kept + ballot * c.W_PAD
+    prefetch_spans(k, v, kept_ptr, tl.minimum(step.max_spans, c.BALLOT_ROWS * c.K), part, step.mid_lo, step.mid_hi,
+                   step.span_size, c)  # fmt: skip
+    start, offset, rows = select(kept_ptr, num_kept, step.mid_lo, step.mid_hi, step.span_size, c.W_PAD)
+    selected = tl.sum(rows, axis=0)
+    first, last = slice_of(0, step.mid_lo + selected, part, c.SLICES)
+    locate(selection_ptr, start, offset, rows, first, last, step.mid_lo, step.span_size, c.W_PAD)
+    if part == 0:
+        tl.store(scratch.num_far + ballot, step.mid_lo + selected)
+    return selected

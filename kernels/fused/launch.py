@@ -1,0 +1,399 @@
+"""From the arguments of a call to launches: tiles, sizes, scratch memory, one cooperative launch for each step."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+from typing import Any, Final, NamedTuple
+
+import torch
+import triton
+
+from minirea.config import ReAttentionConfig
+from minirea.errors import InputError
+from minirea.kernels.fused.arguments import (
+    MAX_CANDIDATES,
+    ChunkScratch,
+    ChunkSizes,
+    DecodeScratch,
+    DecodeSizes,
+    Heads,
+    Rope,
+    Tiles,
+    pad,
+)
+from minirea.kernels.fused.chunks import chunk_kernel
+from minirea.kernels.fused.decode import decode_kernel
+from minirea.kernels.launching import cdiv, launch_cooperatively
+
+# Under TRITON_INTERPRET=1 programs run one after another, so there may be only one: a second could never arrive.
+INTERPRETED: Final = not isinstance(decode_kernel, triton.JITFunction)
+# Which of two kernels that share functions Triton 3.6 hashes first decides under which names it keeps them on the disk.
+# Threads that compile would leave that to chance, and compile again in the next process.
+if not INTERPRETED:
+    hash(decode_kernel)
+    hash(chunk_kernel)
+# The most winners of a ballot that a decode step may hold in registers, where every one is compared with every other:
+# with twice as many a comparison takes 256 registers of every thread, and Triton 3.6 spills them all.
+MAX_WINNERS_IN_REGISTERS: Final = 128
+# Chunks of a launch, with which its scratch grows.
+MAX_CHUNKS: Final = 8
+
+Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of the tensors of a scratch
+
+
+def decode_tiles(group: int, block_d: int, itemsize: int) -> Tiles:
+    """A key tile of 32 KiB, three of which are in flight while one is used; the matrix unit wants 16 rows."""
+    block_n = max(16, min(128, 32768 // (block_d * itemsize)))
+    return Tiles(max(16, pad(group)), block_n, max(16, block_n // 2), num_warps=8, num_stages=3, programs_per_sm=1)
+
+
+def chunk_tiles(block_d: int, itemsize: int) -> Tiles:
+    """Tiles for the tensor cores in half precision; in float32, whose products are not theirs, tiles that fit."""
+    if itemsize == 4:
+        return Tiles(32, 32, 32, num_warps=4, num_stages=1, programs_per_sm=1)
+    block_m = 128 if block_d <= 128 else 64
+    return Tiles(block_m, 128 if block_d <= 128 else 64, 64, num_warps=8, num_stages=3, programs_per_sm=1)
+
+
+class Layer(NamedTuple):
+    """The attention of one layer, as far as it decides how a step is launched."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    config: ReAttentionConfig
+
+    @classmethod
+    def of(cls, q_THD: torch.Tensor, k_cache_GND: torch.Tensor, config: ReAttentionConfig) -> Layer:
+        return cls(q_THD.shape[1], k_cache_GND.shape[0], q_THD.shape[2], q_THD.dtype, config)
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def block_d(self) -> int:
+        return max(16, pad(self.head_dim))
+
+    @property
+    def by_head(self) -> bool:
+        return self.config.span_scope == "kv_head"
+
+    def decodes(self, num_queries: int) -> bool:
+        """Whether a step takes the decode kernel."""
+        rows = self.group if self.by_head else self.num_heads
+        in_registers = pad(rows) * pad(self.config.span_top_k) <= MAX_WINNERS_IN_REGISTERS
+        return num_queries == 1 and (in_registers or not self.config.max_selected)
+
+    def constants(self, seq_len_in_memory: bool) -> dict[str, Any]:
+        """Fields of `Sizes` that both kernels have alike."""
+        config = self.config
+        return {
+            "G": self.num_kv_heads,
+            "GROUP": self.group,
+            "D": self.head_dim,
+            "K": max(1, config.span_top_k),
+            "BY_HEAD": self.by_head,
+            "SELECTS": config.max_selected > 0,
+            "RELATIVE": self.dtype != torch.float32,
+            "SEQ_LEN_IN_MEMORY": seq_len_in_memory,
+            "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
+        }
+
+
+class DecodePlan(NamedTuple):
+    """How a decode step is launched."""
+
+    c: DecodeSizes
+    programs: int
+    workers: int
+    scratch: Shapes
+
+
+class ChunkPlan(NamedTuple):
+    """How a launch of chunks is launched."""
+
+    c: ChunkSizes
+    programs: int
+    levels: int
+    local_rows: int
+    far_rows: int
+    scratch: Shapes
+
+
+@functools.lru_cache(maxsize=256)
+def plan_decode(layer: Layer, tiles: Tiles, processors: int, seq_len_in_memory: bool) -> DecodePlan:
+    """Workers with a slice of one key/value head each, and a program for each ballot besides."""
+    H, G, D, _, config = layer
+    constants = layer.constants(seq_len_in_memory)
+    ballot_rows, ballots = (layer.group, G) if layer.by_head else (H, 1)
+    slices = max(1, min((processors - 1) // G, MAX_CANDIDATES // (pad(ballot_rows) * pad(constants["K"]))))
+    workers = max(1, min(processors - 1, G * slices))
+    programs = min(processors, workers + ballots)
+    votes = ballot_rows * config.span_top_k > config.max_spans
+    c = DecodeSizes(tiles, **constants, SLICES=slices, VOTES=votes, ALONE=programs == 1)
+    shapes: Shapes = {
+        "counters": (torch.int64, (2 + G,)),
+        "block": (torch.float32, (programs, c.BLOCK_M, c.K_PAD, c.BLOCK_N)),
+        "tag": (torch.int32, (programs, c.BLOCK_M, c.K_PAD)),
+        "candidate": (torch.int64, (H, slices, c.K_PAD)),
+        "kept": (torch.int32, (ballots, c.W_PAD)),
+        "num_kept": (torch.int32, (ballots,)),
+        "partial_acc": (torch.float32, (H, slices, D)),
+        "partial_max": (torch.float32, (H, slices)),
+        "partial_sum": (torch.float32, (H, slices)),
+        "selection": (torch.int64, (ballots, config.max_scope)),
+        "num_far": (torch.int32, (ballots,)),
+    }
+    return DecodePlan(c, programs, workers, shapes)
+
+
+@functools.lru_cache(maxsize=256)
+def plan_chunks(
+    layer: Layer, tiles: Tiles, programs: int, seq_len_in_memory: bool, chunks: int, chunk_size: int, capacity: int
+) -> ChunkPlan:
+    """Sizes by the next powers of two, so that prompts of all lengths share few workspaces and kernels."""
+    _, G, D, dtype, config = layer
+    constants = layer.constants(seq_len_in_memory)
+    chunks, chunk_size = pad(chunks), pad(chunk_size)
+    rows = chunk_size * layer.group  # of one key/value head in a chunk
+    slices = max(1, min(programs // (chunks * G * cdiv(rows, tiles.BLOCK_M)), MAX_CANDIDATES // pad(constants["K"])))
+    slices = pad(slices + 1) // 2
+    spans_pad = pad(max(1, config.max_spans))
+    c = ChunkSizes(tiles, **constants, SLICES=slices, P_PAD=spans_pad, PROGRAMS_PAD=pad(programs))
+    ballots = chunks * c.BALLOTS
+    levels = rows * (G // c.BALLOTS) * config.span_top_k // max(1, config.max_spans)
+    local_rows = config.global_size + config.local_size + (chunks - 1) * chunk_size  # a dense chunk's are all
+    far_rows = cdiv(config.global_size + config.max_selected, c.BLOCK_A) * c.BLOCK_A
+    shapes: Shapes = {
+        "counters": (torch.int64, (1,)),
+        "block": (torch.float32, (programs, c.BLOCK_M, c.K_PAD, c.BLOCK_N)),
+        "tag": (torch.int32, (programs, c.BLOCK_M, c.K_PAD)),
+        "candidate": (torch.int64, (chunks * G * rows, c.CANDIDATES)),
+        "counts": (torch.int32, (ballots, pad(capacity))),
+        "num_votes": (torch.int32, (ballots, levels + 1)),
+        "tally": (torch.int32, (ballots, programs, 2)),
+        "kept": (torch.int32, (ballots, c.P_PAD)),
+        "num_kept": (torch.int32, (ballots,)),
+        "q_rot": (dtype, (chunks * G * rows, D)),
+        "k_rot": (dtype, (G * local_rows + chunks * G * far_rows, D)),
+        "v_far": (dtype, (chunks, G, far_rows, D)),
+        "selection": (torch.int64, (ballots, config.max_scope)),
+        "num_far": (torch.int32, (ballots,)),
+    }
+    return ChunkPlan(c, programs, levels, local_rows, far_rows, shapes)
+
+
+def reattention_triton(
+    q_THD: torch.Tensor,
+    k_cache_GND: torch.Tensor,
+    v_cache_GND: torch.Tensor,
+    seq_len: int | torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    config: ReAttentionConfig,
+    return_selection: bool = False,
+    chunk_size: int | None = None,
+    tiles: Tiles | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
+    """Arguments and results are those of `minirea.kernels.reattention`. A token or a chunk is one launch, and in half
+    precision up to MAX_CHUNKS chunks are.
+
+    Only return_selection waits for the GPU: the scope's length decides the shape of the result. `tiles` overrides the
+    tile sizes, for measurements.
+
+    Raises:
+        InputError: head_dim beyond 256, or a GPU or Triton without cooperative launches.
+    """
+    T, H, D = q_THD.shape
+    if not (q_THD.is_cuda or INTERPRETED):
+        raise InputError(f"the tensors are on {q_THD.device}, expected a CUDA device for impl 'triton'")
+    if D > 256:
+        raise InputError(f"head_dim is {D}, expected at most 256 with impl 'triton'; impl 'torch' takes any")
+    rope = Rope(cos.contiguous(), sin.contiguous())
+    out_THD = torch.empty(T, H, D, dtype=q_THD.dtype, device=q_THD.device)
+    scratch: DecodeScratch | ChunkScratch
+    # A workspace belongs to the current stream of the tensors' device.
+    with torch.cuda.device(q_THD.device) if q_THD.is_cuda else contextlib.nullcontext():
+        if Layer.of(q_THD, k_cache_GND, config).decodes(T):
+            scratch = launch_decode(q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, rope, config, tiles)
+        else:
+            # In float32 the tables' rounding would show if chunks shared positions: there each is a launch.
+            chunk_size = chunk_size or T
+            together = chunk_size * (MAX_CHUNKS if q_THD.dtype != torch.float32 else 1)
+            for start in range(0, T, together):
+                stop = min(start + together, T)
+                n = seq_len - (T - stop) if stop < T else seq_len
+                queries, outputs = q_THD[start:stop], out_THD[start:stop]
+                scratch = launch_chunks(
+                    queries, k_cache_GND, v_cache_GND, outputs, n, rope, config, tiles, min(chunk_size, stop - start)
+                )
+    if not return_selection:
+        return out_THD, None
+    scopes = scopes_of(scratch, int(seq_len), config)
+    return out_THD, scopes if config.span_scope == "kv_head" else scopes[0]
+
+
+def launch_decode(
+    q_1HD: torch.Tensor,
+    k_cache_GND: torch.Tensor,
+    v_cache_GND: torch.Tensor,
+    out_1HD: torch.Tensor,
+    seq_len: int | torch.Tensor,
+    rope: Rope,
+    config: ReAttentionConfig,
+    tiles: Tiles | None = None,
+) -> DecodeScratch:
+    """One decode step; returns the scratch that it used."""
+    layer = Layer.of(q_1HD, k_cache_GND, config)
+    tiles = tiles or decode_tiles(layer.group, layer.block_d, layer.dtype.itemsize)
+    in_memory = isinstance(seq_len, torch.Tensor)
+    c, programs, workers, shapes = plan_decode(layer, tiles, num_programs(q_1HD.device, tiles), in_memory)
+    scratch = scratch_of(DecodeScratch, ("decode", tiles, layer), shapes, q_1HD.device)
+    launch(
+        decode_kernel,
+        programs,
+        q_1HD.device,
+        q=queries(q_1HD),
+        k=Heads(k_cache_GND, *k_cache_GND.stride()),
+        v=Heads(v_cache_GND, *v_cache_GND.stride()),
+        out_ptr=out_1HD,
+        rope=rope,
+        scratch=scratch,
+        seq_len=seq_len,
+        workers=workers,
+        **varying_sizes(config),
+        num_positions=rope.cos_ptr.shape[0],
+        c=c,
+        num_warps=tiles.num_warps,
+    )
+    return scratch
+
+
+def launch_chunks(
+    q_THD: torch.Tensor,
+    k_cache_GND: torch.Tensor,
+    v_cache_GND: torch.Tensor,
+    out_THD: torch.Tensor,
+    seq_len: int | torch.Tensor,
+    rope: Rope,
+    config: ReAttentionConfig,
+    tiles: Tiles | None,
+    chunk_size: int,
+) -> ChunkScratch:
+    """Chunks of chunk_size queries, the last of which may be shorter; returns the scratch that they used."""
+    T, N = q_THD.shape[0], k_cache_GND.shape[1]
+    layer = Layer.of(q_THD, k_cache_GND, config)
+    tiles = tiles or chunk_tiles(layer.block_d, layer.dtype.itemsize)
+    chunks, in_memory = cdiv(T, chunk_size), isinstance(seq_len, torch.Tensor)
+    plan = plan_chunks(layer, tiles, num_programs(q_THD.device, tiles), in_memory, chunks, chunk_size, N)
+    key = ("chunks", tiles, layer, pad(chunks), pad(chunk_size), pad(N))
+    scratch = scratch_of(ChunkScratch, key, plan.scratch, q_THD.device)
+    launch(
+        chunk_kernel,
+        plan.programs,
+        q_THD.device,
+        q=queries(q_THD),
+        k=Heads(k_cache_GND, *k_cache_GND.stride()),
+        v=Heads(v_cache_GND, *v_cache_GND.stride()),
+        out_ptr=out_THD,
+        rope=rope,
+        scratch=scratch,
+        stride_counts=scratch.counts.stride(0),
+        stride_votes=scratch.num_votes.stride(0),
+        seq_len=seq_len,
+        T=T,
+        chunks=chunks,
+        chunk_size=chunk_size,
+        levels=plan.levels,
+        local_rows=plan.local_rows,
+        far_rows=plan.far_rows,
+        **varying_sizes(config),
+        c=plan.c,
+        num_warps=tiles.num_warps,
+    )
+    return scratch
+
+
+def queries(q_THD: torch.Tensor) -> Heads:
+    stride_t, stride_h, stride_d = q_THD.stride()
+    return Heads(q_THD, stride_h, stride_t, stride_d)
+
+
+def varying_sizes(config: ReAttentionConfig) -> dict[str, int]:
+    """The numbers of a config that kernels are not compiled for."""
+    names = ("global_size", "local_size", "span_size", "max_spans", "max_scope")
+    return {name: getattr(config, name) for name in names}
+
+
+@functools.cache
+def _names(kernel: Any) -> tuple[str, ...]:
+    """A kernel's arguments at run time, in order."""
+    return tuple(name for name in inspect.signature(kernel.fn).parameters if name != "c")
+
+
+def launch(kernel: Any, programs: int, device: torch.device, c: Any, num_warps: int, **arguments: Any) -> None:
+    """Launch cooperatively, with arguments by name. Raises InputError where the GPU cannot run all programs at once."""
+    ordered = (arguments[name] for name in _names(kernel))
+    launch_cooperatively(kernel, programs, device, *ordered, c=c, num_warps=num_warps)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def num_programs(device: torch.device, tiles: Tiles) -> int:
+    """As many as the device runs at once."""
+    return 1 if INTERPRETED else _processors(device) * tiles.programs_per_sm
+
+
+_workspaces: dict[tuple[object, ...], Any] = {}
+
+
+def scratch_of(kind: Any, key: tuple[object, ...], shapes: Shapes, device: torch.device) -> Any:
+    """Scratch memory, allocated once per shape, device and stream and kept.
+
+    Captured CUDA graphs hold its addresses, so it is never freed. Streams have their own, since two launches that run
+    at once must not share counters.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (*key, device, stream)
+    if key not in _workspaces:
+        tensors = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (dtype, shape) in shapes.items()}
+        _workspaces[key] = kind(**tensors)
+    return _workspaces[key]
+
+
+def scopes_of(scratch: DecodeScratch | ChunkScratch, seq_len: int, config: ReAttentionConfig) -> list[torch.Tensor]:
+    """The scope of each ballot: what the kernel wrote for the far rows, then the local part."""
+    selection: torch.Tensor = scratch.selection
+    local_size = min(seq_len, config.local_size)
+    local = torch.arange(seq_len - local_size, seq_len, device=selection.device)
+    if seq_len <= config.global_size + config.local_size:
+        return [torch.arange(seq_len, device=selection.device) for _ in selection]
+    if not config.max_selected:
+        return [torch.cat([torch.arange(config.global_size, device=selection.device), local]) for _ in selection]
+    far = scratch.num_far.tolist()
+    return [torch.cat([positions[:rows], local]) for positions, rows in zip(selection, far, strict=True)]
+
+
+def scratch_bytes(layer: Layer, capacity: int, num_queries: int, chunk_size: int, device: torch.device) -> int:
+    """Bytes of scratch that steps of up to num_queries queries keep on one stream; see `minirea.kernels`."""
+    decode, chunk = (
+        decode_tiles(layer.group, layer.block_d, layer.dtype.itemsize),
+        chunk_tiles(layer.block_d, layer.dtype.itemsize),
+    )
+    plans: list[DecodePlan | ChunkPlan] = []
+    if layer.decodes(1):
+        plans.append(plan_decode(layer, decode, num_programs(device, decode), True))
+    together = MAX_CHUNKS if layer.dtype != torch.float32 else 1
+    most = pad(min(together, cdiv(num_queries, chunk_size)))
+    for exponent in range(most.bit_length()):  # launches of one, two, four, ... chunks have scratch of their own
+        programs = num_programs(device, chunk)
+        plans.append(plan_chunks(layer, chunk, programs, True, 1 << exponent, chunk_size, capacity))
+    return sum(dtype.itemsize * math.prod(shape) for plan in plans for dtype, shape in plan.scratch.values())

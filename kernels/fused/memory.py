@@ -1,0 +1,112 @@
+"""Reading rows, asking for rows ahead of time, and storing a few rows of a large tile."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from minirea.kernels.fused.arguments import Heads
+
+# Lines of assembly have another way, or none, in the interpreter, which runs no assembly.
+COMPILED: tl.constexpr = tl.constexpr(not triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def slice_of(lo, hi, part, parts):
+    """Bounds of slice `part` of [lo, hi); the last ones may be short or empty."""
+    size = tl.cdiv(hi - lo, parts)
+    first = lo + part * size
+    return first, tl.minimum(first + size, hi)
+
+
+@triton.jit
+def of_head(x, head):
+    """The same tensor from its head `head` on. Offsets are int64: caches exceed 2^31 elements."""
+    return Heads(x.ptr + tl.cast(head, tl.int64) * x.stride_h, x.stride_h, x.stride_n, x.stride_d)
+
+
+@triton.jit
+def load_rows(ptr, offs_row, stride_row, mask_row, offs_d, stride_d, D: tl.constexpr):
+    """Rows of a [rows, D] matrix, zero where masked. Row offsets are int64: caches exceed 2^31 elements."""
+    ptrs = ptr + offs_row.to(tl.int64)[:, None] * stride_row + offs_d[None, :] * stride_d
+    return tl.load(ptrs, mask=mask_row[:, None] & (offs_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def prefetch(ptr, stride_n, offs_n, D: tl.constexpr):
+    """Have rows offs_n of a [N, D] cache brought to the L2 cache while something else is computed."""
+    LINE: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
+    offs_line = tl.minimum(tl.arange(0, triton.next_power_of_2(triton.cdiv(D, LINE))) * LINE, D - 1)
+    ptrs = ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_line[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs.to(tl.int64)], tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def prefetch_rows(ptr, stride_n, lo, hi, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`prefetch` for rows [lo, hi)."""
+    if COMPILED:
+        for first in range(lo, hi, BLOCK_N):
+            prefetch(ptr, stride_n, tl.minimum(first + tl.arange(0, BLOCK_N), hi - 1), D)
+
+
+@triton.jit
+def prefetch_spans(k, v, kept_ptr, max_kept, part, mid_lo, mid_hi, span_size, c: tl.constexpr):
+    """`prefetch_rows` for keys and values of slice `part` of the spans, before it is known which rows they fill.
+
+    max_kept is how many positions kept_ptr may hold: how many it does is not waited for, and NOWHERE does no harm.
+    """
+    if COMPILED:
+        rows = tl.cdiv(max_kept * span_size, c.SLICES)
+        for first in range(part * rows, (part + 1) * rows, c.BLOCK_N):
+            row = tl.minimum(first + tl.arange(0, c.BLOCK_N), max_kept * span_size - 1)
+            position = tl.load(kept_ptr + row // span_size) - span_size // 2 + row % span_size
+            prefetch(k.ptr, k.stride_n, tl.minimum(tl.maximum(position, mid_lo), mid_hi - 1), c.D)
+            prefetch(v.ptr, v.stride_n, tl.minimum(tl.maximum(position, mid_lo), mid_hi - 1), c.D)
+
+
+@triton.constexpr_function
+def masked_stores(count, pairs):
+    """Assembly that stores `count` float32 of a thread, each under its own mask; a warp without any skips all of them.
+
+    Operands: count results (zero), addresses, values, masks. With `pairs`, two elements at a time lie side by side.
+    """
+    address, value, mask = (range(i * count, (i + 1) * count) for i in (1, 2, 3))
+    step, kind = (2, "v2.f32") if pairs else (1, "f32")
+    lines = ["{ .reg .pred any, wanted; .reg .b32 all; mov.b32 all, 0;"]
+    lines += [f"or.b32 all, all, ${mask[i]};" for i in range(0, count, step)]
+    lines += ["setp.ne.b32 any, all, 0; vote.sync.any.pred any, any, -1; @!any bra.uni NONE;"]
+    for i in range(0, count, step):
+        values = f"{{${value[i]}, ${value[i + 1]}}}" if pairs else f"${value[i]}"
+        lines += [f"setp.ne.b32 wanted, ${mask[i]}, 0; @wanted st.global.{kind} [${address[i]}], {values};"]
+    return " ".join([*lines, "NONE:", *(f"mov.b32 ${i}, 0;" for i in range(count)), "}"])
+
+
+@triton.constexpr_function
+def repeat_operands(constraints, count):
+    """Constraints of assembly that works on `count` elements at a time, from those for one."""
+    return ",".join(constraint for constraint in constraints.split(",") for _ in range(count))
+
+
+@triton.jit
+def store_in_place(ptrs, values, mask, PAIRS: tl.constexpr):
+    """`tl.store` of a matrix whose rows are nearly all masked, each thread what it holds.
+
+    `tl.store` first brings the whole tile into memory order through shared memory, which takes longer than the matrix
+    product that made it. PAIRS: each thread holds two neighbours of a row at a time, as the matrix unit leaves them.
+    """
+    if COMPILED:
+        COUNT: tl.constexpr = min(16, max(1, values.numel // tl.extra.cuda.num_threads()))
+        tl.inline_asm_elementwise(
+            masked_stores(COUNT, PAIRS and COUNT > 1),
+            repeat_operands("=r,l,f,r", COUNT),
+            [ptrs.to(tl.int64), values, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=COUNT,
+        )
+    else:
+        tl.store(ptrs, values, mask=mask)

@@ -1,0 +1,36 @@
+"""Tests of Triton's interpreter, in a pytest of their own: `python -m pytest -m interpret`.
+
+Triton decides when a kernel is defined whether it is compiled or interpreted, so one process can do only one of them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+NAMES = "test_interpreted_*.py"
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "interpret":  # before a kernel is imported
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """The interpreter's process imports nothing but its own tests."""
+    other = collection_path.suffix == ".py" and not collection_path.match(NAMES)
+    return True if interpreted() and other else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.match(NAMES):
+            item.add_marker(pytest.mark.interpret)
+            if not interpreted():
+                item.add_marker(pytest.mark.skip(reason="needs a process of its own: python -m pytest -m interpret"))

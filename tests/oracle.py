@@ -1,0 +1,64 @@
+"""The third implementation of ReAttention, which judges the other two."""
+
+from __future__ import annotations
+
+import torch
+
+from minirea.kernels import ReAttentionConfig
+
+
+def reattention_oracle(
+    q_THD: torch.Tensor,
+    k_cache_GND: torch.Tensor,
+    v_cache_GND: torch.Tensor,
+    seq_len: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    config: ReAttentionConfig,
+) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor]]:
+    """Section 3 word for word in float64, one head at a time, with sets instead of layouts.
+
+    Arguments as for `minirea.kernels.reattention`. Returns float64 [T, H, D] and the selection.
+    """
+    T, H, D = q_THD.shape
+    group = H // k_cache_GND.shape[0]
+    q, k, v, cos, sin = (x.double() for x in (q_THD, k_cache_GND[:, :seq_len], v_cache_GND[:, :seq_len], cos, sin))
+    by_head = config.span_scope == "kv_head"
+    ballots = [range(g * group, g * group + group) for g in range(H // group)] if by_head else [range(H)]
+    scopes = [_oracle_scope(q, k, seq_len, heads, config) for heads in ballots]
+
+    out_THD = torch.empty(T, H, D, dtype=torch.float64, device=q.device)
+    for h in range(H):
+        scope = scopes[h // group if by_head else 0]
+        S = len(scope)
+        q_rot = _oracle_rope(q[:, h], cos[S - T : S], sin[S - T : S])
+        k_rot = _oracle_rope(k[h // group, scope], cos[:S], sin[:S])
+        logits_TS = q_rot @ k_rot.T / D**0.5
+        logits_TS.masked_fill_(torch.ones_like(logits_TS, dtype=torch.bool).triu(S - T + 1), -torch.inf)
+        out_THD[:, h] = logits_TS.softmax(1) @ v[h // group, scope]
+    return out_THD, scopes if by_head else scopes[0]
+
+
+def _oracle_scope(
+    q: torch.Tensor, k: torch.Tensor, seq_len: int, heads: range, config: ReAttentionConfig
+) -> torch.Tensor:
+    """Steps 1 to 7: the cache positions that one ballot attends to, ascending."""
+    mid_lo, mid_hi = config.global_size, seq_len - config.local_size
+    if mid_hi <= mid_lo:
+        return torch.arange(seq_len, device=q.device)
+    group = q.shape[1] // k.shape[0]
+    votes: dict[int, int] = {}
+    for h in heads:
+        for score_n in q[:, h] @ k[h // group, mid_lo:mid_hi].T:
+            for j in score_n.sort(descending=True, stable=True).indices[: config.span_top_k].tolist():
+                votes[mid_lo + j] = votes.get(mid_lo + j, 0) + 1
+    kept = sorted(votes, key=lambda j: (-votes[j], j))[: config.max_spans]
+    half = config.span_size // 2
+    selected = {i for j in kept for i in range(max(j - half, mid_lo), min(j + half, mid_hi))}
+    scope = [*range(mid_lo), *sorted(selected), *range(mid_hi, seq_len)]
+    return torch.tensor(scope, device=q.device)
+
+
+def _oracle_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

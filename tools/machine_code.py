@@ -1,0 +1,125 @@
+"""What the fused kernels compile to for Hopper, without a GPU: registers, stack, spills, instructions.
+
+    python tools/machine_code.py             the counts, beside those that are kept for this version of Triton
+    python tools/machine_code.py --write     keeps them in kernels/machine_code.json, which a test compares with
+
+A change of structure should leave the counts as they are; one that is meant to change them is written with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from minirea.config import ReAttentionConfig
+from minirea.kernels import driver
+from minirea.kernels.fused import launch
+from minirea.kernels.fused.arguments import Rope
+
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "kernels" / "machine_code.json"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+HOPPER = GPUTarget("cuda", 90, 32)
+PROCESSORS = 132
+
+
+class Shape(NamedTuple):
+    """Attention of a model's layer, and the queries of a step."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_queries: int
+    chunk_size: int
+
+
+SHAPES = {
+    "decode, 32/8 heads of 128": Shape(32, 8, 128, 1, 1),
+    "four chunks of 512, 32/8 heads of 128": Shape(32, 8, 128, 2048, 512),
+    "decode, 9/3 heads of 64": Shape(9, 3, 64, 1, 1),
+    "four chunks of 512, 9/3 heads of 64": Shape(9, 3, 64, 2048, 512),
+}
+
+
+def compiled(shape: Shape) -> driver.Variant:
+    """The machine code of a step in bfloat16 over a cache of 131,072 tokens."""
+    config = ReAttentionConfig(32, 4096, 4, 32, 128)
+    found: list[driver.Variant] = []
+
+    def record(kernel: Any, _programs: int, _device: torch.device, *arguments: Any, **constants: Any) -> None:
+        compiler = driver.Kernel(kernel)
+        constants |= {"launch_cooperative_grid": True}
+        found.append(compiler._compile(HOPPER, arguments, constants, compiler.layout(arguments)))
+
+    def tensor(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    q_THD, out_THD = (tensor(shape.num_queries, shape.num_heads, shape.head_dim) for _ in range(2))
+    caches = [tensor(shape.num_kv_heads, 131072, shape.head_dim) for _ in range(2)]
+    seq_len = tensor(1, dtype=torch.int32)
+    table = [tensor(config.max_scope + 2048, shape.head_dim // 2, dtype=torch.float32) for _ in range(2)]
+    given = (q_THD, *caches, out_THD, seq_len, Rope(*table), config, None)
+    with (
+        mock.patch.object(launch, "launch_cooperatively", record),
+        mock.patch.object(launch, "num_programs", lambda *_: PROCESSORS),
+    ):
+        if shape.num_queries == 1:
+            launch.launch_decode(*given)
+        else:
+            launch.launch_chunks(*given, shape.chunk_size)
+    return found[0]
+
+
+def counts(cubin: bytes) -> dict[str, int]:
+    """Of one kernel: registers and bytes of stack of a thread, instructions, and those that spill."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert resources is not None, usage
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*)", code, re.MULTILINE)
+    return {
+        "registers": int(resources[1]),
+        "stack": int(resources[2]),
+        "instructions": len(instructions),
+        "spills": sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in instructions),
+    }
+
+
+def kept() -> dict[str, dict[str, dict[str, int]]]:
+    """Version of Triton -> shape -> counts."""
+    table: dict[str, dict[str, dict[str, int]]] = json.loads(TABLE.read_text())
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="keep the counts")
+    arguments = parser.parse_args()
+    table = kept() if TABLE.exists() else {}
+    before = table.get(triton.__version__, {})
+    found = {}
+    for name, shape in SHAPES.items():
+        found[name] = counts(compiled(shape).cubin)
+        print(f"{name}\n  {found[name]}\n  {before.get(name, 'not kept')}", flush=True)
+    if arguments.write:
+        table[triton.__version__] = found
+        TABLE.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
