@@ -39,7 +39,7 @@ setup(
     package_data={
         "minirea": ["py.typed"],
         "minirea.weights": ["demo/*", "demo/prompts/*"],
-        "minirea.kernels": ["README.md"],
+        "minirea.kernels": ["*.md"],
     },
     install_requires=[
         "torch>=2.11",

@@ -71,7 +71,7 @@ def compiled(shape: Shape) -> driver.Variant:
     given = (q_THD, *caches, out_THD, seq_len, Rope(*table), config, None)
     with (
         mock.patch.object(launch, "launch_cooperatively", record),
-        mock.patch.object(launch, "num_programs", lambda *_: PROCESSORS),
+        mock.patch.object(launch, "num_programs", return_value=PROCESSORS),
     ):
         if shape.num_queries == 1:
             launch.launch_decode(*given)
