@@ -26,6 +26,7 @@ _LARGEST_EXPONENT: Final = 15  # packed weights lie in (-2^15, 2^15)
 _LARGEST_SCALE: Final = 126  # as an exponent: its inverse is a normal float32
 
 _ZERO: Final = torch.zeros(())
+_LARGEST: Final = torch.finfo(torch.float32).max
 
 
 class PackedMatrix:
@@ -144,4 +145,4 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, factor: float = 1.0) ->
         return out_TE if factor == 1 else out_TE.mul_(factor)
     x_E = x_TE[0]
     inverse = (torch.dot(x_E, x_E).item() / len(x_E) + eps) ** -0.5
-    return torch.addcmul(_ZERO, x_TE, weight_E, value=inverse * factor)
+    return torch.addcmul(_ZERO, x_TE, weight_E, value=min(inverse * factor, _LARGEST))

@@ -160,6 +160,14 @@ def test_rms_norm(dtype: torch.dtype, rows: int, scale: float) -> None:
     torch.testing.assert_close(rms_norm(x, weight, 1e-5), exact.to(dtype))
 
 
+@needs_fbgemm
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_norm_of_zeros_is_zeros_whatever_the_scale_of_the_matrix(rows: int) -> None:
+    """1 / sqrt(eps) times the scale that a packed matrix undoes is beyond float32 here."""
+    matrix = pack(torch.full((4, 8), 3e38, dtype=torch.bfloat16))
+    assert torch.equal(norm_linear(torch.zeros(rows, 8), torch.ones(8), 1e-20, matrix), torch.zeros(rows, 4))
+
+
 def test_rms_norm_passes_on_what_is_not_finite() -> None:
     for value in (torch.nan, torch.inf):
         x = torch.ones(1, 8)

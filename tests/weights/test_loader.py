@@ -607,6 +607,10 @@ SECOND = "model-00002-of-00003.safetensors"
         (replace(SECOND, Path.mkdir), InputError, f"{SECOND}: not a regular file"),
         (replace(SECOND, os.mkfifo), InputError, f"{SECOND}: not a regular file"),
         (replace(SECOND, lambda path: path.symlink_to("gone")), InputError, f"{SECOND}: not a regular file"),
+        (replace(SECOND, lambda path: path.symlink_to("/dev/zero")), InputError, f"{SECOND}: not a regular file"),
+        (replace(INDEX, os.mkfifo), InputError, f"{INDEX}: is a named pipe"),
+        (replace(INDEX, lambda path: path.symlink_to("/dev/zero")), InputError, f"{INDEX}: is a device"),
+        (replace(INDEX, lambda path: path.symlink_to("gone")), MissingFileError, f"{INDEX}: is a link to gone"),
     ],
 )
 def test_shards(tmp_path: Path, change: Callable[[Path], Any], kind: type[MinireaError], message: str) -> None:
