@@ -186,6 +186,8 @@ def full_attention(q_THD: Tensor, k_GND: Tensor, v_GND: Tensor, sliding_window: 
     # The query heads of a group become extra rows of one head, so that keys and values are never repeated.
     if T == 1 and q_THD.is_cpu and q_THD.dtype == torch.float32:
         return cpu.attend(q_THD.reshape(G, H // G, D), k_GND, v_GND).view(1, H, D)
+    if T > 1 and q_THD.is_cpu and (sliding_window is None or sliding_window >= N):
+        return cpu.attend_causal(q_THD, k_GND, v_GND)
     q_GRD = q_THD.unflatten(1, (G, H // G)).permute(1, 2, 0, 3).reshape(G, H // G * T, D)
     mask = None if T == 1 else _causal_mask(T, N, sliding_window, q_THD.device).repeat(H // G, 1)
     out_GRD = F.scaled_dot_product_attention(q_GRD[None], k_GND[None], v_GND[None], attn_mask=mask)[0]

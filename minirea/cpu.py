@@ -27,6 +27,7 @@ _LARGEST_SCALE: Final = 126  # as an exponent: its inverse is a normal float32
 
 _ZERO: Final = torch.zeros(())
 _LARGEST: Final = torch.finfo(torch.float32).max
+_FLASH: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # also gives the sums of exponentials
 
 
 class PackedMatrix:
@@ -132,6 +133,26 @@ def attend(q_GRD: Tensor, k_GND: Tensor, v_GND: Tensor) -> Tensor:
     """
     p_GRN = torch.bmm(q_GRD, k_GND.mT).mul_(q_GRD.shape[-1] ** -0.5).softmax(-1)
     return torch.bmm(p_GRN, v_GND)
+
+
+def attend_causal(q_THD: Tensor, k_GND: Tensor, v_GND: Tensor) -> Tensor:
+    """Causal softmax attention of the last T of N tokens over all N, scale 1 / sqrt(D): [T, H, D].
+
+    Two calls of torch's flash attention, and no mask: every query sees the N - T tokens before the chunk, and the
+    chunk itself is a square, whose upper half is skipped. The logarithms of both sums of exponentials say what share
+    each has of the whole.
+    """
+    (T, H, D), (G, N, _) = q_THD.shape, k_GND.shape
+    q_GMTD = q_THD.unflatten(1, (G, H // G)).permute(1, 2, 0, 3)  # M = H / G query heads that share keys
+    shape = (G, H // G, T, D)
+    k_GMTD, v_GMTD = (x[:, None, N - T :].expand(shape) for x in (k_GND, v_GND))
+    out_GMTD, sum_GMT = _FLASH(q_GMTD, k_GMTD, v_GMTD, 0.0, is_causal=True)
+    if N > T:
+        q_G1RD = q_GMTD.flatten(1, 2)[:, None]  # query heads as rows of one head: larger products
+        before, before_sum = _FLASH(q_G1RD, k_GND[:, None, : N - T], v_GND[:, None, : N - T], 0.0)
+        share_GMT = torch.sigmoid(sum_GMT - before_sum.view(shape[:3]))
+        out_GMTD = torch.lerp(before.view(shape), out_GMTD, share_GMT[..., None].to(out_GMTD.dtype))
+    return out_GMTD.permute(2, 0, 1, 3).reshape(T, H, D)
 
 
 def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, factor: float = 1.0) -> Tensor:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from minirea import api, cpu
 from minirea.attention import Attention
-from minirea.cpu import PackedMatrix, attend, can_pack, pack, prepare, preparing_bytes, rms_norm
+from minirea.cpu import PackedMatrix, attend, attend_causal, can_pack, pack, prepare, preparing_bytes, rms_norm
 from minirea.linear import add_linear, linear, norm_linear
 from minirea.model import Model
 from minirea.weights import load_weights
@@ -148,6 +148,22 @@ def test_attend(keys: int) -> None:
     scores = torch.einsum("grd,gnd->grn", q.double(), k.double()) / 4
     exact = torch.einsum("grn,gnd->grd", scores.softmax(-1), v.double())
     torch.testing.assert_close(attend(q, k, v), exact.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1, 30])  # scores so large that one part has all the weight
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (2, 2), (7, 8), (64, 500), (70, 70), (1, 300)])
+def test_attend_causal(queries: int, keys: int, scale: float, dtype: torch.dtype) -> None:
+    """Against float64, over a cache whose rows are not side by side."""
+    q, k, v = random(queries, 6, 16), random(2, 600, 16, seed=1), random(2, 600, 16, seed=2)
+    q, k, v = (q * scale).to(dtype), k.to(dtype)[:, :keys], v.to(dtype)[:, :keys]
+    scores = torch.einsum("tgmd,gnd->gmtn", q.double().unflatten(1, (2, 3)), k.double()) / 4
+    scores.masked_fill_(torch.ones(queries, keys).triu(keys - queries + 1).bool(), -torch.inf)
+    exact = torch.einsum("gmtn,gnd->tgmd", scores.softmax(-1), v.double()).flatten(1, 2)
+    tolerance = {} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    if dtype == torch.float32 and scale > 1:
+        tolerance = {"atol": 3e-5, "rtol": 1e-5}  # a score of 500 is off by 3e-5
+    torch.testing.assert_close(attend_causal(q, k, v), exact.to(dtype), **tolerance)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
