@@ -89,6 +89,13 @@ def test_logits_and_text_are_those_of_transformers(variant: str, tmp_path: Path)
     assert_equals_transformers(directory)
 
 
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2"])
+def test_half_precision_and_one_token_at_a_time(family: str, tmp_path: Path) -> None:
+    """On a CPU with packed matrices; the tokens after the prompt are decode steps."""
+    directory = write_checkpoint(tmp_path, tiny_model(family=family), torch.bfloat16, shard_size="50KB")
+    assert_equals_transformers(directory, 40)
+
+
 @pytest.mark.parametrize("window", [40, "wide"])
 def test_a_stray_window_of_a_llama_is_none(window: Any, tmp_path: Path) -> None:
     """transformers' model ignores it too, but not its cache, so its text is that of the config without the key."""

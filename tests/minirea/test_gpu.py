@@ -112,6 +112,7 @@ def test_graph_gives_the_text_of_the_torch_path(context: int) -> None:
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("reattention", {}),
     ("reattention", {"attention_bias": True, "mlp_bias": True, "head_dim": 24}),
+    ("reattention", {"family": "Qwen2"}),
     ("reattention", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     ("reattention", {"hidden_size": 80, "intermediate_size": 5000, "num_key_value_heads": 1, "head_dim": 20}),
     ("streaming", {}),
