@@ -117,9 +117,10 @@ class PromptCell(Cell):
 class _Reader:
     """Puts a prompt's questions to a session, which keeps what the next one begins with.
 
-    A piece is what is read in one go: context and question, or with `as_session` the context alone. Of the one before
-    it a piece shares whole chunks that lie before the tail of both. Every piece is then cut into the chunks of one that
-    is read alone, whose queries vote together. What is shared does not depend on which questions are asked.
+    A piece is what is read in one go: context and question, but for the last token, which is a step of its own; with
+    `as_session` it is the context alone. Of the one before it a piece shares whole chunks that lie before the tail of
+    both. Every piece is then cut into the chunks of one that is read alone, whose queries vote together. What is shared
+    does not depend on which questions are asked.
     """
 
     def __init__(self, llm: LLM, session: Session, prompt: Prompt, as_session: bool, progress: bool) -> None:
@@ -145,14 +146,14 @@ class _Reader:
         if held < shared:
             self._read = shared, self._prefill(piece[held:shared])
         seconds = self._prefill(piece[shared:]) if self.as_session else 0.0
-        rest = question.ids if self.as_session else piece[shared:]
+        rest = question.ids if self.as_session else [*piece[shared:], *question.ids[-1:]]
         self._held = piece
         out = session.generate(rest, question.max_tokens, progress=self.progress, stop=question.stop)
         return (shared, self._read[1] if shared == self._read[0] else 0.0), seconds, out
 
     def _piece(self, index: int) -> list[int]:
         question = self.prompt.questions[index]
-        return [*self.prompt.context, *question.context, *(() if self.as_session else question.ids)]
+        return [*self.prompt.context, *question.context, *(() if self.as_session else question.ids[:-1])]
 
     def _shared(self, index: int, piece: list[int]) -> int:
         """Tokens of a piece that need not be read for it alone: of all pieces' context, or of the piece before."""
@@ -160,7 +161,7 @@ class _Reader:
         if index == 0:
             return of_all
         before = self._piece(index - 1)
-        if before == piece:  # one context, which is a piece, and another question
+        if self.as_session and before == piece:  # one context, which is a piece, and another question
             return len(piece)
         return max(of_all, _num_shared(self.llm, common_prefix(before, piece), [len(before), len(piece)]))
 

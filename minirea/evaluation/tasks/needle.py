@@ -31,9 +31,9 @@ NEEDLE: Final = " The special magic number for {key} is {value}."
 QUESTION: Final = (
     "\nQuestion: What is the special magic number for {key}? Answer: The special magic number for {key} is"
 )
-CHAT_QUESTION: Final = "\n\nWhat is the special magic number for {key}? The text above says it."
+CHAT_QUESTION: Final = "\n\nQuestion about the text above: What is the special magic number for {key}?"
 FACT_QUESTION: Final = "\nQuestion: {asked} Answer:"
-CHAT_FACT_QUESTION: Final = "\n\n{asked} The text above says it."
+CHAT_FACT_QUESTION: Final = "\n\nQuestion about the text above: {asked}"
 # Room for an answer in tokens. In a chat, and where facts are asked for, models answer in sentences.
 ANSWER_TOKENS: Final = {"numbers": 16, "words": 16, "uuids": 48}
 SENTENCE_TOKENS: Final = 32

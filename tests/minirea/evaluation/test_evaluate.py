@@ -115,6 +115,19 @@ def test_prompts_that_begin_alike_are_read_once_and_answered_as_if_alone(llm: mi
         assert sum(shared) > 0.7 * 450  # of 0.67 + 0.33 + 0 lengths
 
 
+@pytest.mark.parametrize("tail", [{}, {"tail_size": 0}, {"tail_size": 32, "tail_chunk_size": 8}])
+@pytest.mark.parametrize("sizes", [(128, 128, 128), (127, 128, 129), (96, 160, 96), (1, 33, 32), (129, 65, 129)])
+def test_prompts_that_are_equal_or_begin_each_other(
+    llm: minirea.LLM, tail: dict[str, int], sizes: tuple[int, ...]
+) -> None:
+    llm = llm.with_attention("reattention", **SCOPE | tail)
+    whole = random_ids(200, 2048, seed=4)
+    questions = [Question(whole[:size], [""], lambda _: 0.0, max_tokens=6) for size in sizes]
+    cell = PromptCell(tuple({"question": i} for i in range(3)), 200, lambda: Prompt([], questions))
+    answers = [record["answer"] for record in cell.run(llm, [0, 1, 2], progress=False)]
+    assert answers == [llm.generate(whole[:size], max_tokens=6).text for size in sizes]
+
+
 @pytest.mark.parametrize("separate", [False, True])
 def test_as_session_a_question_is_a_piece_of_its_own(llm: minirea.LLM, separate: bool) -> None:
     options = {"lengths": 450, "samples": 1, "depths": 3, "separate": separate, "as_session": True}
