@@ -16,7 +16,7 @@ import torch
 from minirea.config import IMPLS, ReAttentionConfig
 from minirea.errors import InputError
 
-__all__ = ["ReAttentionConfig", "prefill_kernels", "reattention", "resolve_impl", "scratch_bytes"]
+__all__ = ["ReAttentionConfig", "decode_kernels", "prefill_kernels", "reattention", "resolve_impl", "scratch_bytes"]
 
 
 CACHE_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
@@ -132,6 +132,13 @@ def scratch_bytes(
 
     layer = launch.Layer(num_heads, num_kv_heads, head_dim, dtype, config)
     return launch.scratch_bytes(layer, capacity, num_queries, chunk_size, device)
+
+
+def decode_kernels() -> ModuleType:
+    """What a decode step takes besides attention, with impl "triton"."""
+    from minirea.kernels.steps import matvec  # imports triton
+
+    return matvec
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from minirea.generate import GenerationConfig, Piece, Stats
 from minirea.memory import MemoryPlan, human
 from minirea.model import Model
 from minirea.plan import keeps_half, plan_run, workspace_bytes
+from minirea.steps import num_shared
 from minirea.tokenizer import Tokenizer, load_tokenizer
 from minirea.weights import checkpoint_dtype, load_weights
 
@@ -215,13 +216,14 @@ class LLM(_Encoder):
         """Every token that ends a text, by config.json, generation_config.json or the tokenizer's own files."""
         return self.model.config.eos_token_ids | (self._tokenizer.eos_ids if self._tokenizer else frozenset())
 
-    @property
-    def can_share_prefix(self) -> bool:
-        """Whether a prefix that was read once serves prompts of any length.
+    def num_shared(self, shared: int, lengths: Sequence[int]) -> int:
+        """How many of the `shared` first tokens of prompts of these lengths can be read once for all of them.
 
-        It does unless a dynamic RoPE turns all keys by how long the whole prompt is.
+        With so many tokens given to Session.prefill, and the rest of each prompt to Session.generate, every prompt is
+        read as it is alone: in whole chunks up to there, its tail later. None where a dynamic RoPE turns all keys by
+        how long the whole prompt is.
         """
-        return self.model.attention.mode != "full" or self.model.config.rope.type != "dynamic"
+        return num_shared(self.model.attention, shared, lengths)
 
     def with_attention(self, attention: str, allow_out_of_distribution: bool = False, **reattention_fields: Any) -> LLM:
         """The same weights, not copied, under another attention mode or scope. Arguments and errors as for `load`."""
@@ -299,12 +301,18 @@ class Session:
     def __repr__(self) -> str:
         return f"<Session of {len(self.ids):,} tokens, cache for {self.cache.capacity:,}, of {self.llm!r}>"
 
-    def prefill(self, prompt: str | Sequence[int], progress: bool = False) -> None:
-        """Append a text or token ids to the context. Errors as for LLM.generate."""
+    def prefill(self, prompt: str | Sequence[int], progress: bool = False, to_follow: int = 0) -> None:
+        """Append a text or token ids to the context. Errors as for LLM.generate.
+
+        Args:
+            prompt: a piece of its own, whose end is read as a prompt's tail.
+            progress: show a bar on stderr.
+            to_follow: tokens that the next call appends to the same piece; see LLM.num_shared.
+        """
         ids = self.llm.encode(prompt, continues=bool(self.ids))
         with self._unchanged_by_failure():
             self.ids += ids
-            loop.prefill(self.llm.model, self.cache, self.ids[self.cache.seq_len :], progress=progress)
+            loop.prefill(self.llm.model, self.cache, self.ids[self.cache.seq_len :], to_follow, progress)
 
     def rewind(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` of the context and forget the rest."""

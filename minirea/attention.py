@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+import functools
+from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +22,29 @@ STEP_CHUNKS: Final = 4
 STEP_TOKENS: Final = 2048
 
 
-class Attention:
-    """Attention of one model: what a layer calls with its q, k and v.
+class Step(NamedTuple):
+    """Where the T tokens of a step stand: what attention needs to know beside q, k and v. Made by `Attention.step`.
 
-    As long as everything is in scope, each mode is ordinary attention at true positions, so keys that get RoPE once
-    when they are written serve every later step. Beyond `dense_limit` tokens positions change from step to step, and
-    minirea.kernels.reattention places keys kept without RoPE. `full` never leaves the first case. The fused kernel
+    Attributes:
+        seq_len: cached tokens with these T. An int32 [1] where the device counts them, so that a captured launch
+            follows it.
+        chunk_size: how many of them share a scope. T is one chunk unless the device counts.
+        cos: of the true positions of those that lie below dense_limit, [at most T, 1, D].
+        sin: like cos.
+    """
+
+    seq_len: int | Tensor
+    chunk_size: int
+    cos: Tensor
+    sin: Tensor
+
+
+class Attention:
+    """Attention of one model: what a layer calls with its q, k and v. It holds nothing that changes from step to step.
+
+    As long as a step attends to everything, each mode is ordinary attention at true positions, so keys that get RoPE
+    once when they are written serve every later step. Beyond `dense_limit` tokens positions change from step to step,
+    and minirea.kernels.reattention places keys kept without RoPE. `full` never leaves the first case. The fused kernel
     rotates as fast as it reads and needs no second copy of the keys, so with it the first case never comes.
 
     Args:
@@ -43,15 +61,39 @@ class Attention:
         self.config = config
         self.impl = resolve_impl(impl, device)
         self.device = device
-        self.horizon = 0  # tokens in context once the prompt is read
         self.sliding_window = model.sliding_window if mode == "full" else None
-        in_scope = 0 if self.impl == "triton" else config.global_size + config.local_size
-        self.dense_limit = ALL_TOKENS if mode == "full" else in_scope
-        # A dynamic RoPE stretches only beyond the trained range, which a bounded scope never leaves.
-        # The scopes of a step's chunks lie in one row of positions, each a chunk behind the one before.
-        positions = config.max_scope + self.prompt_step_tokens - config.chunk_size
-        self.cos, self.sin = self._table(0, 0 if mode == "full" else positions, config.max_scope)
-        self.dense_cos, self.dense_sin = for_whole_heads(self.cos[:in_scope, None], self.sin[:in_scope, None])
+        self.dense_size = ALL_TOKENS if mode == "full" else config.dense_size
+        self.dense_limit = 0 if self.impl == "triton" and mode != "full" else self.dense_size
+
+    @functools.cached_property
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of the scope's positions, made with the first step: by then the memory plan has agreed.
+
+        A dynamic RoPE stretches only beyond the trained range, which a bounded scope never leaves. The scopes of a
+        step's chunks lie in one row of positions, each a chunk behind the one before.
+        """
+        sizes = self.config.chunk_size, self.config.tail_chunk_size
+        behind = max(self.step_tokens(size) - size for size in sizes)
+        stop = 0 if self.mode == "full" else self.config.max_scope + behind
+        tables = self.true_tables(0, stop, self.config.max_scope)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # other streams will read them
+        return tables
+
+    @property
+    def cos(self) -> Tensor:
+        """Of positions in the scope, float32 [positions, D/2]; none in mode "full"."""
+        return self._tables[0]
+
+    @property
+    def sin(self) -> Tensor:
+        return self._tables[1]
+
+    @functools.cached_property
+    def _dense_tables(self) -> tuple[Tensor, Tensor]:
+        """For whole heads, [dense_limit, 1, D]."""
+        stop = min(self.dense_limit, len(self.cos))
+        return for_whole_heads(self.cos[:stop, None], self.sin[:stop, None])
 
     @property
     def can_capture(self) -> bool:
@@ -63,76 +105,84 @@ class Attention:
         return self.device.type == "cuda" and self.impl == "triton" and self.mode != "full"
 
     @property
-    def prompt_step_tokens(self) -> int:
-        """How many tokens of a prompt a step reads: a chunk, or where steps can be captured, up to STEP_CHUNKS of them.
+    def depends_on_context(self) -> bool:
+        """Whether a dynamic RoPE turns all keys by how long the whole prompt is."""
+        return self.mode == "full" and self.model.rope.type == "dynamic"
 
-        Every chunk has a scope of its own in either case, so that a step is only how the work is divided.
+    def step_tokens(self, chunk_size: int) -> int:
+        """How many tokens of a prompt a step reads: a chunk, or where steps can be captured, several of them.
+
+        Every chunk has a scope of its own in either case, so that a step is only how the work is divided. The chunks
+        of a tail, which are small, make one step.
         """
-        chunk_size = self.config.chunk_size
-        return chunk_size * (max(1, min(STEP_CHUNKS, STEP_TOKENS // chunk_size)) if self.can_capture else 1)
+        if not self.can_capture:
+            return chunk_size
+        chunks = STEP_CHUNKS
+        if chunk_size == self.config.tail_chunk_size:
+            chunks = max(chunks, -(-(self.config.tail_size - 1) // chunk_size))
+        return chunk_size * max(1, min(chunks, STEP_TOKENS // chunk_size))
 
-    def begin(self, seq_len: int, num_tokens: int) -> None:
-        """Prepare a step of `num_tokens` queries that ends at `seq_len`: cos and sin of their true positions.
+    def step(self, seq_len: int | Tensor, num_tokens: int, chunk_size: int | None = None, horizon: int = 0) -> Step:
+        """A step of `num_tokens` queries that ends at `seq_len`.
 
-        A dynamic RoPE depends on the length of the context. The whole prompt's counts, in whatever steps it is read.
+        Args:
+            seq_len: cached tokens with this step's; a tensor only where `can_capture`.
+            chunk_size: tokens that share a scope; all of the step without.
+            horizon: tokens in context once the whole prompt is read. A dynamic RoPE depends on it, in whatever steps
+                the prompt is read.
         """
-        start, stop = seq_len - num_tokens, min(seq_len, self.dense_limit)
+        chunk_size = chunk_size or num_tokens
+        if isinstance(seq_len, Tensor):
+            return Step(seq_len, chunk_size, self.cos[:0], self.sin[:0])
+        start = seq_len - num_tokens
         if self.mode == "full":
-            cos, sin = self._table(start, stop, max(seq_len, self.horizon))
-            self.true_cos, self.true_sin = for_whole_heads(cos[:, None], sin[:, None])
-        else:  # [T, 1, D], fewer rows beyond dense_limit
-            self.true_cos, self.true_sin = self.dense_cos[start:stop], self.dense_sin[start:stop]
+            cos, sin = self.true_tables(start, seq_len, max(seq_len, horizon))
+            return Step(seq_len, chunk_size, *for_whole_heads(cos[:, None], sin[:, None]))
+        cos, sin = self._dense_tables
+        return Step(seq_len, chunk_size, cos[start:seq_len], sin[start:seq_len])
 
-    def __call__(self, layer: int, qkv_TXD: Tensor, cache: KVCache, seq_len: Tensor | None = None) -> Tensor:
+    def __call__(self, layer: int, qkv_TXD: Tensor, cache: KVCache, step: Step) -> Tensor:
         """Write keys and values to the cache and attend.
 
         Args:
             qkv_TXD: query, key and value heads side by side, X = H + 2G, without RoPE.
-            seq_len: cached tokens with these T, int32 [1], where the device counts them; T may be several chunks then.
-                Without, T is one chunk or one decode step, and the cache says.
 
         Returns:
             [T, H, D].
         """
-        H, T = self.model.num_heads, len(qkv_TXD)
-        q_rotated = self.write(layer, qkv_TXD, cache, seq_len)
-        if seq_len is not None:
-            return self.over_cache(layer, qkv_TXD[:, :H], cache, seq_len)
-        stop = cache.seq_len + T
-        if stop <= self.dense_limit:
-            assert q_rotated is not None
-            start = self._first_visible(stop, T)
-            keys = (1, start, stop - start)
-            k_GND, v_GND = cache.k_rotated[layer].narrow(*keys), cache.v[layer].narrow(*keys)
-            return full_attention(q_rotated, k_GND, v_GND, self.sliding_window)
-        return self.over_cache(layer, qkv_TXD[:, :H], cache, stop)
+        H, T, stop = self.model.num_heads, len(qkv_TXD), step.seq_len
+        q_rotated = self.write(layer, qkv_TXD, cache, step)
+        if isinstance(stop, Tensor) or stop > self.dense_limit:
+            return self.over_cache(layer, qkv_TXD[:, :H], cache, step)
+        assert q_rotated is not None
+        start = self._first_visible(stop, T)
+        keys = (1, start, stop - start)
+        k_GND, v_GND = cache.k_rotated[layer].narrow(*keys), cache.v[layer].narrow(*keys)
+        return full_attention(q_rotated, k_GND, v_GND, self.sliding_window)
 
-    def write(self, layer: int, qkv_TXD: Tensor, cache: KVCache, seq_len: Tensor | None = None) -> Tensor | None:
+    def write(self, layer: int, qkv_TXD: Tensor, cache: KVCache, step: Step) -> Tensor | None:
         """Write keys and values to the cache. Arguments are those of a call.
 
         Returns:
             The queries below dense_limit with RoPE, None if there are none.
         """
-        if seq_len is not None:
-            prefill_kernels(self.impl).write_kv(qkv_TXD, cache.k[layer], cache.v[layer], seq_len)
+        if isinstance(step.seq_len, Tensor):
+            prefill_kernels(self.impl).write_kv(qkv_TXD, cache.k[layer], cache.v[layer], step.seq_len)
             return None
         H, G = self.model.num_heads, self.model.num_kv_heads
-        dense_rows = self.true_cos.shape[0]
+        dense_rows = len(step.cos)
         if not dense_rows:
             cache.write(layer, qkv_TXD, None)
             return None
-        qk_rotated = apply_rope(qkv_TXD[:dense_rows, : H + G], self.true_cos, self.true_sin)
+        qk_rotated = apply_rope(qkv_TXD[:dense_rows, : H + G], step.cos, step.sin)
         q_rotated, k_rotated = qk_rotated.split_with_sizes((H, G), 1)
         cache.write(layer, qkv_TXD, k_rotated)
         return q_rotated
 
-    def over_cache(self, layer: int, q_THD: Tensor, cache: KVCache, seq_len: int | Tensor) -> Tensor:
-        """ReAttention of a step whose keys and values the cache already holds. Not for mode "full".
-
-        A seq_len on the GPU is read there, so that a captured launch follows it.
-        """
-        arguments = (q_THD, cache.k[layer], cache.v[layer], seq_len, self.cos, self.sin, self.config, self.impl)
-        out_THD: Tensor = reattention(*arguments, chunk_size=self.config.chunk_size)
+    def over_cache(self, layer: int, q_THD: Tensor, cache: KVCache, step: Step) -> Tensor:
+        """ReAttention of a step whose keys and values the cache already holds. Not for mode "full"."""
+        arguments = (q_THD, cache.k[layer], cache.v[layer], step.seq_len, self.cos, self.sin, self.config, self.impl)
+        out_THD: Tensor = reattention(*arguments, chunk_size=step.chunk_size)
         return out_THD
 
     def scope(self, cache: KVCache, q_1HD: Tensor) -> dict[str, int]:
@@ -148,25 +198,27 @@ class Attention:
             return {"global": 0, "selected": 0, "local": seq_len - self._first_visible(seq_len, 1), "seq_len": seq_len}
         local = min(seq_len, self.config.local_size)
         first = min(seq_len - local, self.config.global_size)
-        return {"global": first, "selected": self._selected(cache, q_1HD), "local": local, "seq_len": seq_len}
+        selected = self._scope_len(cache, q_1HD) - first - local
+        return {"global": first, "selected": selected, "local": local, "seq_len": seq_len}
 
-    def _selected(self, cache: KVCache, q_1HD: Tensor) -> int:
-        outside = self.config.global_size + self.config.local_size
-        if cache.seq_len <= outside:
-            return 0
+    def _scope_len(self, cache: KVCache, q_1HD: Tensor) -> int:
+        """The length of the scope."""
+        if cache.seq_len <= self.dense_size:
+            return cache.seq_len
         k_GND, v_GND = cache.k[0], cache.v[0]
         seq_len = torch.tensor([cache.seq_len], dtype=torch.int32, device=self.device)  # a number would compile anew
         arguments = (q_1HD, k_GND, v_GND, seq_len, self.cos, self.sin, self.config, self.impl)
         _, selection = reattention(*arguments, return_selection=True)
-        return max(map(len, selection if isinstance(selection, list) else [selection])) - outside
+        return max(map(len, selection if isinstance(selection, list) else [selection]))
 
     def _first_visible(self, seq_len: int, num_tokens: int) -> int:
         """The first key that any of the last `num_tokens` queries can see."""
         return max(0, seq_len - num_tokens + 1 - (self.sliding_window or seq_len))
 
-    def _table(self, start: int, stop: int, seq_len: int) -> tuple[Tensor, Tensor]:
+    def true_tables(self, start: int, stop: int, context: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions start..stop-1 in a context of so many tokens, float32 [stop - start, D/2]."""
         frequencies, factor = inverse_frequencies(
-            self.model.rope, self.model.head_dim, self.model.max_position_embeddings, seq_len
+            self.model.rope, self.model.head_dim, self.model.max_position_embeddings, context
         )
         return rope_table(frequencies.to(self.device), factor, start, stop)
 

@@ -21,6 +21,7 @@ from minirea.graph import compiling_decode_step, decode_ahead, read_captured
 from minirea.memory import peak_bytes
 from minirea.model import Model
 from minirea.sampling import NON_FINITE, Sampler, SamplingConfig
+from minirea.steps import Part, chunks, cut
 from minirea.tokenizer import Tokenizer
 
 
@@ -211,51 +212,47 @@ class TextOfTokens:
         return self._stops.put(self._decoder.flush()) + self._stops.flush()
 
 
-def chunks(num_tokens: int, chunk_size: int) -> list[tuple[int, int]]:
-    """Start and stop of each step that reads `num_tokens` tokens; none for none."""
-    return [(start, min(start + chunk_size, num_tokens)) for start in range(0, num_tokens, chunk_size)]
-
-
-def prompt_steps(num_tokens: int, chunk_size: int) -> list[tuple[int, int]]:
-    """How a prompt is cut into steps: chunks, and the last token by itself.
-
-    The first generated token comes from that last step. As a decode step it has a scope of its own, like every
-    later token, instead of sharing one vote with a chunk of other queries.
-    """
-    return [*chunks(num_tokens - 1, chunk_size), (num_tokens - 1, num_tokens)]
-
-
 @torch.inference_mode()
-def prefill(model: Model, cache: KVCache, ids: list[int], to_follow: int = 0, progress: bool = False) -> None:
-    """Append `ids` to the cache, chunk by chunk, with a bar on stderr if it takes several steps.
+def prefill(model: Model, cache: KVCache, ids: Sequence[int], to_follow: int = 0, progress: bool = False) -> None:
+    """Append `ids` to the cache, step by step, with a bar on stderr if it takes several steps.
 
-    `to_follow` tokens of the same prompt are left for the caller.
+    `to_follow` tokens of the same piece are left for the caller. A call that fails leaves the cache as it was.
     """
-    attention = model.attention
-    attention.horizon = cache.seq_len + len(ids) + to_follow
+    attention, cached = model.attention, cache.seq_len
+    parts = cut(attention, cached, len(ids), to_follow)
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
-    read, size = read_captured if attention.can_capture else read_one_by_one, attention.prompt_step_tokens
-    hide = not progress or len(ids) <= size
-    with tqdm(total=len(ids), desc="prefill", unit="tok", unit_scale=True, leave=False, disable=hide) as bar:
-        for num_read in read(model, cache, [ids_T[start:stop] for start, stop in chunks(len(ids), size)]):
-            bar.update(num_read)
+    if attention.can_capture:
+        steps = read_captured(model, cache, ids_T, parts)
+    else:
+        steps = read_one_by_one(model, cache, ids_T, parts, cached + len(ids) + to_follow)
+    hide = not progress or len(ids) <= attention.step_tokens(attention.config.chunk_size)
+    try:
+        with tqdm(total=len(ids), desc="prefill", unit="tok", unit_scale=True, leave=False, disable=hide) as bar:
+            for num_read in steps:
+                bar.update(num_read)
+    except BaseException:
+        cache.rewind(cached)
+        raise
 
 
-def read_one_by_one(model: Model, cache: KVCache, chunks_T: Sequence[Tensor]) -> Iterator[int]:
+def read_one_by_one(
+    model: Model, cache: KVCache, ids_T: Tensor, parts: Sequence[Part], horizon: int = 0
+) -> Iterator[int]:
     """Read a prompt's chunks by the model's ordinary forward pass; yields the length of each."""
-    for ids_T in chunks_T:
-        model.read(ids_T, cache)
-        yield len(ids_T)
+    for part in parts:
+        for ids_C in ids_T[part.start : part.stop].split(part.chunk_size):
+            model.read(ids_C, cache, horizon)
+            yield len(ids_C)
 
 
 @torch.inference_mode()
-def all_logits(model: Model, cache: KVCache, ids: list[int]) -> Tensor:
+def all_logits(model: Model, cache: KVCache, ids: Sequence[int]) -> Tensor:
     """Logits of every position, float32 [T, V], through the steps that `generate` takes."""
+    cached, horizon = cache.seq_len, cache.seq_len + len(ids)
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
-    model.attention.horizon = cache.seq_len + len(ids)
     out_TV = torch.empty(len(ids), model.config.vocab_size, dtype=torch.float32, device=model.device)
-    for start, stop in prompt_steps(len(ids), model.attention.config.chunk_size):
-        out_TV[start:stop] = model.logits(model.forward(ids_T[start:stop], cache))
+    for start, stop, _ in [*chunks(model.attention, cached, len(ids) - 1, 1), (len(ids) - 1, len(ids), 1)]:
+        out_TV[start:stop] = model.logits(model.forward(ids_T[start:stop], cache, horizon))
     return out_TV
 
 
@@ -294,6 +291,7 @@ def generate(
     model: Model,
     cache: KVCache,
     ids: list[int],
+    prompt_ids: Sequence[int],
     config: GenerationConfig,
     tokenizer: Tokenizer | None,
     eos_ids: frozenset[int],
@@ -302,8 +300,10 @@ def generate(
     """Continue a context, token by token.
 
     Args:
-        ids: the whole context. What the cache does not hold yet, at least one token, is read first; every sampled token
-            is appended.
+        ids: the context so far, of which the cache may lack the end. `prompt_ids` are appended and, with that end, read
+            as one piece; then every sampled token is appended. If no token can be sampled, or the call fails later,
+            `ids` and the cache are as they were.
+        prompt_ids: at least one token.
         tokenizer: turns tokens into text; without one every piece's text is empty.
         eos_ids: tokens that end the text, unless config.ignore_eos.
 
@@ -315,6 +315,7 @@ def generate(
         config = dataclasses.replace(config, seed=secrets.randbits(63))
     stats = Stats.of(model, config, len(ids))
     cache.reserve(len(ids) + config.max_tokens)
+    sampler = Sampler(config, ids, model.config.vocab_size, model.device)
     with compiling_decode_step(model):
         prefill(model, cache, ids[cache.seq_len : -1], 1, progress)
     sampler = Sampler(config, ids, model.config.vocab_size, model.device)

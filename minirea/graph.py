@@ -1,14 +1,11 @@
-"""Steps on a GPU as CUDA graphs, one for reading a prompt and one for decoding, which the CPU follows one step behind.
+"""Steps as CUDA graphs, one for reading a prompt and one for decoding, which the CPU follows one step behind.
 
-A graph replays what was captured: the same kernels with the same addresses. Everything that changes from step to step
-is therefore kept on the device: token ids, which decoding leaves for its next replay, and the number of cached tokens.
+A graph replays what was captured: the same kernels with the same addresses.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
 import functools
 import threading
 import weakref
@@ -20,36 +17,40 @@ from torch import Tensor
 
 from minirea.cache import KVCache
 from minirea.model import Model
-from minirea.sampling import Sampler, SamplingConfig
+from minirea.sampling import Sampler
+from minirea.steps import DecodeStep, Part, PromptStep, compile_decode_step
 
-# Steps of a prompt from which on it pays to capture one: the first two are launched, and the last, which is shorter.
-WORTH_CAPTURING: Final = 6
+# Equal steps of a prompt from which on it pays to capture one: the first two are launched.
+WORTH_CAPTURING: Final = 5
 
 
-def read_captured(model: Model, cache: KVCache, steps_T: Sequence[Tensor]) -> Iterator[int]:
-    """Read a prompt's steps, of which all but the last are equally long; yields the length of each.
+def read_captured(model: Model, cache: KVCache, ids_T: Tensor, parts: Sequence[Part]) -> Iterator[int]:
+    """Read a prompt's parts, each in steps of several chunks; yields the length of each step.
 
     The CPU would need longer to launch a step of a small model, or of a short context, than the GPU to compute it. It
-    stays one step ahead, not more: whoever watches or interrupts it should find it where the GPU is. A capture takes as
-    long as a launch and gives the GPU nothing to do, so it comes third, when the CPU is ahead.
+    stays one step ahead, not more: what is shown or interrupted should be what the GPU is at. A capture takes as long
+    as a launch and gives the GPU nothing to do, so it comes third, when the CPU is ahead.
     """
-    captured = len(steps_T) >= WORTH_CAPTURING
-    step, done = None, [torch.cuda.Event(), torch.cuda.Event()]
-    for index, ids_T in enumerate(steps_T):
-        if step is None or len(ids_T) != len(step.ids_T):
-            step = PromptStep(model, cache, len(ids_T))
+    steps = [step for part in parts for step in part.split(model.attention.step_tokens(part.chunk_size))]
+    sizes = [(part.stop - part.start, part.chunk_size) for part in steps]
+    captured = sizes.count(sizes[0]) >= WORTH_CAPTURING if sizes else False
+    done, size = [torch.cuda.Event(), torch.cuda.Event()], None
+    for index, part in enumerate(steps):
+        if sizes[index] != size:
+            size = sizes[index]
+            step = PromptStep(model, cache, *size)
             graph = StepGraph(step.run, cache)
-        cache.reserve(cache.seq_len + len(ids_T))
-        step.set(ids_T)
-        if captured and index != 1 and len(ids_T) == len(steps_T[0]):
+        cache.reserve(cache.seq_len + size[0])
+        step.set(ids_T[part.start : part.stop])
+        if captured and index != 1 and size == sizes[0]:
             graph.launch()
         else:
             run_aside(step.run, cache.device)
-        cache.seq_len += len(ids_T)
+        cache.seq_len += size[0]
         done[index % 2].record()
         if index:
             done[1 - index % 2].synchronize()
-        yield len(ids_T)
+        yield size[0]
 
 
 def decode_ahead(
@@ -74,6 +75,7 @@ def decode_ahead(
 
 
 _compiling: weakref.WeakSet[Model] = weakref.WeakSet()
+_enqueueing = threading.RLock()  # held while a step is put on its way, never while something is waited for
 
 
 @contextlib.contextmanager
@@ -82,89 +84,17 @@ def compiling_decode_step(model: Model) -> Iterator[None]:
 
     They are half of what a first start waits for. At the end it waits for the thread, unless it ends with an error.
     """
-    if not model.attention.can_capture or model in _compiling:
+    with _enqueueing:
+        known = not model.attention.can_capture or model in _compiling
+        if not known:
+            _compiling.add(model)
+    if known:
         yield
         return
-    _compiling.add(model)
-    thread = threading.Thread(target=_compile_decode_step, args=(model,))
+    thread = threading.Thread(target=compile_decode_step, args=(model,))
     thread.start()
     yield
     thread.join()
-
-
-@torch.inference_mode()
-def _compile_decode_step(model: Model) -> None:
-    """Compile what a step over one layer and one token launches, all at the same time; nothing is launched."""
-    from minirea.kernels.driver import compiling  # imports triton
-
-    first_layer = copy.copy(model)
-    first_layer.layers = model.layers[:1]
-    config = dataclasses.replace(model.config, num_layers=1)
-    with contextlib.suppress(Exception), compiling():  # the step itself will have and tell it
-        cache = KVCache(config, 16, model.attention.dense_limit, model.device, model.dtype)
-        sampler = Sampler(SamplingConfig(), [], config.vocab_size, model.device)
-        DecodeStep(first_layer, cache, 0, sampler).run()
-
-
-class DecodeStep:
-    """The kernels of one decode step over one cache, and the memory between them.
-
-    Attributes:
-        token: int64 [1], the token to feed; afterwards the sampled one.
-        seq_len: int32 [1], cached tokens, on the device; `run` adds this step's.
-    """
-
-    def __init__(self, model: Model, cache: KVCache, last_id: int, sampler: Sampler) -> None:
-        from minirea.kernels.steps import matvec as decode_step  # imports triton
-
-        self.kernels = decode_step
-        self.model, self.cache, self.sampler = model, cache, sampler
-        c, device = model.config, model.device
-        # Filled there: a copy from the host would wait for the prompt, and the first step's launches with it.
-        self.token = torch.full((1,), last_id, device=device)
-        self.seq_len = torch.full((1,), cache.seq_len, dtype=torch.int32, device=device)
-        self.x_E = torch.empty(c.hidden_size, dtype=model.dtype, device=device)
-        self.q_1HD = torch.empty(1, c.num_heads, c.head_dim, dtype=model.dtype, device=device)
-        self.act_F = torch.empty(c.mlp_size, dtype=model.dtype, device=device)
-        self.logits_V = torch.empty(c.vocab_size, dtype=torch.float32, device=device)
-        self.best = decode_step.BestTokenWorkspace.on(device)
-
-    def run(self) -> None:
-        """One step, without waiting for the device and without a value from it."""
-        model, kernels, x_E, eps = self.model, self.kernels, self.x_E, self.model.config.norm_eps
-        kernels.embed(self.token, model.embed, self.seq_len, x_E)
-        for i, layer in enumerate(model.layers):
-            k_GND, v_GND = self.cache.k[i], self.cache.v[i]
-            kernels.norm_qkv(
-                x_E, layer.attn_norm, layer.qkv, layer.qkv_bias, eps, self.seq_len, self.q_1HD[0], k_GND, v_GND
-            )
-            out_1HD = model.attention.over_cache(i, self.q_1HD, self.cache, self.seq_len)
-            kernels.add_product(out_1HD.view(-1), layer.o, layer.o_bias, x_E)
-            kernels.norm_gate_up(x_E, layer.mlp_norm, layer.gate_up, layer.gate_up_bias, eps, self.act_F)
-            kernels.add_product(self.act_F, layer.down, layer.down_bias, x_E)
-        kernels.norm_logits(x_E, model.norm, model.head, eps, self.logits_V)
-        if self.sampler.takes_best:
-            kernels.best_token(self.logits_V, self.best, self.token)
-        else:
-            self.token.copy_(self.sampler(self.logits_V))
-
-
-class PromptStep:
-    """The kernels of one or several chunks of a prompt over one cache."""
-
-    def __init__(self, model: Model, cache: KVCache, num_tokens: int) -> None:
-        self.model, self.cache = model, cache
-        self.ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
-        self.seq_len = torch.zeros(1, dtype=torch.int32, device=model.device)
-
-    def set(self, ids_T: Tensor) -> None:
-        """Which tokens the next run reads, behind those that the cache holds."""
-        self.ids_T.copy_(ids_T)
-        self.seq_len.fill_(self.cache.seq_len + len(ids_T))
-
-    def run(self) -> None:
-        """One step, without waiting for the device and without a value from it."""
-        self.model.read_at(self.ids_T, self.cache, self.seq_len)
 
 
 class StepGraph:
@@ -190,9 +120,10 @@ class StepGraph:
             self.capacity, self.graph = self.cache.capacity, None
             run_aside(self.run, self.cache.device)
             return
-        if self.graph is None:
-            self.graph = self._capture()
-        self.graph.replay()
+        with in_order(self.cache.device):
+            if self.graph is None:
+                self.graph = self._capture()
+            self.graph.replay()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -249,11 +180,29 @@ class DecodeGraph:
 
 def run_aside(run: Callable[[], None], device: torch.device) -> None:
     """Run launch by launch on the stream that captures, since kernels' workspaces belong to a stream."""
-    current, aside = torch.cuda.current_stream(device), capture_stream(device)
-    aside.wait_stream(current)
-    with torch.cuda.stream(aside):
-        run()
-    current.wait_stream(aside)
+    with in_order(device):
+        current, aside = torch.cuda.current_stream(device), capture_stream(device)
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            run()
+        current.wait_stream(aside)
+
+
+@contextlib.contextmanager
+def in_order(device: torch.device) -> Iterator[None]:
+    """Put a step on the current stream behind all that were put on any: they share the kernels' workspaces.
+
+    Threads take turns, for as long as it takes to launch a step.
+    """
+    with _enqueueing:
+        current, last = torch.cuda.current_stream(device), _last_streams.get(device)
+        if last is not None and last != current:
+            current.wait_stream(last)
+        _last_streams[device] = current
+        yield
+
+
+_last_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirea.attention import Attention
+from minirea.attention import Attention, Step
 from minirea.cache import KVCache
 from minirea.config import ModelConfig
 from minirea.cpu import prepare
@@ -73,29 +73,32 @@ class Model:
         tensors = [self.embed, self.norm, self.head, *itertools.chain.from_iterable(self.layers)]
         return sum(t.nbytes for t in {id(t): t for t in tensors if t is not None}.values())  # a tied head counts once
 
-    def forward(self, ids_T: Tensor, cache: KVCache) -> Tensor:
-        """Read T tokens, append them to the cache, and return their hidden states [T, E], before the final norm."""
-        x_TE = self._begin(ids_T, cache)
+    def forward(self, ids_T: Tensor, cache: KVCache, horizon: int = 0) -> Tensor:
+        """Read T tokens, append them to the cache, and return their hidden states [T, E], before the final norm.
+
+        `horizon` is that of Attention.step.
+        """
+        step = self._begin(ids_T, cache, horizon)
+        x_TE = self._embed(ids_T)
         for index in range(len(self.layers)):
-            self._block(index, x_TE, cache)
+            self._block(index, x_TE, cache, step)
         cache.seq_len += len(ids_T)
         return x_TE
 
-    def read(self, ids_T: Tensor, cache: KVCache) -> None:
+    def read(self, ids_T: Tensor, cache: KVCache, horizon: int = 0) -> None:
         """Like `forward` for tokens that nothing is asked of: the last layer only writes their keys and values."""
-        self._read(self._begin(ids_T, cache), cache)
+        self.read_at(ids_T, cache, self._begin(ids_T, cache, horizon))
         cache.seq_len += len(ids_T)
 
-    def read_at(self, ids_T: Tensor, cache: KVCache, seq_len: Tensor) -> None:
-        """`read` of one or several chunks, which the cache has room for.
+    def read_at(self, ids_T: Tensor, cache: KVCache, step: Step) -> None:
+        """`read` of a step that the cache has room for. The host's count of cached tokens stays as it is.
 
-        No launch depends on a number that the host has, and the host's count stays as it is: a graph can repeat it.
-        Only where `Attention.can_capture`.
-
-        Args:
-            seq_len: cached tokens with these, int32 [1] on the device.
+        Where the device counts, no launch depends on a number that the host has: a graph can repeat it.
         """
-        self._read(self._embed(ids_T), cache, seq_len)
+        x_TE, last = self._embed(ids_T), len(self.layers) - 1
+        for index in range(last):
+            self._block(index, x_TE, cache, step)
+        self.attention.write(last, self._qkv(self.layers[last], x_TE), cache, step)
 
     def logits(self, x_TE: Tensor) -> Tensor:
         """Scores of the next token, float32 [T, V]."""
@@ -106,26 +109,19 @@ class Model:
         x_1E = self._embed(torch.tensor([token_id], device=self.device))
         return self._qkv(self.layers[0], x_1E)[:, : self.config.num_heads]
 
-    def _begin(self, ids_T: Tensor, cache: KVCache) -> Tensor:
-        """Make room for a step of T tokens; its residual stream, [T, E]."""
+    def _begin(self, ids_T: Tensor, cache: KVCache, horizon: int) -> Step:
+        """Make room for a step of one chunk."""
         seq_len = cache.seq_len + len(ids_T)
         cache.reserve(seq_len)
-        self.attention.begin(seq_len, len(ids_T))
-        return self._embed(ids_T)
-
-    def _read(self, x_TE: Tensor, cache: KVCache, seq_len: Tensor | None = None) -> None:
-        last = len(self.layers) - 1
-        for index in range(last):
-            self._block(index, x_TE, cache, seq_len)
-        self.attention.write(last, self._qkv(self.layers[last], x_TE), cache, seq_len)
+        return self.attention.step(seq_len, len(ids_T), horizon=horizon)
 
     def _embed(self, ids_T: Tensor) -> Tensor:
         return F.embedding(ids_T, self.embed).to(self.dtype)
 
-    def _block(self, index: int, x_TE: Tensor, cache: KVCache, seq_len: Tensor | None = None) -> None:
+    def _block(self, index: int, x_TE: Tensor, cache: KVCache, step: Step) -> None:
         """One layer, added to the residual stream in place."""
         layer = self.layers[index]
-        out_THD = self.attention(index, self._qkv(layer, x_TE), cache, seq_len)
+        out_THD = self.attention(index, self._qkv(layer, x_TE), cache, step)
         add_linear(x_TE, out_THD.flatten(1), layer.o, layer.o_bias)
         gate_up_TM = self._norm_linear(x_TE, layer.mlp_norm, layer.gate_up, layer.gate_up_bias)  # M = 2F
         add_linear(x_TE, self.kernels.swiglu(gate_up_TM), layer.down, layer.down_bias)

@@ -57,7 +57,7 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -
     its own, logits, and the scope's keys and values, gathered and rotated, with votes or a causal mask.
     """
     c, scope = attention.model, attention.config
-    T = min(attention.prompt_step_tokens, num_tokens)
+    T = min(max(map(attention.step_tokens, (scope.chunk_size, scope.tail_chunk_size))), num_tokens)
     heads = c.num_heads + 2 * c.num_kv_heads
     copies = 2 if attention.impl == "triton" else 1
     activations = copies * T * (5 * c.hidden_size + 3 * heads * c.head_dim + 3 * c.mlp_size) * dtype.itemsize
@@ -77,7 +77,7 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -
 def _chunk_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -> int:
     """Of chunks that share a launch of the fused kernel, which keeps scratch for one, two, four and so on of them."""
     c, scope = attention.model, attention.config
-    most = attention.prompt_step_tokens // scope.chunk_size
+    most = attention.step_tokens(scope.chunk_size) // scope.chunk_size
     chunks = 2 * (1 << (most - 1).bit_length()) - 1  # of all these launches
     before_local, edge = scope.global_size + scope.max_selected, scope.global_size + scope.local_size
     gathered = c.num_kv_heads * (2 * before_local + edge) * c.head_dim * dtype.itemsize

@@ -14,7 +14,7 @@ from testing import TINY, random_ids, tiny_model, write_checkpoint, write_tokeni
 
 import minirea
 from minirea.config import ReAttentionConfig
-from minirea.generate import GenerationConfig, StopStrings, chunks, prompt_steps
+from minirea.generate import GenerationConfig, StopStrings
 
 # Small enough that a prompt of 100 tokens selects: 4 + 24 dense, then spans.
 SCOPE = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5, "chunk_size": 16}
@@ -28,18 +28,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def llm(directory: Path) -> minirea.LLM:
     return minirea.load(directory, **SCOPE)
-
-
-@given(num_tokens=st.integers(1, 300), chunk_size=st.integers(1, 70))
-def test_prompt_steps_cover_the_prompt_once(num_tokens: int, chunk_size: int) -> None:
-    steps = prompt_steps(num_tokens, chunk_size)
-    assert [token for start, stop in steps for token in range(start, stop)] == list(range(num_tokens))
-    assert steps[-1] == (num_tokens - 1, num_tokens)
-    assert all(0 < stop - start <= chunk_size for start, stop in steps)
-
-
-def test_no_tokens_take_no_step() -> None:
-    assert chunks(0, 8) == []
 
 
 def test_logits_end_where_generate_begins(llm: minirea.LLM) -> None:
@@ -85,7 +73,7 @@ def test_reading_a_prompt_fills_the_cache_as_a_whole_forward_pass_does(
     read, forward = (llm.session(60).cache for _ in range(2))
     for tensor in (*read.tensors, *forward.tensors):
         tensor.fill_(torch.nan)
-    for start, stop in chunks(60, 16):
+    for start, stop in ((0, 16), (16, 32), (32, 48), (48, 60)):
         llm.model.read(ids_T[start:stop], read)
         llm.model.forward(ids_T[start:stop], forward)
     assert read.seq_len == forward.seq_len == 60
@@ -163,7 +151,7 @@ def test_stats_count_what_was_done(llm: minirea.LLM) -> None:
     scope = stats.scope  # the last decode step feeds the fourth token
     assert (scope["global"], scope["local"], scope["seq_len"]) == (4, 24, 104)
     assert 0 < scope["selected"] <= SCOPE["max_spans"] * SCOPE["span_size"]
-    assert stats.cache_bytes == (105 * 2 + 28) * 2 * 2 * 16 * 4  # (k, v, dense k) x layers x G x D x float32
+    assert stats.cache_bytes == (105 * 2 + 48) * 2 * 2 * 16 * 4  # (k, v, dense k) x layers x G x D x float32
     assert stats.weight_bytes == sum(p.nbytes for p in tiny_model().parameters())
 
 

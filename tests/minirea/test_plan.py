@@ -72,14 +72,17 @@ def test_command_line_counts_the_prompt_first(
 def test_a_step_that_can_be_captured_reads_several_chunks(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attention = api.read_model(directory, device="cpu", **SCOPE).attention
     assert not attention.can_capture
-    assert attention.prompt_step_tokens == 16
+    assert attention.step_tokens(16) == 16
     one_chunk = workspace_bytes(attention, torch.float32, 1000)
     monkeypatch.setattr(type(attention), "can_capture", True)
-    assert attention.prompt_step_tokens == 64
+    assert attention.step_tokens(16) == 64
+    assert attention.step_tokens(8) == 32  # of a tail
     assert workspace_bytes(attention, torch.float32, 1000) > one_chunk
     for chunk_size, tokens in ((512, 2048), (1000, 2000), (1500, 1500), (5000, 5000)):
-        attention.config = dataclasses.replace(attention.config, local_size=8192, chunk_size=chunk_size)
-        assert attention.prompt_step_tokens == tokens
+        attention.config = dataclasses.replace(
+            attention.config, local_size=8192, chunk_size=chunk_size, dense_size=None
+        )
+        assert attention.step_tokens(chunk_size) == tokens
 
 
 @pytest.mark.gpu

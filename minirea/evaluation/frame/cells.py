@@ -141,10 +141,10 @@ class _Reader:
         held = shared
         if piece != self._held or shared < len(piece):
             common = common_prefix(self._held, piece)
-            held = min(shared, _num_shared(self.llm, common, [len(self._held), len(piece)]))
+            held = min(shared, self.llm.num_shared(common, [len(self._held), len(piece)]))
         session.rewind(held)
         if held < shared:
-            self._read = shared, self._prefill(piece[held:shared])
+            self._read = shared, self._prefill(piece[held:shared], len(piece) - shared)
         seconds = self._prefill(piece[shared:]) if self.as_session else 0.0
         rest = question.ids if self.as_session else [*piece[shared:], *question.ids[-1:]]
         self._held = piece
@@ -157,27 +157,21 @@ class _Reader:
 
     def _shared(self, index: int, piece: list[int]) -> int:
         """Tokens of a piece that need not be read for it alone: of all pieces' context, or of the piece before."""
-        of_all = _num_shared(self.llm, len(self.prompt.context), self._lengths)
+        of_all = self.llm.num_shared(len(self.prompt.context), self._lengths)
         if index == 0:
             return of_all
         before = self._piece(index - 1)
         if self.as_session and before == piece:  # one context, which is a piece, and another question
             return len(piece)
-        return max(of_all, _num_shared(self.llm, common_prefix(before, piece), [len(before), len(piece)]))
+        return max(of_all, self.llm.num_shared(common_prefix(before, piece), [len(before), len(piece)]))
 
-    def _prefill(self, ids: list[int]) -> float:
-        """Read tokens; the seconds that it took."""
+    def _prefill(self, ids: list[int], to_follow: int = 0) -> float:
+        """Read tokens of a piece, `to_follow` of which come later; the seconds that it took."""
         started = time.perf_counter()
         if ids:
-            self.session.prefill(ids, self.progress)
+            self.session.prefill(ids, self.progress, to_follow)
             self.llm.synchronize()
         return time.perf_counter() - started
-
-
-def _num_shared(llm: LLM, shared: int, lengths: Sequence[int]) -> int:
-    """How many of the first `shared` tokens of prompts of these lengths can be read once for all of them."""
-    before_last = min([shared, *(length - 1 for length in lengths)])
-    return max(0, before_last) // llm.chunk_size * llm.chunk_size if llm.can_share_prefix else 0
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

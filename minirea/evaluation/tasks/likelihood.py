@@ -12,7 +12,7 @@ from tqdm import tqdm
 from minirea.api import LLM
 from minirea.cache import KVCache
 from minirea.errors import InputError
-from minirea.generate import chunks
+from minirea.steps import chunks
 
 # Logits held at a time, in float32 elements. A chunk of 512 tokens and a vocabulary of 128,000 have twice as many.
 TILE_LOGITS = 1 << 25
@@ -33,14 +33,13 @@ def token_nlls(llm: LLM, ids: Sequence[int], progress: bool = False) -> Tensor:
     """
     model, num_read = llm.model, len(ids) - 1  # nothing follows the last token
     cache = KVCache(model.config, num_read, model.attention.dense_limit, model.device, model.dtype)
-    model.attention.horizon = num_read
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
     rows = max(1, TILE_LOGITS // model.config.vocab_size)
     nll_T = torch.empty(num_read, dtype=torch.float32)
     bar = tqdm(total=num_read, desc="reading", unit="tok", unit_scale=True, leave=False, disable=not progress)
     with bar:
-        for start, stop in chunks(num_read, llm.chunk_size):
-            x_TE = model.forward(ids_T[start:stop], cache)
+        for start, stop, _ in chunks(model.attention, 0, num_read):
+            x_TE = model.forward(ids_T[start:stop], cache, horizon=num_read)
             parts = zip(x_TE.split(rows), ids_T[start + 1 : stop + 1].split(rows), strict=True)
             losses = [F.cross_entropy(model.logits(x_RE), next_R, reduction="none") for x_RE, next_R in parts]
             nll_T[start:stop] = torch.cat(losses).cpu()

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from minirea.attention import Attention
+from minirea.attention import Step as AttentionStep
 from minirea.cache import KVCache
-from minirea.generate import chunks, prefill
+from minirea.generate import prefill
 from minirea.kernels import reattention
 from minirea.model import Model
 
@@ -59,7 +60,7 @@ class Step:
     def tables(self, scope: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, [S, D/2], of the positions that the keys of a scope have in this mode."""
         if self.attention.mode == "full":
-            cos, sin = self.attention.true_tables(self.seq_len)
+            cos, sin = self.attention.all_tables(self.seq_len)
             return cos[scope], sin[scope]
         return self.attention.cos[: len(scope)], self.attention.sin[: len(scope)]
 
@@ -75,20 +76,20 @@ class ObservedAttention(Attention):
 
     def __init__(self, attention: Attention, observer: Observer, horizon: int) -> None:
         super().__init__(attention.model, attention.mode, attention.config, attention.impl, attention.device)
-        self.horizon = horizon
+        self.horizon = horizon  # tokens in context once the whole prompt is read
         self.observer = observer
-        self._true_tables: tuple[int, tuple[Tensor, Tensor]] = (0, (self.cos[:0], self.sin[:0]))
+        self._last_tables: tuple[int, tuple[Tensor, Tensor]] = (0, (self.cos[:0], self.sin[:0]))
 
-    def __call__(self, layer: int, qkv_TXD: Tensor, cache: KVCache, seq_len: Tensor | None = None) -> Tensor:
-        out_THD = super().__call__(layer, qkv_TXD, cache, seq_len)
+    def __call__(self, layer: int, qkv_TXD: Tensor, cache: KVCache, step: AttentionStep) -> Tensor:
+        out_THD = super().__call__(layer, qkv_TXD, cache, step)
         self.observer(Step(self, layer, qkv_TXD[:, : self.model.num_heads], cache))
         return out_THD
 
-    def true_tables(self, seq_len: int) -> tuple[Tensor, Tensor]:
+    def all_tables(self, seq_len: int) -> tuple[Tensor, Tensor]:
         """cos and sin of the true positions 0..seq_len-1, [seq_len, D/2], made once for all layers of a step."""
-        if self._true_tables[0] != seq_len:
-            self._true_tables = (seq_len, self._table(0, seq_len, max(seq_len, self.horizon)))
-        return self._true_tables[1]
+        if self._last_tables[0] != seq_len:
+            self._last_tables = (seq_len, self.true_tables(0, seq_len, max(seq_len, self.horizon)))
+        return self._last_tables[1]
 
 
 @contextmanager
@@ -109,13 +110,14 @@ def observe_end(model: Model, ids: Sequence[int], num_steps: int, observer: Obse
     Args:
         ids: the prompt, longer than num_steps.
     """
-    observed_start, observed_stop = chunks(len(ids) - num_steps, model.attention.config.chunk_size)[-1]
+    observed_stop = len(ids) - num_steps
+    observed_start = (observed_stop - 1) // model.attention.config.chunk_size * model.attention.config.chunk_size
     # Up to dense_limit, keys are kept both with RoPE and without, in "full" too, whose own caches drop the latter.
     dense_limit = min(model.attention.dense_limit, len(ids))
     cache = KVCache(model.config, len(ids), dense_limit, model.device, model.dtype)
     prefill(model, cache, list(ids[:observed_start]), len(ids) - observed_start, progress)
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
     with observed(model, observer, horizon=len(ids)):
-        model.forward(ids_T[observed_start:observed_stop], cache)
+        model.forward(ids_T[observed_start:observed_stop], cache, len(ids))
         for position in range(observed_stop, len(ids)):
-            model.forward(ids_T[position : position + 1], cache)
+            model.forward(ids_T[position : position + 1], cache, len(ids))

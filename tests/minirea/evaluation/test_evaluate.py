@@ -150,7 +150,7 @@ def test_common_prefix() -> None:
 def test_a_dynamic_rope_shares_nothing_and_answers_alike(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     llm = minirea.load(write_model(tmp_path, rope_parameters=rope), device="cpu", attention="full")
-    assert not llm.can_share_prefix
+    assert llm.num_shared(700, [705, 790]) == 0
     context = random_ids(700, 2048)
     questions = [Question(random_ids(size, 2048, seed=size), [""], lambda _: 0.0, 8) for size in (5, 90)]
     cell = PromptCell(({"question": 0}, {"question": 1}), 700, lambda: Prompt(context, questions))

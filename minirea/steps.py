@@ -1,0 +1,156 @@
+"""Steps: how a prompt is cut into them, and those of a GPU, which a graph can repeat.
+
+Everything that changes from step to step is kept on the device: token ids, which decoding leaves for its next step, and
+the number of cached tokens. A step owns what its kernels change, so that threads can share a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirea.attention import Attention
+from minirea.cache import KVCache
+from minirea.kernels import decode_kernels
+from minirea.model import Model
+from minirea.sampling import Sampler, SamplingConfig
+
+
+class Part(NamedTuple):
+    """Tokens [start, stop) of a piece, which share scopes by chunks of `chunk_size`."""
+
+    start: int
+    stop: int
+    chunk_size: int
+
+    def split(self, size: int) -> list[Part]:
+        """Parts of `size` tokens, the last of which may be shorter; none of an empty part."""
+        return [
+            Part(start, min(start + size, self.stop), self.chunk_size) for start in range(self.start, self.stop, size)
+        ]
+
+
+def cut(attention: Attention, cached: int, num_tokens: int, to_follow: int = 0) -> list[Part]:
+    """How a piece, the tokens that one call appends to a context, is read.
+
+    Its body is read in chunks of chunk_size. Its tail, the last tail_size tokens, is read in chunks of tail_chunk_size,
+    so that a question at the end does not share its vote with hundreds of tokens before it; and the very last token,
+    from which the answer comes, is a decode step. A piece that ends within dense_size has no tail: chunks of any size
+    see the same there.
+
+    Args:
+        cached: tokens in the cache before the piece.
+        num_tokens: of the piece that are to be read now.
+        to_follow: of the piece that another call reads. The last of them is that decode step in any case.
+
+    Returns:
+        Parts, none of them empty, that cover the `num_tokens`.
+    """
+    total, config = num_tokens + to_follow, attention.config
+    dense = cached + total <= attention.dense_size
+    tail = 0 if dense else min(config.tail_size, total)
+    last = total - (1 if tail or to_follow else 0)
+    body = min(total - tail, last)
+    parts = Part(0, body, config.chunk_size), Part(body, last, config.tail_chunk_size), Part(last, total, 1)
+    return [p._replace(stop=min(p.stop, num_tokens)) for p in parts if p.start < min(p.stop, num_tokens)]
+
+
+def chunks(attention: Attention, cached: int, num_tokens: int, to_follow: int = 0) -> list[Part]:
+    """The parts of `cut`, each of them one chunk."""
+    return [chunk for part in cut(attention, cached, num_tokens, to_follow) for chunk in part.split(part.chunk_size)]
+
+
+def num_shared(attention: Attention, shared: int, lengths: Sequence[int]) -> int:
+    """How many of the first `shared` tokens of prompts can be read once for all of them: whole chunks before any tail.
+
+    The rest of each prompt is then cut into the chunks of one that is read alone.
+
+    Args:
+        lengths: of the prompts, in tokens.
+    """
+    if attention.depends_on_context:
+        return 0
+    config = attention.config
+    before_tails = min(lengths) - max(1, config.tail_size)
+    return max(0, min(shared, before_tails)) // config.chunk_size * config.chunk_size
+
+
+class PromptStep:
+    """The kernels of one or several chunks of a prompt over one cache."""
+
+    def __init__(self, model: Model, cache: KVCache, num_tokens: int, chunk_size: int) -> None:
+        self.model, self.cache = model, cache
+        self.ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
+        self.seq_len = torch.zeros(1, dtype=torch.int32, device=model.device)
+        self.step = model.attention.step(self.seq_len, num_tokens, chunk_size)
+
+    def set(self, ids_T: Tensor) -> None:
+        """Which tokens the next run reads, behind those that the cache holds."""
+        self.ids_T.copy_(ids_T)
+        self.seq_len.fill_(self.cache.seq_len + len(ids_T))
+
+    def run(self) -> None:
+        """One step, without waiting for the device and without a value from it."""
+        self.model.read_at(self.ids_T, self.cache, self.step)
+
+
+class DecodeStep:
+    """The kernels of one decode step over one cache, and the memory between them.
+
+    Attributes:
+        token: int64 [1], the token to feed; afterwards the sampled one.
+        seq_len: int32 [1], cached tokens, on the device; `run` adds this step's.
+    """
+
+    def __init__(self, model: Model, cache: KVCache, last_id: int, sampler: Sampler) -> None:
+        self.kernels = decode_kernels()
+        self.model, self.cache, self.sampler = model, cache, sampler
+        c, device = model.config, model.device
+        # Filled there: a copy from the host would wait for the prompt, and the first step's launches with it.
+        self.token = torch.full((1,), last_id, dtype=torch.int64, device=device)
+        self.seq_len = torch.full((1,), cache.seq_len, dtype=torch.int32, device=device)
+        self.step = model.attention.step(self.seq_len, 1)
+        self.x_E = torch.empty(c.hidden_size, dtype=model.dtype, device=device)
+        self.q_1HD = torch.empty(1, c.num_heads, c.head_dim, dtype=model.dtype, device=device)
+        self.act_F = torch.empty(c.mlp_size, dtype=model.dtype, device=device)
+        self.logits_V = torch.empty(c.vocab_size, dtype=torch.float32, device=device)
+        self.best = self.kernels.BestTokenWorkspace.on(device)
+
+    def run(self) -> None:
+        """One step, without waiting for the device and without a value from it."""
+        model, kernels, x_E, eps = self.model, self.kernels, self.x_E, self.model.config.norm_eps
+        kernels.embed(self.token, model.embed, self.seq_len, x_E)
+        for i, layer in enumerate(model.layers):
+            k_GND, v_GND = self.cache.k[i], self.cache.v[i]
+            kernels.norm_qkv(
+                x_E, layer.attn_norm, layer.qkv, layer.qkv_bias, eps, self.seq_len, self.q_1HD[0], k_GND, v_GND
+            )
+            out_1HD = model.attention.over_cache(i, self.q_1HD, self.cache, self.step)
+            kernels.add_product(out_1HD.view(-1), layer.o, layer.o_bias, x_E)
+            kernels.norm_gate_up(x_E, layer.mlp_norm, layer.gate_up, layer.gate_up_bias, eps, self.act_F)
+            kernels.add_product(self.act_F, layer.down, layer.down_bias, x_E)
+        kernels.norm_logits(x_E, model.norm, model.head, eps, self.logits_V)
+        if self.sampler.takes_best:
+            kernels.best_token(self.logits_V, self.best, self.token)
+        else:
+            self.token.copy_(self.sampler(self.logits_V))
+
+
+@torch.inference_mode()
+def compile_decode_step(model: Model) -> None:
+    """Compile what a step over one layer and one token launches, all at the same time; nothing is launched."""
+    from minirea.kernels.driver import compiling  # imports triton
+
+    first_layer = copy.copy(model)
+    first_layer.layers = model.layers[:1]
+    config = dataclasses.replace(model.config, num_layers=1)
+    with contextlib.suppress(Exception), compiling():  # the step itself will have and tell it
+        cache = KVCache(config, 16, model.attention.dense_limit, model.device, model.dtype)
+        sampler = Sampler(SamplingConfig(), [], config.vocab_size, model.device)
+        DecodeStep(first_layer, cache, 0, sampler).run()
