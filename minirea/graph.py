@@ -34,10 +34,9 @@ def read_captured(model: Model, cache: KVCache, ids_T: Tensor, parts: Sequence[P
     steps = [step for part in parts for step in part.split(model.attention.step_tokens(part.chunk_size))]
     sizes = [(part.stop - part.start, part.chunk_size) for part in steps]
     captured = sizes.count(sizes[0]) >= WORTH_CAPTURING if sizes else False
-    done, size = [torch.cuda.Event(), torch.cuda.Event()], None
-    for index, part in enumerate(steps):
-        if sizes[index] != size:
-            size = sizes[index]
+    done, step = [torch.cuda.Event(), torch.cuda.Event()], None
+    for index, (part, size) in enumerate(zip(steps, sizes, strict=True)):
+        if step is None or size != sizes[index - 1]:
             step = PromptStep(model, cache, *size)
             graph = StepGraph(step.run, cache)
         cache.reserve(cache.seq_len + size[0])

@@ -10,10 +10,11 @@ import torch
 from testing import random_ids, tiny_model, write_checkpoint
 
 import minirea
-from minirea.attention import full_attention
+from minirea.attention import Attention, full_attention
 from minirea.generate import decode, decode_one_by_one, read_one_by_one
-from minirea.graph import WORTH_CAPTURING, DecodeGraph, DecodeStep, compiling_decode_step, read_captured
+from minirea.graph import WORTH_CAPTURING, DecodeGraph, compiling_decode_step, read_captured
 from minirea.sampling import Sampler, SamplingConfig
+from minirea.steps import DecodeStep, Part
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,6 +22,7 @@ pytestmark = [
 ]
 DEMO = Path(__file__).parents[2] / "weights" / "demo"
 SCOPE = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5, "chunk_size": 16}
+SCOPE |= {"dense_size": 28}
 
 
 @pytest.mark.parametrize("attention", ["reattention", "streaming", "full"])
@@ -78,7 +80,7 @@ def eager(llm: minirea.LLM, ids: list[int], max_tokens: int, **options: float) -
 
 
 @torch.inference_mode()
-def test_captured_steps_fill_the_cache_as_launched_chunks(tmp_path: Path) -> None:
+def test_captured_steps_fill_the_cache_as_launched_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a prompt whose last step is shorter, into a cache that grows on the way and one that is roomy.
 
     Steps of one chunk, of two and of four, all of them with captured ones.
@@ -86,13 +88,15 @@ def test_captured_steps_fill_the_cache_as_launched_chunks(tmp_path: Path) -> Non
     llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), dtype="float32", **SCOPE)
     ids_T = torch.tensor(random_ids(406), device="cuda")
     expected = llm.session(406).cache
-    assert list(read_one_by_one(llm.model, expected, ids_T.split(16))) == [16] * 25 + [6]
-    assert llm.model.attention.prompt_step_tokens == 64
+    parts = [Part(0, 406, 16)]
+    assert list(read_one_by_one(llm.model, expected, ids_T, parts)) == [16] * 25 + [6]
+    assert llm.model.attention.step_tokens(16) == 64
     for capacity, size in ((50, 16), (70, 32), (500, 64)):
         lengths = [len(ids) for ids in ids_T.split(size)]
         assert len(lengths) > WORTH_CAPTURING
+        monkeypatch.setattr(Attention, "step_tokens", lambda _, chunk_size, size=size: size)  # noqa: ARG005
         cache = llm.session(capacity).cache
-        assert list(read_captured(llm.model, cache, ids_T.split(size))) == lengths
+        assert list(read_captured(llm.model, cache, ids_T, parts)) == lengths
         assert cache.seq_len == 406
         for name in ("k", "v"):
             for found, wanted in zip(getattr(cache, name), getattr(expected, name), strict=True):

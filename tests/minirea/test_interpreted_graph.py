@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,15 @@ from testing import random_ids, tiny_model, write_checkpoint
 import minirea
 from minirea.attention import Attention
 from minirea.cache import KVCache
-from minirea.generate import chunks, prefill
-from minirea.graph import DecodeStep, PromptStep, StepGraph
+from minirea.generate import prefill
+from minirea.graph import StepGraph
 from minirea.model import Model, _layer
 from minirea.sampling import Sampler, SamplingConfig
+from minirea.steps import DecodeStep, PromptStep
 from minirea.weights import load_weights
 
 SCOPE = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5, "chunk_size": 16}
+SCOPE |= {"dense_size": 28}
 # Programs are slow to interpret: the fewer rows, the better.
 SMALL = {"hidden_size": 32, "intermediate_size": 20, "vocab_size": 40, "head_dim": 8}
 VARIANTS: list[dict[str, Any]] = [
@@ -35,6 +38,7 @@ def triton_model(directory: Path, llm: minirea.LLM, dtype: torch.dtype = torch.f
     config, cpu = llm.model.config, torch.device("cpu")
     with mock.patch.object(Attention, "can_capture", True):  # so that it has positions for steps of several chunks
         attention = Attention(config, "reattention", llm.model.attention.config, "triton", cpu)
+        assert len(attention.cos) > attention.config.max_scope
     model = Model(config, load_weights(directory, config, cpu, dtype), attention)
     weights = load_weights(directory, config, cpu, dtype)
     model.layers = [_layer(weights, index) for index in range(config.num_layers)]
@@ -72,12 +76,12 @@ def test_steps_give_the_tokens_of_the_torch_path(tmp_path: Path, fields: dict[st
 def test_chunks_give_the_hidden_states_of_the_torch_path(tmp_path: Path) -> None:
     """Tokens that differ: equal ones have equal keys in the first layer, and rounding would choose between them."""
     directory = write_checkpoint(tmp_path, tiny_model(**SMALL))
-    llm = minirea.load(directory, **SCOPE | {"chunk_size": 8, "local_size": 8})
+    llm = minirea.load(directory, **SCOPE | {"chunk_size": 8, "local_size": 8, "dense_size": 12})
     ids_T = torch.arange(3, 37)
     models = (llm.model, triton_model(directory, llm))
     caches = [KVCache(m.config, 34, m.attention.dense_limit, m.device, torch.float32) for m in models]
-    for start, stop in chunks(len(ids_T), 8):
-        expected, found = (m.forward(ids_T[start:stop], cache) for m, cache in zip(models, caches, strict=True))
+    for ids_C in ids_T.split(8):
+        expected, found = (m.forward(ids_C, cache) for m, cache in zip(models, caches, strict=True))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
@@ -91,13 +95,15 @@ def test_a_step_of_chunks_that_the_device_counts_fills_the_cache_as_chunks_do(
     Nobody looks at the keys of a step's later chunks.
     """
     directory = write_checkpoint(tmp_path, tiny_model(**SMALL))
-    model = triton_model(directory, minirea.load(directory, **SCOPE | {"chunk_size": 8, "local_size": 8}), dtype)
+    model = triton_model(
+        directory, minirea.load(directory, **SCOPE | {"chunk_size": 8, "local_size": 8, "dense_size": 12}), dtype
+    )
     ids_T = torch.arange(3, 40)
     caches = [KVCache(model.config, 40, model.attention.dense_limit, model.device, dtype) for _ in range(2)]
     for start, stop in ((0, 20), (20, 37)):
         for ids_C in ids_T[start:stop].split(8):
             model.read(ids_C, caches[0])
-        step = PromptStep(model, caches[1], stop - start)
+        step = PromptStep(model, caches[1], stop - start, 8)
         step.set(ids_T[start:stop])
         step.run()
         assert caches[1].seq_len == start
@@ -123,10 +129,14 @@ class Event:
         pass
 
 
-def test_a_prompt_is_read_in_captured_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but a GPU: the first two steps launched, the next three replayed, the last, which is shorter, launched."""
+@pytest.mark.parametrize("tail_size", [0, 6])
+def test_a_prompt_is_read_in_captured_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail_size: int) -> None:
+    """All but a GPU: the first two steps launched, the next three replayed, the last, which are shorter, launched."""
     directory = write_checkpoint(tmp_path, tiny_model(**SMALL | {"vocab_size": 64}))
-    model = triton_model(directory, minirea.load(directory, **SCOPE | {"chunk_size": 4, "local_size": 8}))
+    model = triton_model(
+        directory,
+        minirea.load(directory, **SCOPE | {"chunk_size": 4, "local_size": 8, "dense_size": 12, "tail_size": tail_size}),
+    )
     ids = list(range(3, 60)) + list(range(30))
     caches = [KVCache(model.config, 90, model.attention.dense_limit, model.device, torch.float32) for _ in range(2)]
     prefill(model, caches[0], ids)
@@ -138,9 +148,12 @@ def test_a_prompt_is_read_in_captured_steps(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Attention, "can_capture", True)
     monkeypatch.setattr(StepGraph, "_capture", capture)
-    monkeypatch.setattr("minirea.graph.run_aside", lambda run, _: run())
+    launched: list[int] = []
+    monkeypatch.setattr("minirea.graph.run_aside", lambda run, _: (launched.append(len(run.__self__.ids_T)), run()))
+    monkeypatch.setattr("minirea.graph.in_order", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", Event)
     prefill(model, caches[1], ids)
     assert (len(captured), len(replayed)) == (1, 3)
+    assert launched == ([16, 16, 7] if tail_size == 0 else [16, 16, 1, 5, 1])
     assert caches[0].seq_len == len(ids)
     check_equal(*caches)

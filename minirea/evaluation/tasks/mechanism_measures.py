@@ -44,7 +44,7 @@ class Overlap:
             return
         config, n = step.attention.config, step.seq_len
         mid_lo, mid_hi = config.global_size, n - config.local_size
-        cos, sin = for_whole_heads(*step.attention.true_tables(n))
+        cos, sin = for_whole_heads(*step.attention.all_tables(n))
         q_GRD, k_GND = step.q_GRD, step.k_GND
         q_rotated, k_rotated = apply_rope(q_GRD, cos[-1], sin[-1]), apply_rope(k_GND, cos, sin)
         winner_GRK = score(q_GRD, k_GND, mid_lo, mid_hi, config.span_top_k)
