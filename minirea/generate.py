@@ -291,7 +291,6 @@ def generate(
     model: Model,
     cache: KVCache,
     ids: list[int],
-    prompt_ids: Sequence[int],
     config: GenerationConfig,
     tokenizer: Tokenizer | None,
     eos_ids: frozenset[int],
@@ -300,10 +299,8 @@ def generate(
     """Continue a context, token by token.
 
     Args:
-        ids: the context so far, of which the cache may lack the end. `prompt_ids` are appended and, with that end, read
-            as one piece; then every sampled token is appended. If no token can be sampled, or the call fails later,
-            `ids` and the cache are as they were.
-        prompt_ids: at least one token.
+        ids: the whole context. What the cache does not hold yet, at least one token, is read first; every sampled token
+            is appended.
         tokenizer: turns tokens into text; without one every piece's text is empty.
         eos_ids: tokens that end the text, unless config.ignore_eos.
 
@@ -318,7 +315,6 @@ def generate(
     sampler = Sampler(config, ids, model.config.vocab_size, model.device)
     with compiling_decode_step(model):
         prefill(model, cache, ids[cache.seq_len : -1], 1, progress)
-    sampler = Sampler(config, ids, model.config.vocab_size, model.device)
     text = TextOfTokens(tokenizer, config.stop)
     try:
         with contextlib.closing(decode(model, cache, ids[-1], sampler, config.max_tokens)) as token_ids:
