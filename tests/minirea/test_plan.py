@@ -43,7 +43,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(directory: Path, m
     needed = plan_run(directory, files.attention, files.dtype)
     monkeypatch.setattr(memory, "available_bytes", lambda _: needed.weights + needed.loading - 1)
     monkeypatch.setattr(api, "load_weights", lambda *_: pytest.fail("read"))
-    with pytest.raises(MemoryLimitError, match=r"for weights and .* to work in, .* use a smaller --dtype"):
+    with pytest.raises(MemoryLimitError, match=r"for weights and .* to work in, .* use a smaller `dtype`"):
         api.load(directory, device="cpu", **SCOPE)
 
 
