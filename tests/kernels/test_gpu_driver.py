@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 import sysconfig
 import threading
 from pathlib import Path
@@ -144,6 +147,16 @@ def test_a_launch_is_on_the_device_of_its_tensors() -> None:
     assert torch.cuda.current_device() == 0
     for x in tensors:
         assert torch.equal(x, torch.full_like(x, 1.5))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_made_the_only_one() -> None:
+    """The second GPU, as the first that the process can see."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "graph or threads", __file__]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "2 passed" in run.stdout
 
 
 def test_more_shared_memory_than_every_kernel_has() -> None:
