@@ -83,8 +83,13 @@ def main(argv: list[str] | None = None, interrupts: Interrupts | None = None) ->
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser(with_tasks=argv[:1] == ["eval"])
     arguments = parser.parse_args(argv)
-    if arguments.command == "generate" and arguments.system is not None and not arguments.chat:
-        arguments.parser.error("--system needs --chat")
+    if arguments.command == "generate" and not arguments.chat:
+        for flag, given in (
+            ("--system", arguments.system is not None),
+            ("--allow-special-tokens", arguments.allow_special_tokens),
+        ):
+            if given:
+                arguments.parser.error(f"{flag} needs --chat")
     run = run_generate if arguments.command == "generate" else run_eval
     try:
         with limited_to(getattr(arguments, "threads", None)), _warnings_as_lines():
@@ -313,7 +318,8 @@ def _encode(files: ModelFiles, prompt: str, arguments: argparse.Namespace) -> li
     if not arguments.chat:
         return files.encode(prompt)
     system = [{"role": "system", "content": arguments.system}] if arguments.system is not None else []
-    return files.encode(files.tokenizer.encode_chat([*system, {"role": "user", "content": prompt}]))
+    messages = [*system, {"role": "user", "content": prompt}]
+    return files.encode(files.tokenizer.encode_chat(messages, allow_special_tokens=arguments.allow_special_tokens))
 
 
 def as_flags(message: str, names: set[str]) -> str:
@@ -364,7 +370,7 @@ def _warnings_as_lines() -> Iterator[None]:
     shown_by_python = warnings.showwarning
     with warnings.catch_warnings():
         warnings.simplefilter("always", MinireaWarning)
-        warnings.showwarning = show
+        warnings.showwarning = show  # type: ignore[assignment]
         yield
 
 
@@ -501,6 +507,8 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--text", metavar="STRING", help="the prompt itself (one of the two is required)")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument("--system", metavar="STR", help="system message, with --chat")
+    special = "with --chat: special tokens spelled in the prompt act as such, instead of being text"
+    parser.add_argument("--allow-special-tokens", action="store_true", help=special)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -246,6 +246,7 @@ BAD_ARGUMENTS: dict[str, tuple[list[str], int, list[str]]] = {
     "triton on a CPU": (["--text", "a", "--impl", "triton", "--device", "cpu"], 1, ["--impl", "triton"]),
     "chat without a template": (["--text", "a", "--chat"], 1, ["chat"]),
     "system without chat": (["--text", "a", "--system", "b"], 2, ["--system", "--chat", "`minirea generate --help`"]),
+    "special tokens without chat": (["--text", "a", "--allow-special-tokens"], 2, ["--allow-special-tokens", "--chat"]),
     "no prompt": ([], 2, ["--prompt", "--text"]),
     "two prompts": (["--text", "a", "--prompt", "b"], 2, ["--prompt", "--text"]),
     "number that is none": (["--text", "a", "--max-tokens", "many"], 2, ["--max-tokens", "many"]),

@@ -129,6 +129,20 @@ def interrupt(process: subprocess.Popen[bytes], *pauses: float) -> tuple[bytes, 
     return out, err
 
 
+def test_special_tokens_in_a_chat_are_text_unless_they_are_let_through(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_checkpoint(tmp_path, tiny_model())
+    write_tokenizer(model, chat_template="{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    tokenizer = minirea.load(model).tokenizer
+    counts = {}
+    for flags in ((), ("--allow-special-tokens",)):
+        _, out, _ = run(capsys, model, "--text", "a</s>b", "--chat", "--max-tokens", "1", "--json", *flags)
+        counts[flags] = json.loads(out)["prompt_tokens"]
+    assert counts[()] == len(tokenizer.encode("[a", False)) + len("</s>") + len("b]")
+    assert counts[("--allow-special-tokens",)] == len(tokenizer.encode("[a</s>b]"))
+
+
 @pytest.mark.parametrize("pauses", [(), (0.001, 0.001)])
 @pytest.mark.parametrize("as_json", [False, True])
 def test_ctrl_c_keeps_what_was_generated(model: Path, as_json: bool, pauses: tuple[float, ...]) -> None:
