@@ -38,12 +38,15 @@ def test_every_flag_is_described_and_every_described_flag_exists() -> None:
     assert described == flags
 
 
-def test_python_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_examples_run_and_find_what_they_ask_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(ROOT)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert blocks
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+    assert re.search(r"^green-river +381920\nblue-mountain +557043$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_scripts_named_in_the_readme_exist() -> None:

@@ -3,5 +3,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/env.sh
+prompt=weights/demo/prompts/needle-16k.txt
+
+say() { printf '%s\n' "$*" >&2; }
+
+say "1. An environment in .venv: the first time this fetches torch, which takes some minutes; then a second."
 make_env ""
-minirea generate --model weights/demo --prompt weights/demo/prompts/needle-16k.txt --max-tokens 16 --stop .
+say "2. $prompt: a diary of 16,000 tokens, for a model that was trained on 2,048. Its end:"
+say "   $(tail -n 1 "$prompt")"
+say "   Expected: $(grep -om 1 'copper-lantern is [0-9]*' "$prompt" | grep -o '[0-9]*')"
+say "3. The model reads it (half a minute on two CPU cores, seconds on a GPU) and answers:"
+started=$SECONDS
+minirea generate --model weights/demo --prompt "$prompt" --max-tokens 16 --stop .
+say "Took $((SECONDS - started)) s. Now with your own text: source .venv/bin/activate; minirea generate --help"
