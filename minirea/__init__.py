@@ -10,7 +10,7 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from minirea.errors import CudaError, InputError, MemoryLimitError, MinireaError, MissingFileError
+from minirea.errors import CudaError, InputError, MemoryLimitError, MinireaError, MinireaWarning, MissingFileError
 
 if TYPE_CHECKING:
     from minirea.api import LLM, Generation, Session, load
@@ -28,6 +28,7 @@ __all__ = [
     "InputError",
     "MemoryLimitError",
     "MinireaError",
+    "MinireaWarning",
     "MissingFileError",
     "Piece",
     "Session",

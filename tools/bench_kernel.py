@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from bench_machine import Lengths, describe_machine, lengths, print_machine, print_result
 
 from minirea.attention import STEP_CHUNKS
-from minirea.config import DTYPES, ReAttentionConfig, RopeConfig
+from minirea.config import DTYPES, SPAN_SCOPES, ReAttentionConfig, RopeConfig
 from minirea.errors import InputError
 
 Step = Callable[[torch.Tensor, torch.Tensor], Any]  # something to do with one pair of caches
@@ -67,7 +67,7 @@ def add_command(subparsers: Any) -> argparse.ArgumentParser:
         ("max-spans", 128, "winners kept after the vote"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
-    parser.add_argument("--span-scope", choices=("layer", "kv_head"), default="layer", help="who votes together")
+    parser.add_argument("--span-scope", choices=SPAN_SCOPES, default="layer", help="who votes together")
     return parser
 
 
