@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from minirea.evaluation.frame.cells import Cell, sha256_of_ids
 from minirea.evaluation.frame.records import Record
 from minirea.evaluation.frame.tasks import Task, option, require
-from minirea.evaluation.lengths import grid, parse_length, short_length
+from minirea.evaluation.lengths import parse_length, short_length
 from minirea.evaluation.tasks.perplexity_plots import against_position
 from minirea.evaluation.text.windows import Text, read_texts, token_bytes
 
@@ -134,8 +134,9 @@ class Perplexity(Task):
                 buckets=self.buckets,
                 baseline=not self.no_baseline,
             )
-            for length, sample in grid(self.lengths, self.samples)
+            for length in sorted(set(self.lengths))
             for text in texts
+            for sample in range(self.samples)
         ]
 
     def summarize(self, records: Sequence[Record]) -> list[Record]:

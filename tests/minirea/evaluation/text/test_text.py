@@ -16,7 +16,7 @@ from minirea.evaluation.text.haystack import Haystack, Stretch, hide, read_hayst
 from minirea.evaluation.text.values import distinct, random_value, same_size
 from minirea.tokenizer import Tokenizer, load_tokenizer
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 DEMO = ROOT / "weights" / "demo"
 SENTENCEPIECE = ROOT.parent / "shared" / "tokenizers" / "mistral.model.v1"
 

@@ -20,7 +20,7 @@ from minirea.evaluation.text.windows import Text, radical_inverse, token_bytes
 from minirea.tokenizer import load_tokenizer
 
 SCOPE: dict[str, Any] = {"global_size": 4, "local_size": 24, "span_size": 4, "max_spans": 3, "chunk_size": 16}
-DEMO = Path(__file__).parents[3] / "weights" / "demo"
+DEMO = Path(__file__).parents[4] / "weights" / "demo"
 NEEDS_MATPLOTLIB = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 
 

@@ -37,7 +37,7 @@ PROMPTS = {
     "code-run": "0425d2ba89cd",
     "ruler": "53703caef999",
 }
-DEMO = Path(__file__).parents[3] / "weights" / "demo"
+DEMO = Path(__file__).parents[4] / "weights" / "demo"
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from minirea.evaluation.tasks.observer import Step, observe_end, observed
 from minirea.kernels.reference import score
 from minirea.tokenizer import load_tokenizer
 
-DEMO = Path(__file__).parents[3] / "weights" / "demo"
+DEMO = Path(__file__).parents[4] / "weights" / "demo"
 SCOPE: dict[str, Any] = {"global_size": 4, "local_size": 24, "span_size": 4, "max_spans": 6, "chunk_size": 16}
 NEEDS_MATPLOTLIB = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 
@@ -167,7 +167,7 @@ def test_selected_keys_are_those_of_the_engine(directory: Path, span_scope: str)
 # ---------------------------------------------------------------------------------------------------------------
 def test_without_rope_the_two_selections_are_one(tmp_path: Path) -> None:
     """Positions divided by a billion turn nothing, so scores with and without RoPE have the same winners."""
-    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 1e9}
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 1e6}
     llm = minirea.load(write_checkpoint(tmp_path, tiny_model(rope_parameters=rope)), **SCOPE | {"max_spans": 16})
     overlap = Overlap(llm.model.config)
     observe_end(llm.model, random_ids(120), 4, overlap)
