@@ -23,7 +23,7 @@ ALLOWED = {
     "minirea.checkpoint_config": {"config", "errors", "files", "json_object"},
     "minirea.memory": {"errors"},
     "minirea.rope": {"config"},
-    "minirea.tokenizer": {"tokenizer", "json_object", "errors", "files"},
+    "minirea.tokenizer": {"tokenizer", "json_object", "errors", "files", "memory"},
     "minirea.sampling": {"checks"},
     "minirea.cache": {"config", "memory", "errors"},
     "minirea.attention": {"kernels", "cache", "config", "cpu", "rope", "errors"},

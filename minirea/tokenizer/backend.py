@@ -27,6 +27,10 @@ class Backend(Protocol):
     frames_text: bool  # encode's `frame` does something
     drops_every_leading_space: bool  # not only a dummy prefix
 
+    @property
+    def may_cut(self) -> bool:
+        """Whether a text can be encoded in `pieces.pieces`, those after the first one from a "seam"."""
+
     def encode(self, text: str, frame: bool, at: str, match_special: bool) -> list[int]:
         """Token ids. With `frame`, between what the files put around a text.
 

@@ -15,6 +15,7 @@ from minirea.files import read_file
 from minirea.json_object import JsonObject
 from minirea.tokenizer.backend import LARGEST_FILE, one_line_of
 from minirea.tokenizer.config import TokenizerConfig, parse_json
+from minirea.tokenizer.pieces import may_cut_normalizer, may_cut_tokens, may_cut_vocabulary, splits_words
 from minirea.tokenizer.stream import utf8_decoder
 from minirea.tokenizer.tekken import BYTE_OF_CHARACTER, read_tekken
 
@@ -46,6 +47,14 @@ class HuggingFace:
         self._prefix_free = {name: _state(getattr(tokenizer, name)) for name in ("normalizer", "pre_tokenizer")}
         self._has_prefix = sum(_drop_prefix(self._prefix_free, name) for name in self._prefix_free) > 0
 
+    @functools.cached_property
+    def may_cut(self) -> bool:
+        steps = {name: _steps(_state(getattr(self._tokenizer, name))) for name in self._prefix_free}
+        split = splits_words(steps["pre_tokenizer"])
+        if split is None or not may_cut_normalizer(steps["normalizer"]) or not may_cut_tokens(self._added.values()):
+            return False
+        return split or (may_cut_vocabulary(self._tokenizer.get_vocab()) and self.token_to_id("▁") is not None)
+
     def _add_tokens(self, config: TokenizerConfig) -> None:
         """Add what the config files add and mark as special what they call special, with transformers' own calls."""
         import tokenizers
@@ -73,12 +82,16 @@ class HuggingFace:
         # A prefix that goes before every section of a text still belongs after its first added token.
         bare = self._variant(False, match_special)
         ids = self._encoded(bare, text)
-        first = next((index for index, token_id in enumerate(ids) if token_id in self._added), None)
-        if first is None:
+        if not any(token_id in self._added for token_id in ids):
             return ids
         with one_line_of(self._path, "cannot encode the text"):
-            start = bare.encode(text, add_special_tokens=False).offsets[first][0]
-        return ids[:first] + self._encoded(self._variant(True, match_special), text[start:])
+            offsets = bare.encode(text, add_special_tokens=False).offsets
+        for index, (token_id, (start, end)) in enumerate(zip(ids, offsets, strict=True)):
+            if (
+                token_id in self._added and text[start:end].strip() == self._added[token_id].content.strip()
+            ):  # not <unk>
+                return ids[:index] + self._encoded(self._variant(True, match_special), text[start:])
+        return ids
 
     def _encoded(self, tokenizer: Any, text: str, frame: bool = False) -> list[int]:
         with one_line_of(self._path, "cannot encode the text"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from minirea.errors import InputError
 from minirea.files import read_file
 from minirea.tokenizer.backend import LARGEST_FILE, one_line_of
 from minirea.tokenizer.config import AddedToken, TokenizerConfig
+from minirea.tokenizer.pieces import may_cut_tokens, may_cut_vocabulary
 from minirea.tokenizer.stream import utf8_decoder
 
 # Appended to a serialized SentencePiece model this turns its dummy prefix off or on: protocol buffers merge a field
@@ -58,6 +60,10 @@ class SentencePiece:
         self._any_plain = _Matcher([token for token in self._added.values() if not token.special])
         self.special_tokens = {token.content: token.id for token in self._added.values() if token.special}
         self.vocab_size = max(len(self._spelling), *(token_id + 1 for token_id in self._content))
+
+    @functools.cached_property
+    def may_cut(self) -> bool:
+        return may_cut_tokens(self._added.values()) and may_cut_vocabulary(self._spelling)
 
     def _matched_tokens(self, config: TokenizerConfig) -> list[AddedToken]:
         """Tokens that are found in a text as they are: the model's own for control, and what the config files add."""

@@ -64,8 +64,8 @@ def read_tekken(path: Path) -> Any:
     # Files list more tokens than their models use.
     spelled = [token.decode("latin-1").translate(CHARACTER_OF_BYTE) for token in tokens[: size - len(special)]]
     vocab = {token: len(special) + rank for rank, token in enumerate(spelled)}
-    if shadow := next((token for token in special if token in vocab), None):
-        raise tekken.fail("special_tokens", f"none that is spelled like a token of vocab, as {shadow!r} is")
+    if shadow := next((token for token in special if token in CHARACTER_OF_BYTE.values()), None):
+        raise tekken.fail("special_tokens", f"none that is spelled like a byte of vocab, as {shadow!r} is")
     # Two neighbours merge if together they are a token, lowest rank first. Each way to split a token is listed, but
     # only one can occur: until the last two parts of a token merge, no merge has crossed its ends, so inside of it
     # everything went as it goes for that token alone. Hence the order among the splits of one token does not matter.

@@ -14,6 +14,7 @@ from minirea.tokenizer.backend import Backend
 from minirea.tokenizer.chat import ChatTemplate, Disguise, conversation
 from minirea.tokenizer.config import TokenizerConfig
 from minirea.tokenizer.huggingface import ContradictionError, load_json, load_tekken
+from minirea.tokenizer.pieces import PIECE_CHARACTERS, pieces
 from minirea.tokenizer.sentencepiece import SentencePiece, sentencepiece_file
 from minirea.tokenizer.stream import StreamDecoder
 
@@ -105,6 +106,7 @@ class Tokenizer:
 
         Raises:
             InputError: the text holds half of a surrogate pair, or what the vocabulary has no way to write.
+            MemoryLimitError: a long text has no words between which it could be encoded in pieces.
         """
         try:
             text.encode()
@@ -112,7 +114,7 @@ class Tokenizer:
             found = f"character {error.start} is the lone surrogate {text[error.start]!r}"
             raise InputError(f"text: {found}, expected valid Unicode") from None
         frame = add_special_tokens and not continues
-        ids = self._backend.encode(text, frame, "seam" if continues else "start", not self._splits_special)
+        ids = self._encode_in_pieces(text, frame, "seam" if continues else "start", not self._splits_special)
         return [*self._before, *ids, *self._after] if frame else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -189,11 +191,31 @@ class Tokenizer:
         return ids + self._encode_text(text[begun:])
 
     def _encode_text(self, text: str) -> list[int]:
-        return self._backend.encode(text, frame=False, at="start", match_special=True) if text else []
+        return self._encode_in_pieces(text, frame=False, at="start", match_special=True) if text else []
+
+    def _encode_in_pieces(self, text: str, frame: bool, at: str, match_special: bool) -> list[int]:
+        """What the backend's `encode` returns, for long texts with no more memory than a piece of them takes."""
+        encode = self._backend.encode
+        if len(text) <= PIECE_CHARACTERS:
+            return encode(text, frame, at, match_special)
+        may_cut = self._backend.may_cut
+        if frame and self._backend.frames_text and may_cut:
+            bare, framed = (encode("a", framed, at, match_special) for framed in (False, True))
+            size, places = len(bare), range(len(framed) - len(bare) + 1)
+            place = next((place for place in places if framed[place : place + size] == bare), None)
+            if place is not None:
+                ids = self._encode_in_pieces(text, False, at, match_special)
+                return [*framed[:place], *ids, *framed[place + size :]]
+            may_cut = False
+        ids = []
+        for piece in pieces(text, may_cut):
+            ids += encode(piece, frame and not may_cut, at, match_special)
+            at = "seam"
+        return ids
 
     def _encode_plain(self, text: str, at: str) -> list[int]:
         """Ids of text in which no special token acts."""
-        ids = self._backend.encode(text, frame=False, at=at, match_special=False)
+        ids = self._encode_in_pieces(text, frame=False, at=at, match_special=False)
         made = [token for token, token_id in self.special_tokens.items() if token in text and token_id in ids]
         cut = next((text.index(token) + 1 for token in made if len(token) > 1), None)
         if cut is None:

@@ -7,6 +7,10 @@ import contextlib
 import copy
 import io
 import json
+import os
+import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +154,7 @@ def sentencepiece_model() -> bytes:
         model_type="bpe",
         vocab_size=300,
         byte_fallback=True,
+        remove_extra_whitespaces=False,
         hard_vocab_limit=False,
         minloglevel=2,
     )
@@ -275,3 +280,168 @@ def test_text_that_the_vocabulary_cannot_write(tmp_path: Path) -> None:
     assert tokenizer.encode("a") == [0]
     with pytest.raises(InputError, match=r"tokenizer.json: cannot encode the text: WordLevel error"):
         tokenizer.encode("b")
+
+
+STRIP_DECODER = {"type": "Strip", "content": "a", "start": 0, "stop": 5}
+
+HOSTILE_JSON: dict[str, dict[str, Any]] = {
+    "an empty pattern": edited(TOKENIZER, normalizer={"type": "Replace", "pattern": {"String": ""}, "content": "x"}),
+    "an empty pattern in a sequence": edited(
+        TOKENIZER,
+        decoder={
+            "type": "Sequence",
+            "decoders": [{"type": "Replace", "pattern": {"Regex": ""}, "content": "x"}, {"type": "Fuse"}],
+        },
+    ),
+    "no length": edited(TOKENIZER, pre_tokenizer={"type": "FixedLength", "length": 0}),
+    "dropout": edited(TOKENIZER, model__dropout=0.1),
+    "nested steps": edited(TOKENIZER, normalizer=json.loads('{"type":"Sequence","normalizers":[' * 300 + "]}" * 300)),
+    "nested tokens": edited(TOKENIZER, added_tokens=json.loads("[" * 600 + "]" * 600)),
+    "an id of many digits": json.loads(json.dumps(TOKENIZER).replace('"id": 3', '"id": ' + "9" * 4000)),
+    "an id beyond 32 bits": edited(TOKENIZER, model__vocab={"a": 2**32, "b": 1, "ab": 2}),
+    "a trie beyond its end": edited(TOKENIZER, normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w=="}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_JSON)
+def test_what_would_make_the_library_panic_or_abort(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(HOSTILE_JSON[name]))
+    check_refused(tmp_path, capfd, "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"padding": {"strategy": {"Fixed": 20_000_000_000}, "direction": "Right", "pad_to_multiple_of": None}
+         | {"pad_id": 0, "pad_type_id": 0, "pad_token": "a"}},
+        {"truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 5}},
+        {"truncation": {"direction": "Left", "max_length": 0, "strategy": "OnlySecond", "stride": 0}},
+        {"truncation": "x", "padding": 7},
+    ],
+)  # fmt: skip
+def test_padding_and_truncation_are_off_before_the_library_sees_them(tmp_path: Path, values: dict[str, Any]) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(TOKENIZER | values))
+    assert load_tokenizer(tmp_path).encode("abab" * 9) == [2] * 18
+
+
+def test_panics_of_the_library_are_one_line(tmp_path: Path) -> None:
+    """The library prints of its own what it panics with; only what is raised is ours."""
+    backtracking = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(edited(TOKENIZER, pre_tokenizer=backtracking)))
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match=r"tokenizer.json: cannot encode the text: "):
+        tokenizer.encode("a" * 200 + "b")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(edited(TOKENIZER, decoder=STRIP_DECODER)))
+    with pytest.raises(InputError, match=r"tokenizer.json: cannot decode the token 'a': "):
+        load_tokenizer(tmp_path).decode([0, 0])
+
+
+def protobuf_field(number: int, payload: bytes) -> bytes:
+    return bytes([number << 3 | 2, len(payload)]) + payload
+
+
+def test_a_sentencepiece_piece_that_is_no_text(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], sentencepiece_model: bytes
+) -> None:
+    score = b"\x15" + struct.pack("<f", -9.0)
+    (tmp_path / "tokenizer.model").write_bytes(
+        sentencepiece_model + protobuf_field(1, protobuf_field(1, b"\xff\xfe") + score)
+    )
+    check_refused(tmp_path, capfd, "tokenizer.model: cannot be read as a tokenizer: 'utf-8' codec")
+
+
+@pytest.mark.parametrize("content", ["<x>", "<x> ", " <x>", " ", "\n"])
+@pytest.mark.parametrize("flags", [{}, {"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}])
+def test_sentencepiece_added_tokens_that_swallow_white_space(
+    tmp_path: Path, sentencepiece_model: bytes, content: str, flags: dict[str, bool]
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
+    added = {"added_tokens_decoder": {"1000": {"content": content, **flags}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(added))
+    tokenizer = load_tokenizer(tmp_path)
+    found = tokenizer.encode(f"the{content}fox").count(1000)
+    assert found == 1
+    assert tokenizer.encode("the" + " " * 200_000 + "fox")  # quadratic, this would take minutes
+    if content == "<x>":
+        plain = tokenizer.encode("the<x>fox")
+        assert (tokenizer.encode("the  <x>fox") == plain) == flags.get("lstrip", False)
+        assert (tokenizer.encode("the<x>  fox") == plain) == flags.get("rstrip", False)
+
+
+def test_an_added_token_in_the_place_of_another(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], sentencepiece_model: bytes
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"Hello": 2}))
+    check_refused(tmp_path, capfd, r"added_tokens.json: 'Hello' has id 2, which is '</s>' already")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"Hello": 900, "World": 900}))
+    check_refused(tmp_path, capfd, r"added_tokens.json: 'World' has id 900, which is 'Hello' already")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"</s>": 2, "Hello": 900}))
+    assert load_tokenizer(tmp_path).encode("</s>Hello") == [1, 2, 900]
+    (tmp_path / "tokenizer.model").unlink()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"Hello": 2}))
+    check_refused(tmp_path, capfd, r"'Hello' gets id 4, .*added_tokens.json has 2")
+
+
+@pytest.mark.parametrize(
+    ("special", "tokens", "match"),
+    [
+        ("a", [], "none that is spelled like a byte of vocab, as 'a' is"),
+        ("Ā", [], "none that is spelled like a byte"),
+        ("x<", [base64.b64encode(b"y" * 2**20).decode()], "of at most 1024 bytes"),
+        ("x<", [base64.b64encode(b"%06d" % i * 160).decode() for i in range(99)], "of at most 1024 bytes"),
+    ],
+)
+def test_tekken_tokens(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], special: str, tokens: list[str], match: str
+) -> None:
+    more = [{"rank": 256 + i, "token_bytes": token} for i, token in enumerate(tokens)]
+    listed = [*TEKKEN["special_tokens"], {"rank": 3, "token_str": special}]
+    config = {"pattern": ".", "default_num_special_tokens": 4}
+    values = edited(TEKKEN, special_tokens=listed, vocab=[*TEKKEN["vocab"], *more], config=config)
+    (tmp_path / "tekken.json").write_text(json.dumps(values))
+    check_refused(tmp_path, capfd, match)
+
+
+NAMES = ["tokenizer.json", "tekken.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"]
+NAMES += ["added_tokens.json", "chat_template.jinja", "chat_template.json"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a link to nothing"])
+def test_files_that_are_no_regular_files(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, kind: str
+) -> None:
+    if not name.startswith("tok") or "config" in name:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    path = tmp_path / name
+    if kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if kind == "a device" else tmp_path / "nothing")
+    with pytest.raises(MinireaError, match=name) as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_split_special_tokens_makes_text_of_them(tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text(json.dumps(TEKKEN))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"split_special_tokens": True}))
+    assert load_tokenizer(tmp_path).encode("</s>") == [1, *(4 + byte for byte in b"</s>")]
+
+
+def test_loading_leaves_the_standard_error_of_the_process_alone(tmp_path: Path) -> None:
+    """Also while a file is refused: lines of other threads and of children go where they would."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(edited(TOKENIZER, model__type="Nonesuch")))
+    code = (
+        "import os, sys\nfrom minirea.tokenizer import load_tokenizer\nbefore = os.fstat(2)\n"
+        "os.dup2 = os.dup = lambda *_: sys.exit('redirected')\n"
+        "try: load_tokenizer(sys.argv[1])\nexcept ValueError: print('refused')\n"
+        "assert os.path.samestat(before, os.fstat(2))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "refused\n", "")
