@@ -36,7 +36,7 @@ def reattention(
 ) -> Any:
     """Attention of T new queries over a finite scope of a cache of any length (arXiv 2407.15176, section 3).
 
-    Up to global_size + local_size cached tokens this is ordinary causal attention. Beyond, every query scores all
+    Up to dense_size cached tokens this is ordinary causal attention. Beyond, every query scores all
     keys between the first global_size and the last local_size ones without RoPE; the best ones are put to a vote,
     and global ++ spans around the elected ++ local are attended with RoPE positions 0, 1, 2, ...
 
@@ -207,10 +207,10 @@ def _check_lengths(num_queries: int, chunk_size: int, seq_len: int, capacity: in
             f"seq_len is {seq_len}, expected at least the {num_queries} queries of this step and at most the cache's "
             f"capacity of {capacity}"
         )
-    if seq_len > config.global_size + config.local_size and chunk_size > config.local_size:
+    if seq_len > config.dense_size and chunk_size > config.local_size:
         raise InputError(
             f"a chunk has {chunk_size} queries, expected at most local_size ({config.local_size}) once seq_len "
-            f"({seq_len}) exceeds global_size + local_size: early queries would see later tokens"
+            f"({seq_len}) exceeds dense_size ({config.dense_size}): early queries would see later tokens"
         )
 
 

@@ -58,7 +58,7 @@ def reattention_reference(
     q_GRD = q_THD.unflatten(1, (G, H // G)).transpose(0, 1).reshape(G, -1, D)
     B = G if config.span_scope == "kv_head" else 1
 
-    if seq_len <= config.global_size + config.local_size:
+    if seq_len <= config.dense_size:
         lengths, source_BS = [seq_len] * B, None
         k_GSD, v_GSD = k_cache_GND[:, :seq_len].clone(), v_cache_GND[:, :seq_len]
     else:

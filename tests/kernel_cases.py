@@ -92,9 +92,12 @@ def random_case(seed: int, head_dims: tuple[int, ...] = (2, 8, 16, 20), longest_
         max_spans=r.choice([0, 1, 2, 5, 40]),
         span_scope=r.choice(["layer", "kv_head"]),
     )
-    T = r.randint(1, config.local_size)
-    edge = config.global_size + config.local_size
-    seq_len = r.choice([r.randint(T, edge), edge + r.randint(0, 3), edge + r.randint(0, longest_middle)])
+    dense_size = config.dense_size + r.choice([0, 0, 1, 30, 200])
+    config = replace(config, dense_size=dense_size)
+    seq_len = r.choice(
+        [r.randint(1, dense_size), dense_size + r.randint(0, 3), dense_size + r.randint(0, longest_middle)]
+    )
+    T = r.randint(1, min(24, dense_size) if seq_len <= dense_size else config.local_size)
     return make_case(
         config,
         max(T, seq_len),

@@ -43,9 +43,9 @@ def _oracle_scope(
     q: torch.Tensor, k: torch.Tensor, seq_len: int, heads: range, config: ReAttentionConfig
 ) -> torch.Tensor:
     """Steps 1 to 7: the cache positions that one ballot attends to, ascending."""
-    mid_lo, mid_hi = config.global_size, seq_len - config.local_size
-    if mid_hi <= mid_lo:
+    if seq_len <= config.dense_size:
         return torch.arange(seq_len, device=q.device)
+    mid_lo, mid_hi = config.global_size, seq_len - config.local_size
     group = q.shape[1] // k.shape[0]
     votes: dict[int, int] = {}
     for h in heads:

@@ -21,7 +21,9 @@ from typing import Any, Final, NamedTuple
 from minirea.kernels.launching import next_power_of_2 as pad
 
 # Arguments that change from model to model or from step to step; without this every other value compiles anew.
-VARYING: Final = ("seq_len", "global_size", "local_size", "span_size", "max_spans", "max_scope", "num_positions")
+VARYING: Final = (
+    *("seq_len", "global_size", "local_size", "dense_size", "span_size", "max_spans", "max_scope", "num_positions"),
+)
 
 # Packed candidates, and elements of partial results, that one program holds in registers at a time.
 MAX_CANDIDATES: Final = 8192

@@ -41,10 +41,10 @@ class Step(NamedTuple):
     stride_votes: Any
     global_size: Any
     local_size: Any
+    dense_size: Any  # cached tokens up to which a chunk attends to all
     span_size: Any
     max_spans: Any
     max_scope: Any
-    longest_dense: Any  # tokens up to which a chunk attends to all
     ballots: Any
     chunk_rows: Any  # of one key/value head in a chunk
     program: Any
@@ -67,7 +67,7 @@ class Share(NamedTuple):
 def chunk_kernel(
     q, k, v, out_ptr, rope, scratch, stride_counts, stride_votes,
     seq_len, T, chunks, chunk_size, levels, local_rows, far_rows,
-    global_size, local_size, span_size, max_spans, max_scope, c: tl.constexpr,
+    global_size, local_size, dense_size, span_size, max_spans, max_scope, c: tl.constexpr,
 ):  # fmt: skip
     """T queries in chunks, each with a scope of its own: q [T, H, D] against k and v [G, N, D], to out [T, H, D]."""
     n = tl.load(seq_len).to(tl.int32) if c.SEQ_LEN_IN_MEMORY else seq_len
@@ -77,13 +77,13 @@ def chunk_kernel(
     tag_ptr = scratch.tag + program * (c.BLOCK_M * c.K_PAD)
     step = Step(
         n, T, chunks, chunk_size, levels, local_rows, far_rows, stride_counts, stride_votes,
-        global_size, local_size, span_size, max_spans, max_scope, global_size + local_size,
+        global_size, local_size, dense_size, span_size, max_spans, max_scope,
         chunks * c.BALLOTS, chunk_size * c.GROUP,
         program, tl.num_programs(0), block_ptr, tag_ptr, tl.arange(0, c.BLOCK_D),
     )  # fmt: skip
     counters = scratch.counters
     if c.SELECTS:
-        if n > step.longest_dense:  # of the last chunk; those before it may be dense all the same
+        if n > step.dense_size:  # of the last chunk; those before it may be dense all the same
             score_chunks(q, k, scratch, step, c)
             wait(counters, arrive(counters))
             count_chunks(scratch, step, c)
@@ -99,7 +99,7 @@ def chunk_kernel(
     # Local parts overlap: together they are the cache from local_lo on. RELATIVE moves scopes, so that a key there has
     # one position for all chunks and is rotated once. Else there is one chunk, whose scope begins at position 0.
     _, _, first_n = chunk_at(0, step)
-    local_lo = tl.where(first_n <= step.longest_dense, 0, first_n - local_size)
+    local_lo = tl.where(first_n <= step.dense_size, 0, first_n - local_size)
     local_position = tl.minimum(local_lo, max_scope - local_size)
     unit = gather_local(k, v, rope, scratch, step, local_lo, local_position, c)
     gather_far(k, v, rope, scratch, step, local_lo, local_position, unit, c)
@@ -128,7 +128,7 @@ def score_chunks(q, k, scratch, step, c: tl.constexpr):
     unit = step.program
     for chunk in range(step.chunks):
         first_query, num_queries, chunk_n = chunk_at(chunk, step)
-        if chunk_n > step.longest_dense:
+        if chunk_n > step.dense_size:
             q_chunk = Heads(q.ptr + tl.cast(first_query, tl.int64) * q.stride_n, q.stride_h, q.stride_n, q.stride_d)
             num_rows = num_queries * c.GROUP
             units = tl.cdiv(num_rows, c.BLOCK_M) * c.G * c.SLICES
@@ -152,7 +152,7 @@ def count_chunks(scratch, step, c: tl.constexpr):
     unit = step.program
     for chunk in range(step.chunks):
         _, num_queries, chunk_n = chunk_at(chunk, step)
-        if chunk_n > step.longest_dense:
+        if chunk_n > step.dense_size:
             units = tl.cdiv(num_queries * c.GROUP, c.COUNT_ROWS) * c.G
             for this in range(unit, units, programs):
                 unit = this + programs
@@ -233,7 +233,7 @@ def gather_local(k, v, rope, scratch, step, local_lo, local_position, c: tl.cons
         g = this % c.G
         offs_r = this // c.G * c.BLOCK_R + tl.arange(0, c.BLOCK_R)
         if not c.RELATIVE:
-            local_position = far_rows_of(scratch.num_far, g if c.BY_HEAD else 0, step.n <= step.longest_dense,
+            local_position = far_rows_of(scratch.num_far, g if c.BY_HEAD else 0, step.n <= step.dense_size,
                                          step.global_size, c.SELECTS)  # fmt: skip
         gather(of_head(k, g), v, rope, scratch.k_rot + tl.cast(g, tl.int64) * step.local_rows * c.D, scratch.v_far,
                local_lo + offs_r, local_position + offs_r, offs_r, offs_r < step.n - local_lo, False, c)  # fmt: skip
@@ -248,7 +248,7 @@ def gather_far(k, v, rope, scratch, step, local_lo, local_position, unit, c: tl.
     for ballot in range(step.ballots):
         chunk = ballot // c.BALLOTS
         _, _, chunk_n = chunk_at(chunk, step)
-        dense = chunk_n <= step.longest_dense
+        dense = chunk_n <= step.dense_size
         num_far = far_rows_of(scratch.num_far, ballot, dense, step.global_size, c.SELECTS)
         chunk_lo = tl.where(dense, 0, chunk_n - step.local_size)
         # Whole tiles, the last of which may reach into the local part.
@@ -284,7 +284,7 @@ def rotate_chunks(q, rope, scratch, step, local_lo, local_position, c: tl.conste
             rows = this // c.G * c.BLOCK_M + tl.arange(0, c.BLOCK_M)
             t = rows // c.GROUP
             if not c.RELATIVE:
-                local_position = far_rows_of(scratch.num_far, g if c.BY_HEAD else 0, step.n <= step.longest_dense,
+                local_position = far_rows_of(scratch.num_far, g if c.BY_HEAD else 0, step.n <= step.dense_size,
                                              step.global_size, c.SELECTS)  # fmt: skip
             rotate_queries(q, rope, scratch.q_rot, first_query + t, g * c.GROUP + rows % c.GROUP,
                            local_position + chunk_n - local_lo - num_queries + t,
@@ -299,7 +299,7 @@ def attend_chunks(v, out_ptr, scratch, step, local_lo, c: tl.constexpr):
     unit = step.program
     for chunk in range(step.chunks):
         first_query, num_queries, chunk_n = chunk_at(chunk, step)
-        dense = chunk_n <= step.longest_dense
+        dense = chunk_n <= step.dense_size
         chunk_lo = tl.where(dense, 0, chunk_n - step.local_size)
         units = tl.cdiv(num_queries * c.GROUP, c.BLOCK_M) * c.G
         for this in range(unit, units, programs):

@@ -46,7 +46,8 @@ class Step(NamedTuple):
 @triton.jit(do_not_specialize=[*VARYING, "workers"])
 def decode_kernel(
     q, k, v, out_ptr, rope, scratch,
-    seq_len, workers, global_size, local_size, span_size, max_spans, max_scope, num_positions, c: tl.constexpr,
+    seq_len, workers, global_size, local_size, dense_size, span_size, max_spans, max_scope, num_positions,
+    c: tl.constexpr,
 ):  # fmt: skip
     """One step of one query per head: q [1, H, D] against k and v [G, N, D], to out [1, H, D].
 
@@ -56,7 +57,7 @@ def decode_kernel(
     """
     n = tl.load(seq_len).to(tl.int32) if c.SEQ_LEN_IN_MEMORY else seq_len
     q = Heads(q.ptr, q.stride_h, 0, q.stride_d)  # one token: its stride does not matter
-    dense = n <= global_size + local_size
+    dense = n <= dense_size
     program = tl.program_id(0)
     step = Step(
         n=n,

@@ -167,7 +167,7 @@ def plan_chunks(
     c = ChunkSizes(tiles, **constants, SLICES=slices, P_PAD=spans_pad, PROGRAMS_PAD=pad(programs))
     ballots = chunks * c.BALLOTS
     levels = rows * (G // c.BALLOTS) * config.span_top_k // max(1, config.max_spans)
-    local_rows = config.global_size + config.local_size + (chunks - 1) * chunk_size  # a dense chunk's are all
+    local_rows = config.dense_size + (chunks - 1) * chunk_size  # a dense chunk's are all
     far_rows = cdiv(config.global_size + config.max_selected, c.BLOCK_A) * c.BLOCK_A
     shapes: Shapes = {
         "counters": (torch.int64, (1,)),
@@ -326,7 +326,7 @@ def queries(q_THD: torch.Tensor) -> Heads:
 
 def varying_sizes(config: ReAttentionConfig) -> dict[str, int]:
     """The numbers of a config that kernels are not compiled for."""
-    names = ("global_size", "local_size", "span_size", "max_spans", "max_scope")
+    names = ("global_size", "local_size", "dense_size", "span_size", "max_spans", "max_scope")
     return {name: getattr(config, name) for name in names}
 
 
@@ -374,7 +374,7 @@ def scopes_of(scratch: DecodeScratch | ChunkScratch, seq_len: int, config: ReAtt
     selection: torch.Tensor = scratch.selection
     local_size = min(seq_len, config.local_size)
     local = torch.arange(seq_len - local_size, seq_len, device=selection.device)
-    if seq_len <= config.global_size + config.local_size:
+    if seq_len <= config.dense_size:
         return [torch.arange(seq_len, device=selection.device) for _ in selection]
     if not config.max_selected:
         return [torch.cat([torch.arange(config.global_size, device=selection.device), local]) for _ in selection]

@@ -56,6 +56,22 @@ def test_lengths_around_the_first_middle_key(span_scope: str, past_edge: int) ->
         check(make_case(config, max(T, 8 + past_edge), T=T, seed=past_edge + T))
 
 
+@pytest.mark.parametrize("span_scope", ["layer", "kv_head"])
+@pytest.mark.parametrize("past_edge", [-40, -1, 0, 1, 40])
+def test_lengths_around_dense_size(span_scope: str, past_edge: int) -> None:
+    """One captured launch serves both sides: the length is read from memory. A dense chunk may exceed local_size."""
+    config = ReAttentionConfig(3, 5, 4, 4, 2, span_scope=span_scope, dense_size=50)
+    for T in (1, 3, 9):
+        n = max(T, 50 + past_edge)
+        if n <= config.dense_size or config.local_size >= T:
+            case = make_case(config, n, T=T, capacity=100, seed=past_edge + T)
+            check(case)
+            case.cos, case.sin = rope_table(config.max_scope, 16)
+            in_memory = replace(case, seq_len=torch.tensor([n], dtype=torch.int32))  # type: ignore[arg-type]
+            found, expected = (reattention(*one.arguments(), impl="triton") for one in (in_memory, case))
+            assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("head_dim", [80, 96, 256])
 def test_head_dims_that_are_masked_or_large(head_dim: int) -> None:
     for T in (1, 2):
@@ -79,12 +95,22 @@ def test_all_scores_equal_selects_the_lowest() -> None:
 @pytest.mark.parametrize("span_scope", ["layer", "kv_head"])
 @pytest.mark.parametrize(("T", "chunk_size"), [(12, 4), (10, 4), (9, 4), (11, 8)])
 def test_chunks_in_one_launch(T: int, chunk_size: int, span_scope: str) -> None:
-    """All selecting, the first ones dense, all dense, and with nothing to select."""
-    for past_edge, max_spans in ((100, 5), (T - 3, 5), (6, 40), (0, 5), (70, 0)):
-        config = ReAttentionConfig(3, 8, 2, 4, max_spans, span_scope=span_scope)
+    """All selecting, the first ones dense, all dense, and with nothing to select; dense up to 11 or more tokens."""
+    for past_edge, max_spans, dense_size in ((100, 5, 40), (T - 3, 5, None), (6, 40, 14), (0, 5, 99), (70, 0, 77)):
+        config = ReAttentionConfig(3, 8, 2, 4, max_spans, span_scope=span_scope, dense_size=dense_size)
         case = make_case(config, max(T, 11 + past_edge), T=T, dtype=torch.float16, seed=T + past_edge)
         out_THD = reattention(*case.arguments(), impl="triton", chunk_size=chunk_size)
         check_chunks(case, chunk_size, out_THD)
+
+
+@pytest.mark.parametrize("span_scope", ["layer", "kv_head"])
+@pytest.mark.parametrize(("T", "chunk_size"), [(7, 1), (10, 3), (33, 16)])
+def test_small_chunks_in_one_launch(T: int, chunk_size: int, span_scope: str) -> None:
+    """As the tail of a prompt is read: fewer rows than a tile has."""
+    config = ReAttentionConfig(3, 20, 4, 4, 6, span_scope=span_scope, dense_size=30)
+    for n in (200, 30 + T // 2):
+        case = make_case(config, max(T, n), T=T, H=6, G=3, dtype=torch.float16, seed=T)
+        check_chunks(case, chunk_size, reattention(*case.arguments(), impl="triton", chunk_size=chunk_size))
 
 
 def test_more_chunks_than_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:

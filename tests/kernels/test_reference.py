@@ -92,6 +92,14 @@ def test_every_length_around_the_first_middle_key(span_scope: str, past_edge: in
         check(make_case(config, 8 + past_edge, T=T, seed=past_edge + 10 * T))
 
 
+@pytest.mark.parametrize("span_scope", ["layer", "kv_head"])
+@pytest.mark.parametrize("past_edge", [-3, 0, 1, 2])
+def test_every_length_around_dense_size(span_scope: str, past_edge: int) -> None:
+    config = ReAttentionConfig(3, 5, 4, 4, 2, span_scope=span_scope, dense_size=60)
+    for T in (1, 5, *((17,) if past_edge <= 0 else ())):  # only a dense chunk may exceed local_size
+        check(make_case(config, 60 + past_edge, T=T, seed=past_edge + 10 * T))
+
+
 @pytest.mark.parametrize("middle", [63, 64, 65, 127, 128, 129, 640])
 def test_middles_around_whole_blocks(middle: int) -> None:
     for seed in range(4):
