@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from minirea.cache import KVCache
 from minirea.checks import integer, shown
@@ -20,6 +19,7 @@ from minirea.errors import InputError
 from minirea.graph import compiling_decode_step, decode_ahead, read_captured
 from minirea.memory import peak_bytes
 from minirea.model import Model
+from minirea.progress import ReadingBar, work_of
 from minirea.sampling import NON_FINITE, Sampler, SamplingConfig
 from minirea.steps import Part, chunks, cut
 from minirea.tokenizer import Tokenizer
@@ -226,8 +226,9 @@ def prefill(model: Model, cache: KVCache, ids: Sequence[int], to_follow: int = 0
     else:
         steps = read_one_by_one(model, cache, ids_T, parts, cached + len(ids) + to_follow)
     hide = not progress or len(ids) <= attention.step_tokens(attention.config.chunk_size)
+    work = work_of(model.config, attention.mode, attention.config, attention.dense_size)
     try:
-        with tqdm(total=len(ids), desc="prefill", unit="tok", unit_scale=True, leave=False, disable=hide) as bar:
+        with ReadingBar(work, cached, len(ids), hide) as bar:
             for num_read in steps:
                 bar.update(num_read)
     except BaseException:

@@ -1,0 +1,60 @@
+"""The bar that is shown while a prompt is read. Its estimate knows that later tokens cost more than earlier ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+from tqdm import tqdm
+
+from minirea.config import ModelConfig, ReAttentionConfig
+
+
+def work_of(model: ModelConfig, mode: str, scope: ReAttentionConfig, dense_size: int) -> Callable[[int], float]:
+    """How much work it is to read the first n tokens, as a function of n: multiplications per layer.
+
+    A token takes its share of the matrix products, attends to what it sees, and beyond `dense_size` tokens scores the
+    keys of the middle.
+    """
+    E, F, H, G, D = model.hidden_size, model.mlp_size, model.num_heads, model.num_kv_heads, model.head_dim
+    products = E * (2 * H + 2 * G) * D + 3 * E * F
+    window = model.sliding_window if mode == "full" else max(dense_size, scope.max_scope)
+    selects = mode != "full" and scope.max_selected > 0
+    outside = scope.global_size + scope.local_size
+
+    def work(n: int) -> float:
+        seen = n if window is None else min(n, window)
+        attended = seen * seen / 2 + seen * (n - seen)
+        scored = ((n - outside) ** 2 - (dense_size - outside) ** 2) / 2 if selects and n > dense_size else 0.0
+        return products * n + H * D * (2 * attended + scored)
+
+    return work
+
+
+class ReadingBar:
+    """A bar on stderr for the reading of `num_tokens` tokens behind `cached` others; `work` is that of `work_of`."""
+
+    def __init__(self, work: Callable[[int], float], cached: int, num_tokens: int, hide: bool) -> None:
+        self._work, self._cached, self._read, self._num_tokens = work, cached, 0, num_tokens
+        shape = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
+        total = work(cached + num_tokens) - work(cached)
+        self._bar = tqdm(desc="prefill", total=total, bar_format=shape, leave=False, disable=hide)
+        self._bar.set_postfix_str(self._tokens())
+
+    def update(self, num_read: int) -> None:
+        """Count tokens that have been read."""
+        before = self._cached + self._read
+        self._read += num_read
+        self._bar.set_postfix_str(self._tokens(), refresh=False)
+        self._bar.update(self._work(before + num_read) - self._work(before))
+
+    def _tokens(self) -> str:
+        return f"{self._read:,} of {self._num_tokens:,} tokens"
+
+    def __enter__(self) -> ReadingBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.close()
