@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -90,7 +91,10 @@ def arguments_of_every_kind() -> list[tuple[Any, ...]]:
     ]
 
 
-def cases() -> list[tuple[triton.JITFunction, tuple[Any, ...], dict[str, Any]]]:
+Case = tuple[triton.JITFunction, tuple[Any, ...], dict[str, Any]]  # a kernel, arguments, constants
+
+
+def cases() -> list[Case]:
     x, half = torch.zeros(65536), torch.zeros(65536, dtype=torch.float16)
     return [
         *((every_kind, arguments, constants) for arguments, constants in arguments_of_every_kind()),
@@ -140,12 +144,10 @@ def cubins(kernel: triton.JITFunction) -> list[bytes]:
     return [future.result().cubin for future in driver._kernels[id(kernel)].variants.values()]
 
 
-def compared() -> list[dict[str, Any]]:
-    """Each case launched by Triton's own driver and by ours."""
-    set_up_triton()
-    stub.cuCtxSetCurrent(ctypes.c_void_p(0x100))
+def compared(launches: list[Case]) -> list[dict[str, Any]]:
+    """Each launched by Triton's own driver and by ours."""
     result = []
-    for case in cases():
+    for case in launches:
         kernel, arguments, constants = case
         constants = constants | {"enable_fp_fusion": True}
         compiled = kernel.warmup(*arguments, grid=(5,), **constants)
@@ -160,9 +162,45 @@ def compared() -> list[dict[str, Any]]:
     return result
 
 
+def project() -> list[Case]:
+    """The first launch of each kernel of the project: small shapes in half precision."""
+    from minirea.config import ReAttentionConfig
+    from minirea.kernels.fused import launch as fused
+    from minirea.kernels.fused.arguments import Rope
+    from minirea.kernels.steps import matvec, rows
+
+    found: dict[str, Any] = {}
+
+    def record(kernel: Any, _programs: int, _device: Any, arguments: Any, constants: dict[str, Any]) -> None:
+        found.setdefault(kernel.__name__, (kernel, arguments, constants))
+
+    def half(*sizes: int) -> torch.Tensor:
+        return torch.zeros(sizes, dtype=torch.float16)
+
+    heads, kv_heads, dim, width = 4, 2, 16, 64
+    x, seq_len, token = half(width), torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    caches = half(kv_heads, 256, dim), half(kv_heads, 256, dim)
+    rope, config = Rope(torch.zeros(300, dim // 2), torch.zeros(300, dim // 2)), ReAttentionConfig(4, 64, 2, 8, 4)
+    with mock.patch.object(driver, "launch", record), mock.patch.object(fused, "num_programs", return_value=8):
+        matvec.embed(token, half(97, width), seq_len, x)
+        matvec.norm_qkv(x, x, half(128, width), None, 1e-5, seq_len, half(heads, dim), *caches)
+        matvec.add_product(x, half(width, width), None, x)
+        matvec.norm_gate_up(x, x, half(2 * 112, width), None, 1e-5, half(112))
+        matvec.norm_logits(x, x, half(97, width), 1e-5, torch.zeros(97))
+        matvec.best_token(torch.zeros(97), matvec.BestTokenWorkspace.on(x.device), token)
+        rows.rms_norm(half(3, width), x, 1e-5)
+        rows.write_kv(half(3, heads + 2 * kv_heads, dim), *caches, seq_len)
+        rows.swiglu(half(3, 2 * 112))
+        fused.launch_decode(half(1, heads, dim), *caches, half(1, heads, dim), seq_len, rope, config)
+        queries = half(48, heads, dim)
+        fused.launch_chunks(queries, *caches, torch.empty_like(queries), seq_len, rope, config, None, 16)
+    return [*found.values()]
+
+
 def alone() -> list[str]:
-    """Every case, twice, without a driver of Triton's; what was recorded."""
-    return recorded(lambda: [ours(*case) for case in cases() * 2])
+    """Every case and every kernel of the project, twice."""
+    launches = [*cases(), *project()]
+    return recorded(lambda: [ours(*case) for case in launches * 2])
 
 
 def in_contexts() -> list[list[str]]:
@@ -246,12 +284,28 @@ def errors() -> dict[str, str]:
     return result
 
 
+class Unwanted:
+    """In place of Triton's driver: fails the test that asks it for anything."""
+
+    def __getattribute__(self, name: str) -> Any:
+        print(f"Triton's driver was asked for {name}", file=sys.stderr)
+        os._exit(1)
+
+
 def without_triton() -> dict[str, Any]:
     """All that needs no driver of Triton's, in one process: starting one takes longer than the rest."""
+    theirs = Unwanted()
+    triton.runtime.driver.set_active(theirs)
     result = {function.__name__: function() for function in (compiled_ahead, alone, in_contexts, many_threads, errors)}
-    assert triton.runtime.driver._active is None
+    assert triton.runtime.driver._active is theirs
     assert triton.runtime.driver._default is None
     return result
+
+
+def beside_triton() -> list[dict[str, Any]]:
+    set_up_triton()
+    stub.cuCtxSetCurrent(ctypes.c_void_p(0x100))
+    return compared([*cases(), *project()])
 
 
 if __name__ == "__main__":
