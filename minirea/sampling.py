@@ -14,6 +14,7 @@ from minirea.checks import integer, real
 NON_FINITE = -1  # stands for the token when the logits hold NaN or infinity
 # A probability of 1 as an integer. A GPU adds in no fixed order, and only integers have the same sum in every order.
 FIXED_POINT = 2.0**60
+LARGEST = 1e250  # repetition penalty that a float64 applies to any logit without overflow; beyond, nothing changes
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,13 @@ class Sampler:
     def _penalise(self, logits_V: Tensor) -> Tensor:
         if self.seen_V is None:
             return logits_V
-        penalty = self.config.repetition_penalty
-        return torch.where(self.seen_V, torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty), logits_V)
+        penalty, wide_V = min(max(self.config.repetition_penalty, 1 / LARGEST), LARGEST), logits_V.double()
+        return torch.where(self.seen_V, torch.where(wide_V > 0, wide_V / penalty, wide_V * penalty), wide_V)
 
     def _draw(self, logits_V: Tensor) -> Tensor:
-        probs_V = keep_likely((logits_V / self.config.temperature).softmax(-1), self.config)
+        wide_V = logits_V.double()  # differences to the best may grow without end, and the best stays 0
+        scaled_V = (wide_V - wide_V.max()) / self.config.temperature
+        probs_V = keep_likely(scaled_V.float().softmax(-1), self.config)
         # Token i comes first in a race of exponential clocks with probability p_i: a draw that no GPU has to wait for.
         clock_V = torch.empty_like(probs_V).exponential_(generator=self.generator)
         return (probs_V / clock_V).argmax(keepdim=True)
@@ -113,7 +116,7 @@ def keep_likely(probs_V: Tensor, config: SamplingConfig) -> Tensor:
         sorted_V, order_V = probs_V.sort(descending=True, stable=True)
         mass_V = (sorted_V * FIXED_POINT).long()
         before_V = mass_V.cumsum(-1) - mass_V  # probability of all tokens better than this one
-        sorted_V = sorted_V.where(before_V < (config.top_p * mass_V.sum().double()).long(), 0.0)
+        sorted_V = sorted_V.where(before_V < (config.top_p * mass_V.sum().double()).long().clamp(min=1), 0.0)
         probs_V = torch.zeros_like(probs_V).scatter(0, order_V, sorted_V)
     if config.min_p > 0:
         probs_V = probs_V.where(probs_V >= config.min_p * probs_V.max(), 0.0)

@@ -49,7 +49,7 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
     logits_V = torch.randn(50)
     context = [3, 3, 7, 41]
     expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([context]), logits_V[None].clone())[0]
-    torch.testing.assert_close(sampler(context, repetition_penalty=1.7)._penalise(logits_V), expected)
+    torch.testing.assert_close(sampler(context, repetition_penalty=1.7)._penalise(logits_V).float(), expected)
 
 
 def test_penalty_counts_generated_tokens() -> None:
@@ -75,6 +75,19 @@ def test_frequencies_follow_the_distribution() -> None:
     draw = sampler(vocab_size=3, temperature=1.0, seed=0)
     counts = torch.bincount(torch.tensor([int(draw(logits_V)) for _ in range(4000)]), minlength=3) / 4000
     torch.testing.assert_close(counts, torch.tensor([0.7, 0.2, 0.1]), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("small", [5e-324, 1e-320, 1e-300, 1e-40, 1e-39, 1e-38, 1e-20, 1e-6])
+def test_small_values_have_the_right_limit(small: float) -> None:
+    """The best token, not the first one; and of tokens that were seen, the best among them."""
+    logits_V = torch.tensor([-3.0, 1.0, 5.0, 4.0, -40.0])
+    assert int(sampler(temperature=small, vocab_size=5)(logits_V)) == 2
+    assert int(sampler(temperature=small, vocab_size=5)(logits_V - 50)) == 2
+    assert int(sampler(temperature=1.0, top_p=small, vocab_size=5)(logits_V)) == 2
+    for temperature in (0.0, small, 1.0):
+        assert int(sampler([1, 3], temperature=temperature, repetition_penalty=small, vocab_size=5)(logits_V)) == 3
+        draws = sampler([2, 3, 4], temperature=temperature, repetition_penalty=1 / max(small, 1e-300), vocab_size=5)
+        assert int(draws(logits_V)) in ((1,) if temperature < 1 else (1, 2, 3))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
