@@ -24,6 +24,7 @@ from minirea.config import DEVICES, DTYPES, IMPLS, MODES, ModelConfig, ReAttenti
 from minirea.errors import InputError, MissingFileError
 from minirea.files import is_there, read_start
 from minirea.generate import GenerationConfig, Piece, Stats
+from minirea.isolation import isolated
 from minirea.memory import MemoryPlan, human
 from minirea.model import Model
 from minirea.plan import keeps_half, plan_run, workspace_bytes
@@ -172,6 +173,7 @@ class ModelFiles(_Encoder):
         window = self.attention.sliding_window if self.attention.mode == "full" else self.attention.config.max_scope
         return min(num_tokens, num_tokens if window is None else window)
 
+    @isolated()
     def load(self, progress: bool = False, num_tokens: int = 0) -> LLM:
         """Read the weights.
 

@@ -25,7 +25,7 @@ MAX_PREPARING_THREADS: Final = 4  # each holds one matrix in float32
 _LARGEST_EXPONENT: Final = 15  # packed weights lie in (-2^15, 2^15)
 _LARGEST_SCALE: Final = 126  # as an exponent: its inverse is a normal float32
 
-_ZERO: Final = torch.zeros(())
+_ZERO: Final = torch.zeros((), dtype=torch.float32, device="cpu")
 _LARGEST: Final = torch.finfo(torch.float32).max
 _FLASH: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # also gives the sums of exponentials
 

@@ -17,6 +17,7 @@ from minirea.cache import KVCache
 from minirea.checks import integer, shown
 from minirea.errors import InputError
 from minirea.graph import compiling_decode_step, decode_ahead, read_captured
+from minirea.isolation import isolated
 from minirea.memory import peak_bytes
 from minirea.model import Model
 from minirea.progress import ReadingBar, work_of
@@ -212,7 +213,7 @@ class TextOfTokens:
         return self._stops.put(self._decoder.flush()) + self._stops.flush()
 
 
-@torch.inference_mode()
+@isolated()
 def prefill(model: Model, cache: KVCache, ids: Sequence[int], to_follow: int = 0, progress: bool = False) -> None:
     """Append `ids` to the cache, step by step, with a bar on stderr if it takes several steps.
 
@@ -246,7 +247,7 @@ def read_one_by_one(
             yield len(ids_C)
 
 
-@torch.inference_mode()
+@isolated()
 def all_logits(model: Model, cache: KVCache, ids: Sequence[int]) -> Tensor:
     """Logits of every position, float32 [T, V], through the steps that `generate` takes."""
     cached, horizon = cache.seq_len, cache.seq_len + len(ids)
@@ -257,7 +258,7 @@ def all_logits(model: Model, cache: KVCache, ids: Sequence[int]) -> Tensor:
     return out_TV
 
 
-@torch.inference_mode()
+@isolated()
 def decode(
     model: Model, cache: KVCache, last_id: int, sampler: Sampler, limit: int = sys.maxsize
 ) -> Generator[int, None, None]:
@@ -335,7 +336,7 @@ def generate(
     yield Piece(new_text, [token_id], stats, "eos" if ended else "stop" if text.stopped else "length")
 
 
-@torch.inference_mode()
+@isolated()
 def _complete(stats: Stats, model: Model, cache: KVCache, ids: list[int]) -> None:
     """What is only known, or only asked, once the last step is done."""
     stats.scope = model.attention.scope(cache, model.first_query(ids[cache.seq_len - 1]))

@@ -1,0 +1,31 @@
+"""The state of torch that belongs to the caller: the engine neither depends on it nor changes it."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch.utils._contextlib import _DecoratorContextManager
+
+
+class isolated(_DecoratorContextManager):  # noqa: N801  used as torch.inference_mode is
+    """Inference mode, no autocast, and factories that make tensors on the CPU unless they are told otherwise.
+
+    As a decorator of a generator function it is left while the generator waits, so that the caller's loop runs in the
+    caller's state. The default dtype belongs to the process, and changing it would be seen by other threads: the engine
+    names every dtype instead.
+    """
+
+    def __enter__(self) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            for device_type in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device_type):
+                    stack.enter_context(torch.autocast(device_type, enabled=False))
+            if torch.get_default_device().type != "cpu":
+                stack.enter_context(torch.device("cpu"))
+            self._stack = stack.pop_all()
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()

@@ -1,0 +1,106 @@
+"""What belongs to the caller: torch's state, and the context of every other thread."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from testing import random_ids, tiny_model, write_checkpoint
+
+import minirea
+
+SCOPE: dict[str, Any] = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5}
+SCOPE |= {"chunk_size": 16, "tail_size": 12, "tail_chunk_size": 5}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model"), tiny_model(), torch.bfloat16)
+
+
+@contextlib.contextmanager
+def default_device(name: str) -> Iterator[None]:
+    torch.set_default_device(name)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+STATES: dict[str, Callable[[], Any]] = {
+    "default device": lambda: default_device("meta"),
+    "device": lambda: torch.device("meta"),
+    "default dtype": lambda: default_dtype(torch.float64),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "gradients": torch.enable_grad,
+}
+
+
+def state() -> tuple[Any, ...]:
+    flags = torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    return (torch.get_default_device(), torch.get_default_dtype(), *flags, torch.zeros(1).device)
+
+
+def results(directory: Path, attention: str, ids: list[int]) -> list[Any]:
+    """Of every public call that computes."""
+    llm = minirea.load(directory, device="cpu", attention=attention, **SCOPE)
+    before = state()
+    session = llm.session()
+    session.prefill(ids[:50])
+    pieces = []
+    for piece in session.stream(ids[50:], max_tokens=5, ignore_eos=True, temperature=0.8, top_p=0.9, seed=3):
+        assert state() == before
+        pieces += piece.token_ids
+    greedy = llm.with_attention(attention, **SCOPE).generate(ids, max_tokens=5, ignore_eos=True)
+    found = [pieces, greedy.token_ids, greedy.stats.scope, llm.logits(ids)]
+    assert state() == before
+    return found
+
+
+@pytest.mark.parametrize("attention", ["reattention", "full"])
+def test_torchs_state_is_the_callers(directory: Path, attention: str) -> None:
+    ids = random_ids(70)
+    *expected, logits = results(directory, attention, ids)
+    for name, enter in STATES.items():
+        with enter():
+            *found, other = results(directory, attention, ids)
+        assert found == expected, name
+        assert torch.equal(other, logits), name
+
+
+def test_threads_share_a_model_and_get_their_own_tokens(directory: Path) -> None:
+    """Eight at a time: whole calls, sessions, other attention modes, and streams that are left in the middle."""
+    llms = [minirea.load(directory, device="cpu", **SCOPE)]
+    llms += [llms[0].with_attention("full"), llms[0].with_attention("streaming", **SCOPE)]
+
+    def generate(i: int) -> list[int]:
+        ids, llm = random_ids(40 + 5 * i, seed=i), llms[i % 3]
+        if i % 4 == 1:
+            session = llm.session()
+            session.prefill(ids[:30])
+            return session.generate(ids[30:], max_tokens=12, ignore_eos=True).token_ids
+        if i % 4 == 2:
+            stream = llm.stream(ids, max_tokens=12, ignore_eos=True)
+            left.append(stream)  # never closed
+            return [next(stream).token_ids[0] for _ in range(4)]
+        options = {"temperature": 1.0, "seed": i, "repetition_penalty": 1.2} if i % 4 == 3 else {}
+        return llm.generate(ids, max_tokens=12, ignore_eos=True, **options).token_ids
+
+    left: list[Any] = []
+    expected = [generate(i) for i in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(generate, [*range(16), *range(16)])) == [*expected, *expected]
