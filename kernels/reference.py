@@ -15,6 +15,7 @@ r is query r // (H / G)), K winners per row, B ballots (sets of rows that vote t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -62,7 +63,7 @@ def reattention_reference(
         lengths, source_BS = [seq_len] * B, None
         k_GSD, v_GSD = k_cache_GND[:, :seq_len].clone(), v_cache_GND[:, :seq_len]
     else:
-        start_BP, offset_BP, length_B = _scope(q_GRD, k_cache_GND, seq_len, config)
+        start_BP, offset_BP, length_B = choose_scope(q_GRD, k_cache_GND, seq_len, config)
         lengths = length_B.tolist()  # on a GPU the one wait of the step: the scope's length decides the shapes below
         offs_s = torch.arange(max(lengths), device=q_THD.device)
         source_BS = locate(offs_s, start_BP, offset_BP).clamp_(max=seq_len - 1)
@@ -85,19 +86,33 @@ def reattention_reference(
     return out_THD, scopes if config.span_scope == "kv_head" else scopes[0]
 
 
-def _scope(
-    q_GRD: torch.Tensor, k_cache_GND: torch.Tensor, seq_len: int, config: ReAttentionConfig
+def choose_scope(
+    q_GRD: torch.Tensor,
+    k_cache_GND: torch.Tensor,
+    seq_len: int,
+    config: ReAttentionConfig,
+    score: Callable[[torch.Tensor, torch.Tensor, int, int, int], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Score, vote and select. Where nothing may be selected (streaming), the scope has two parts, global and local."""
+    """Score, vote and select. Where nothing may be selected (streaming), the scope has two parts, global and local.
+
+    `score` takes the place of this module's, for a device that has its own.
+    """
     mid_lo, mid_hi = config.global_size, seq_len - config.local_size
     B = k_cache_GND.shape[0] if config.span_scope == "kv_head" else 1
     if config.max_selected:
-        tiles = q_GRD.split(TILE_ROWS[q_GRD.device.type], 1)
-        winner_GRK = torch.cat([score(q, k_cache_GND, mid_lo, mid_hi, config.span_top_k) for q in tiles], 1)
+        winner_GRK = (score or score_rows)(q_GRD, k_cache_GND, mid_lo, mid_hi, config.span_top_k)
         kept_BP = vote(winner_GRK.view(B, -1), config.max_spans)
     else:
         kept_BP = torch.empty(B, 0, dtype=torch.int64, device=q_GRD.device)
     return select(kept_BP, mid_lo, mid_hi, seq_len, config.span_size)
+
+
+def score_rows(
+    q_GRD: torch.Tensor, k_cache_GND: torch.Tensor, mid_lo: int, mid_hi: int, span_top_k: int
+) -> torch.Tensor:
+    """`score`, a bounded number of rows at a time."""
+    tiles = q_GRD.split(TILE_ROWS[q_GRD.device.type], 1)
+    return torch.cat([score(q, k_cache_GND, mid_lo, mid_hi, span_top_k) for q in tiles], 1)
 
 
 def score(q_GRD: torch.Tensor, k_cache_GND: torch.Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> torch.Tensor:
@@ -112,7 +127,7 @@ def score(q_GRD: torch.Tensor, k_cache_GND: torch.Tensor, mid_lo: int, mid_hi: i
     for lo in range(mid_lo, mid_hi, tile):
         score_GNR = _dot(k_cache_GND[:, lo : min(lo + tile, mid_hi)], q_GRD)
         _merge(best_GRK, score_GNR, lo, skip_rows=lo > mid_lo and not q_GRD.is_cuda)
-    return _unpack_index(best_GRK)
+    return unpack_index(best_GRK)
 
 
 def _dot(k_GND: torch.Tensor, q_GRD: torch.Tensor) -> torch.Tensor:
@@ -144,12 +159,12 @@ def _merge(best_GRK: torch.Tensor, score_GNR: torch.Tensor, lo: int, skip_rows: 
         max_pn, best_pk = max_GNR.mT, best_GRK
 
     offs_n = torch.arange(num_blocks, device=score_GNR.device)
-    block_pk = _unpack_index(_pack(max_pn, offs_n).topk(min(K, num_blocks)).values)
+    block_pk = unpack_index(pack_score(max_pn, offs_n).topk(min(K, num_blocks)).values)
     offs_m = torch.arange(BLOCK, device=score_GNR.device)
     offs_rest = torch.arange(num_blocks * BLOCK, N, device=score_GNR.device).expand(*best_pk.shape[:-1], -1)
     offs_pm = torch.cat([(block_pk[..., None] * BLOCK + offs_m).flatten(-2), offs_rest], -1)
     score_pm = score_GNR[g_p[:, None], offs_pm, r_p[:, None]] if skip_rows else score_GNR.mT.gather(-1, offs_pm)
-    best_pk = torch.cat([best_pk, _pack(score_pm, lo + offs_pm)], -1).topk(K).values
+    best_pk = torch.cat([best_pk, pack_score(score_pm, lo + offs_pm)], -1).topk(K).values
     if skip_rows:
         best_GRK[g_p, r_p] = best_pk
     else:
@@ -171,11 +186,11 @@ def _ordered(score: torch.Tensor) -> torch.Tensor:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def _pack(score: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def pack_score(score: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return (_ordered(score).long() << 32) | (INDEX_MASK - index)
 
 
-def _unpack_index(packed: torch.Tensor) -> torch.Tensor:
+def unpack_index(packed: torch.Tensor) -> torch.Tensor:
     return INDEX_MASK - (packed & INDEX_MASK)
 
 
@@ -192,7 +207,7 @@ def vote(winner_BW: torch.Tensor, max_spans: int) -> torch.Tensor:
     repeated_BW = F.pad(winner_BW[:, 1:] == winner_BW[:, :-1], (1, 0))
     ranked_BW = ((votes_BW << 32) | (INDEX_MASK - winner_BW)).masked_fill_(repeated_BW, NO_KEY)
     elected_BP = ranked_BW.topk(max_spans).values
-    return _unpack_index(torch.where(elected_BP == NO_KEY, elected_BP[:, :1], elected_BP))
+    return unpack_index(torch.where(elected_BP == NO_KEY, elected_BP[:, :1], elected_BP))
 
 
 def select(

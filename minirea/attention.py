@@ -104,6 +104,10 @@ class Attention:
         """
         return self.device.type == "cuda" and self.impl == "triton" and self.mode != "full"
 
+    def _on_cpu(self, q_THD: Tensor) -> bool:
+        """Whether minirea.cpu attends faster than the reference."""
+        return q_THD.is_cpu and q_THD.dtype == torch.float32 and self.config.span_scope == "layer"
+
     @property
     def depends_on_context(self) -> bool:
         """Whether a dynamic RoPE turns all keys by how long the whole prompt is."""
@@ -182,6 +186,9 @@ class Attention:
     def over_cache(self, layer: int, q_THD: Tensor, cache: KVCache, step: Step) -> Tensor:
         """ReAttention of a step whose keys and values the cache already holds. Not for mode "full"."""
         arguments = (q_THD, cache.k[layer], cache.v[layer], step.seq_len, self.cos, self.sin, self.config, self.impl)
+        if isinstance(step.seq_len, int) and self._on_cpu(q_THD):
+            k_GND, v_GND = cache.k[layer], cache.v[layer]
+            return cpu.reattention(q_THD, k_GND, v_GND, step.seq_len, self.cos, self.sin, self.config)
         out_THD: Tensor = reattention(*arguments, chunk_size=step.chunk_size)
         return out_THD
 

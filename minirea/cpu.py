@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from minirea.config import ReAttentionConfig
+from minirea.kernels.reference import BLOCK, NO_KEY, choose_scope, locate, pack_score, rotate, unpack_index
 from minirea.threads import thread_pool
 
 HALF_TYPES: Final = (torch.bfloat16, torch.float16)
@@ -26,6 +28,9 @@ _LARGEST_EXPONENT: Final = 15  # packed weights lie in (-2^15, 2^15)
 _LARGEST_SCALE: Final = 126  # as an exponent: its inverse is a normal float32
 
 _ZERO: Final = torch.zeros((), dtype=torch.float32, device="cpu")
+_TILE: Final = 1024  # keys that are rotated and multiplied by while they are in the processor's cache
+_SCORES: Final = 1 << 21  # held at a time
+_SCORE_ROWS: Final = 128  # in so many rows at most
 _LARGEST: Final = torch.finfo(torch.float32).max
 _FLASH: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # also gives the sums of exponentials
 
@@ -153,6 +158,90 @@ def attend_causal(q_THD: Tensor, k_GND: Tensor, v_GND: Tensor) -> Tensor:
         share_GMT = torch.sigmoid(sum_GMT - before_sum.view(shape[:3]))
         out_GMTD = torch.lerp(before.view(shape), out_GMTD, share_GMT[..., None].to(out_GMTD.dtype))
     return out_GMTD.permute(2, 0, 1, 3).reshape(T, H, D)
+
+
+def reattention(
+    q_THD: Tensor,
+    k_cache_GND: Tensor,
+    v_cache_GND: Tensor,
+    seq_len: int,
+    cos: Tensor,
+    sin: Tensor,
+    config: ReAttentionConfig,
+) -> Tensor:
+    """`minirea.kernels.reattention` of one chunk, beyond global_size + local_size tokens, with one vote for all heads.
+
+    The reference's phases up to the scope; then a chunk is attended to without a mask, and a decode step leaves the
+    local part where it is. Arguments are the reference's, in float32.
+    """
+    T, H, D = q_THD.shape
+    G = len(k_cache_GND)
+    q_GRD = q_THD.unflatten(1, (G, H // G)).transpose(0, 1).reshape(G, -1, D)
+    start_1P, offset_1P, length_1 = choose_scope(q_GRD, k_cache_GND, seq_len, config, score)
+    S = int(length_1)
+    q_THD = rotate(q_THD.clone(), cos[S - T : S, None], sin[S - T : S, None])
+    gathered = S if T > 1 else S - config.local_size
+    source_S = locate(torch.arange(gathered), start_1P, offset_1P)[0]
+    k_GSD, v_GSD = k_cache_GND.index_select(1, source_S), v_cache_GND.index_select(1, source_S)
+    k_GSD = rotate(k_GSD, cos[:gathered], sin[:gathered])
+    if T > 1:
+        return attend_causal(q_THD, k_GSD, v_GSD)
+
+    q_GRD = q_THD.view(G, H // G, D)
+    local = slice(seq_len - config.local_size, seq_len)
+    parts = [torch.bmm(q_GRD, k_GSD.mT)]
+    tiles = (x.split(_TILE, -2) for x in (k_cache_GND[:, local], cos[gathered:S], sin[gathered:S]))
+    parts += [torch.bmm(q_GRD, _rotated(*tile).mT) for tile in zip(*tiles, strict=True)]
+    p_GRS = torch.cat(parts, -1).mul_(D**-0.5).softmax(-1)
+    out_GRD = torch.bmm(p_GRS[..., :gathered], v_GSD)
+    return out_GRD.baddbmm_(p_GRS[..., gathered:], v_cache_GND[:, local]).view(1, H, D)
+
+
+def score(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> Tensor:
+    """The reference's `score` of float32 rows, in tiles that stay in the processor's cache until they are ranked.
+
+    A row's scores lie side by side here: maxima of blocks are then reduced, and the best blocks copied, in whole runs.
+    """
+    G, R, _ = q_GRD.shape
+    rows = min(R, _SCORE_ROWS)
+    keys = max(_SCORES // rows // BLOCK, 1) * BLOCK
+    K = min(span_top_k, mid_hi - mid_lo)
+    best_GRK = torch.full((G, R, K), NO_KEY)
+    buffer = torch.empty(rows * (min(keys, mid_hi - mid_lo) + BLOCK))
+    for q_RD, k_ND, best_RK in zip(q_GRD, k_cache_GND, best_GRK, strict=True):
+        for first in range(0, R, rows):
+            q_tile, best_tile = q_RD[first : first + rows], best_RK[first : first + rows]
+            for lo in range(mid_lo, mid_hi, keys):
+                k_tile = k_ND[lo : min(lo + keys, mid_hi)]
+                blocks = -(-len(k_tile) // BLOCK)
+                score_RN = buffer[: len(q_tile) * blocks * BLOCK].view(len(q_tile), -1)
+                torch.mm(q_tile, k_tile.t(), out=score_RN[:, : len(k_tile)])
+                score_RN[:, len(k_tile) :] = -torch.inf
+                found = _best_of_tile(score_RN.view(len(q_tile), blocks, BLOCK), lo, K)
+                best_tile.copy_(torch.cat([best_tile, found], 1).topk(K).values)
+    return unpack_index(best_GRK)
+
+
+def _best_of_tile(score_RNM: Tensor, lo: int, num_winners: int) -> Tensor:
+    """The packed best scores of each row, int64 [R, at most K blocks of M]; the K best are among them.
+
+    A winner outside the K blocks with the largest maxima would have K better keys before it.
+    """
+    R, N, M = score_RNM.shape
+    block_RK = unpack_index(pack_score(score_RNM.amax(-1), torch.arange(N)).topk(min(num_winners, N)).values)
+    rows = (block_RK + torch.arange(0, R * N, N)[:, None]).flatten()
+    score_RC = score_RNM.view(R * N, M).index_select(0, rows).view(R, -1)
+    offs_RC = (block_RK[..., None] * M + torch.arange(lo, lo + M)).flatten(1)
+    return pack_score(score_RC, offs_RC)
+
+
+def _rotated(x_GND: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
+    """RoPE as the reference's `rotate`, into a new tensor: one pass less than a copy that is rotated in place."""
+    out_GND = torch.empty(x_GND.shape)
+    (a, b), (out_a, out_b) = x_GND.chunk(2, -1), out_GND.chunk(2, -1)
+    torch.mul(a, cos_ND, out=out_a).addcmul_(b, sin_ND, value=-1)
+    torch.mul(b, cos_ND, out=out_b).addcmul_(a, sin_ND)
+    return out_GND
 
 
 def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, factor: float = 1.0) -> Tensor:

@@ -28,7 +28,7 @@ ALLOWED = {
     "minirea.sampling": {"checks"},
     "minirea.cache": {"config", "memory", "errors"},
     "minirea.attention": {"kernels", "cache", "config", "cpu", "rope", "errors"},
-    "minirea.cpu": {"threads"},
+    "minirea.cpu": {"config", "kernels", "threads"},
     "minirea.plan": {"attention", "cache", "config", "cpu", "memory", "weights"},
     "minirea.linear": {"cpu"},
     "minirea.model": {"kernels", "attention", "cache", "config", "cpu", "linear"},

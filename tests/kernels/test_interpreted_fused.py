@@ -183,8 +183,8 @@ def test_packed_ranking_equals_the_twin() -> None:
     score = torch.randint(-3, 4, (64,)).float() * torch.tensor([1.0, 0.0, -0.0, 1e-40] * 16)
     winner = torch.empty(8, dtype=torch.int32)
     rank_kernel[(1,)](score, winner, 64, 5, 8)
-    packed = reference._pack(score, torch.arange(64))
-    assert winner[:5].tolist() == reference._unpack_index(packed.topk(5).values).tolist()
+    packed = reference.pack_score(score, torch.arange(64))
+    assert winner[:5].tolist() == reference.unpack_index(packed.topk(5).values).tolist()
 
 
 @triton.jit

@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from minirea import api, cpu
 from minirea.attention import Attention
+from minirea.config import ReAttentionConfig
 from minirea.cpu import PackedMatrix, attend, attend_causal, can_pack, pack, prepare, preparing_bytes, rms_norm
+from minirea.kernels.reference import reattention_reference, score_rows
 from minirea.linear import add_linear, linear, norm_linear
 from minirea.model import Model
 from minirea.weights import load_weights
@@ -164,6 +166,39 @@ def test_attend_causal(queries: int, keys: int, scale: float, dtype: torch.dtype
     if dtype == torch.float32 and scale > 1:
         tolerance = {"atol": 3e-5, "rtol": 1e-5}  # a score of 500 is off by 3e-5
     torch.testing.assert_close(attend_causal(q, k, v), exact.to(dtype), **tolerance)
+
+
+@pytest.mark.parametrize("scores_at_a_time", [1, 2000, 1 << 21])
+@pytest.mark.parametrize("rows", [1, 3, 130])
+@pytest.mark.parametrize(("lo", "hi"), [(5, 6), (5, 8), (4, 68), (3, 400), (64, 1000)])
+def test_winners_of_integers_are_the_reference_s(
+    lo: int, hi: int, rows: int, scores_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores of few values: nearly all tie, within blocks, across them and across tiles, and the lowest key wins."""
+    monkeypatch.setattr(cpu, "_SCORES", scores_at_a_time)
+    generator = torch.Generator().manual_seed(hi + rows)
+    q = torch.randint(-1, 2, (2, rows, 4), generator=generator).float()
+    k = torch.randint(-1, 2, (2, 1100, 4), generator=generator).float()
+    for span_top_k in (1, 4, 7):
+        assert torch.equal(cpu.score(q, k, lo, hi, span_top_k), score_rows(q, k, lo, hi, span_top_k))
+
+
+@pytest.mark.parametrize("span_top_k", [0, 4])
+@pytest.mark.parametrize("queries", [1, 2, 40])
+@pytest.mark.parametrize("seq_len", [105, 106, 300, 2000])
+def test_reattention_is_the_reference_s(seq_len: int, queries: int, span_top_k: int) -> None:
+    """Garbage after the cached tokens changes nothing."""
+    config = ReAttentionConfig(
+        global_size=4, local_size=100, span_top_k=span_top_k, span_size=8, max_spans=12, chunk_size=64
+    )
+    angles = torch.outer(torch.arange(config.max_scope).float(), 1e4 ** (-torch.arange(0, 16, 2) / 16))
+    q, k, v = random(queries, 6, 16), random(2, 2100, 16, seed=1), random(2, 2100, 16, seed=2)
+    k[:, seq_len:], v[:, seq_len:] = torch.nan, torch.nan
+    arguments = (q, k, v, seq_len, angles.cos(), angles.sin(), config)
+    before = q.clone(), k.clone(), v.clone()
+    torch.testing.assert_close(cpu.reattention(*arguments), reattention_reference(*arguments)[0])
+    for tensor, old in zip((q, k, v), before, strict=True):
+        assert torch.equal(tensor.nan_to_num(9), old.nan_to_num(9))
 
 
 @pytest.mark.parametrize("rows", [1, 3])
