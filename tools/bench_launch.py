@@ -77,11 +77,11 @@ def recorded(model: str) -> list[Launch]:
 
 
 def launch_by_triton(
-    kernel: Any, programs: int, device: torch.device, arguments: Sequence[Any], constants: dict[str, Any]
+    function: Any, programs: int, device: torch.device, arguments: Sequence[Any], constants: dict[str, Any]
 ) -> None:
     """What takes the place of minirea.kernels.driver.launch, to compare with."""
     with torch.cuda.device(device):
-        kernel[(programs,)](*arguments, **constants, enable_fp_fusion=True)
+        function[(programs,)](*arguments, **constants, enable_fp_fusion=True)
 
 
 def use_tritons_driver() -> None:

@@ -192,5 +192,5 @@ def launch_phase(
     caches = {name: arguments[name]._replace(ptr=x) for name, x in (("k", k_GND), ("v", v_GND))}
     arguments = arguments | caches
     named = {name: arguments[name] for name in [*inspect.signature(kernel.fn).parameters, "num_warps"]}
-    constants = {name: named.pop(name) for name in ("c", "LOCAL", "FAR", "num_warps") if name in named}
+    constants: dict[str, Any] = {name: named.pop(name) for name in ("c", "LOCAL", "FAR", "num_warps") if name in named}
     start(kernel, programs, k_GND.device, tuple(named.values()), constants)

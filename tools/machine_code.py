@@ -65,18 +65,17 @@ def compiled(shape: Shape) -> driver.Variant:
         return torch.empty(sizes, dtype=dtype, device="meta")
 
     q_THD, out_THD = (tensor(shape.num_queries, shape.num_heads, shape.head_dim) for _ in range(2))
-    caches = [tensor(shape.num_kv_heads, 131072, shape.head_dim) for _ in range(2)]
+    k_GND, v_GND = (tensor(shape.num_kv_heads, 131072, shape.head_dim) for _ in range(2))
     seq_len = tensor(1, dtype=torch.int32)
-    table = [tensor(config.max_scope + 2048, shape.head_dim // 2, dtype=torch.float32) for _ in range(2)]
-    given = (q_THD, *caches, out_THD, seq_len, Rope(*table), config, None)
+    rope = Rope(*(tensor(config.max_scope + 2048, shape.head_dim // 2, dtype=torch.float32) for _ in range(2)))
     with (
         mock.patch.object(launch, "launch_cooperatively", record),
         mock.patch.object(launch, "num_programs", return_value=PROCESSORS),
     ):
         if shape.num_queries == 1:
-            launch.launch_decode(*given)
+            launch.launch_decode(q_THD, k_GND, v_GND, out_THD, seq_len, rope, config)
         else:
-            launch.launch_chunks(*given, shape.chunk_size)
+            launch.launch_chunks(q_THD, k_GND, v_GND, out_THD, seq_len, rope, config, None, shape.chunk_size)
     return found[0]
 
 

@@ -22,11 +22,11 @@ from minirea.kernels.fused.arguments import (
     Heads,
     Rope,
     Tiles,
-    pad,
 )
 from minirea.kernels.fused.chunks import chunk_kernel
 from minirea.kernels.fused.decode import decode_kernel
 from minirea.kernels.launching import cdiv, launch_cooperatively
+from minirea.kernels.launching import next_power_of_2 as pad
 
 # Under TRITON_INTERPRET=1 programs run one after another, so there may be only one: a second could never arrive.
 INTERPRETED: Final = not isinstance(decode_kernel, triton.JITFunction)
