@@ -5,10 +5,12 @@
     python tools/bench.py load --model DIR
     python tools/bench.py kernel --contexts 8k,128k
     python tools/bench.py launch
+    python tools/bench.py report
 
-Every command prints the machine and its versions first, each number beside its floor and a baseline of the same run,
-and one JSON object as its last line. `bench.py --driver triton COMMAND` launches kernels by Triton's own driver, which
-needs a C compiler, instead of minirea's; that is for comparing the two and nothing else.
+Every command that measures prints the machine and its versions first, each number with its floor and a baseline of the
+same run, and one JSON object as its last line; `report` renders those that are kept in kernels/benchmarks.
+`bench.py --driver triton COMMAND` launches kernels by Triton's own driver, which needs a C compiler, instead of
+minirea's; that is for comparing the two and nothing else.
 """
 
 from __future__ import annotations
@@ -19,13 +21,24 @@ import bench_kernel
 import bench_launch
 import bench_load
 import bench_model
+import bench_report
+from bench_machine import build
 
-COMMANDS = (bench_model, bench_load, bench_kernel, bench_launch)  # each has add_command(subparsers) and run(arguments)
+COMMANDS = (
+    bench_model,
+    bench_load,
+    bench_kernel,
+    bench_launch,
+    bench_report,
+)  # each has add_command(subparsers) and run(arguments)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--driver", choices=("minirea", "triton"), default="minirea", help="default: minirea")
+    parser.add_argument(
+        "--build", default=build(), metavar="NAME", help="what the result calls the build: git's commit"
+    )
     subparsers = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         command.add_command(subparsers).set_defaults(run=command.run)

@@ -6,9 +6,13 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import shlex
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +52,15 @@ def describe_machine(device: str) -> dict[str, Any]:
         machine[package] = package_version(package)
     machine["copy_gb_per_s"] = round(copy_bandwidth(device) / 1e9, 1)
     return machine
+
+
+def build() -> str | None:
+    """The commit of this checkout; None where git does not say."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=7"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def device_name(device: str) -> str:
@@ -103,4 +116,5 @@ def print_machine(machine: dict[str, Any]) -> None:
 def print_result(machine: dict[str, Any], arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """The last line of every command: one JSON object with all that was measured, and how."""
     options = {name: value for name, value in vars(arguments).items() if isinstance(value, (str, int, float, list))}
-    print(json.dumps({"machine": machine, "options": options, "rows": rows}), flush=True)
+    command = shlex.join(["python", "tools/bench.py", *sys.argv[1:]])
+    print(json.dumps({"machine": machine, "command_line": command, "options": options, "rows": rows}), flush=True)
