@@ -144,7 +144,8 @@ class _Reader:
             held = min(shared, self.llm.num_shared(common, [len(self._held), len(piece)]))
         session.rewind(held)
         if held < shared:
-            self._read = shared, self._prefill(piece[held:shared], len(piece) - shared)
+            to_follow = len(piece) - shared + (not self.as_session)  # the last token is not part of the piece
+            self._read = shared, self._prefill(piece[held:shared], to_follow)
         seconds = self._prefill(piece[shared:]) if self.as_session else 0.0
         rest = question.ids if self.as_session else [*piece[shared:], *question.ids[-1:]]
         self._held = piece

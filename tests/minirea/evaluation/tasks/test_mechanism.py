@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ from testing import random_ids, tiny_model, write_checkpoint
 
 import minirea
 from minirea.attention import Attention
+from minirea.config import RopeConfig
 from minirea.errors import InputError
 from minirea.evaluation.tasks.mechanism import SWEEPS, Mechanism, parse_sweep, settings
 from minirea.evaluation.tasks.mechanism_measures import (
@@ -167,8 +169,10 @@ def test_selected_keys_are_those_of_the_engine(directory: Path, span_scope: str)
 # ---------------------------------------------------------------------------------------------------------------
 def test_without_rope_the_two_selections_are_one(tmp_path: Path) -> None:
     """Positions divided by a billion turn nothing, so scores with and without RoPE have the same winners."""
-    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 1e6}
-    llm = minirea.load(write_checkpoint(tmp_path, tiny_model(rope_parameters=rope)), **SCOPE | {"max_spans": 16})
+    llm = minirea.load(write_checkpoint(tmp_path, tiny_model()))
+    rope = RopeConfig(type="linear", factor=1e9)  # beyond what a config.json may say
+    llm.model.config = dataclasses.replace(llm.model.config, rope=rope)
+    llm = llm.with_attention("reattention", **SCOPE | {"max_spans": 16})
     overlap = Overlap(llm.model.config)
     observe_end(llm.model, random_ids(120), 4, overlap)
     heads = {name: torch.tensor(values) for name, values in overlap.per_head.items()}
