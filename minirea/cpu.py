@@ -207,7 +207,7 @@ def score(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top
     keys = max(_SCORES // rows // BLOCK, 1) * BLOCK
     K = min(span_top_k, mid_hi - mid_lo)
     best_GRK = torch.full((G, R, K), NO_KEY)
-    buffer = torch.empty(rows * (min(keys, mid_hi - mid_lo) + BLOCK))
+    buffer = torch.empty(rows * (min(keys, mid_hi - mid_lo) + BLOCK), dtype=torch.float32)
     for q_RD, k_ND, best_RK in zip(q_GRD, k_cache_GND, best_GRK, strict=True):
         for first in range(0, R, rows):
             q_tile, best_tile = q_RD[first : first + rows], best_RK[first : first + rows]
@@ -237,7 +237,7 @@ def _best_of_tile(score_RNM: Tensor, lo: int, num_winners: int) -> Tensor:
 
 def _rotated(x_GND: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
     """RoPE as the reference's `rotate`, into a new tensor: one pass less than a copy that is rotated in place."""
-    out_GND = torch.empty(x_GND.shape)
+    out_GND = torch.empty(x_GND.shape, dtype=torch.float32)
     (a, b), (out_a, out_b) = x_GND.chunk(2, -1), out_GND.chunk(2, -1)
     torch.mul(a, cos_ND, out=out_a).addcmul_(b, sin_ND, value=-1)
     torch.mul(b, cos_ND, out=out_b).addcmul_(a, sin_ND)

@@ -69,7 +69,7 @@ def test_bad_fields_are_named(fields: dict[str, Any]) -> None:
 
 def test_a_scope_beyond_the_trained_context_is_refused_with_both_numbers() -> None:
     config = ReAttentionConfig.for_context(2048, max_spans=64)
-    with pytest.raises(InputError, match=r"3104 .* 2048 .*--allow-out-of-distribution"):
+    with pytest.raises(InputError, match=r"3104 .* 2048 .*allow_out_of_distribution=True"):
         config.check_fits(2048, "max_position_embeddings")
-    with pytest.raises(InputError, match=r"2049 .*dense_size 2049.* 2048 .*--allow-out-of-distribution"):
+    with pytest.raises(InputError, match=r"2049 .*dense_size 2049.* 2048 .*allow_out_of_distribution=True"):
         ReAttentionConfig.for_context(2048, dense_size=2049).check_fits(2048, "max_position_embeddings")

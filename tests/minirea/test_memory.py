@@ -38,11 +38,11 @@ PLAN = MemoryPlan(weights=16_000, loading=3_000, cache=8_000, workspace=2_000, n
         (
             25_999,
             "not enough memory on cpu: needs 16.0 kB for weights, 8.0 kB for the KV cache and 2.0 kB to work in, "
-            "26.0 kB is free; shorten the prompt or lower --max-tokens: about 999,875 of 1,000,000 tokens fit",
+            "26.0 kB is free; shorten the prompt or lower max_tokens: about 999,875 of 1,000,000 tokens fit",
         ),
-        (19_000, "19.0 kB is free; shorten the prompt or lower --max-tokens: about 125,000 of 1,000,000 tokens fit"),
-        (18_999, "19.0 kB is free; use a smaller --dtype, another --device or a smaller model"),
-        (0, "0 B is free; use a smaller --dtype, another --device or a smaller model"),
+        (19_000, "19.0 kB is free; shorten the prompt or lower max_tokens: about 125,000 of 1,000,000 tokens fit"),
+        (18_999, "19.0 kB is free; use a smaller `dtype`, another `device` or a smaller model"),
+        (0, "0 B is free; use a smaller `dtype`, another `device` or a smaller model"),
     ],
 )
 def test_plan_of_a_run(monkeypatch: pytest.MonkeyPatch, free: int | None, message: str | None) -> None:
