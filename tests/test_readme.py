@@ -10,7 +10,8 @@ import pytest
 from minirea.cli import _parser
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "kernels/README.md", "weights/demo/README.md", "CHANGELOG.md"]
+PAGES = ["README.md", "CHANGELOG.md", "weights/demo/README.md"]
+PAGES += ["kernels/README.md", "kernels/NOTEBOOK.md", "kernels/BENCHMARKS.md"]
 README = (ROOT / "README.md").read_text()
 
 

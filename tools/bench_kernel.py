@@ -46,17 +46,23 @@ def add_command(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", choices=tuple(CONTEXTS), help="default: both")
+    add_shape(parser, "default: 8k,16k,32k,128k,1m for decode, 32k,128k for prefill")
+    return parser
+
+
+def add_shape(parser: argparse.ArgumentParser, contexts: str) -> None:
+    """The flags that `Layer.of` reads, and which contexts are measured."""
     parser.add_argument(
         "--contexts",
         type=lengths,
         nargs="+",
         action=Lengths,
         metavar="N",
-        help="cached tokens (default: 8k,16k,32k,128k,1m for decode, 32k,128k for prefill)",
+        help=f"cached tokens ({contexts})",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     for name, default, what in (
-        ("queries", 512, "of a prefill step"),
+        ("queries", 512, "of a chunk of a prompt"),
         ("heads", 32, "query heads"),
         ("kv-heads", 8, "key/value heads"),
         ("head-dim", 128, "elements of a head"),
@@ -68,7 +74,6 @@ def add_command(subparsers: Any) -> argparse.ArgumentParser:
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
     parser.add_argument("--span-scope", choices=SPAN_SCOPES, default="layer", help="who votes together")
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
