@@ -20,7 +20,8 @@ from minirea.attention import Attention
 from minirea.cache import KVCache
 from minirea.checkpoint_config import load_config
 from minirea.checks import integer, shown
-from minirea.config import DEVICES, DTYPES, IMPLS, MODES, ModelConfig, ReAttentionConfig
+from minirea.config import DEVICES, DTYPES, IMPLS, MODES, SCOPE_FIELDS, ModelConfig, ReAttentionConfig
+from minirea.context import Origin, StoredContext, save_context
 from minirea.errors import InputError, MissingFileError
 from minirea.files import is_there, read_start
 from minirea.generate import GenerationConfig, Piece, Stats
@@ -30,7 +31,7 @@ from minirea.model import Model
 from minirea.plan import keeps_half, plan_run, workspace_bytes
 from minirea.steps import num_shared
 from minirea.tokenizer import Tokenizer, load_tokenizer
-from minirea.weights import checkpoint_dtype, load_weights
+from minirea.weights import checkpoint_dtype, fingerprint, load_weights
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,10 @@ class ModelFiles(_Encoder):
         """What weights, cache and workspace need for so many tokens, of prompt and text together; 0: not known yet."""
         return plan_run(self.path, self.attention, self.dtype, num_tokens)
 
+    def open_context(self, path: str | Path) -> StoredContext:
+        """A file that Session.save has written, its header checked, for LLM.open_session. Errors as there."""
+        return StoredContext(path, self.config, _origin(self.path, self.config, self.attention, self.dtype))
+
     def seen_tokens(self, num_tokens: int) -> int:
         """How many tokens attention will see at once, at most, in a context of `num_tokens`."""
         window = self.attention.sliding_window if self.attention.mode == "full" else self.attention.config.max_scope
@@ -245,6 +250,33 @@ class LLM(_Encoder):
         """A context that is kept between calls; `capacity` tokens of cache are allocated at once."""
         return Session(self, capacity)
 
+    @isolated()
+    def open_session(
+        self, context: str | Path | StoredContext, capacity: int = 0, *, progress: bool = False
+    ) -> Session:
+        """A session that goes on from a file that Session.save has written, as if it had not been closed.
+
+        Args:
+            context: the file, or what ModelFiles.open_context has made of it.
+            capacity: tokens of cache that are allocated at once, at least those of the file.
+            progress: show a bar on stderr.
+
+        Raises:
+            MissingFileError: no such file.
+            InputError: the file is damaged, or of another model, dtype, attention mode or scope.
+            MemoryLimitError: its cache does not fit.
+        """
+        if not isinstance(context, StoredContext):
+            context = StoredContext(context, self.config, self._origin())
+        try:
+            session = self.session(max(len(context.ids), integer("capacity", capacity, 0)))
+            context.read_into(session.cache, progress)
+        finally:
+            context.close()
+        self.model.attention.rotate_again(session.cache)
+        session.ids, session.notes = context.ids, context.notes
+        return session
+
     def generate(
         self, prompt: str | Sequence[int], max_tokens: int = 256, *, progress: bool = False, **options: Any
     ) -> Generation:
@@ -276,6 +308,9 @@ class LLM(_Encoder):
         ids = self.encode(ids)
         return loop.all_logits(self.model, self._cache(len(ids)), ids)
 
+    def _origin(self) -> Origin:
+        return _origin(self.path, self.config, self.model.attention, self.model.dtype)
+
     def _cache(self, capacity: int) -> KVCache:
         model = self.model
         workspace = functools.partial(workspace_bytes, model.attention, model.dtype)
@@ -293,12 +328,14 @@ class Session:
 
     Attributes:
         ids: the whole context. The last sampled token may not be in the cache yet.
+        notes: strings of the program's own, which `save` keeps with the context.
     """
 
     def __init__(self, llm: LLM, capacity: int = 0) -> None:
         self.llm = llm
         self.cache = llm._cache(integer("capacity", capacity, 0))
         self.ids: list[int] = []
+        self.notes: dict[str, str] = {}
 
     def __repr__(self) -> str:
         return f"<Session of {len(self.ids):,} tokens, cache for {self.cache.capacity:,}, of {self.llm!r}>"
@@ -315,6 +352,16 @@ class Session:
         with self._unchanged_by_failure():
             self.ids += ids
             loop.prefill(self.llm.model, self.cache, self.ids[self.cache.seq_len :], to_follow, progress)
+
+    def save(self, path: str | Path, *, progress: bool = False) -> None:
+        """Keep the context in a file for LLM.open_session; minirea.context describes it.
+
+        A file of that name is replaced once the new one is complete: a crash leaves the old one, or none.
+
+        Raises:
+            InputError: the context is empty, or the file cannot be written.
+        """
+        save_context(path, self.cache, self.ids, self.llm._origin(), self.notes, progress)
 
     def rewind(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` of the context and forget the rest."""
@@ -380,6 +427,17 @@ def generation_config(options: dict[str, Any]) -> GenerationConfig:
         expected = ", ".join(GenerationConfig.__dataclass_fields__)
         raise InputError(f"unknown option {unknown[0]!r}, expected one of {expected}")
     return GenerationConfig(**options)
+
+
+def _origin(path: str | Path | None, config: ModelConfig, attention: Attention, dtype: torch.dtype) -> Origin:
+    """What a context is checked against: the settings that keys and values, or what is read next, depend on."""
+    if path is None:
+        raise InputError("this model has no directory, by which the files of its contexts are known")
+    ignored = {"full": SCOPE_FIELDS, "streaming": ("span_top_k", "span_size", "max_spans", "span_scope")}
+    names = [name for name in SCOPE_FIELDS if name not in ignored.get(attention.mode, ())]
+    settings: dict[str, int | str] = {"attention": attention.mode, "dtype": str(dtype).removeprefix("torch.")}
+    settings |= {name: getattr(attention.config, name) for name in names}
+    return Origin(fingerprint(path, config), Path(path).resolve().name, settings)
 
 
 def _choice(name: str, value: str, expected: tuple[str, ...]) -> None:

@@ -20,6 +20,7 @@ from minirea.rope import apply_rope, for_whole_heads, inverse_frequencies, rope_
 # (kernels/README.md).
 STEP_CHUNKS: Final = 4
 STEP_TOKENS: Final = 2048
+ROTATED_AT_ONCE: Final = 4096  # cached keys, which bounds the memory that it takes
 
 
 class Step(NamedTuple):
@@ -182,6 +183,17 @@ class Attention:
         q_rotated, k_rotated = qk_rotated.split_with_sizes((H, G), 1)
         cache.write(layer, qkv_TXD, k_rotated)
         return q_rotated
+
+    def rotate_again(self, cache: KVCache) -> None:
+        """Fill `cache.k_rotated` from `cache.k`, bit for bit as `write` did."""
+        if not cache.k:  # rotated keys are all there is
+            return
+        (cos, sin), stop = self._dense_tables, min(cache.seq_len, self.dense_limit)
+        for k_GND, k_rotated_GND in zip(cache.k, cache.k_rotated, strict=False):  # no layer has any without dense_limit
+            for start in range(0, stop, ROTATED_AT_ONCE):
+                part = slice(start, min(stop, start + ROTATED_AT_ONCE))
+                k_TGD = apply_rope(k_GND[:, part].transpose(0, 1), cos[part], sin[part])
+                k_rotated_GND[:, part] = k_TGD.transpose(0, 1)
 
     def over_cache(self, layer: int, q_THD: Tensor, cache: KVCache, step: Step) -> Tensor:
         """ReAttention of a step whose keys and values the cache already holds. Not for mode "full"."""

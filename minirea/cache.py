@@ -74,6 +74,11 @@ class KVCache:
     def tensors(self) -> list[Tensor]:
         return [*self._kv, *self.k_rotated]
 
+    def stored(self, layer: int) -> dict[str, Tensor]:
+        """What a file has to keep of a layer, each [G, N, D]: all but keys that can be rotated again from others."""
+        keys = {"k": self.k[layer]} if self.k else {"k_rotated": self.k_rotated[layer]}
+        return {**keys, "v": self.v[layer]}
+
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` tokens, one layer at a time so that the peak stays low.
 

@@ -1,11 +1,17 @@
-"""Files that are read whole: regular, readable and of a size that real ones have, or one line that says what is not."""
+"""Files that are read whole, or replaced whole: regular, and of a size that real ones have, or one line about it."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import hashlib
 import os
 import re
+import secrets
 import stat
+from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Final
 
@@ -121,3 +127,75 @@ def unreadable(path: str | Path, error: OSError | ValueError) -> InputError | Mi
 
 def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[FileIO]:
+    """A new file that takes the place of `path` when the block ends well: whatever happens, the old one or the new.
+
+    It is written under a name of its own in the same directory, brought to the disk and renamed. What a process that
+    was killed has left there is removed by the next call for the same path.
+
+    Raises:
+        InputError: `path` is no regular file, or its directory cannot be written to, or the disk is full.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        if target.exists() and not target.is_file():
+            raise InputError(f"{path}: is {_KINDS.get(stat.S_IFMT(os.stat(target).st_mode))}, expected a file")
+        _remove_left_over(target)
+        file, name = _temporary(target)
+        try:
+            with file:
+                yield file
+                os.fsync(file.fileno())
+                os.replace(name, target)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+        directory = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except (OSError, ValueError) as error:
+        if isinstance(error, (InputError, MissingFileError)):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else "no name that a file can have"
+        raise InputError(f"{path}: cannot be written: {reason}") from None
+
+
+def check_replaceable(path: str | Path) -> None:
+    """Raise at once what `replacing` would raise before its first byte. The file stays as it is."""
+
+    class Enough(Exception):  # noqa: N818  not an error
+        pass
+
+    with contextlib.suppress(Enough), replacing(path):
+        raise Enough
+
+
+def _temporary(target: Path) -> tuple[FileIO, Path]:
+    """A new file beside `target`, locked as long as it is open: that tells it from one that was left over."""
+    while True:
+        name = target.with_name(f"{_temporary_prefix(target)}{secrets.token_hex(4)}.part")
+        file = FileIO(os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "r+")
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:  # else another process took it for left over before it was locked
+            return file, name
+        file.close()
+
+
+def _remove_left_over(target: Path) -> None:
+    for name in os.listdir(target.parent):
+        if not (name.startswith(_temporary_prefix(target)) and name.endswith(".part")):
+            continue
+        with contextlib.suppress(OSError), open(target.with_name(name), "rb") as file:  # OSError: in use, or just gone
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(target.with_name(name))
+
+
+def _temporary_prefix(target: Path) -> str:
+    return f".minirea-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]}-"

@@ -35,13 +35,14 @@ ALLOWED = {
     "minirea.steps": {"kernels", "attention", "model", "cache", "sampling"},
     "minirea.graph": {"steps", "model", "cache", "sampling"},
     "minirea.progress": {"config"},
+    "minirea.context": {"cache", "config", "errors", "files", "threads", "weights"},
     "minirea.generate": {
         *("checks", "graph", "steps", "model", "cache", "sampling", "tokenizer", "isolation", "memory", "errors"),
         "progress",
     },
     "minirea.api": {
         *("generate", "steps", "attention", "model", "cache", "checks", "checkpoint_config", "config", "memory"),
-        *("tokenizer", "plan", "weights", "errors", "files", "isolation"),
+        *("tokenizer", "plan", "weights", "errors", "files", "isolation", "context"),
     },
     "minirea.evaluation": {"evaluation", "api", "config", "generate", "json_object", "tokenizer", "errors"},
     "minirea.terminal": {"errors"},

@@ -127,7 +127,7 @@ def load_weights(
         InputError: a malformed file, or a missing, misshapen, duplicated or non-finite tensor, or one of another model.
         MemoryLimitError: the weights do not fit on the device.
     """
-    tensors = _read_headers(Path(directory))
+    tensors = read_headers(Path(directory))
     table = NameTable(config)
     assigned = _assign(Path(directory), tensors, table)
     _warn_of_unused(Path(directory), tensors, assigned)
@@ -181,7 +181,7 @@ def checkpoint_dtype(directory: str | Path, config: ModelConfig) -> torch.dtype:
 
     Raises what load_weights raises for the files' headers.
     """
-    return _declared_dtype(config) or _most_common_dtype(_read_headers(Path(directory)))
+    return _declared_dtype(config) or _most_common_dtype(read_headers(Path(directory)))
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -196,7 +196,7 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 
 def kept_weight_bytes(directory: str | Path, config: ModelConfig, dtype: torch.dtype) -> int:
     """Like weight_bytes, with keep_half. Raises what load_weights raises for the files' headers."""
-    kept = _kept_dtypes(_assign(Path(directory), _read_headers(Path(directory)), NameTable(config)))
+    kept = _kept_dtypes(_assign(Path(directory), read_headers(Path(directory)), NameTable(config)))
     return sum(math.prod(shape) * kept.get(name, dtype).itemsize for name, shape in _shapes(config))
 
 
@@ -275,40 +275,48 @@ def _indexed_files(directory: Path, index_name: str, present: list[str]) -> list
 # --- Headers ----------------------------------------------------------------------------------------------------------
 
 
-def _read_headers(directory: Path) -> list[StoredTensor]:
+def read_headers(directory: Path) -> list[StoredTensor]:
     """All tensors of a checkpoint, buffers left out, in the order in which they lie in the files."""
     by_name: dict[str, StoredTensor] = {}
     for path in _weight_files(directory):
-        for tensor in _read_header(path):
+        with open_file(path) as file:
+            _, stored = read_header(file, path)
+        for tensor in stored:
+            if is_ignored(tensor.name):
+                continue
             if tensor.name in by_name:
                 raise InputError(f"{tensor} is also in {by_name[tensor.name].path}, expected it once")
             by_name[tensor.name] = tensor
     return list(by_name.values())
 
 
-def _read_header(path: Path) -> list[StoredTensor]:
-    with _open(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < 8:
-            raise InputError(f"{path}: holds {size} bytes, expected a safetensors file")
-        prefix = bytearray(8)
-        _read_into(file, 0, memoryview(prefix))
-        length = int.from_bytes(prefix, "little")
-        if length > min(size - 8, MAX_HEADER_BYTES):
-            raise InputError(
-                f"{path}: the header claims {length} bytes, expected at most {min(size - 8, MAX_HEADER_BYTES)}: "
-                "truncated, or not a safetensors file"
-            )
-        text = bytearray(length)
-        _read_into(file, 8, memoryview(text))
-    header = _parse_header(path, text)
+def read_header(file: FileIO, path: Path) -> tuple[dict[str, str], list[StoredTensor]]:
+    """The metadata of an open safetensors file, and its tensors in the order in which they lie in it.
+
+    Raises:
+        InputError: the header is malformed, or its tensors do not fill the file; the message names `path`.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if size < 8:
+        raise InputError(f"{path}: holds {size} bytes, expected a safetensors file")
+    prefix = bytearray(8)
+    read_into(file, 0, memoryview(prefix))
+    length = int.from_bytes(prefix, "little")
+    if length > min(size - 8, MAX_HEADER_BYTES):
+        raise InputError(
+            f"{path}: the header claims {length} bytes, expected at most {min(size - 8, MAX_HEADER_BYTES)}: "
+            "truncated, or not a safetensors file"
+        )
+    text = bytearray(length)
+    read_into(file, 8, memoryview(text))
+    metadata, header = _parse_header(path, text)
     tensors = [_stored_tensor(path, name, entry, 8 + length) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_tiling(path, tensors, 8 + length, size)
-    return [tensor for tensor in tensors if not is_ignored(tensor.name)]
+    return metadata, tensors
 
 
-def _parse_header(path: Path, text: bytearray) -> dict[str, Any]:
+def _parse_header(path: Path, text: bytearray) -> tuple[dict[str, str], dict[str, Any]]:
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:  # bad syntax and bad UTF-8 are both ValueErrors
@@ -318,7 +326,7 @@ def _parse_header(path: Path, text: bytearray) -> dict[str, Any]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError(f"{path}: __metadata__ is {_repr.repr(metadata)}, expected an object of strings")
-    return header
+    return metadata, header
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -516,12 +524,12 @@ class _Block(NamedTuple):
         transfer, tensor = self.transfer, self.transfer.tensor
         offset = tensor.offset + self.first_row * transfer.row_bytes
         # Opened anew for every block: a file object has one position, which threads cannot share.
-        with _open(tensor.path) as file, workspace.on_stream, torch.inference_mode():
+        with open_file(tensor.path) as file, workspace.on_stream, torch.inference_mode():
             if transfer.in_place:
-                _read_into(file, offset, _bytes_of(self.rows))
+                read_into(file, offset, bytes_of(self.rows))
             else:
                 staging = workspace.staging[: self.nbytes]
-                _read_into(file, offset, _bytes_of(staging))
+                read_into(file, offset, bytes_of(staging))
                 transfer.unstage(self.rows, transfer.values(staging, self.first_row))
             low, high = torch.aminmax(self.rows)  # NaN makes both NaN
             if not math.isfinite(low) or not math.isfinite(high):  # asking waits for the stream
@@ -571,7 +579,7 @@ def _fill(transfers: list[_Transfer], device: torch.device) -> Iterator[int]:
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> FileIO:
+def open_file(path: Path) -> FileIO:
     try:
         if not path.is_file():  # opening a named pipe would wait for a writer
             raise InputError(f"{path}: not a regular file")
@@ -580,7 +588,7 @@ def _open(path: Path) -> FileIO:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _read_into(file: FileIO, offset: int, buffer: memoryview) -> None:
+def read_into(file: FileIO, offset: int, buffer: memoryview) -> None:
     """Fill the buffer with the file's bytes from `offset` on."""
     try:
         file.seek(offset)
@@ -596,11 +604,11 @@ def _read_into(file: FileIO, offset: int, buffer: memoryview) -> None:
 def _read_scale(scale: StoredTensor, dimensions: int) -> torch.Tensor:
     """A quantized matrix's scale, float32 [1, ...] or [rows, 1, ...] with as many dimensions as the matrix."""
     values = torch.empty(scale.shape, dtype=scale.dtype)
-    with _open(scale.path) as file:
-        _read_into(file, scale.offset, _bytes_of(values))
+    with open_file(scale.path) as file:
+        read_into(file, scale.offset, bytes_of(values))
     return values.float().view(-1, *(1,) * (dimensions - 1))
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     """A contiguous CPU tensor's memory. numpy has no bfloat16, hence the view."""
     return tensor.view(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,339 @@
+"""Contexts in files: what a model has read, so that it is read once.
+
+A file is in the safetensors format, so that other programs can look into it. Its metadata say what it is ("format",
+"version"), which model has read it under which settings ("model", "model_name", "settings"), and what a program that
+uses the session keeps with it ("notes"). Its tensors, for L layers, G key/value heads, N cached tokens, D dimensions:
+
+    ids            I64 [N or N + 1]   all tokens; the last sampled one may not be cached yet
+    checksums      I64 [1 + blocks]   of ids, then of the blocks of all others in this order
+    k.0 ... k.L-1  [G, N, D]          keys without RoPE, or k_rotated.0 ... where only rotated keys are kept
+    v.0 ... v.L-1  [G, N, D]
+
+Keys that are kept with RoPE as well are rotated again when a file is opened. A block is BLOCK_BYTES of one head; its
+checksum is the sum of its bytes as 64-bit integers, which runs at the speed of memory and finds damage, not malice.
+Blocks go between the file and their place in the cache, by a few threads, with no copy of the whole in between.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minirea.cache import KVCache
+from minirea.config import ModelConfig
+from minirea.errors import InputError
+from minirea.files import is_there, replacing, unreadable
+from minirea.threads import thread_pool
+from minirea.weights.loader import StoredTensor, bytes_of, open_file, read_header
+
+FORMAT: Final = "minirea context"
+VERSION: Final = "1"
+BLOCK_BYTES: Final = 8 * 2**20
+WORKERS: Final = 4
+_STORED_AS: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a context belongs to: it means nothing to another model, or under other settings.
+
+    Args:
+        model: what weights.fingerprint returns.
+        model_name: for messages.
+        settings: by the names of `load`'s arguments: attention, dtype, and the sizes that the mode depends on.
+    """
+
+    model: str
+    model_name: str
+    settings: dict[str, int | str]
+
+
+class _Block(NamedTuple):
+    """Rows of one head, [at most BLOCK_BYTES, D], contiguous, and where they lie in the file."""
+
+    rows: Tensor
+    offset: int
+
+
+def save_context(
+    path: str | Path, cache: KVCache, ids: Sequence[int], origin: Origin, notes: dict[str, str], progress: bool = False
+) -> None:
+    """Write a context to a file, which replaces an old one once it is complete.
+
+    Raises:
+        InputError: there is nothing to save, or the file cannot be written.
+    """
+    if not ids:
+        raise InputError(f"{path}: not saved: the context is empty, expected at least one token")
+    ids_M = torch.tensor(ids, dtype=torch.int64)
+    parts = _parts(cache)
+    sums = torch.zeros(1 + _num_blocks(parts, cache.seq_len), dtype=torch.int64)
+    shapes = {"ids": (ids_M.dtype, (len(ids),)), "checksums": (sums.dtype, tuple(sums.shape))}
+    shapes |= {name: (part.dtype, _cached_shape(part, cache.seq_len)) for name, part in parts.items()}
+    header, offsets = _header(shapes, _metadata(origin, notes))
+    with replacing(path) as file:
+        _check_room(file, path, offsets["end"])
+        _write_at(file, 0, memoryview(header))
+        _write_at(file, offsets["ids"], bytes_of(ids_M))
+        sums[0] = _checksum(bytes_of(ids_M))
+        blocks = list(_blocks(parts, offsets, cache.seq_len))
+
+        def write(block: _Block) -> int:
+            with torch.inference_mode():
+                view = bytes_of(block.rows.cpu())
+            _write_at(file, block.offset, view)
+            return _checksum(view)
+
+        sums[1:] = torch.tensor(list(_in_parallel(write, blocks, "saving", progress)), dtype=torch.int64)
+        _write_at(file, offsets["checksums"], bytes_of(sums))
+
+
+class StoredContext:
+    """A context's file whose header has been checked; `read_into` reads the rest.
+
+    The file stays open in between, so that one that replaces it meanwhile changes nothing.
+
+    Attributes:
+        ids: all tokens.
+        num_cached: those of them whose keys and values it holds.
+        notes: what was saved with it.
+    """
+
+    def __init__(self, path: str | Path, model: ModelConfig, origin: Origin) -> None:
+        """Open and check a file.
+
+        Raises:
+            MissingFileError: no such file.
+            InputError: it is no context, damaged, or of another origin; the message names both values.
+        """
+        self.path = path
+        if not is_there(path):
+            raise unreadable(path, FileNotFoundError(2, ""))
+        self._file = open_file(Path(path))
+        try:
+            metadata, tensors = read_header(self._file, Path(path))
+            self._check_origin(metadata, origin)
+            self.notes = self._notes(metadata)
+            self._tensors = {tensor.name: tensor for tensor in tensors}
+            self.num_cached = self._check_tensors(model, origin)
+            self.ids = self._read_ids(model.vocab_size)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def read_into(self, cache: KVCache, progress: bool = False) -> None:
+        """Fill an empty cache of at least num_cached tokens, and close the file.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        offsets = {name: tensor.offset for name, tensor in self._tensors.items()}
+        expected = self._read_small("checksums")[1:]
+        parts = _parts(cache)
+
+        def read(block: _Block) -> int:
+            with torch.inference_mode():
+                rows = block.rows if block.rows.is_cpu else torch.empty_like(block.rows, device="cpu")
+                view = bytes_of(rows)
+                _read_at(self._file, block.offset, view)
+                if not block.rows.is_cpu:
+                    block.rows.copy_(rows)
+            return _checksum(view)
+
+        with self._file:
+            blocks = list(_blocks(parts, offsets, self.num_cached))
+            for index, found in enumerate(_in_parallel(read, blocks, "context", progress)):
+                if found != expected[index]:
+                    raise InputError(f"{self.path}: is damaged: bytes from {blocks[index].offset} on have changed")
+        cache.seq_len = self.num_cached
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _check_origin(self, metadata: dict[str, str], origin: Origin) -> None:
+        if metadata.get("format") != FORMAT:
+            raise InputError(f"{self.path}: is no context, expected a file that `minirea read --save` has written")
+        if metadata.get("version") != VERSION:
+            found = metadata.get("version")
+            raise InputError(f"{self.path}: is a context of version {found!r:.40}, expected {VERSION!r}: read it anew")
+        if metadata.get("model") != origin.model:
+            found = f"{metadata.get('model_name')!r:.80} ({metadata.get('model')!r:.40})"
+            raise InputError(
+                f"{self.path}: was read by the model {found}, expected {origin.model_name!r} ({origin.model!r}): "
+                "other weights, or another config.json"
+            )
+        settings = self._object(metadata, "settings")
+        for name, expected in origin.settings.items():
+            if settings.get(name) != expected:
+                found = f"{name}={settings[name]!r:.40}" if name in settings else f"no {name}"
+                raise InputError(f"{self.path}: was read with {found}, expected {name}={expected}: pass the former")
+
+    def _notes(self, metadata: dict[str, str]) -> dict[str, str]:
+        notes = self._object(metadata, "notes")
+        if not all(isinstance(value, str) for value in notes.values()):
+            raise InputError(f"{self.path}: notes are malformed, expected strings")
+        return notes
+
+    def _object(self, metadata: dict[str, str], key: str) -> dict[str, Any]:
+        try:
+            value = json.loads(metadata.get(key, ""))
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise InputError(f"{self.path}: {key} is {metadata.get(key)!r:.80}, expected a JSON object")
+        return value
+
+    def _check_tensors(self, model: ModelConfig, origin: Origin) -> int:
+        """Whether exactly those of this model are there; returns the number of cached tokens."""
+        first = self._tensors.get("v.0")
+        cached = first.shape[1] if first and len(first.shape) == 3 else 0
+        shape = (model.num_kv_heads, cached, model.head_dim)
+        dtype = _STORED_AS[getattr(torch, str(origin.settings["dtype"]))]
+        keys = "k_rotated" if origin.settings["attention"] == "full" else "k"
+        expected: dict[str, tuple[str, list[tuple[int, ...]]]] = {
+            f"{kind}.{layer}": (dtype, [shape]) for kind in (keys, "v") for layer in range(model.num_layers)
+        }
+        row_bytes = model.head_dim * getattr(torch, str(origin.settings["dtype"])).itemsize
+        blocks = 2 * model.num_layers * model.num_kv_heads * -(-cached // _rows_per_block(row_bytes))
+        expected |= {"ids": ("I64", [(cached,), (cached + 1,)]), "checksums": ("I64", [(1 + blocks,)])}
+        for name in sorted(expected.keys() | self._tensors.keys()):
+            tensor = self._tensors.get(name)
+            if tensor is None:
+                raise InputError(f"{self.path}: tensor {name!r} is missing")
+            if name not in expected:
+                raise InputError(f"{tensor} is there, expected only those of this model's context")
+            stored_as, shapes = expected[name]
+            if tensor.stored_as != stored_as or tensor.shape not in shapes:
+                found = f"{tensor.stored_as} {list(tensor.shape)}"
+                raise InputError(f"{tensor} is {found}, expected {stored_as} {list(shapes[0])}")
+        return cached
+
+    def _read_ids(self, vocab_size: int) -> list[int]:
+        ids = self._read_small("ids")
+        if _checksum(bytes_of(ids)) != self._read_small("checksums")[0]:
+            raise InputError(f"{self.path}: is damaged: its token ids have changed")
+        if not len(ids) or not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise InputError(f"{self.path}: token ids are not all from 0 to {vocab_size - 1}")
+        values: list[int] = ids.tolist()
+        return values
+
+    def _read_small(self, name: str) -> Tensor:
+        tensor: StoredTensor = self._tensors[name]
+        values = torch.empty(tensor.shape, dtype=torch.int64)
+        _read_at(self._file, tensor.offset, bytes_of(values))
+        return values
+
+
+def context_bytes(cache: KVCache) -> int:
+    """Of keys and values in the file of a context."""
+    return sum(math.prod(_cached_shape(part, cache.seq_len)) * part.dtype.itemsize for part in _parts(cache).values())
+
+
+def _parts(cache: KVCache) -> dict[str, Tensor]:
+    """The cache's tensors by their names in a file, [G, capacity, D] each, the layers' keys and values in turn."""
+    layers = range(len(cache.v))
+    return {f"{name}.{layer}": part for layer in layers for name, part in cache.stored(layer).items()}
+
+
+def _cached_shape(part: Tensor, num_tokens: int) -> tuple[int, ...]:
+    return part.shape[0], num_tokens, part.shape[2]
+
+
+def _rows_per_block(row_bytes: int) -> int:
+    return max(1, BLOCK_BYTES // row_bytes)
+
+
+def _num_blocks(parts: dict[str, Tensor], num_tokens: int) -> int:
+    rows = (_rows_per_block(part.shape[2] * part.dtype.itemsize) for part in parts.values())
+    return sum(len(part) * -(-num_tokens // size) for part, size in zip(parts.values(), rows, strict=True))
+
+
+def _blocks(parts: dict[str, Tensor], offsets: dict[str, int], num_tokens: int) -> Iterator[_Block]:
+    for name, part_GND in parts.items():
+        row_bytes = part_GND.shape[2] * part_GND.dtype.itemsize
+        size = _rows_per_block(row_bytes)
+        for head, part_ND in enumerate(part_GND):
+            for start in range(0, num_tokens, size):
+                rows = part_ND[start : min(start + size, num_tokens)]
+                yield _Block(rows, offsets[name] + (head * num_tokens + start) * row_bytes)
+
+
+def _in_parallel(do: Callable[[_Block], int], blocks: list[_Block], what: str, progress: bool) -> Iterator[int]:
+    """Results of `do`, in the order of the blocks, by WORKERS threads, with a bar of bytes on stderr."""
+    total = sum(block.rows.nbytes for block in blocks)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc=what, delay=1, leave=False, disable=not progress)
+    with bar, thread_pool(WORKERS, what) as pool:
+        for block, result in zip(blocks, pool.map(do, blocks), strict=True):
+            bar.update(block.rows.nbytes)
+            yield result
+
+
+def _metadata(origin: Origin, notes: dict[str, str]) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": origin.model,
+        "model_name": origin.model_name,
+        "settings": json.dumps(origin.settings),
+        "notes": json.dumps(notes),
+    }
+
+
+def _header(
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The beginning of the file, and each tensor's offset in it; "end" is the file's size."""
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    ends = [0]
+    for name, (dtype, shape) in shapes.items():
+        ends.append(ends[-1] + math.prod(shape) * dtype.itemsize)
+        entries[name] = {"dtype": _STORED_AS[dtype], "shape": shape, "data_offsets": ends[-2:]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    begin = 8 + len(text)
+    offsets = dict(zip([*shapes, "end"], (begin + end for end in ends), strict=True))
+    return len(text).to_bytes(8, "little") + text, offsets
+
+
+def _checksum(data: memoryview) -> int:
+    """The sum of the bytes as signed 64-bit integers, modulo 2**64; of single bytes where they are no multiple of 8."""
+    if not data.nbytes:
+        return 0
+    return int(np.frombuffer(data, dtype=np.int64 if data.nbytes % 8 == 0 else np.uint8).sum(dtype=np.int64))
+
+
+def _check_room(file: FileIO, path: str | Path, size: int) -> None:
+    """Before gigabytes are written in vain. What the old file takes is not free until the new one is complete."""
+    found = os.fstatvfs(file.fileno())
+    free = found.f_bavail * found.f_frsize
+    if found.f_blocks and size > free:
+        raise InputError(f"{path}: cannot be written: it takes {size:,} bytes, and {free:,} are free on that disk")
+
+
+def _write_at(file: FileIO, offset: int, data: memoryview) -> None:
+    while data:
+        count = os.pwrite(file.fileno(), data, offset)
+        data, offset = data[count:], offset + count
+
+
+def _read_at(file: FileIO, offset: int, data: memoryview) -> None:
+    """Unlike loader.read_into for threads that share a file, whose position stays."""
+    try:
+        while data:
+            count = os.preadv(file.fileno(), [data], offset)
+            if not count:
+                raise InputError(f"{file.name}: ends at byte {offset}: it was cut short while it was being read")
+            data, offset = data[count:], offset + count
+    except OSError as error:
+        raise InputError(f"{file.name}: cannot be read: {error.strerror}") from None

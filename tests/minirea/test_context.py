@@ -1,0 +1,383 @@
+"""Contexts in files: they go on as if they had never been closed, or are refused in one line; nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from testing import random_ids, tiny_model, write_checkpoint, write_tokenizer
+
+import minirea
+from minirea import context, files
+from minirea.weights import fingerprint
+
+SCOPE = {"global_size": 4, "local_size": 24, "span_size": 8, "max_spans": 4, "chunk_size": 16, "dense_size": 60}
+MUTATIONS = int(os.environ.get("MINIREA_MUTATIONS", "150"))  # of one file; more by hand
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_checkpoint(tmp_path_factory.mktemp("models") / "tiny", tiny_model())
+    write_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llm(directory: Path) -> minirea.LLM:
+    return minirea.load(directory, **SCOPE)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks in a head, the last of them shorter."""
+    monkeypatch.setattr(context, "BLOCK_BYTES", 1024)
+
+
+@pytest.fixture
+def saved(llm: minirea.LLM, tmp_path: Path) -> Path:
+    session = llm.session()
+    session.prefill(random_ids(90))
+    session.notes = {"messages": "[]"}
+    session.save(tmp_path / "book.ctx")
+    return tmp_path / "book.ctx"
+
+
+def assert_same_cache(one: minirea.Session, other: minirea.Session) -> None:
+    assert one.ids == other.ids
+    assert one.cache.seq_len == other.cache.seq_len
+    for name in ("k", "v", "k_rotated"):
+        for a, b in zip(getattr(one.cache, name), getattr(other.cache, name), strict=True):
+            filled = min(one.cache.seq_len, a.shape[1], b.shape[1])
+            assert torch.equal(a[:, :filled], b[:, :filled]), name
+
+
+def left_over(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.suffix == ".part"]
+
+
+@pytest.mark.parametrize("attention", ["reattention", "streaming", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_context_goes_on_as_if_it_had_not_been_closed(
+    directory: Path, tmp_path: Path, attention: str, dtype: str
+) -> None:
+    """In the dense part, at its end and beyond; after a prompt, and after an answer, whose last token is not read."""
+    llm = minirea.load(directory, attention=attention, dtype=dtype, **SCOPE)
+    for length in (1, 59, 60, 61, 150):
+        session = llm.session()
+        session.prefill(random_ids(length))
+        for _ in range(2):
+            session.save(tmp_path / "a.ctx")
+            opened = llm.open_session(tmp_path / "a.ctx")
+            assert_same_cache(session, opened)
+            question = random_ids(7, seed=length)
+            expected = session.generate(question, max_tokens=9, ignore_eos=True)
+            assert opened.generate(question, max_tokens=9, ignore_eos=True).token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("head_dim", [6, 10, 34, 80])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_keys_are_rotated_again_bit_for_bit(tmp_path: Path, head_dim: int, dtype: str) -> None:
+    """Also where a head is no multiple of what a CPU computes at once."""
+    model = write_checkpoint(tmp_path, tiny_model(head_dim=head_dim))
+    llm = minirea.load(model, dtype=dtype, **SCOPE)
+    session = llm.session()
+    session.prefill(random_ids(47))
+    session.generate(random_ids(3), max_tokens=4, ignore_eos=True)
+    session.save(tmp_path / "a.ctx")
+    assert_same_cache(session, llm.open_session(tmp_path / "a.ctx"))
+
+
+def test_other_programs_can_read_it(saved: Path, llm: minirea.LLM) -> None:
+    opened = llm.open_session(saved, capacity=200)
+    assert (opened.cache.capacity, opened.notes) == (200, {"messages": "[]"})
+    with safe_open(saved, "pt") as file:
+        assert json.loads(file.metadata()["settings"])["local_size"] == 24
+        assert file.get_tensor("ids").tolist() == opened.ids
+        assert torch.equal(file.get_tensor("k.1"), opened.cache.k[1][:, :90])
+
+
+def test_the_same_weights_elsewhere_are_the_same_model(saved: Path, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "sharded", tiny_model(), shard_size="50KB")
+    assert len(list(other.glob("*.safetensors"))) > 1
+    assert minirea.load(other, **SCOPE).open_session(saved).ids
+
+
+def resaved(saved: Path, edit: Callable[[dict[str, str]], object]) -> None:
+    """Change a file's metadata and keep the rest."""
+    raw = saved.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:end])
+    edit(header["__metadata__"])
+    text = json.dumps(header).encode()
+    saved.write_bytes(len(text).to_bytes(8, "little") + text + raw[end:])
+
+
+def test_each_mismatch_names_both_values(directory: Path, saved: Path, tmp_path: Path) -> None:
+    for change, named in (
+        ({"local_size": 25}, ("local_size=24", "local_size=25")),
+        ({"span_scope": "kv_head"}, ("span_scope='layer'", "span_scope=kv_head")),
+        ({"dtype": "bfloat16"}, ("dtype='float32'", "dtype=bfloat16")),
+        ({"attention": "full"}, ("attention='reattention'", "attention=full")),
+    ):
+        with pytest.raises(minirea.InputError) as caught:
+            minirea.load(directory, **SCOPE | change).open_session(saved)
+        assert all(part in str(caught.value) for part in (str(saved), *named)), caught.value
+    other = write_checkpoint(tmp_path / "another", tiny_model(seed=1))
+    with pytest.raises(minirea.InputError, match=r"'tiny' .* expected 'another'"):
+        minirea.load(other, **SCOPE).open_session(saved)
+    resaved(saved, lambda metadata: metadata.update(version="2"))
+    with pytest.raises(minirea.InputError, match="version '2', expected '1'"):
+        minirea.load(directory, **SCOPE).open_session(saved)
+
+
+def test_a_fingerprint_sees_config_names_shapes_and_values(directory: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    def of(path: Path) -> str:
+        return fingerprint(path, minirea.api.load_config(path))  # type: ignore[attr-defined]
+
+    copy = Path(shutil.copytree(directory, tmp_path / "copy"))
+    (copy / "model.safetensors").touch()
+    assert of(copy) == of(directory)
+    weights = load_file(copy / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] *= 1.001
+    save_file(weights, copy / "model.safetensors")
+    assert of(copy) != of(directory)
+    copy = Path(shutil.copytree(directory, tmp_path / "config"))
+    values = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(values | {"rms_norm_eps": 1e-6}))
+    assert of(copy) != of(directory)
+
+
+BAD_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda _: b"", "expected a safetensors file"),
+    "no safetensors": (lambda _: b"hello, this is a text\n" * 9, "not a safetensors file"),
+    "cut short": (lambda raw: raw[:-1], "ends at byte"),
+    "cut in half": (lambda raw: raw[: len(raw) // 2], "ends at byte"),
+    "more": (lambda raw: raw + b"x", "its header describes"),
+    "a bit of a key": (lambda raw: raw[:-5] + bytes([raw[-5] ^ 1]) + raw[-4:], "is damaged: bytes from"),
+    "zeros at the end": (lambda raw: raw[:-512] + bytes(512), "is damaged: bytes from"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_damage_is_one_line(case: str, saved: Path, llm: minirea.LLM) -> None:
+    damage, message = BAD_FILES[case]
+    saved.write_bytes(damage(saved.read_bytes()))
+    with pytest.raises(minirea.InputError, match=message) as caught:
+        llm.open_session(saved)
+    assert str(saved) in str(caught.value)
+
+
+def test_what_is_no_context_is_one_line(directory: Path, llm: minirea.LLM, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, message in (
+        (directory / "model.safetensors", "is no context"),
+        (tmp_path / "nothing", "no such file"),
+        (tmp_path, "not a regular file"),
+        (tmp_path / "pipe", "not a regular file"),
+        (Path("/dev/zero"), "not a regular file"),
+    ):
+        with pytest.raises(minirea.MinireaError, match=message):
+            llm.open_session(path)
+
+
+def mutated(raw: bytes, rng: random.Random) -> bytes:
+    """Bytes flipped, cut, repeated or inserted, or a value of the header replaced by a hostile one."""
+    end = 8 + int.from_bytes(raw[:8], "little")
+    if rng.random() < 0.5:
+        header = json.loads(raw[8:end])
+        entry = rng.choice(list(header.values()))
+        key = rng.choice(list(entry))
+        values: list[Any] = [None, 0, -1, 2**63, 10**400, "", "F32", "I64", [], [2**62, 2**62], [0, 8], {}, "[" * 9999]
+        hostile = rng.choice([*values, rng.choice(list(header.values())).get(key, "x"), json.dumps({"a": 1})])
+        if rng.random() < 0.2:
+            header[rng.choice(["v.0", "k.7", "x", "../x"])] = header.pop(rng.choice(list(header)))
+        else:
+            entry[key] = hostile
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + raw[end:]
+    data = bytearray(raw)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        at = rng.randrange(min(len(data), rng.choice((8, end, len(data)))))
+        kind = rng.randrange(4)
+        if kind == 0:
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            data[at:at] = rng.randbytes(rng.randint(1, 9))
+        elif kind == 2:
+            del data[at : at + rng.randint(1, 99)]
+        else:
+            data = data[: max(9, at)]
+        if not data:
+            break
+    return bytes(data)
+
+
+def test_mutated_files_are_refused_in_one_line_or_are_the_same_context(llm: minirea.LLM, saved: Path) -> None:
+    raw, original = saved.read_bytes(), llm.open_session(saved)
+    refused: list[str] = []
+    for seed in range(MUTATIONS):
+        data = mutated(raw, random.Random(seed))
+        saved.write_bytes(data)
+        try:
+            assert_same_cache(original, llm.open_session(saved))
+        except minirea.InputError as error:
+            refused.append(str(error))
+        assert saved.read_bytes() == data
+    assert len(refused) > MUTATIONS * 0.7
+    assert all(str(saved) in line and line.isprintable() and len(line) < 1500 for line in refused)
+
+
+def test_a_save_that_fails_leaves_the_old_file(llm: minirea.LLM, saved: Path) -> None:
+    before, session = saved.read_bytes(), llm.session()
+    with pytest.raises(minirea.InputError, match="the context is empty"):
+        session.save(saved)
+    session.prefill(random_ids(200))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (0, 100, 5000, 40_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(minirea.InputError, match=r"book\.ctx: cannot be written: File too large"):
+                session.save(saved)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert saved.read_bytes() == before and not left_over(saved.parent)
+    session.save(saved)
+    assert llm.open_session(saved).ids == session.ids
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    llm: minirea.LLM, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, session, found = saved.read_bytes(), llm.open_session(saved), os.statvfs(saved)
+    monkeypatch.setattr(os, "fstatvfs", lambda _: os.statvfs_result((*found[:4], 1, *found[5:])))
+    with pytest.raises(minirea.InputError, match=r"it takes [\d,]+ bytes, and [\d,]+ are free on that disk"):
+        session.save(saved)
+    assert saved.read_bytes() == before and not left_over(saved.parent)
+
+
+def test_what_cannot_be_written_is_one_line(llm: minirea.LLM, saved: Path, tmp_path: Path) -> None:
+    session = llm.open_session(saved)
+    for path, message in (
+        (tmp_path, "is a directory, expected a file"),
+        (Path("/dev/null"), "is a device, expected a file"),
+        (tmp_path / "none" / "a.ctx", "cannot be written: No such file"),
+        (tmp_path / ("x" * 300), "cannot be written: File name too long"),
+    ):
+        with pytest.raises(minirea.InputError, match=message):
+            session.save(path)
+        with pytest.raises(minirea.InputError, match=message):
+            files.check_replaceable(path)
+    files.check_replaceable(saved)
+    files.check_replaceable(tmp_path / "new.ctx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["book.ctx"]
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(llm: minirea.LLM, saved: Path) -> None:
+    session = llm.open_session(saved)
+    session.prefill(random_ids(3))
+    link = saved.with_name("link.ctx")
+    link.symlink_to(saved.name)
+    session.save(link)
+    assert link.is_symlink() and llm.open_session(saved).ids == session.ids
+
+
+def test_a_process_that_is_killed_while_it_saves(llm: minirea.LLM, directory: Path, saved: Path) -> None:
+    """At its first block, in the middle, and before the rename: the old file stays, and the next save clears up."""
+    before = saved.read_bytes()
+    for where in (
+        "context._write_at = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
+        "context._checksum = lambda view, c=iter(range(9)): os.kill(os.getpid(), 9) if next(c) == 5 else 0",
+        "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
+    ):
+        code = f"""
+import os, signal, minirea
+from minirea import context
+llm = minirea.load({str(directory)!r}, **{SCOPE!r})
+session = llm.session()
+session.prefill(list(range(3, 90)) * 3)
+{where}
+session.save({str(saved)!r})
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert saved.read_bytes() == before
+        assert len(left_over(saved.parent)) == 1  # each run has removed the one before
+    llm.open_session(saved).save(saved)
+    assert not left_over(saved.parent)
+
+
+def test_several_may_save_and_open_one_file_at_once(llm: minirea.LLM, saved: Path) -> None:
+    """Each opens a whole file, of whichever saved last."""
+    sessions = []
+    for seed in range(3):
+        sessions.append(llm.session())
+        sessions[-1].prefill(random_ids(40 + 30 * seed, seed=seed))
+    possible = [llm.open_session(saved).ids, *(session.ids for session in sessions)]
+    failures: list[object] = []
+
+    def work(session: minirea.Session) -> None:
+        try:
+            for _ in range(12):
+                session.save(saved)
+                if llm.open_session(saved).ids not in possible:
+                    failures.append("another context")
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(session,)) for session in sessions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and not left_over(saved.parent)
+
+
+def test_a_file_that_is_replaced_after_its_header_was_read(llm: minirea.LLM, directory: Path, saved: Path) -> None:
+    first = llm.open_session(saved)
+    model_files = minirea.api.read_model(directory, **SCOPE)  # type: ignore[attr-defined]
+    opened = model_files.open_context(saved)
+    other = llm.session()
+    other.prefill(random_ids(30, seed=5))
+    other.save(saved)
+    assert_same_cache(first, llm.open_session(opened))
+    assert llm.open_session(saved).ids == other.ids
+
+
+@pytest.fixture
+def on_a_small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_that_fills_while_it_saves(
+    llm: minirea.LLM, on_a_small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(context, "_check_room", lambda *_: None)  # the room that was there is taken meanwhile
+    path, session = on_a_small_disk / "a.ctx", llm.session()
+    session.prefill(random_ids(20))
+    session.save(path)
+    before = path.read_bytes()
+    session.prefill(random_ids(400))
+    with pytest.raises(minirea.InputError, match="cannot be written: No space left on device"):
+        session.save(path)
+    assert path.read_bytes() == before and not left_over(on_a_small_disk)
