@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, Final
 
@@ -113,25 +114,23 @@ def scratch_bytes(
     dtype: torch.dtype,
     config: ReAttentionConfig,
     capacity: int,
-    num_queries: int,
-    chunk_size: int,
+    steps: Iterable[tuple[int, int]],
     device: torch.device,
 ) -> int:
-    """Bytes that impl "triton" keeps for the life of the process once steps of these sizes have run on one stream.
+    """Bytes that impl "triton" keeps for the life of the process once steps of all these sizes have run on one stream.
 
-    Scratch is allocated at the first step of its kind: one for decode steps, and one each for steps of one, two, four
-    and so on chunks. It serves all layers; another stream has its own.
+    Scratch is allocated at the first step of its kind: one for decode steps, one each for steps of one, two, four and
+    so on chunks, and of one chunk of two, four and so on queries. It serves all layers; another stream has its own.
 
     Args:
         capacity: tokens that the cache has room for, N.
-        num_queries: of the largest step.
-        chunk_size: queries that share a scope in steps of several queries.
+        steps: for every chunk_size that is used, queries of the longest step and chunk_size; shorter ones count too.
         device: a CUDA device; its number of multiprocessors counts.
     """
     from minirea.kernels.fused import launch
 
     layer = launch.Layer(num_heads, num_kv_heads, head_dim, dtype, config)
-    return launch.scratch_bytes(layer, capacity, num_queries, chunk_size, device)
+    return launch.scratch_bytes(layer, capacity, steps, device)
 
 
 def decode_kernels() -> ModuleType:

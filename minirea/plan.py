@@ -11,6 +11,7 @@ from minirea.attention import Attention
 from minirea.cache import cache_bytes
 from minirea.config import ModelConfig
 from minirea.cpu import MAX_PREPARING_THREADS, can_pack, preparing_bytes
+from minirea.kernels import scratch_bytes
 from minirea.memory import MemoryPlan
 from minirea.weights import kept_weight_bytes, weight_bytes
 
@@ -54,7 +55,8 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -
     """What the largest step holds beside weights and cache: T tokens of a context of `num_tokens`.
 
     An estimate, rather too high: activations as if none were freed within a block, twice where a graph of the step has
-    its own, logits, and the scope's keys and values, gathered and rotated, with votes or a causal mask.
+    its own, logits, and the scratch of the fused kernel, or a scope's keys and values, gathered and rotated, and a
+    causal mask.
     """
     c, scope = attention.model, attention.config
     T = min(max(map(attention.step_tokens, (scope.chunk_size, scope.tail_chunk_size))), num_tokens)
@@ -66,7 +68,7 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -
     if attention.mode == "full":
         gathered = 0
     elif attention.impl == "triton":
-        gathered = _chunk_bytes(attention, dtype, num_tokens)
+        gathered = _scratch_bytes(attention, dtype, num_tokens)
     else:
         gathered = 4 * c.num_kv_heads * S * c.head_dim * torch.float32.itemsize
     masked = attention.device.type == "cpu" or attention.impl == "torch"
@@ -74,12 +76,9 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -
     return RESERVED[attention.device.type] + activations + logits + gathered + mask
 
 
-def _chunk_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -> int:
-    """Of chunks that share a launch of the fused kernel, which keeps scratch for one, two, four and so on of them."""
+def _scratch_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -> int:
+    """What the fused kernel keeps for steps of a prompt, of its tail and of decoding."""
     c, scope = attention.model, attention.config
-    most = attention.step_tokens(scope.chunk_size) // scope.chunk_size
-    chunks = 2 * (1 << (most - 1).bit_length()) - 1  # of all these launches
-    before_local, edge = scope.global_size + scope.max_selected, scope.global_size + scope.local_size
-    gathered = c.num_kv_heads * (2 * before_local + edge) * c.head_dim * dtype.itemsize
-    votes = (c.num_kv_heads if scope.span_scope == "kv_head" else 1) * 2 * num_tokens * torch.int32.itemsize
-    return chunks * (gathered + votes)
+    sizes = {scope.chunk_size, scope.tail_chunk_size}
+    steps = [(min(attention.step_tokens(size), num_tokens), size) for size in sizes]
+    return scratch_bytes(c.num_heads, c.num_kv_heads, c.head_dim, dtype, scope, num_tokens, steps, attention.device)

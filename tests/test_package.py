@@ -29,7 +29,7 @@ ALLOWED = {
     "minirea.cache": {"config", "memory", "errors"},
     "minirea.attention": {"kernels", "cache", "config", "cpu", "rope", "errors"},
     "minirea.cpu": {"config", "kernels", "threads"},
-    "minirea.plan": {"attention", "cache", "config", "cpu", "memory", "weights"},
+    "minirea.plan": {"attention", "cache", "config", "cpu", "kernels", "memory", "weights"},
     "minirea.linear": {"cpu"},
     "minirea.model": {"kernels", "attention", "cache", "config", "cpu", "linear"},
     "minirea.steps": {"kernels", "attention", "model", "cache", "sampling"},

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -38,6 +39,12 @@ if not INTERPRETED:
 # The most winners of a ballot that a decode step may hold in registers, where every one is compared with every other:
 # with twice as many a comparison takes 256 registers of every thread, and Triton 3.6 spills them all.
 MAX_WINNERS_IN_REGISTERS: Final = 128
+# What every slice of a block of rows costs beside the products with its keys, as a share of those with all keys: the
+# tiles that it begins with are stored, and its candidates picked and merged. From launches of 144 blocks on 132
+# programs over 131,072 keys: with 4 slices they take 9 % longer than with 2.
+SLICE_COST: Final = 1 / 8
+# Scratch that holds nothing from one launch to the next and is the same for many kinds of launch.
+PASSING: Final = ("block", "tag")
 # Chunks of a launch, with which its scratch grows.
 MAX_CHUNKS: Final = 8
 
@@ -152,6 +159,15 @@ def plan_decode(layer: Layer, tiles: Tiles, processors: int, seq_len_in_memory: 
     return DecodePlan(c, programs, workers, shapes)
 
 
+def chunk_slices(units: int, programs: int, most: int) -> int:
+    """Slices of the middle with which the last of the programs' turns at units * slices is least wasted.
+
+    Powers of two, up to `most`: bounds that the kernel computes by shifts leave its loops as they are.
+    """
+    slices = (1 << exponent for exponent in range(max(1, min(programs, most)).bit_length()))
+    return min(slices, key=lambda parts: cdiv(units * parts, programs) * (1 / parts + SLICE_COST))
+
+
 @functools.lru_cache(maxsize=256)
 def plan_chunks(
     layer: Layer, tiles: Tiles, programs: int, seq_len_in_memory: bool, chunks: int, chunk_size: int, capacity: int
@@ -161,8 +177,8 @@ def plan_chunks(
     constants = layer.constants(seq_len_in_memory)
     chunks, chunk_size = pad(chunks), pad(chunk_size)
     rows = chunk_size * layer.group  # of one key/value head in a chunk
-    slices = max(1, min(programs // (chunks * G * cdiv(rows, tiles.BLOCK_M)), MAX_CANDIDATES // pad(constants["K"])))
-    slices = pad(slices + 1) // 2
+    units = chunks * G * cdiv(rows, tiles.BLOCK_M)
+    slices = chunk_slices(units, programs, MAX_CANDIDATES // pad(constants["K"]))
     spans_pad = pad(max(1, config.max_spans))
     c = ChunkSizes(tiles, **constants, SLICES=slices, P_PAD=spans_pad, PROGRAMS_PAD=pad(programs))
     ballots = chunks * c.BALLOTS
@@ -222,20 +238,25 @@ def reattention_triton(
         if Layer.of(q_THD, k_cache_GND, config).decodes(T):
             scratch = launch_decode(q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, rope, config, tiles)
         else:
-            # In float32 the tables' rounding would show if chunks shared positions: there each is a launch.
-            chunk_size = chunk_size or T
-            together = chunk_size * (MAX_CHUNKS if q_THD.dtype != torch.float32 else 1)
-            for start in range(0, T, together):
-                stop = min(start + together, T)
+            for start, stop, size in cut(T, chunk_size or T, q_THD.dtype):
                 n = seq_len - (T - stop) if stop < T else seq_len
                 queries, outputs = q_THD[start:stop], out_THD[start:stop]
-                scratch = launch_chunks(
-                    queries, k_cache_GND, v_cache_GND, outputs, n, rope, config, tiles, min(chunk_size, stop - start)
-                )
+                scratch = launch_chunks(queries, k_cache_GND, v_cache_GND, outputs, n, rope, config, tiles, size)
     if not return_selection:
         return out_THD, None
     scopes = scopes_of(scratch, int(seq_len), config)
     return out_THD, scopes if config.span_scope == "kv_head" else scopes[0]
+
+
+def cut(num_queries: int, chunk_size: int, dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
+    """The launches of a step that takes the chunk kernel: first query, last one + 1, and queries of a chunk.
+
+    In float32 the tables' rounding would show if chunks shared positions: there each is a launch.
+    """
+    together = chunk_size * (MAX_CHUNKS if dtype != torch.float32 else 1)
+    for start in range(0, num_queries, together):
+        stop = min(start + together, num_queries)
+        yield start, stop, min(chunk_size, stop - start)
 
 
 def launch_decode(
@@ -356,7 +377,7 @@ _workspaces: dict[tuple[object, ...], Any] = {}
 
 
 def scratch_of(kind: Any, key: tuple[object, ...], shapes: Shapes, device: torch.device) -> Any:
-    """Scratch memory, allocated once per shape, device and stream and kept.
+    """Scratch memory, allocated once per kind of launch, device and stream and kept; what is PASSING, once per size.
 
     Captured CUDA graphs hold its addresses, so it is never freed. Streams have their own, since two launches that run
     at once must not share counters.
@@ -364,7 +385,12 @@ def scratch_of(kind: Any, key: tuple[object, ...], shapes: Shapes, device: torch
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (*key, device, stream)
     if key not in _workspaces:
-        tensors = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (dtype, shape) in shapes.items()}
+        tensors = {}
+        for name, size in shapes.items():
+            own = (name, size, device, stream) if name in PASSING else (name, *key)
+            if own not in _workspaces:
+                _workspaces[own] = torch.zeros(size[1], dtype=size[0], device=device)
+            tensors[name] = _workspaces[own]
         _workspaces[key] = kind(**tensors)
     return _workspaces[key]
 
@@ -382,18 +408,23 @@ def scopes_of(scratch: DecodeScratch | ChunkScratch, seq_len: int, config: ReAtt
     return [torch.cat([positions[:rows], local]) for positions, rows in zip(selection, far, strict=True)]
 
 
-def scratch_bytes(layer: Layer, capacity: int, num_queries: int, chunk_size: int, device: torch.device) -> int:
-    """Bytes of scratch that steps of up to num_queries queries keep on one stream; see `minirea.kernels`."""
-    decode, chunk = (
-        decode_tiles(layer.group, layer.block_d, layer.dtype.itemsize),
-        chunk_tiles(layer.block_d, layer.dtype.itemsize),
-    )
-    plans: list[DecodePlan | ChunkPlan] = []
-    if layer.decodes(1):
-        plans.append(plan_decode(layer, decode, num_programs(device, decode), True))
-    together = MAX_CHUNKS if layer.dtype != torch.float32 else 1
-    most = pad(min(together, cdiv(num_queries, chunk_size)))
-    for exponent in range(most.bit_length()):  # launches of one, two, four, ... chunks have scratch of their own
-        programs = num_programs(device, chunk)
-        plans.append(plan_chunks(layer, chunk, programs, True, 1 << exponent, chunk_size, capacity))
-    return sum(dtype.itemsize * math.prod(shape) for plan in plans for dtype, shape in plan.scratch.values())
+def scratch_bytes(layer: Layer, capacity: int, steps: Iterable[tuple[int, int]], device: torch.device) -> int:
+    """Bytes of scratch that steps keep on one stream; see `minirea.kernels`."""
+    lengths = [(T, chunk_size) for longest, chunk_size in steps for T in range(1, longest + 1)]
+    scratches = []
+    if any(layer.decodes(T) for T, _ in lengths):
+        tiles = decode_tiles(layer.group, layer.block_d, layer.dtype.itemsize)
+        scratches.append(plan_decode(layer, tiles, num_programs(device, tiles), True).scratch)
+    tiles = chunk_tiles(layer.block_d, layer.dtype.itemsize)
+    launches = {
+        (pad(cdiv(stop - start, size)), pad(size))
+        for T, chunk_size in lengths
+        if not layer.decodes(T)
+        for start, stop, size in cut(T, chunk_size, layer.dtype)
+    }
+    for chunks, chunk_size in launches:
+        plan = plan_chunks(layer, tiles, num_programs(device, tiles), True, chunks, chunk_size, capacity)
+        scratches.append(plan.scratch)
+    own = [size for scratch in scratches for name, size in scratch.items() if name not in PASSING]
+    shared = {(name, size) for scratch in scratches for name, size in scratch.items() if name in PASSING}
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in [*own, *(size for _, size in shared)])

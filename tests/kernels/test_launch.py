@@ -1,0 +1,81 @@
+"""How steps are launched, without launching them: how work is divided, and what scratch memory is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from minirea.kernels import ReAttentionConfig, scratch_bytes
+from minirea.kernels.fused import launch  # (which imports triton)
+
+
+@pytest.mark.parametrize(
+    ("units", "programs", "slices"),
+    [
+        (512, 132, 1),  # four chunks of 512 with 32/8 heads
+        (144, 132, 2),  # with 9/3 heads: one slice would leave 120 programs idle for half of the time
+        (128, 132, 1),
+        (36, 132, 2),
+        (32, 132, 4),  # four chunks of a tail, 32/8 heads
+        (12, 132, 8),  # 9/3 heads
+        (1, 132, 128),
+        (1, 1, 1),
+    ],
+)
+def test_slices_even_out_the_turns(units: int, programs: int, slices: int) -> None:
+    assert launch.chunk_slices(units, programs, 2048) == slices
+    assert launch.chunk_slices(units, programs, 1) == 1
+
+
+def test_a_slice_never_costs_more_than_it_saves() -> None:
+    for programs in (1, 5, 78, 114, 132):
+        for units in range(1, 600):
+            slices = launch.chunk_slices(units, programs, 512)
+            assert slices & (slices - 1) == 0
+            assert math.ceil(units * slices / programs) / slices <= math.ceil(units / programs)
+
+
+META = torch.device("meta")
+HEADS = [
+    (32, 8, 128, torch.bfloat16),
+    (9, 3, 64, torch.bfloat16),
+    (40, 8, 16, torch.float16),
+    (6, 2, 32, torch.float32),
+]
+CONFIGS = [
+    ReAttentionConfig(32, 512, 4, 32, 128),
+    ReAttentionConfig(32, 512, 4, 32, 128, span_scope="kv_head", dense_size=4096),
+    ReAttentionConfig(3, 512, 0, 32, 0),
+]
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("steps", [[(1, 512)], [(70, 16), (13, 4)], [(2048, 512)], [(5000, 512), (31, 8)]])
+def test_scratch_bytes_are_those_of_all_steps(
+    monkeypatch: pytest.MonkeyPatch,
+    heads: tuple[int, int, int, torch.dtype],
+    config: ReAttentionConfig,
+    steps: Iterable[tuple[int, int]],
+) -> None:
+    num_heads, num_kv_heads, head_dim, dtype = heads
+    monkeypatch.setattr(launch, "_workspaces", {})
+    monkeypatch.setattr(launch, "INTERPRETED", True)  # takes tensors that are not on a GPU
+    monkeypatch.setattr(launch, "num_programs", lambda *_: 132)
+    monkeypatch.setattr(launch, "launch", lambda *_, **__: None)
+    k_cache = torch.empty(num_kv_heads, 10_000, head_dim, dtype=dtype, device=META)
+    table = torch.empty(20_000, head_dim // 2, device=META)
+    for longest, chunk_size in steps:
+        for T in {*range(1, min(longest, 80) + 1), *range(1, longest + 1, 256), *range(256, longest + 1, 256)}:
+            q_THD = torch.empty(T, num_heads, head_dim, dtype=dtype, device=META)
+            launch.reattention_triton(q_THD, k_cache, k_cache, 9_000, table, table, config, chunk_size=chunk_size)
+    kept = [x for x in launch._workspaces.values() if isinstance(x, torch.Tensor)]
+    expected = scratch_bytes(num_heads, num_kv_heads, head_dim, dtype, config, 10_000, steps, META)
+    assert expected == sum(x.nbytes for x in kept)
+    stored = {id(x) for workspace in launch._workspaces.values() for x in workspace if isinstance(workspace, tuple)}
+    assert stored == {id(x) for x in kept}
