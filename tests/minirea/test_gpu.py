@@ -72,7 +72,7 @@ def eager(llm: minirea.LLM, ids: list[int], max_tokens: int, **options: float) -
     """The tokens of one forward pass after another, without a graph."""
     session = llm.session(len(ids) + max_tokens)
     if ids[:-1]:
-        session.prefill(ids[:-1])
+        session.prefill(ids[:-1], to_follow=1)
     model = llm.model
     sampler = Sampler(SamplingConfig(**options), ids, model.config.vocab_size, model.device)  # type: ignore[arg-type]
     with torch.inference_mode():
@@ -151,7 +151,7 @@ def test_graph_gives_the_logits_of_the_torch_path(attention: str, fields: dict[s
 def launch_by_launch(llm: minirea.LLM, ids: list[int], max_tokens: int, **options: float) -> list[int]:
     """The tokens of a graph's kernels without the graph."""
     session = llm.session(len(ids) + max_tokens)
-    session.prefill(ids[:-1])
+    session.prefill(ids[:-1], to_follow=1)
     sampler = Sampler(SamplingConfig(**options), ids, llm.model.config.vocab_size, llm.model.device)  # type: ignore[arg-type]
     step = DecodeStep(llm.model, session.cache, ids[-1], sampler)
     token_ids = []
