@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
+import bench
 import pytest
+import sweep_tiles
 
 from minirea.cli import _parser
 
@@ -24,19 +29,52 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def test_functions_on_the_path_of_a_token_exist() -> None:
-    hops = re.findall(r"\[(minirea/\w+\.py)\]\([^)]+\) `([\w.]+)`", README)
-    assert len(hops) == 5
+    path = README[README.index("## The path of a token") : README.index("## Python")]
+    hops = re.findall(r"\[([\w/]+\.py)\]\([^)]+\) `([\w.]+)`", path)
+    assert len(hops) == 8  # five on each device, the first two of which are the same
     for file, name in hops:
         assert re.search(rf"^\s*(def|class) {name.split('.')[-1]}\b", (ROOT / file).read_text(), re.MULTILINE), name
 
 
-def test_every_flag_is_described_and_every_described_flag_exists() -> None:
-    commands = next(action for action in _parser()._actions if action.dest == "command")
-    flags = {flag for action in commands.choices["generate"]._actions for flag in action.option_strings}  # type: ignore[index, union-attr]
-    flags -= {"-h", "--help"}
-    table = README[README.index("## Flags") : README.index("## Python")]
-    described = set(re.findall(r"--[a-z-]+[a-z]", table))
-    assert described == flags
+def commands_of(page: str) -> list[list[str]]:
+    """Arguments of every command in a page's bash blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    return [
+        line for block in blocks for line in (shlex.split(text, comments=True) for text in block.splitlines()) if line
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_understood(page: str) -> None:
+    """Those of minirea and of bench.py; MODE stands for an attention mode."""
+    for command in commands_of(page):
+        if command[0] == "minirea":
+            _parser().parse_args(["full" if word == "MODE" else word for word in command[1:]])
+        elif command[:2] == ["python", "tools/bench.py"]:
+            bench.parser().parse_args(command[2:])
+        elif command[:2] == ["python", "tools/sweep_tiles.py"]:
+            sweep_tiles.parser().parse_args(command[2:])
+
+
+def flags(command: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Of a command and its own commands."""
+    for action in command._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from flags(inner)
+        else:
+            yield action
+
+
+def test_every_flag_has_help_and_every_flag_that_is_named_exists() -> None:
+    known = list(flags(_parser()))
+    assert len(known) > 100
+    for action in known:
+        assert action.help and len(action.help) > 5, action.option_strings
+    options = {option for action in known for option in action.option_strings}
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", prose))
+    assert named and named <= options, named - options
 
 
 def test_python_examples_run_and_find_what_they_ask_for(

@@ -33,16 +33,18 @@ COMMANDS = (
 )  # each has add_command(subparsers) and run(arguments)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--driver", choices=("minirea", "triton"), default="minirea", help="default: minirea")
-    parser.add_argument(
-        "--build", default=build(), metavar="NAME", help="what the result calls the build: git's commit"
-    )
-    subparsers = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--driver", choices=("minirea", "triton"), default="minirea", help="default: minirea")
+    made.add_argument("--build", default=build(), metavar="NAME", help="what the result calls the build: git's commit")
+    subparsers = made.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         command.add_command(subparsers).set_defaults(run=command.run)
-    arguments = parser.parse_args()
+    return made
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     if arguments.driver == "triton":
         bench_launch.use_tritons_driver()
     arguments.run(arguments)
