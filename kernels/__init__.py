@@ -1,7 +1,7 @@
 """ReAttention over a key/value cache that holds keys without RoPE: one call, two implementations.
 
 `impl="torch"` runs the phases of reference.py on any device. `impl="triton"` runs the same phases as one fused
-kernel (fused/); triton is imported only when it is asked for or chosen.
+kernel (fused/); triton is imported only when it is given or chosen.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _triton_is_installed() -> bool:
 def _check_tensors(
     q_THD: torch.Tensor, k_cache_GND: torch.Tensor, v_cache_GND: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> None:
-    """Everything that can be told from shapes, dtypes and devices; runs on every decode step, so it is kept short."""
+    """Everything that follows from shapes, dtypes and devices; runs on every decode step, so it is kept short."""
     if q_THD.dim() != 3 or k_cache_GND.dim() != 3 or 0 in q_THD.shape or 0 in k_cache_GND.shape:
         raise InputError(
             f"q_THD is {_shape(q_THD)} and k_cache_GND {_shape(k_cache_GND)}, "

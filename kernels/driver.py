@@ -62,7 +62,7 @@ SPREAD: Final = 1  # CU_CLUSTER_SCHEDULING_POLICY_
 SHARED_SIZE_BYTES, MAX_DYNAMIC_SHARED_SIZE_BYTES, NON_PORTABLE_CLUSTER_SIZE = 1, 8, 14  # CU_FUNC_ATTRIBUTE_
 MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: Final = 97  # CU_DEVICE_ATTRIBUTE_
 PREFER_SHARED: Final = 1  # CU_FUNC_CACHE_
-SHARED_BYTES_OF_EVERY_KERNEL: Final = 48 * 1024  # more has to be asked for
+SHARED_BYTES_OF_EVERY_KERNEL: Final = 48 * 1024  # more takes an attribute
 
 FUNCTIONS: Final = {
     "cuGetErrorName": (c_int, POINTER(c_char_p)),
@@ -250,7 +250,7 @@ class Kernel:
     def layout(self, arguments: Sequence[Any]) -> Layout:
         classes: list[type] = []
         specialized: list[bool] = []
-        for parameter, argument in zip(self.parameters, arguments, strict=False):  # the compiler tells what is missing
+        for parameter, argument in zip(self.parameters, arguments, strict=False):  # the compiler says what is missing
             members = argument if isinstance(argument, tuple) else (argument,)
             classes += map(type, members)
             specialized += [not parameter.do_not_specialize] * len(members)
@@ -267,7 +267,7 @@ class Kernel:
     def variant(
         self, key: object, target: GPUTarget, arguments: Sequence[Any], constants: dict[str, Any], layout: Layout
     ) -> Variant:
-        """Compiled once, also where several threads ask for it at the same time."""
+        """Compiled once, also where several threads need it at the same time."""
         mine: Future[Variant] = Future()
         future = self.variants.setdefault(key, mine)
         if future is mine:
@@ -370,9 +370,9 @@ def launch(
 
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
-    """Meanwhile this thread's launches only compile: side by side in threads, which are waited for at the end.
+    """Meanwhile this thread's launches only compile: at the same time in threads, which are waited for at the end.
 
-    What other threads need of it they wait for as well. What cannot be compiled is told by the launch that needs it.
+    Other threads wait for what they need of it, too. What cannot be compiled is an error of the launch that needs it.
     """
     calls, _thread.calls = _thread.calls, {}
     try:
@@ -401,7 +401,7 @@ def _launch(
         device,
         kinds,
         tuple(map(_dtype, tensors)),
-        # Nearly always all are aligned, as the compiler likes to know.
+        # Nearly always all are aligned, which the compiler uses.
         functools.reduce(operator.or_, pointers, 0) % 16 == 0 or tuple(pointer % 16 == 0 for pointer in pointers),
         tuple(map(specialization, itertools.compress(flat, layout.is_specialized))),
         tuple(map(_value, itertools.compress(flat, layout.is_constant))),

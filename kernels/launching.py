@@ -17,7 +17,7 @@ next_power_of_2: Final = functools.cache(triton.next_power_of_2)
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel that takes EARLY: whether it starts before its turn, and has to wait for what it reads.
+    """Launch a kernel that takes EARLY: whether it starts before the one before it ends, and has to wait for its input.
 
     Args:
         arguments: its first arguments, in order.
@@ -53,5 +53,5 @@ def start(
 
 @functools.cache
 def _starts_early(device: torch.device) -> bool:
-    """Whether the device knows programmatic dependent launch (Hopper and later)."""
+    """Whether the device has programmatic dependent launch (Hopper and later)."""
     return not triton.knobs.runtime.interpret and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -1,6 +1,6 @@
 """minirea: a minimal transformer inference engine that reads a million tokens with ReAttention (arXiv 2407.15176).
 
-`load` a model directory, then `generate`, `stream` or ask for `logits`; see minirea.api. `evaluate` measures what a
+`load` a model directory, then `generate`, `stream` or compute `logits`; see minirea.api. `evaluate` measures what a
 model finds in long contexts; see minirea.evaluation.
 """
 
@@ -37,7 +37,7 @@ __all__ = [
     "load",
 ]
 
-# In a clone kernels/ and weights/ lie beside this folder; where minirea is installed they lie in it.
+# In a clone kernels/ and weights/ lie next to this folder; where minirea is installed they lie in it.
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if not os.path.isdir(os.path.join(__path__[0], "kernels")) and os.path.isdir(os.path.join(_ROOT, "kernels")):
     __path__.append(_ROOT)

@@ -1,4 +1,4 @@
-"""The Python interface: load a model directory, then generate, stream, or ask for logits."""
+"""The Python interface: load a model directory, then generate, stream, or compute logits."""
 
 from __future__ import annotations
 
@@ -318,7 +318,7 @@ class LLM(_Encoder):
 
 
 class Session:
-    """One growing context: read it once, then continue it, or ask it several questions by rewinding.
+    """One growing context: read it once, then continue it, or answer several questions by rewinding.
 
     The first text is encoded as `LLM.encode` does, with BOS. Every later one is its continuation: no BOS, no space of
     the tokenizer's own in front, and no token that reaches across the seam. So texts in parts give the same tokens as
@@ -386,7 +386,7 @@ class Session:
     ) -> Generator[Piece, None, None]:
         """Like `generate`, yielding each piece of text as soon as it is certain.
 
-        Nothing is appended before the first piece is asked for. Errors in the arguments are raised at once.
+        Nothing is appended before the first piece is taken. Errors in the arguments are raised at once.
         """
         config = generation_config(options | {"max_tokens": max_tokens})
         if config.stop:
@@ -408,7 +408,7 @@ class Session:
 
     @contextlib.contextmanager
     def _unchanged_by_failure(self, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """Forget what was appended if it ends with an error; an end that the caller asks for keeps it if `unless`."""
+        """Forget what was appended if it ends with an error; an end by the caller keeps it if `unless`."""
         tokens, cached = len(self.ids), self.cache.seq_len
         try:
             yield
@@ -446,7 +446,7 @@ def _choice(name: str, value: str, expected: tuple[str, ...]) -> None:
 
 
 def _check_is_model_directory(path: str | Path) -> None:
-    """What people pass instead gets told what it is. Whether the directory holds a model, load_config tells."""
+    """Files and names that are often given instead are errors that say what they are; load_config checks the rest."""
     if not isinstance(path, (str, Path)):
         raise InputError(f"path is {shown(path)}, expected a model directory")
     gguf = "a GGUF file, expected a model directory with config.json, safetensors and a tokenizer: get the original"

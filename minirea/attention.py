@@ -24,7 +24,7 @@ ROTATED_AT_ONCE: Final = 4096  # cached keys, which bounds the memory that it ta
 
 
 class Step(NamedTuple):
-    """Where the T tokens of a step stand: what attention needs to know beside q, k and v. Made by `Attention.step`.
+    """Where the T tokens of a step stand: what attention needs besides q, k and v. Made by `Attention.step`.
 
     Attributes:
         seq_len: cached tokens with these T. An int32 [1] where the device counts them, so that a captured launch
@@ -68,7 +68,7 @@ class Attention:
 
     @functools.cached_property
     def _tables(self) -> tuple[Tensor, Tensor]:
-        """cos and sin of the scope's positions, made with the first step: by then the memory plan has agreed.
+        """cos and sin of the scope's positions, made with the first step: after the memory plan is checked.
 
         A dynamic RoPE stretches only beyond the trained range, which a bounded scope never leaves. The scopes of a
         step's chunks lie in one row of positions, each a chunk behind the one before.
@@ -207,7 +207,7 @@ class Attention:
     def scope(self, cache: KVCache, q_1HD: Tensor) -> dict[str, int]:
         """What the last step could see: tokens in the global, selected and local part, of how many.
 
-        It is asked once, after the last step, whose selection in the first layer is made again: no step waits for it.
+        It is called once, after the last step, whose selection in the first layer is made again: no step waits for it.
 
         Args:
             q_1HD: the first layer's query of that step, without RoPE.

@@ -33,7 +33,7 @@ class KVCache:
         config: gives L, G and D.
         capacity: N, tokens. It is allocated at once and doubles when a conversation outgrows it.
         dense_limit: tokens up to which keys are also kept with RoPE.
-        workspace: bytes that a step needs beside a cache of so many tokens, and that must stay free.
+        workspace: bytes that a step needs besides a cache of so many tokens, and that must stay free.
 
     Raises:
         MemoryLimitError: the device cannot hold it.

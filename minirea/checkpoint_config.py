@@ -183,7 +183,7 @@ def _from_hugging_face(c: JsonObject, tokenizer_length: int | None) -> ModelConf
 
 
 def _from_mistral(params: JsonObject) -> ModelConfig:
-    """params.json, as Mistral publishes it beside consolidated.safetensors."""
+    """params.json, as Mistral publishes it next to consolidated.safetensors."""
     p = params
     for key in ("moe", "vision_encoder", "lora", "quantization", "yarn", "llama_4_scaling"):
         if p.values.get(key) is not None:

@@ -72,9 +72,9 @@ def pack(matrix_NK: Tensor) -> PackedMatrix:
 
 
 def preparing_bytes(sizes: Iterable[int]) -> int:
-    """What `prepare` holds at most beside its arguments and results, for matrices of so many elements.
+    """What `prepare` holds at most besides its arguments and results, for matrices of so many elements.
 
-    Each of its threads has a matrix in float32, and the packed one beside the one that it replaces.
+    Each of its threads has a matrix in float32, and the packed one besides the one that it replaces.
     """
     largest = heapq.nlargest(_preparing_threads(), sizes)
     return sum(largest) * (torch.float32.itemsize + torch.float16.itemsize)

@@ -177,7 +177,7 @@ def check_replaceable(path: str | Path) -> None:
 
 
 def _temporary(target: Path) -> tuple[FileIO, Path]:
-    """A new file beside `target`, locked as long as it is open: that tells it from one that was left over."""
+    """A new file next to `target`, locked as long as it is open, so that one that was left over can be recognized."""
     while True:
         name = target.with_name(f"{_temporary_prefix(target)}{secrets.token_hex(4)}.part")
         file = FileIO(os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "r+")

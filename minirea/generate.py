@@ -338,6 +338,6 @@ def generate(
 
 @isolated()
 def _complete(stats: Stats, model: Model, cache: KVCache, ids: list[int]) -> None:
-    """What is only known, or only asked, once the last step is done."""
+    """Statistics that are known once the last step is done."""
     stats.scope = model.attention.scope(cache, model.first_query(ids[cache.seq_len - 1]))
     stats.cache_bytes, stats.peak_bytes = cache.nbytes, peak_bytes(model.device)

@@ -57,7 +57,7 @@ def decode_ahead(
 ) -> Generator[int, None, None]:
     """Feed `last_id`, then every sampled token, and yield at most `limit` samples.
 
-    When a token is yielded, the GPU is at work on the next one. If nobody asks for that one, it is taken back.
+    When a token is yielded, the GPU is at work on the next one. If the caller stops before that one, it is taken back.
     """
     step = DecodeGraph(model, cache, last_id, sampler)
     try:
@@ -171,7 +171,7 @@ class DecodeGraph:
         return int(self.token_ids[slot])
 
     def take_back(self) -> None:
-        """Wait for the step that nobody has read, and let the cache forget its token."""
+        """Wait for the step whose token was not read, and remove that token from the cache."""
         self.cache.rewind(self.start + self.read_back)
         while self.read_back < self.launched:
             self.read()

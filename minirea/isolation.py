@@ -10,7 +10,7 @@ from torch.utils._contextlib import _DecoratorContextManager
 
 
 class isolated(_DecoratorContextManager):  # noqa: N801  used as torch.inference_mode is
-    """Inference mode, no autocast, and factories that make tensors on the CPU unless they are told otherwise.
+    """Inference mode, no autocast, and factories that make tensors on the CPU unless they are given a device.
 
     As a decorator of a generator function it is left while the generator waits, so that the caller's loop runs in the
     caller's state. The default dtype belongs to the process, and changing it would be seen by other threads: the engine

@@ -35,9 +35,9 @@ class MemoryPlan:
 
     Args:
         weights: of the model; 0 once they are loaded.
-        loading: held beside the weights only while they are loaded.
+        loading: held besides the weights only while they are loaded.
         cache: keys and values of `num_tokens`.
-        workspace: activations, logits and what kernels keep, beside weights and cache.
+        workspace: activations, logits and what kernels keep, besides weights and cache.
         num_tokens: prompt and generated tokens together.
         held_tokens: those of them whose keys and values are not in `cache`, because they have their place already.
     """

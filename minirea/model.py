@@ -86,7 +86,7 @@ class Model:
         return x_TE
 
     def read(self, ids_T: Tensor, cache: KVCache, horizon: int = 0) -> None:
-        """Like `forward` for tokens that nothing is asked of: the last layer only writes their keys and values."""
+        """Like `forward` for tokens whose output is not needed: the last layer only writes their keys and values."""
         self.read_at(ids_T, cache, self._begin(ids_T, cache, horizon))
         cache.seq_len += len(ids_T)
 
@@ -105,7 +105,7 @@ class Model:
         return self._norm_linear(x_TE, self.norm, self.head).float()
 
     def first_query(self, token_id: int) -> Tensor:
-        """What the first layer asks for with a token, without RoPE, [1, H, D]: no other token has a part in it."""
+        """The first layer's query of a token, without RoPE, [1, H, D]; it does not depend on other tokens."""
         x_1E = self._embed(torch.tensor([token_id], device=self.device))
         return self._qkv(self.layers[0], x_1E)[:, : self.config.num_heads]
 

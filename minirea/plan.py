@@ -25,7 +25,7 @@ def keeps_half(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def plan_run(path: str | Path, attention: Attention, dtype: torch.dtype, num_tokens: int = 0) -> MemoryPlan:
-    """Weights, what loading them takes beside them, and the cache and workspace of `num_tokens`; 0: not known yet.
+    """Weights, what loading them takes besides, and the cache and workspace of `num_tokens`; 0: not known yet.
 
     Raises what load_weights raises for the files' headers.
     """
@@ -37,7 +37,7 @@ def plan_run(path: str | Path, attention: Attention, dtype: torch.dtype, num_tok
 
 
 def _model_bytes(path: str | Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
-    """Of the weights, and beside them while they are loaded."""
+    """Of the weights, and besides them while they are loaded."""
     if device.type != "cpu":
         return weight_bytes(config, dtype), 0
     # Matrices that change their layout: the head, and each layer's largest.
@@ -52,7 +52,7 @@ def _model_bytes(path: str | Path, config: ModelConfig, dtype: torch.dtype, devi
 
 
 def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -> int:
-    """What the largest step holds beside weights and cache: T tokens of a context of `num_tokens`.
+    """What the largest step holds besides weights and cache: T tokens of a context of `num_tokens`.
 
     An estimate, rather too high: activations as if none were freed within a block, twice where a graph of the step has
     its own, logits, and the scratch of the fused kernel, or a scope's keys and values, gathered and rotated, and a

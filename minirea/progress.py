@@ -1,4 +1,4 @@
-"""The bar that is shown while a prompt is read. Its estimate knows that later tokens cost more than earlier ones."""
+"""The bar that is shown while a prompt is read. Its estimate counts that later tokens cost more than earlier ones."""
 
 from __future__ import annotations
 

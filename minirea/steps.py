@@ -150,7 +150,7 @@ def compile_decode_step(model: Model) -> None:
     first_layer = copy.copy(model)
     first_layer.layers = model.layers[:1]
     config = dataclasses.replace(model.config, num_layers=1)
-    with contextlib.suppress(Exception), compiling():  # the step itself will have and tell it
+    with contextlib.suppress(Exception), compiling():  # the step itself will raise it
         cache = KVCache(config, 16, model.attention.dense_limit, model.device, model.dtype)
         sampler = Sampler(SamplingConfig(), [], config.vocab_size, model.device)
         DecodeStep(first_layer, cache, 0, sampler).run()

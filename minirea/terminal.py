@@ -89,7 +89,7 @@ def put(text: str) -> None:
     """Write to standard output, at once. What its encoding lacks appears as Python escapes it.
 
     Raises:
-        BrokenPipeError: whoever read it has left.
+        BrokenPipeError: its reader has closed it.
         InputError: it is closed, or cannot be written to.
     """
     stream = sys.stdout

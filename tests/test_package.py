@@ -119,7 +119,7 @@ def test_importing_the_engine_does_not_load_the_compiler_of_torch() -> None:
 
 
 def test_the_clone_is_found_from_its_parent_and_from_within(tmp_path: Path) -> None:
-    """A folder of the package's name, without the package, stands beside it; kernels/ lies beside the package."""
+    """A folder of the package's name, without the package, is next to it; kernels/ is next to the package."""
     (tmp_path / "minirea").mkdir()
     for folder in (tmp_path, ROOT):
         code = "import minirea; print(minirea.load.__module__, minirea.__path__)"

@@ -272,7 +272,7 @@ def scope_length(step: Callable[..., Any], pair: tuple[torch.Tensor, torch.Tenso
 
 
 class Form(NamedTuple):
-    """One way to ask torch for full attention."""
+    """One way to compute full attention with torch."""
 
     name: str
     backends: tuple[str, ...]
@@ -373,7 +373,7 @@ def gpu_activities(run: Callable[[], Any]) -> list[str]:
 
 
 def row_text(row: dict[str, Any], bytes_per_us: float) -> str:
-    """A row for people, as a block of lines."""
+    """A row as text, a block of lines."""
     if "launches" in row:
         names = ", ".join(row["launches"]) or "the profiler saw nothing"
         return f"\none {row['kind']} step: {len(row['launches'])} kernels, copies and fills by torch.profiler: {names}"

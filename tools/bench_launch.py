@@ -92,7 +92,7 @@ def use_tritons_driver() -> None:
 
 
 def measure(launch: Launch) -> dict[str, Any]:
-    """Microseconds of a launch by both drivers, in turn, so that both meet the same machine."""
+    """Microseconds of a launch by both drivers, in turn, so that both run on the same machine."""
     from minirea.kernels import driver
 
     ways: dict[str, Callable[..., None]] = {"minirea_us": driver.launch, "triton_us": launch_by_triton}

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def drop_pages(files: list[Path]) -> None:
-    """Ask the system to forget what it has of the files; written pages have to be on the disk for that."""
+    """Drop the files from the page cache; written pages have to be on the disk for that."""
     for path in files:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -94,7 +94,7 @@ def load_minirea(arguments: argparse.Namespace, _: list[Path]) -> Any:
 def load_safetensors(arguments: argparse.Namespace, files: list[Path]) -> Any:
     """The safetensors library, as the checkpoint is: no stacking, no conversion, no check of the values.
 
-    On a CPU it maps the files, and nothing is read until a value is asked for: hence the copies.
+    On a CPU it maps the files, and nothing is read until a value is used: hence the copies.
     """
     from safetensors.torch import load_file
 

@@ -93,7 +93,7 @@ def run_engine(engine: str, limit: int) -> Iterator[dict[str, Any]]:
 
 
 def row_text(row: dict[str, Any], rows: list[dict[str, Any]], copy_gb_per_s: float) -> str:
-    """One line for people; ratios are to minirea's row of the same context."""
+    """A row as text, one line; ratios are to minirea's row of the same context."""
     if "skipped" in row:
         where = f"{row['context']:>9,} tokens  " if "context" in row else " " * 18
         return f"{where}{row['engine']:<12}  skipped: {row['skipped']}"

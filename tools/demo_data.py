@@ -357,6 +357,6 @@ class Batches(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 def training_texts(folder: Path | None, hold_out: str, generated_chars: int, seed: int) -> list[str]:
-    """The books of the folder, if one is given, and generated text beside them."""
+    """The books of the folder, if one is given, and generated text besides."""
     books = read_books(folder, hold_out) if folder else []
     return [*books, generate_text(seed, generated_chars)]

@@ -1,6 +1,6 @@
 """What the fused kernels compile to for Hopper, without a GPU: registers, stack, spills, instructions.
 
-    python tools/machine_code.py             the counts, beside those that are kept for this version of Triton
+    python tools/machine_code.py             the counts, with those that are kept for this version of Triton
     python tools/machine_code.py --write     keeps them in kernels/machine_code.json, which a test compares with
 
 A change of structure should leave the counts as they are; one that is meant to change them is written with them.

@@ -68,7 +68,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def named(name: str, layers: int | None = None) -> dict[str, Any]:
-    """The config.json of a shape, with other than its own number of layers if told so."""
+    """The config.json of a shape, with another number of layers where one is given."""
     config = dict(SHAPES[name])
     if layers is not None:
         config["num_hidden_layers"] = layers

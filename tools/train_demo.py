@@ -4,7 +4,7 @@
     python tools/train_demo.py --text BOOKS --out DIR --stop-after 540    # ... in pieces: run it again with --resume
     python tools/train_demo.py --tiny --out DIR                    # a minute on a CPU, to see that it works
 
-DIR becomes a Hugging Face checkpoint directory; DIR/state holds what --resume needs. Nothing here knows of ReAttention:
+DIR becomes a Hugging Face checkpoint directory; DIR/state holds what --resume needs. Nothing here is about ReAttention:
 it is an ordinary causal language model with ordinary RoPE, trained on at most 2,048 tokens of context. The model and
 its training forward pass are transformers' own; minirea only runs what comes out.
 """

@@ -38,7 +38,7 @@ from minirea.weights.names import NameTable, Place, is_ignored
 
 MAX_HEADER_BYTES: Final = 100_000_000  # the format's own
 STAGING_BYTES: Final = 8 * 2**20  # of one reader
-# A disk wants several requests at a time; PCIe takes ten times what one core copies out of the page cache.
+# A disk is fastest with several requests at a time; PCIe takes ten times what one core copies out of the page cache.
 READERS: Final = {"cpu": 4, "cuda": 8}
 
 _DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -105,7 +105,7 @@ def load_weights(
 ) -> dict[str, torch.Tensor]:
     """Read a checkpoint into frozen tensors under our names (names.py), q/k/v and gate/up stacked.
 
-    Beside the result it holds a staging buffer of STAGING_BYTES per reader. All headers are checked before anything is
+    Besides the result it holds a staging buffer of STAGING_BYTES per reader. All headers are checked before anything is
     allocated. On an error or Ctrl-C the readers finish the blocks they are at, and no thread remains.
 
     Args:
@@ -186,7 +186,7 @@ def checkpoint_dtype(directory: str | Path, config: ModelConfig) -> torch.dtype:
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """How many bytes load_weights allocates for its result; a tied embedding counts once."""
-    # Not by way of _shapes: the config may claim two billion layers, and no file has been asked yet.
+    # Not by way of _shapes: the config may claim two billion layers, and no file has been read yet.
     elements = sum(
         math.prod(shape) * (config.num_layers if "*" in pattern else 1)
         for pattern, shape in NameTable(config).shapes.items()
@@ -532,7 +532,7 @@ class _Block(NamedTuple):
                 read_into(file, offset, bytes_of(staging))
                 transfer.unstage(self.rows, transfer.values(staging, self.first_row))
             low, high = torch.aminmax(self.rows)  # NaN makes both NaN
-            if not math.isfinite(low) or not math.isfinite(high):  # asking waits for the stream
+            if not math.isfinite(low) or not math.isfinite(high):  # reading them waits for the stream
                 raise InputError(
                     f"{tensor} has a NaN or infinity as {_short(self.rows.dtype)}, expected finite numbers"
                 )

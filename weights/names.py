@@ -108,7 +108,7 @@ class NameTable:
     def changes_the_model(self, checkpoint_name: str) -> bool:
         """Whether a tensor without a place belongs to a layer, or to a module of the table: a bias, say.
 
-        The checkpoint's model is then another than the config's. Other tensors, such as a value head, are beside it.
+        The checkpoint's model is then another than the config's. Other tensors, such as a value head, do not count.
         """
         module = checkpoint_name.rpartition(".")[0]
         return bool(_IN_A_LAYER.match(checkpoint_name)) or self._find_pattern(f"{module}.weight") is not None

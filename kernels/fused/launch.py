@@ -39,7 +39,7 @@ if not INTERPRETED:
 # The most winners of a ballot that a decode step may hold in registers, where every one is compared with every other:
 # with twice as many a comparison takes 256 registers of every thread, and Triton 3.6 spills them all.
 MAX_WINNERS_IN_REGISTERS: Final = 128
-# What every slice of a block of rows costs beside the products with its keys, as a share of those with all keys: the
+# What every slice of a block of rows costs besides the products with its keys, as a share of those with all keys: the
 # tiles that it begins with are stored, and its candidates picked and merged. From launches of 144 blocks on 132
 # programs over 131,072 keys: with 4 slices they take 9 % longer than with 2.
 SLICE_COST: Final = 1 / 8
@@ -52,7 +52,7 @@ Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of the tensors of a s
 
 
 def decode_tiles(group: int, block_d: int, itemsize: int) -> Tiles:
-    """A key tile of 32 KiB, three of which are in flight while one is used; the matrix unit wants 16 rows."""
+    """A key tile of 32 KiB, three of which are in flight while one is used; the matrix unit takes 16 rows."""
     block_n = max(16, min(128, 32768 // (block_d * itemsize)))
     return Tiles(max(16, pad(group)), block_n, max(16, block_n // 2), num_warps=8, num_stages=3, programs_per_sm=1)
 

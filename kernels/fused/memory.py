@@ -1,4 +1,4 @@
-"""Reading rows, asking for rows ahead of time, and storing a few rows of a large tile."""
+"""Reading rows, prefetching rows, and storing a few rows of a large tile."""
 
 # mypy: disable-error-code="no-untyped-def"
 

@@ -13,9 +13,9 @@ around it. A program owns a few rows of the matrix, keeps its next tile of weigh
 one, and needs no other program. RMSNorm costs no pass of its own: W (g * x / rms) = (W (g * x)) / rms, and the program
 that multiplies g * x sums the squares of x on the way.
 
-On Hopper the kernels are launched as programmatic dependents: a kernel's programs start in the room that the one
-before it leaves when it runs out of work, read their first weights, which nobody writes, and only then wait for it to
-end. Every program waits, so that the end of a kernel also means the end of all kernels before it.
+On Hopper the kernels are launched as programmatic dependents: a kernel's programs start on the SMs that the one before
+it frees, read their first weights, which no kernel writes, and only then wait for it to end. Every program waits, so
+that the end of a kernel also means the end of all kernels before it.
 
 Letters are the project's: E model width, F MLP width, V vocabulary, H, G, D heads and head dim. x is a vector in the
 model's dtype, products are summed in float32.

@@ -1,4 +1,4 @@
-"""Every task that `minirea eval` knows, by name. A new task is one module and one line here."""
+"""Every task of `minirea eval`, by name. A new task is one module and one line here."""
 
 from __future__ import annotations
 

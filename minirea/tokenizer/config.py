@@ -1,4 +1,4 @@
-"""What a model directory says beside its tokenizer: named tokens and added tokens."""
+"""What a model directory says besides its tokenizer: named tokens and added tokens."""
 
 from __future__ import annotations
 

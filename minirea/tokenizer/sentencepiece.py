@@ -79,7 +79,7 @@ class SentencePiece:
         return own + added
 
     def _leading_space(self) -> tuple[bool, bool]:
-        """Whether decoding takes back a leading space, and whether it goes on doing so; the library does not tell."""
+        """Whether decoding takes back a leading space, and whether it goes on doing so, by trying it out."""
         space = min((piece for piece in self._spelling if piece.startswith("▁")), key=len, default="▁")
         lost = 2 * len(space) - len(self._first.decode_pieces([space, space]))
         return lost > 0, lost > 1

@@ -22,7 +22,7 @@ from minirea.tokenizer.stream import StreamDecoder
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a model directory: its tekken.json, else tokenizer.json, else tokenizer.model (or .model.vN).
 
-    Of two the vendor's own counts: tekken.json is Mistral's, and some tokenizer.json files beside it split words
+    Of two the vendor's own counts: tekken.json is Mistral's, and some tokenizer.json files next to it split words
     differently. Only where tokenizer_config.json adds tokens that contradict it, it is older than the model, and
     tokenizer.json counts.
 

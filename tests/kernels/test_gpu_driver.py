@@ -1,4 +1,4 @@
-"""Launches through libcuda on a GPU: beside Triton's own, in graphs, on streams, in threads, and when they fail."""
+"""Launches through libcuda on a GPU: next to Triton's own, in graphs, on streams, in threads, and when they fail."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def test_limits_are_named() -> None:
         reattention(*make_case(ReAttentionConfig(2, 8), 5, D=258).arguments(), impl="triton")
 
 
-# One phase at a time, each beside its torch twin.
+# One phase at a time, each against its torch twin.
 
 
 @triton.jit

@@ -28,7 +28,7 @@ def test_triton_on_a_cpu_without_the_interpreter_is_refused() -> None:
 
 
 def test_what_compiles_first_does_not_decide_where_kernels_are_kept() -> None:
-    """Both are hashed when the module is there, before a thread can be the first to ask for one of them."""
+    """Both are hashed when the module is there, before a thread can be the first to use one of them."""
     code = (
         "import importlib\n"
         "module = importlib.import_module('minirea.kernels.fused.launch')\n"

@@ -92,7 +92,7 @@ def test_a_step_of_chunks_that_the_device_counts_fills_the_cache_as_chunks_do(
 ) -> None:
     """In steps of three chunks, the last of them shorter, which share a launch only in half precision.
 
-    Nobody looks at the keys of a step's later chunks.
+    The keys of a step's later chunks are not read.
     """
     directory = write_checkpoint(tmp_path, tiny_model(**SMALL))
     model = triton_model(
@@ -120,7 +120,7 @@ def check_equal(expected: KVCache, found: KVCache, rounding: float = 1e-5) -> No
 
 
 class Event:
-    """A GPU's, on a CPU: when it is asked for, everything before it has been done."""
+    """A GPU's, on a CPU: everything before it is done when it is made."""
 
     def record(self) -> None:
         pass

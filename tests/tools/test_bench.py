@@ -1,4 +1,4 @@
-"""tools/bench.py: every command ends in one JSON line that holds what it was asked for."""
+"""tools/bench.py: every command ends in one JSON line that holds what was measured."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def _normalized_zh(text: str) -> str:
 
 
 # The Chinese punctuation that both benchmarks remove, as ranges of code points. It lacks U+3008 to U+300A, which does
-# not look meant; adding them would give figures that compare with nobody's.
+# not look meant; adding them would give figures that compare with no published ones.
 _RANGES_ZH: Final = (
     "2013-2014 2018-2019 201B-201F 2026 2027 3001-3003 300B-3011 3014-301F 3030 303E-303F FE4F "
     "FF01-FF0D FF0F FF1A-FF20 FF3B-FF40 FF5B-FF64"
@@ -153,7 +153,7 @@ def code_similarity(answer: str, reference: str) -> float:
     """Edit similarity of the answer's first line of code, in whole percent (LongBench).
 
     The first line without a backtick, "#" or "//". The ratio is that of difflib, which is what fuzzywuzzy, the package
-    LongBench asks for, computes unless python-Levenshtein is installed beside it.
+    LongBench asks for, computes unless python-Levenshtein is installed besides.
     """
     lines = answer.lstrip("\n").split("\n")
     code = next((line for line in lines if not re.search(r"`|#|//", line)), "")

@@ -56,7 +56,7 @@ class Question:
         score: of an answer's text, 0 to 1.
         max_tokens: of the answer.
         stop: strings that end it.
-        extra: goes into the record beside what the frame puts there.
+        extra: goes into the record besides what the frame puts there.
         context: tokens of its own that stand between the prompt's context and `ids`.
     """
 

@@ -1,7 +1,7 @@
 """Pictures: what all of them share, and those of any task whose records have a length.
 
 Shared are colours that colour-blind readers can tell apart, axes of lengths, grids of percentages, the mark of the
-trained context, and saving. Pictures of one task's own are in modules beside it and are made of these.
+trained context, and saving. Pictures of one task's own are in modules next to it and are made of these.
 """
 
 from __future__ import annotations

@@ -307,7 +307,7 @@ def _locked(path: Path) -> FileIO:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # not a POSIX system: trust the user
+    except ImportError:  # not a POSIX system: no lock
         pass
     except OSError:
         file.close()

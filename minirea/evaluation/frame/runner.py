@@ -113,7 +113,7 @@ class Runner:
         return self._models[key]
 
     def _complete(self, record: Record, cell: Cell, mode: str, place: Place) -> Record:
-        """The record with what the frame knows about it."""
+        """The record with the frame's own fields."""
         head = {"id": record_id(mode, place), "task": self.task.name, "attention": mode, **place}
         return head | record | {"settings": self._settings_of(mode, cell), "machine": self.environment["machine"]}
 

@@ -1,6 +1,6 @@
 """What can be said of one step's attention: what its keys are chosen by, where they stand, how it is spread over them.
 
-Shapes, beside the project's letters: R query heads of one key/value head, K winners of a query head, n cached tokens.
+Shapes, besides the project's letters: R query heads of one key/value head, K winners of a query head, n cached tokens.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def summarize(records: Sequence[Record]) -> list[Record]:
 
 
 def _overlap(records: Sequence[Record]) -> Record:
-    """Means over heads. Coverage is of the attention on the middle, so heads that pay it none have no say."""
+    """Means over heads. Coverage is of the attention on the middle, so heads that pay it none do not count."""
     means = {
         name: mean(value for record in records for row in record["per_head"][name] for value in row)
         for name in records[0]["per_head"]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from minirea.tokenizer import Tokenizer
 
 # A small model copies what followed the same words earlier, so the question ends in the needle's own words. The wording
-# is the one that the demo model was trained on; larger models do not mind.
+# is the one that the demo model was trained on; larger models answer other wordings too.
 NEEDLE: Final = " The special magic number for {key} is {value}."
 QUESTION: Final = (
     "\nQuestion: What is the special magic number for {key}? Answer: The special magic number for {key} is"

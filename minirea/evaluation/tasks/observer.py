@@ -72,7 +72,7 @@ class Observer(Protocol):
 
 
 class ObservedAttention(Attention):
-    """A model's attention and someone who watches it. The model's own attention knows nothing of it."""
+    """A model's attention with an observer of every step. The model's own attention is not changed."""
 
     def __init__(self, attention: Attention, observer: Observer, horizon: int) -> None:
         super().__init__(attention.model, attention.mode, attention.config, attention.impl, attention.device)

@@ -162,7 +162,7 @@ def hide(encode: Encoder, stretch: Stretch, tokens: int, hidden: Sequence[tuple[
             depths the first comes first.
 
     Raises:
-        InputError: no room for a stretch beside them, or the stretch is too short.
+        InputError: no room for a stretch besides them, or the stretch is too short.
     """
     pieces = [(depth, encode(sentence)) for depth, sentence in hidden]
     left = tokens - len(encode.beginning) - sum(len(ids) for _, ids in pieces)
