@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Final, NamedTuple
 
 import torch
@@ -21,6 +20,9 @@ from minirea.rope import apply_rope, for_whole_heads, inverse_frequencies, rope_
 STEP_CHUNKS: Final = 4
 STEP_TOKENS: Final = 2048
 ROTATED_AT_ONCE: Final = 4096  # cached keys, which bounds the memory that it takes
+# Positions in the smallest tables: what most models' scopes hold, so that their caches share one pair.
+LEAST_ROWS: Final = 16384
+_NO_ROWS: Final = torch.empty(0, 1, 0, device="cpu", dtype=torch.float32)
 
 
 class Step(NamedTuple):
@@ -36,8 +38,8 @@ class Step(NamedTuple):
 
     seq_len: int | Tensor
     chunk_size: int
-    cos: Tensor
-    sin: Tensor
+    cos: Tensor = _NO_ROWS
+    sin: Tensor = _NO_ROWS
 
 
 class Attention:
@@ -65,36 +67,31 @@ class Attention:
         self.sliding_window = model.sliding_window if mode == "full" else None
         self.dense_size = ALL_TOKENS if mode == "full" else config.dense_size
         self.dense_limit = 0 if self.impl == "triton" and mode != "full" else self.dense_size
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
 
-    @functools.cached_property
-    def _tables(self) -> tuple[Tensor, Tensor]:
-        """cos and sin of the scope's positions, made with the first step: after the memory plan is checked.
+    def table_rows(self, capacity: int) -> int:
+        """Positions in the tables that serve a cache of `capacity` tokens.
 
-        A dynamic RoPE stretches only beyond the trained range, which a bounded scope never leaves. The scopes of a
-        step's chunks lie in one row of positions, each a chunk behind the one before.
+        The scopes of a step's chunks lie in one row of positions, each a chunk behind the one before.
         """
-        sizes = self.config.chunk_size, self.config.tail_chunk_size
-        behind = max(self.step_tokens(size) - size for size in sizes)
-        stop = 0 if self.mode == "full" else self.config.max_scope + behind
-        tables = self.true_tables(0, stop, self.config.max_scope)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # other streams will read them
-        return tables
+        if self.mode == "full":
+            return 0
+        return min(self.config.max_scope + STEP_TOKENS, max(LEAST_ROWS, 1 << (capacity - 1).bit_length()))
 
-    @property
-    def cos(self) -> Tensor:
-        """Of positions in the scope, float32 [positions, D/2]; none in mode "full"."""
-        return self._tables[0]
+    def scope_tables(self, capacity: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of the positions in a scope, float32 [table_rows(capacity), D/2]; none in mode "full".
 
-    @property
-    def sin(self) -> Tensor:
-        return self._tables[1]
-
-    @functools.cached_property
-    def _dense_tables(self) -> tuple[Tensor, Tensor]:
-        """For whole heads, [dense_limit, 1, D]."""
-        stop = min(self.dense_limit, len(self.cos))
-        return for_whole_heads(self.cos[:stop, None], self.sin[:stop, None])
+        They are made with the first step: after the memory plan is checked. They are kept, since captured graphs
+        hold their addresses; a larger cache has larger ones, twice as large at least. A dynamic RoPE stretches only
+        beyond the trained range, which a bounded scope never leaves.
+        """
+        rows = self.table_rows(capacity)
+        if rows not in self._tables:
+            tables = self.true_tables(0, rows, self.config.max_scope)
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()  # other streams will read them
+            self._tables.setdefault(rows, tables)  # another thread's, if it was first: one address for all
+        return self._tables[rows]
 
     @property
     def can_capture(self) -> bool:
@@ -138,13 +135,15 @@ class Attention:
         """
         chunk_size = chunk_size or num_tokens
         if isinstance(seq_len, Tensor):
-            return Step(seq_len, chunk_size, self.cos[:0], self.sin[:0])
-        start = seq_len - num_tokens
+            return Step(seq_len, chunk_size)
+        start, stop = seq_len - num_tokens, min(seq_len, self.dense_limit)
+        if start >= stop:
+            return Step(seq_len, chunk_size)
         if self.mode == "full":
-            cos, sin = self.true_tables(start, seq_len, max(seq_len, horizon))
-            return Step(seq_len, chunk_size, *for_whole_heads(cos[:, None], sin[:, None]))
-        cos, sin = self._dense_tables
-        return Step(seq_len, chunk_size, cos[start:seq_len], sin[start:seq_len])
+            cos, sin = self.true_tables(start, stop, max(seq_len, horizon))
+        else:
+            cos, sin = (table[start:stop] for table in self.scope_tables(stop))
+        return Step(seq_len, chunk_size, *for_whole_heads(cos[:, None], sin[:, None]))
 
     def __call__(self, layer: int, qkv_TXD: Tensor, cache: KVCache, step: Step) -> Tensor:
         """Write keys and values to the cache and attend.
@@ -188,19 +187,20 @@ class Attention:
         """Fill `cache.k_rotated` from `cache.k`, bit for bit as `write` did."""
         if not cache.k:  # rotated keys are all there is
             return
-        (cos, sin), stop = self._dense_tables, min(cache.seq_len, self.dense_limit)
+        tables, stop = self.scope_tables(cache.capacity), min(cache.seq_len, self.dense_limit)
         for k_GND, k_rotated_GND in zip(cache.k, cache.k_rotated, strict=False):  # no layer has any without dense_limit
             for start in range(0, stop, ROTATED_AT_ONCE):
                 part = slice(start, min(stop, start + ROTATED_AT_ONCE))
-                k_TGD = apply_rope(k_GND[:, part].transpose(0, 1), cos[part], sin[part])
+                cos, sin = (table[part, None] for table in tables)
+                k_TGD = apply_rope(k_GND[:, part].transpose(0, 1), *for_whole_heads(cos, sin))
                 k_rotated_GND[:, part] = k_TGD.transpose(0, 1)
 
     def over_cache(self, layer: int, q_THD: Tensor, cache: KVCache, step: Step) -> Tensor:
         """ReAttention of a step whose keys and values the cache already holds. Not for mode "full"."""
-        arguments = (q_THD, cache.k[layer], cache.v[layer], step.seq_len, self.cos, self.sin, self.config, self.impl)
+        k_GND, v_GND, (cos, sin) = cache.k[layer], cache.v[layer], self.scope_tables(cache.capacity)
         if isinstance(step.seq_len, int) and self._on_cpu(q_THD):
-            k_GND, v_GND = cache.k[layer], cache.v[layer]
-            return cpu.reattention(q_THD, k_GND, v_GND, step.seq_len, self.cos, self.sin, self.config)
+            return cpu.reattention(q_THD, k_GND, v_GND, step.seq_len, cos, sin, self.config)
+        arguments = (q_THD, k_GND, v_GND, step.seq_len, cos, sin, self.config, self.impl)
         out_THD: Tensor = reattention(*arguments, chunk_size=step.chunk_size)
         return out_THD
 
@@ -224,9 +224,9 @@ class Attention:
         """The length of the scope."""
         if cache.seq_len <= self.dense_size:
             return cache.seq_len
-        k_GND, v_GND = cache.k[0], cache.v[0]
         seq_len = torch.tensor([cache.seq_len], dtype=torch.int32, device=self.device)  # a number would compile anew
-        arguments = (q_1HD, k_GND, v_GND, seq_len, self.cos, self.sin, self.config, self.impl)
+        tables = self.scope_tables(cache.capacity)
+        arguments = (q_1HD, cache.k[0], cache.v[0], seq_len, *tables, self.config, self.impl)
         _, selection = reattention(*arguments, return_selection=True)
         return max(map(len, selection if isinstance(selection, list) else [selection]))
 

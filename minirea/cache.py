@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minirea.config import ModelConfig
+from minirea.errors import memory_limit_of
 from minirea.memory import MemoryPlan
 
 ALL_TOKENS: Final = sys.maxsize
@@ -135,7 +136,10 @@ class KVCache:
         self._k_rotated_rows = [k.transpose(0, 1) for k in self.k_rotated]
 
     def _allocate(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, device=self.device, dtype=self.dtype)
+        try:
+            return torch.empty(shape, device=self.device, dtype=self.dtype)
+        except RuntimeError as error:
+            raise memory_limit_of(error) or error from None
 
     def _plan(self, capacity: int, held: int) -> MemoryPlan:
         """What it takes to go from `held` tokens to `capacity`: the difference, and a layer that is there twice."""

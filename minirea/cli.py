@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from minirea import __version__
 from minirea.config import DEVICES, DTYPES, IMPLS, MODES, SCOPE_FIELDS, SPAN_SCOPES, TAIL_CHUNK_SIZE, TAIL_SIZE
-from minirea.errors import InputError, MinireaError, MinireaWarning, MissingExtraError, printable
+from minirea.errors import InputError, MinireaError, MinireaWarning, MissingExtraError, memory_limit_of, printable
 from minirea.files import read_all, read_file
 from minirea.terminal import EXIT_INTERRUPTED, Interrupts, discard_output, open_streams, put, put_now, say
 from minirea.threads import limited_to, wait_asleep
@@ -33,12 +33,6 @@ if TYPE_CHECKING:
 
 EXIT_ERROR, EXIT_USAGE = 1, 2
 PROMPT_LIMIT = 2**30  # bytes
-
-# What torch, C++, Python's threads and the dynamic linker say where memory, or `ulimit -v`, is used up.
-_OUT_OF_MEMORY = (
-    *("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "can't start new thread"),
-    *("failed to map segment", "not enough memory"),
-)
 
 _LOAD_OPTIONS = ("device", "dtype", "attention", "impl", "allow_out_of_distribution")
 _GENERATION_OPTIONS = (
@@ -350,8 +344,8 @@ def explained(error: Exception) -> str:
     text = printable(" ".join(str(error).split()), 400)
     if isinstance(error, MinireaError):
         return str(error)
-    if isinstance(error, MemoryError) or any(phrase in text.lower() for phrase in _OUT_OF_MEMORY):
-        return f"out of memory ({text or 'an allocation failed'}): shorten the prompt, lower max_tokens, or free memory"
+    if (limit := memory_limit_of(error)) is not None:
+        return str(limit)
     if "C compiler" in text or (isinstance(error, subprocess.CalledProcessError) and "-shared" in text):
         return f'Triton cannot compile: {text}; install a C compiler such as gcc, or use impl="torch"'
     return f"{type(error).__name__}: {text} (a fault of minirea; --debug shows where)"

@@ -35,6 +35,26 @@ class MemoryLimitError(MinireaError, MemoryError):
     """Weights or cache do not fit; the message says how much was needed, how much there is and what to change."""
 
 
+# What torch, C++, Python's threads and the dynamic linker say where memory, or `ulimit -v`, is used up.
+_OUT_OF_MEMORY: Final = (
+    *("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "can't start new thread"),
+    *("failed to map segment", "not enough memory"),
+)
+
+
+def memory_limit_of(error: BaseException) -> MemoryLimitError | None:
+    """What an error that a library raises where an allocation fails means; None if it is another one, or ours.
+
+    Only a GPU's allocator has an exception of its own; the others are known by their messages.
+    """
+    text = printable(" ".join(str(error).split()), 400)
+    known = isinstance(error, MemoryError) or any(phrase in text.lower() for phrase in _OUT_OF_MEMORY)
+    if isinstance(error, MinireaError) or not known:
+        return None
+    found = f"out of memory ({text or 'an allocation failed'})"
+    return MemoryLimitError(f"{found}: shorten the prompt, lower max_tokens, or free memory")
+
+
 class MissingExtraError(MinireaError, ImportError):
     """A library that only an extra installs is needed; the message names the extra."""
 

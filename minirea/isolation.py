@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils._contextlib import _DecoratorContextManager
 
+from minirea.errors import memory_limit_of
+
 
 class isolated(_DecoratorContextManager):  # noqa: N801  used as torch.inference_mode is
     """Inference mode, no autocast, and factories that make tensors on the CPU unless they are given a device.
@@ -15,6 +17,9 @@ class isolated(_DecoratorContextManager):  # noqa: N801  used as torch.inference
     As a decorator of a generator function it is left while the generator waits, so that the caller's loop runs in the
     caller's state. The default dtype belongs to the process, and changing it would be seen by other threads: the engine
     names every dtype instead.
+
+    Raises:
+        MemoryLimitError: for whatever a library raises inside where an allocation fails.
     """
 
     def __enter__(self) -> None:
@@ -27,5 +32,7 @@ class isolated(_DecoratorContextManager):  # noqa: N801  used as torch.inference
                 stack.enter_context(torch.device("cpu"))
             self._stack = stack.pop_all()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
         self._stack.close()
+        if isinstance(error, Exception) and (limit := memory_limit_of(error)) is not None:
+            raise limit from error

@@ -73,7 +73,9 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -
         gathered = 4 * c.num_kv_heads * S * c.head_dim * torch.float32.itemsize
     masked = attention.device.type == "cpu" or attention.impl == "torch"
     mask = T * (c.num_heads // c.num_kv_heads) * S * (1 + torch.float32.itemsize) if masked else 0
-    return RESERVED[attention.device.type] + activations + logits + gathered + mask
+    # cos and sin, and those of a cache that grew to this one: all of them together have at most as many rows.
+    tables = 2 * 2 * attention.table_rows(num_tokens) * c.head_dim // 2 * torch.float32.itemsize
+    return RESERVED[attention.device.type] + activations + logits + gathered + mask + tables
 
 
 def _scratch_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -> int:

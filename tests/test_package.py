@@ -21,7 +21,7 @@ ALLOWED = {
     "minirea.config": {"checks", "errors"},
     "minirea.json_object": {"errors", "files"},
     "minirea.checkpoint_config": {"config", "errors", "files", "json_object"},
-    "minirea.isolation": set(),
+    "minirea.isolation": {"errors"},
     "minirea.memory": {"errors"},
     "minirea.rope": {"config"},
     "minirea.tokenizer": {"tokenizer", "json_object", "errors", "files", "memory"},

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from minirea.config import ModelConfig
-from minirea.errors import InputError, MemoryLimitError, MinireaWarning, MissingFileError
+from minirea.errors import InputError, MemoryLimitError, MinireaWarning, MissingFileError, memory_limit_of
 from minirea.files import list_directory
 from minirea.json_object import JsonObject
 from minirea.threads import thread_pool
@@ -153,8 +153,7 @@ def load_weights(
             for nbytes in _fill(transfers, device):
                 bar.update(nbytes)
     except RuntimeError as error:
-        # Only a GPU's allocator has an exception of its own; the CPU's is known by its message.
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if memory_limit_of(error) is not None:
             raise MemoryLimitError(
                 f"the weights need {weight_bytes(config, dtype) / 1e9:.2f} GB as {_short(dtype)}, more than is free on "
                 f"{device}; use a smaller dtype or another device"

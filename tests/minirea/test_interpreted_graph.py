@@ -6,7 +6,6 @@ import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -36,9 +35,7 @@ VARIANTS: list[dict[str, Any]] = [
 def triton_model(directory: Path, llm: minirea.LLM, dtype: torch.dtype = torch.float32) -> Model:
     """The model of `llm` with impl "triton", its matrices by rows as a GPU has them."""
     config, cpu = llm.model.config, torch.device("cpu")
-    with mock.patch.object(Attention, "can_capture", True):  # so that it has positions for steps of several chunks
-        attention = Attention(config, "reattention", llm.model.attention.config, "triton", cpu)
-        assert len(attention.cos) > attention.config.max_scope
+    attention = Attention(config, "reattention", llm.model.attention.config, "triton", cpu)
     model = Model(config, load_weights(directory, config, cpu, dtype), attention)
     weights = load_weights(directory, config, cpu, dtype)
     model.layers = [_layer(weights, index) for index in range(config.num_layers)]

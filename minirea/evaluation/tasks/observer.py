@@ -49,8 +49,8 @@ class Step:
             first = max(0, self.seq_len - T + 1 - (attention.sliding_window or self.seq_len))
             return [torch.arange(first, self.seq_len, device=self.q_THD.device)] * G
         k_GND, v_GND = self._cache.k[self.layer], self._cache.v[self.layer]
-        arguments = (self.q_THD, k_GND, v_GND, self.seq_len, attention.cos, attention.sin, attention.config)
-        _, selection = reattention(*arguments, attention.impl, return_selection=True)
+        arguments = (self.q_THD, k_GND, v_GND, self.seq_len, *attention.scope_tables(self._cache.capacity))
+        _, selection = reattention(*arguments, attention.config, attention.impl, return_selection=True)
         return selection if isinstance(selection, list) else [selection] * G
 
     def last_position(self, scope: Tensor) -> int:
@@ -62,7 +62,8 @@ class Step:
         if self.attention.mode == "full":
             cos, sin = self.attention.all_tables(self.seq_len)
             return cos[scope], sin[scope]
-        return self.attention.cos[: len(scope)], self.attention.sin[: len(scope)]
+        cos, sin = self.attention.scope_tables(self._cache.capacity)
+        return cos[: len(scope)], sin[: len(scope)]
 
 
 class Observer(Protocol):
@@ -78,7 +79,7 @@ class ObservedAttention(Attention):
         super().__init__(attention.model, attention.mode, attention.config, attention.impl, attention.device)
         self.horizon = horizon  # tokens in context once the whole prompt is read
         self.observer = observer
-        self._last_tables: tuple[int, tuple[Tensor, Tensor]] = (0, (self.cos[:0], self.sin[:0]))
+        self._last_tables: tuple[int, tuple[Tensor, Tensor]] = (0, self.true_tables(0, 0, 0))
 
     def __call__(self, layer: int, qkv_TXD: Tensor, cache: KVCache, step: AttentionStep) -> Tensor:
         out_THD = super().__call__(layer, qkv_TXD, cache, step)
