@@ -133,6 +133,8 @@ class ReAttentionConfig:
             )
         if self.span_scope not in SPAN_SCOPES:
             raise InputError(f"span_scope is {self.span_scope!r}, expected one of {', '.join(SPAN_SCOPES)}")
+        if self.max_scope > LARGEST_SIZE:
+            raise InputError(f"{self._reach()}, expected at most {LARGEST_SIZE}")
 
     @classmethod
     def for_context(cls, trained_context: int, **fields: Any) -> ReAttentionConfig:
@@ -147,7 +149,7 @@ class ReAttentionConfig:
             "local_size": 8192 if large else max(1, trained_context // 2),
             "span_size": 32,
         } | given
-        cls(**values | dict.fromkeys(_DERIVED))  # names a bad value before it is used in arithmetic
+        cls(**{"max_spans": 0} | values | dict.fromkeys(_DERIVED))  # names a bad value before it is used in arithmetic
         room = trained_context - values["global_size"] - values["local_size"]
         values.setdefault("max_spans", max(0, min(256 if large else room, room // values["span_size"])))
         sparse = cls(**values)
@@ -166,12 +168,15 @@ class ReAttentionConfig:
     def check_fits(self, trained_context: int, source: str) -> None:
         """Refuse a scope that would need RoPE positions the model has never seen (section 3, last paragraph)."""
         if self.max_scope > trained_context:
-            selecting = f"global_size {self.global_size} + max_spans {self.max_spans} x span_size {self.span_size} "
-            parts = f"{selecting}+ local_size {self.local_size}, or dense_size {self.dense_size}"
             raise InputError(
-                f"the scope can reach {self.max_scope} tokens ({parts}), more than the trained "
-                f"context of {trained_context} ({source}); lower one of them or pass allow_out_of_distribution=True"
+                f"{self._reach()}, more than the trained context of {trained_context} ({source}); lower one of them or "
+                "pass allow_out_of_distribution=True"
             )
+
+    def _reach(self) -> str:
+        selecting = f"global_size {self.global_size} + max_spans {self.max_spans} x span_size {self.span_size} "
+        parts = f"{selecting}+ local_size {self.local_size}, or dense_size {self.dense_size}"
+        return f"the scope can reach {self.max_scope} tokens ({parts})"
 
 
 LARGEST_SIZE: Final = 2**31 - 1  # tokens; kernels count them in int32

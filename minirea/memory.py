@@ -17,7 +17,8 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         reserved_unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved_unused
-    limits = [value for value in (_meminfo_available(), _cgroup_available()) if value is not None]
+    found = _meminfo_available(), _cgroup_available(), _address_space_available()
+    limits = [value for value in found if value is not None]
     return min(limits, default=None)
 
 
@@ -105,6 +106,18 @@ def _meminfo_available() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _address_space_available() -> int | None:
+    """What `ulimit -v` leaves to this process."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:
+        return None
+    return max(0, limit - pages * resource.getpagesize())
 
 
 def _cgroup_available() -> int | None:

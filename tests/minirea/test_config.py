@@ -73,3 +73,10 @@ def test_a_scope_beyond_the_trained_context_is_refused_with_both_numbers() -> No
         config.check_fits(2048, "max_position_embeddings")
     with pytest.raises(InputError, match=r"2049 .*dense_size 2049.* 2048 .*allow_out_of_distribution=True"):
         ReAttentionConfig.for_context(2048, dense_size=2049).check_fits(2048, "max_position_embeddings")
+
+
+def test_a_scope_beyond_what_kernels_count_is_refused_by_its_parts() -> None:
+    with pytest.raises(
+        InputError, match=r"^the scope can reach 32000001056 .*max_spans 1000000000 .*at most 2147483647$"
+    ):
+        ReAttentionConfig.for_context(2048, max_spans=10**9)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,9 @@ import pytest
 import torch
 from testing import random_ids, tiny_model, write_checkpoint, write_tokenizer
 
+import minirea
 from minirea import api, memory
+from minirea.attention import LEAST_ROWS, STEP_TOKENS
 from minirea.cli import main
 from minirea.errors import MemoryLimitError
 from minirea.plan import plan_run, workspace_bytes
@@ -83,6 +89,104 @@ def test_a_step_that_can_be_captured_reads_several_chunks(directory: Path, monke
             attention.config, local_size=8192, chunk_size=chunk_size, dense_size=None
         )
         assert attention.step_tokens(chunk_size) == tokens
+
+
+def test_tables_are_as_long_as_the_cache_can_reach(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large the scope may be; and a cache that grows beyond them has larger ones, with equal results."""
+    ids = random_ids(200)
+    for fields in (SCOPE, {"local_size": 2_000_000_000, "allow_out_of_distribution": True}):
+        llm = minirea.load(directory, **fields)
+        attention = llm.model.attention
+        expected = llm.generate(ids, max_tokens=20, ignore_eos=True).token_ids
+        assert [len(cos) for cos, _ in attention._tables.values()] == [
+            min(LEAST_ROWS, attention.config.max_scope + STEP_TOKENS)
+        ]
+        attention._tables.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr("minirea.attention.LEAST_ROWS", 64)
+            patch.setattr("minirea.attention.STEP_TOKENS", 16)
+            session = llm.session()
+            for part in (ids[:50], ids[50:100]):
+                session.prefill(part)
+            found = session.generate(ids[100:], max_tokens=20, ignore_eos=True).token_ids
+            assert len(attention._tables) > 1
+            longest = max(attention._tables)
+            assert longest == attention.table_rows(session.cache.capacity)
+            assert sum(attention._tables) <= 2 * longest
+        if fields is not SCOPE:  # how a text is cut into pieces decides what is selected
+            assert found == expected
+        rows = [attention.table_rows(num_tokens) for num_tokens in (10**6, 2 * 10**6)]
+        added = workspace_bytes(attention, torch.float32, 2 * 10**6) - workspace_bytes(attention, torch.float32, 10**6)
+        assert added >= 2 * 2 * (rows[1] - rows[0]) * llm.config.head_dim // 2 * 4
+
+
+CHILD = """
+import contextlib, io, json, resource, sys
+from pathlib import Path
+import minirea.api
+from minirea.cli import main
+
+arguments, runs = json.loads(sys.argv[1])
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+for flags in runs:
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+        status = main([*arguments, *flags])
+    print(json.dumps([status, error.getvalue()]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
+def test_sizes_beyond_all_bounds_end_well_under_a_limit_on_memory(directory: Path) -> None:
+    """In one process with 1 GB to spend: an answer, or one line that names the flag."""
+    sizes = [10**9, 2 * 10**9, 10**12, 10**30]
+    refused = ["--chunk-size", "--tail-chunk-size", "--max-spans", "--max-tokens", "--threads"]
+    allowed = ["--global-size", "--local-size", "--span-top-k", "--span-size", "--tail-size", "--dense-size", "--top-k"]
+    runs = [[flag, str(size)] for flag in (*allowed, *refused) for size in sizes]
+    runs += [["--local-size", str(size), "--chunk-size", str(size)] for size in sizes]
+    arguments = ["generate", "--model", str(directory), "--device", "cpu", "--text", "a", "--allow-out-of-distribution"]
+    arguments += ["--max-tokens", "2", "--temperature", "1", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps([arguments, runs])],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(runs)
+    for (flag, size, *more), (status, error) in zip(runs, found, strict=True):
+        fits = flag not in refused and (int(size) < 2**31 or flag == "--top-k")
+        assert status == (0 if fits else 1), (flag, size, error)
+        assert error.count("\n") == status, error
+        if status:
+            assert flag in error or "memory" in error, error
+        assert not more or flag in error or fits
+
+
+def test_an_allocation_that_fails_anywhere_is_one_line(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the cache and its growth, in steps and in logits; the session stays as it was and goes on."""
+    huge = 2**60
+    llm = minirea.load(directory, device="cpu", **SCOPE)
+    session = llm.session()
+    session.prefill(random_ids(30))
+
+    def fails(name: str, call: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(name, lambda *_, **__: torch.zeros(huge, dtype=torch.uint8))
+            with pytest.raises(minirea.MemoryLimitError, match=r"^out of memory \(.*lower max_tokens") as caught:
+                call()
+        assert "\n" not in str(caught.value)
+        assert len(session.ids) == 30
+
+    fails("torch.empty", lambda: llm.session(10))
+    fails("torch.empty", lambda: session.prefill(random_ids(200)))
+    fails("minirea.model.Model._embed", lambda: session.prefill(random_ids(20)))
+    fails("minirea.model.Model.logits", lambda: session.generate(random_ids(20), max_tokens=2))
+    fails("minirea.model.Model.logits", lambda: llm.logits(random_ids(20)))
+    fails("minirea.cpu.reattention", lambda: session.prefill(random_ids(100)))
+    assert session.generate(random_ids(20), max_tokens=2, ignore_eos=True).token_ids
 
 
 @pytest.mark.gpu
