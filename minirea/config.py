@@ -149,7 +149,9 @@ class ReAttentionConfig:
             "local_size": 8192 if large else max(1, trained_context // 2),
             "span_size": 32,
         } | given
-        cls(**{"max_spans": 0} | values | dict.fromkeys(_DERIVED))  # names a bad value before it is used in arithmetic
+        cls(
+            **values | dict.fromkeys(_DERIVED) | {"max_spans": given.get("max_spans", 0)}
+        )  # names a bad value before it is used in arithmetic
         room = trained_context - values["global_size"] - values["local_size"]
         values.setdefault("max_spans", max(0, min(256 if large else room, room // values["span_size"])))
         sparse = cls(**values)
