@@ -32,6 +32,7 @@ ALLOWED = {
     "minirea.plan": {"attention", "cache", "config", "cpu", "kernels", "memory", "weights"},
     "minirea.linear": {"cpu"},
     "minirea.model": {"kernels", "attention", "cache", "config", "cpu", "linear"},
+    "minirea.observer": {"attention", "cache", "kernels", "model", "rope"},
     "minirea.steps": {"kernels", "attention", "model", "cache", "sampling"},
     "minirea.graph": {"steps", "model", "cache", "sampling"},
     "minirea.progress": {"config"},
@@ -51,8 +52,8 @@ ALLOWED = {
     "minirea.__init__": {"errors", "api", "evaluation", "generate"},
     # What looks inside the model instead of only asking it.
     "minirea.evaluation.tasks.likelihood": {"evaluation", "api", "cache", "steps", "errors"},
-    "minirea.evaluation.tasks.observer": {"evaluation", "attention", "cache", "generate", "kernels", "model", "errors"},
-    "minirea.evaluation.tasks.mechanism_measures": {"evaluation", "config", "kernels", "rope"},
+    "minirea.evaluation.tasks.observe": {"evaluation", "cache", "generate", "model", "observer"},
+    "minirea.evaluation.tasks.mechanism_measures": {"evaluation", "config", "kernels", "observer", "rope"},
     "kernels": {"config", "errors", "kernels"},
     "weights": {"config", "errors", "files", "json_object", "threads", "weights"},
 }

@@ -94,7 +94,7 @@ class OverlapCell(Cell):
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:  # noqa: ARG002  one place
         from minirea.evaluation.tasks.mechanism_measures import Overlap
-        from minirea.evaluation.tasks.observer import observe_end
+        from minirea.evaluation.tasks.observe import observe_end
 
         prompt = self.build()
         config = llm.model.attention.config
@@ -117,7 +117,7 @@ class SpreadCell(Cell):
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:  # noqa: ARG002  one place
         from minirea.evaluation.tasks.mechanism_measures import Spread
-        from minirea.evaluation.tasks.observer import observe_end
+        from minirea.evaluation.tasks.observe import observe_end
 
         prompt, model = self.build(), llm.model
         spread = Spread(model.config)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from minirea.config import ModelConfig, ReAttentionConfig
-from minirea.evaluation.tasks.observer import Step
 from minirea.kernels.reference import locate, score, select, vote
+from minirea.observer import Step
 from minirea.rope import apply_rope, for_whole_heads
 
 PER_HEAD: Final = ("shared", "found", "middle", "covered", "covered_by_rope")
@@ -95,7 +95,7 @@ class Spread:
             self.widest_scope = max(self.widest_scope, len(scope))
             self.highest_position = max(self.highest_position, step.last_position(scope))
         if step.is_decode:
-            weights = [scope_weights(step, group, scope) for group, scope in enumerate(scopes)]
+            weights = [step.weights(group, scope)[-1] for group, scope in enumerate(scopes)]
             self._entropy_LH[step.layer] += torch.cat([entropy(weight_RS) for weight_RS in weights]).double().cpu()
             self._calls += 1
 
@@ -103,17 +103,6 @@ class Spread:
     def entropy(self) -> list[list[float]]:
         """Mean over the decode steps, in nats, [L][H]."""
         return (self._entropy_LH / (self._calls / self._layers)).tolist()
-
-
-def scope_weights(step: Step, group: int, scope: Tensor) -> Tensor:
-    """Attention of a decode step's heads of one key/value head over their scope, float32 [R, S], as the engine has it.
-
-    Section 3 of the design, steps 7 and 8: keys take the positions that the mode gives them, RoPE, scale, softmax.
-    """
-    cos, sin = for_whole_heads(*step.tables(scope))
-    k_SD = apply_rope(step.k_GND[group, scope], cos, sin)
-    q_RD = apply_rope(step.q_GRD[group], cos[-1], sin[-1])
-    return attention_weights(q_RD, k_SD)
 
 
 def attention_weights(q_RD: Tensor, k_ND: Tensor) -> Tensor:

@@ -22,12 +22,12 @@ from minirea.evaluation.tasks.mechanism_measures import (
     Spread,
     attention_weights,
     entropy,
-    scope_weights,
     selected_keys,
     shared_fraction,
 )
-from minirea.evaluation.tasks.observer import Step, observe_end, observed
+from minirea.evaluation.tasks.observe import observe_end
 from minirea.kernels.reference import score
+from minirea.observer import Step, observed
 from minirea.tokenizer import load_tokenizer
 
 DEMO = Path(__file__).parents[4] / "weights" / "demo"
@@ -83,7 +83,7 @@ class Recomputed:
         self.steps += 1
         if step.is_decode:
             v_GND = step._cache.v[step.layer]
-            parts = [scope_weights(step, g, scope) @ v_GND[g, scope] for g, scope in enumerate(step.scopes())]
+            parts = [step.weights(g, scope)[-1] @ v_GND[g, scope] for g, scope in enumerate(step.scopes())]
             self.outputs.append(torch.cat(parts))
 
 
@@ -137,9 +137,9 @@ def test_an_observer_changes_nothing_and_leaves(directory: Path) -> None:
     attention, cache, other = llm.model.attention, llm.session(40).cache, llm.session(40).cache
     expected = [llm.model.forward(ids_T, cache) for _ in range(3)]
     calls: list[Step] = []
-    with observed(llm.model, calls.append, horizon=48):
-        for x_TE in expected:
-            assert torch.equal(llm.model.forward(ids_T, other), x_TE)
+    watched = observed(llm.model, calls.append, horizon=48)
+    for x_TE in expected:
+        assert torch.equal(watched.forward(ids_T, other), x_TE)
     llm.model.forward(ids_T[:1], other)
     assert len(calls) == 3 * 2
     assert llm.model.attention is attention

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
 from typing import Protocol
 
 import torch
@@ -12,9 +11,9 @@ from torch import Tensor
 from minirea.attention import Attention
 from minirea.attention import Step as AttentionStep
 from minirea.cache import KVCache
-from minirea.generate import prefill
 from minirea.kernels import reattention
 from minirea.model import Model
+from minirea.rope import apply_rope, for_whole_heads
 
 
 class Step:
@@ -23,7 +22,7 @@ class Step:
     Attributes:
         q_THD: queries without RoPE.
         q_GRD: the last of them, the only one of a decode step; R query heads for each key/value head.
-        k_GND: the keys of all seq_len tokens without RoPE.
+        k_GND: the keys of all seq_len tokens without RoPE; empty where the cache keeps none (mode "full").
     """
 
     def __init__(self, attention: ObservedAttention, layer: int, q_THD: Tensor, cache: KVCache) -> None:
@@ -31,7 +30,7 @@ class Step:
         self.layer = layer
         self.q_THD = q_THD
         self.seq_len = cache.seq_len + len(q_THD)
-        self.k_GND = cache.k[layer][:, : self.seq_len]
+        self.k_GND = cache.k[layer][:, : self.seq_len] if cache.k else cache.v[layer][:, :0]
         self.q_GRD = q_THD[-1].unflatten(0, (len(self.k_GND), -1))
         self._cache = cache
 
@@ -48,8 +47,12 @@ class Step:
         if attention.mode == "full":
             first = max(0, self.seq_len - T + 1 - (attention.sliding_window or self.seq_len))
             return [torch.arange(first, self.seq_len, device=self.q_THD.device)] * G
+        if self.seq_len <= attention.dense_size:
+            return [torch.arange(self.seq_len, device=self.q_THD.device)] * G
         k_GND, v_GND = self._cache.k[self.layer], self._cache.v[self.layer]
-        arguments = (self.q_THD, k_GND, v_GND, self.seq_len, *attention.scope_tables(self._cache.capacity))
+        # On the device: as a number, each value would be compiled anew by the fused kernel.
+        seq_len = torch.tensor([self.seq_len], dtype=torch.int32, device=self.q_THD.device)
+        arguments = (self.q_THD, k_GND, v_GND, seq_len, *attention.scope_tables(self._cache.capacity))
         _, selection = reattention(*arguments, attention.config, attention.impl, return_selection=True)
         return selection if isinstance(selection, list) else [selection] * G
 
@@ -64,6 +67,29 @@ class Step:
             return cos[scope], sin[scope]
         cos, sin = self.attention.scope_tables(self._cache.capacity)
         return cos[: len(scope)], sin[: len(scope)]
+
+    def weights(self, group: int, scope: Tensor) -> Tensor:
+        """Attention of a key/value head's query heads over its scope, float32 [T, R, S], as the engine has it.
+
+        Section 3 of the design, steps 7 and 8: keys take the positions that the mode gives them, RoPE, scale, softmax.
+
+        Args:
+            scope: of the head, one of `scopes()`.
+        """
+        (T, _, D), attention = self.q_THD.shape, self.attention
+        cos, sin = for_whole_heads(*self.tables(scope))
+        if self.seq_len <= attention.dense_limit:
+            k_SD = self._cache.k_rotated[self.layer][group, scope]
+        else:
+            k_SD = apply_rope(self.k_GND[group, scope], cos, sin)
+        q_TRD = self.q_THD.unflatten(1, (len(self.q_GRD), -1))[:, group]
+        q_TRD = apply_rope(q_TRD, cos[-T:, None], sin[-T:, None])
+        score_TRS = q_TRD.float() @ k_SD.float().mT / D**0.5
+        query_T1 = torch.arange(self.seq_len - T, self.seq_len, device=scope.device)[:, None]
+        hidden_TS = scope > query_T1
+        if attention.sliding_window:
+            hidden_TS |= scope <= query_T1 - attention.sliding_window
+        return score_TRS.masked_fill_(hidden_TS[:, None], -torch.inf).softmax(-1)
 
 
 class Observer(Protocol):
@@ -93,32 +119,11 @@ class ObservedAttention(Attention):
         return self._last_tables[1]
 
 
-@contextmanager
-def observed(model: Model, observer: Observer, horizon: int) -> Iterator[None]:
-    """While it lasts, `observer` sees every layer of every step of `model`, in a context of `horizon` tokens."""
-    attention = model.attention
-    model.attention = ObservedAttention(attention, observer, horizon)
-    try:
-        yield
-    finally:
-        model.attention = attention
+def observed(model: Model, observer: Observer, horizon: int) -> Model:
+    """The same model, of which `observer` sees every layer of every step, in a context of `horizon` tokens.
 
-
-@torch.inference_mode()
-def observe_end(model: Model, ids: Sequence[int], num_steps: int, observer: Observer, progress: bool = False) -> None:
-    """Read a prompt as `generate` does; observe its last `num_steps` tokens as decode steps, and the chunk before.
-
-    Args:
-        ids: the prompt, longer than num_steps.
+    The weights are shared. What is not run through the model that this returns is not observed.
     """
-    observed_stop = len(ids) - num_steps
-    observed_start = (observed_stop - 1) // model.attention.config.chunk_size * model.attention.config.chunk_size
-    # Up to dense_limit, keys are kept both with RoPE and without, in "full" too, whose own caches drop the latter.
-    dense_limit = min(model.attention.dense_limit, len(ids))
-    cache = KVCache(model.config, len(ids), dense_limit, model.device, model.dtype)
-    prefill(model, cache, list(ids[:observed_start]), len(ids) - observed_start, progress)
-    ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
-    with observed(model, observer, horizon=len(ids)):
-        model.forward(ids_T[observed_start:observed_stop], cache, len(ids))
-        for position in range(observed_stop, len(ids)):
-            model.forward(ids_T[position : position + 1], cache, len(ids))
+    watched = copy.copy(model)
+    watched.attention = ObservedAttention(model.attention, observer, horizon)
+    return watched
