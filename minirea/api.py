@@ -8,7 +8,7 @@ import functools
 import operator
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from minirea.isolation import isolated
 from minirea.memory import MemoryPlan, human
 from minirea.model import Model
 from minirea.plan import keeps_half, plan_run, workspace_bytes
+from minirea.sources import Source, Votes, look, question_start, sources_of
 from minirea.steps import num_shared
 from minirea.tokenizer import Tokenizer, load_tokenizer
 from minirea.weights import checkpoint_dtype, fingerprint, load_weights
@@ -36,12 +37,18 @@ from minirea.weights import checkpoint_dtype, fingerprint, load_weights
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished text. `token_ids` are all sampled tokens, an end-of-text token included."""
+    """A finished text.
+
+    Attributes:
+        token_ids: all sampled tokens, an end-of-text token included.
+        sources: where it came from, best first, if that was asked for; each unpacks to (start, end, share, text).
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: str
     stats: Stats
+    sources: list[Source] = field(default_factory=list)
 
 
 def load(
@@ -278,7 +285,13 @@ class LLM(_Encoder):
         return session
 
     def generate(
-        self, prompt: str | Sequence[int], max_tokens: int = 256, *, progress: bool = False, **options: Any
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int = 256,
+        *,
+        progress: bool = False,
+        sources: int = 0,
+        **options: Any,
     ) -> Generation:
         """Continue a text or token ids.
 
@@ -287,6 +300,7 @@ class LLM(_Encoder):
                 `llm.tokenizer.encode_chat([{"role": "user", "content": ...}])`.
             max_tokens: at most so many tokens.
             progress: show a bar on stderr while the prompt is read.
+            sources: so many passages of the prompt, those that the answer used most; see Session.sources.
             options: further fields of GenerationConfig: temperature, top_k, top_p, min_p, repetition_penalty, seed,
                 stop, ignore_eos.
 
@@ -295,7 +309,7 @@ class LLM(_Encoder):
             MissingFileError: text or a stop string for a model that has no tokenizer.
             MemoryLimitError: the cache for prompt and max_tokens does not fit.
         """
-        return self.session().generate(prompt, max_tokens, progress=progress, **options)
+        return self.session().generate(prompt, max_tokens, progress=progress, sources=sources, **options)
 
     def stream(
         self, prompt: str | Sequence[int], max_tokens: int = 256, *, progress: bool = False, **options: Any
@@ -336,6 +350,7 @@ class Session:
         self.cache = llm._cache(integer("capacity", capacity, 0))
         self.ids: list[int] = []
         self.notes: dict[str, str] = {}
+        self._answer: tuple[int, int] | None = None  # where what asked for the last answer starts, and the answer
 
     def __repr__(self) -> str:
         return f"<Session of {len(self.ids):,} tokens, cache for {self.cache.capacity:,}, of {self.llm!r}>"
@@ -351,6 +366,7 @@ class Session:
         ids = self.llm.encode(prompt, continues=bool(self.ids))
         with self._unchanged_by_failure():
             self.ids += ids
+            self._answer = None
             loop.prefill(self.llm.model, self.cache, self.ids[self.cache.seq_len :], to_follow, progress)
 
     def save(self, path: str | Path, *, progress: bool = False) -> None:
@@ -369,17 +385,50 @@ class Session:
             raise InputError(f"num_tokens is {keep}, expected 0 to {len(self.ids)}, the tokens in this session")
         self.cache.rewind(min(keep, self.cache.seq_len))
         del self.ids[keep:]
+        if self._answer and keep <= self._answer[1]:
+            self._answer = None
 
     def generate(
-        self, prompt: str | Sequence[int], max_tokens: int = 256, *, progress: bool = False, **options: Any
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int = 256,
+        *,
+        progress: bool = False,
+        sources: int = 0,
+        **options: Any,
     ) -> Generation:
         """Append a prompt to the context and continue it; see LLM.generate."""
+        integer("sources", sources, 0)
         with self._unchanged_by_failure():
             pieces = list(self.stream(prompt, max_tokens, progress=progress, **options))
+            used = self.sources(sources) if sources else []
         last = pieces[-1]
         assert last.finish_reason is not None
         ids = [token_id for piece in pieces for token_id in piece.token_ids]
-        return Generation("".join(piece.text for piece in pieces), ids, last.finish_reason, last.stats)
+        return Generation("".join(piece.text for piece in pieces), ids, last.finish_reason, last.stats, used)
+
+    def sources(self, most: int = 5) -> list[Source]:
+        """The passages of the context that the last answer used most, best first, at most `most`.
+
+        The answer's tokens go through the model once more. A passage's share is its part of the answer's votes, as
+        minirea.sources defines them; the end of the text that asked is no source. In the modes "full" and "streaming"
+        it says the same of what those can see.
+
+        Returns:
+            (start, end, share, text) each: tokens [start, end) of `ids`, which do not overlap, and their text.
+
+        Raises:
+            InputError: the session does not end with an answer.
+        """
+        votes = self.votes()
+        return sources_of(votes, self.ids, integer("most", most, 0), self.llm._tokenizer)
+
+    def votes(self) -> Votes:
+        """What each token of the last answer looked at, in which layer: what `sources` sums up. Errors as there."""
+        asked, start = self._answer or (0, 0)
+        if not 0 < start < len(self.ids):
+            raise InputError("sources are those of an answer, expected a session that ends with one: generate first")
+        return look(self.llm.model, self.cache, self.ids, start, question_start(asked, start))
 
     def stream(
         self, prompt: str | Sequence[int], max_tokens: int = 256, *, progress: bool = False, **options: Any
@@ -402,6 +451,7 @@ class Session:
         llm, yielded = self.llm, False
         with self._unchanged_by_failure(unless=lambda: yielded):
             self.ids += ids
+            self._answer = after, len(self.ids)
             for piece in loop.generate(llm.model, self.cache, self.ids, config, llm._tokenizer, llm.eos_ids, progress):
                 yielded = True
                 yield piece
@@ -409,13 +459,14 @@ class Session:
     @contextlib.contextmanager
     def _unchanged_by_failure(self, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Forget what was appended if it ends with an error; an end by the caller keeps it if `unless`."""
-        tokens, cached = len(self.ids), self.cache.seq_len
+        tokens, cached, answer = len(self.ids), self.cache.seq_len, self._answer
         try:
             yield
         except BaseException as error:
             asked_for = isinstance(error, (GeneratorExit, KeyboardInterrupt))
             if not (asked_for and unless()):
                 del self.ids[tokens:]
+                self._answer = answer
                 self.cache.rewind(min(cached, self.cache.seq_len))
             raise
 

@@ -33,6 +33,7 @@ ALLOWED = {
     "minirea.linear": {"cpu"},
     "minirea.model": {"kernels", "attention", "cache", "config", "cpu", "linear"},
     "minirea.observer": {"attention", "cache", "kernels", "model", "rope"},
+    "minirea.sources": {"cache", "isolation", "model", "observer", "tokenizer"},
     "minirea.steps": {"kernels", "attention", "model", "cache", "sampling"},
     "minirea.graph": {"steps", "model", "cache", "sampling"},
     "minirea.progress": {"config"},
@@ -43,7 +44,7 @@ ALLOWED = {
     },
     "minirea.api": {
         *("generate", "steps", "attention", "model", "cache", "checks", "checkpoint_config", "config", "memory"),
-        *("tokenizer", "plan", "weights", "errors", "files", "isolation", "context"),
+        *("tokenizer", "plan", "sources", "weights", "errors", "files", "isolation", "context"),
     },
     "minirea.evaluation": {"evaluation", "api", "config", "generate", "json_object", "tokenizer", "errors"},
     "minirea.terminal": {"errors"},
