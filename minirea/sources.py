@@ -37,7 +37,7 @@ _LONGEST: Final = 2 * SPAN  # of a passage, in tokens
 _NEAR: Final = 8  # tokens between two spans that are one passage
 _EDGE: Final = 0.02  # of a span's votes: what holds less at its ends is left out
 _LEAST: Final = 0.001  # of all votes: less makes no passage
-_WIDEN: Final = 16  # tokens to either side in which the sentence may begin or end
+_WIDEN: Final = 32  # tokens to either side in which the sentence may begin or end
 
 
 class Source(NamedTuple):
@@ -70,7 +70,7 @@ class Votes(NamedTuple):
 def question_start(piece_start: int, stop: int) -> int:
     """Where what asks begins: in the last tokens of the piece [piece_start, stop) from which the answer follows."""
     piece = stop - piece_start
-    return stop - min(QUESTION, piece if piece_start else piece // 4)
+    return stop - min(QUESTION, piece if piece_start else (piece + 3) // 4)
 
 
 @isolated()
