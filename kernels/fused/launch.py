@@ -160,7 +160,7 @@ def plan_decode(layer: Layer, tiles: Tiles, processors: int, seq_len_in_memory: 
 
 
 def chunk_slices(units: int, programs: int, most: int) -> int:
-    """Slices of the middle with which the last of the programs' turns at units * slices is least wasted.
+    """Slices of the middle with which the programs' last round through units * slices leaves least idle.
 
     Powers of two, up to `most`: bounds that the kernel computes by shifts leave its loops as they are.
     """
