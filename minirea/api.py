@@ -72,10 +72,10 @@ def load(
         allow_out_of_distribution: let the scope exceed the trained context.
         progress: show a bar on stderr while loading.
         reattention_fields: fields of ReAttentionConfig; None or absent means its default for this model. An attention
-            mode ignores those it has no use for.
+            mode ignores those it does not use.
 
     Raises:
-        MissingFileError, InputError, MemoryLimitError: with one line that says what to mend.
+        MissingFileError, InputError, MemoryLimitError: with one line that says what to fix.
     """
     files = read_model(path, device, dtype, attention, impl, allow_out_of_distribution, **reattention_fields)
     return files.load(progress)
@@ -194,7 +194,7 @@ class ModelFiles(_Encoder):
             num_tokens: prompt and max_tokens together, if they are known: the cache for them must fit as well.
 
         Raises:
-            MissingFileError, InputError, MemoryLimitError: with one line that says what to mend.
+            MissingFileError, InputError, MemoryLimitError: with one line that says what to fix.
         """
         attention, dtype, device = self.attention, self.dtype, self.attention.device
         self.plan(num_tokens).check(device)

@@ -126,7 +126,7 @@ def load_config(directory: str | Path) -> ModelConfig:
 
 
 def _generation_eos(directory: Path, vocab_size: int) -> frozenset[int]:
-    """Stop tokens of generation_config.json. An invalid file is worth no failure: published models ship some."""
+    """Stop tokens of generation_config.json. An invalid file is ignored: published models ship some."""
     try:
         return _known_ids(JsonObject.read(directory / "generation_config.json"), vocab_size)
     except (MissingFileError, InputError):

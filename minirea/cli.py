@@ -61,7 +61,7 @@ def run_process() -> int:
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-    except OSError:  # what could not be written has been told, or was help
+    except OSError:  # what could not be written has been reported, or was help
         discard_output()
         return status or EXIT_ERROR
     return status
@@ -340,7 +340,7 @@ def as_flags(message: str, names: set[str]) -> str:
 
 
 def explained(error: Exception) -> str:
-    """What to tell about an error: its own message, or what a library's means."""
+    """The line for an error: its own message, or what a library's means."""
     text = printable(" ".join(str(error).split()), 400)
     if isinstance(error, MinireaError):
         return str(error)

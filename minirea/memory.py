@@ -92,7 +92,7 @@ class MemoryPlan:
 
 
 def human(size: float) -> str:
-    """A size in bytes, for people: 1.50 GB."""
+    """A size in bytes, as text: 1.50 GB."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

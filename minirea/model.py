@@ -1,4 +1,4 @@
-"""The transformer: LLaMA and Mistral, one sequence at a time.
+"""The transformer: LLaMA, Mistral and Qwen2, one sequence at a time.
 
 Shapes: T tokens of this step, E model width, F MLP width, H query heads, G key/value heads, D head dim, V vocabulary.
 """

@@ -60,7 +60,7 @@ def open_streams() -> None:
     """Make the process's standard streams ones that can be written to, or whose absence is seen.
 
     A closed descriptor would be the next file's, whose writer or reader would then be a stream's. What cannot be
-    written to standard error is dropped: it must not end a run that has something to say elsewhere.
+    written to standard error is dropped: it must not end a run whose output goes elsewhere.
     """
     for descriptor in range(3):
         try:

@@ -1,8 +1,8 @@
 """Threads: how many compute, what they do while they wait for each other, and that ours end before the process does.
 
 torch hands every operation's parts to OpenMP's threads. By default these spin for milliseconds between two operations,
-which is quick on idle cores and ruinous on busy ones: the thread that all wait for stands in line behind those that
-spin. Threads that sleep instead cost a few microseconds more per operation.
+which is fast on idle cores and slow on busy ones: the thread that all wait for gets no core from those that spin.
+Threads that sleep instead cost a few microseconds more per operation.
 """
 
 from __future__ import annotations

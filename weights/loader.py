@@ -44,7 +44,7 @@ READERS: Final = {"cpu": 4, "cuda": 8}
 _DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Of matrices with a scale.
 _QUANTIZED_DTYPES: Final = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
-# What else a tensor that the model has no use for may be stored in, by the bits of an element.
+# What else a tensor that the model does not use may be stored in, by the bits of an element.
 _OTHER_BITS: Final = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
     **dict.fromkeys(("U16", "I16"), 16),
@@ -257,7 +257,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _indexed_files(directory: Path, index_name: str, present: list[str]) -> list[Path]:
-    """The shards that an index names. It is believed about nothing else: the shards' headers say what they hold."""
+    """The shards that an index names. Nothing else in it counts: the shards' headers say what they hold."""
     index = JsonObject.read(directory / index_name)
     weight_map = index.child("weight_map")
     if weight_map is None or not weight_map.values:

@@ -76,7 +76,7 @@ def evaluate(
         options: fields of the task (lengths, samples, seed, ...) and of ReAttentionConfig.
 
     Raises:
-        MissingFileError, InputError, MemoryLimitError: with one line that says what to mend. A length that does not fit
+        MissingFileError, InputError, MemoryLimitError: with one line that says what to fix. A length that does not fit
             into memory raises nothing: its records say `skipped`.
     """
     modes = tuple(attention.split(",")) if isinstance(attention, str) else tuple(attention)
@@ -135,7 +135,7 @@ def report(folders: Sequence[str | Path], out: str | Path, differing: Sequence[s
     from minirea.evaluation.frame.records import Results, read_results
 
     def task_of(settings: Record) -> Task:
-        """Only what comes from the records is asked of it: its options may name files that are elsewhere."""
+        """Only what comes from the records is used: its options may name files that are elsewhere."""
         return object.__new__(task_class(str(settings.get("task"))))
 
     paths = [Path(folder) for folder in folders]

@@ -99,7 +99,7 @@ class HuggingFace:
 
     @functools.cache  # noqa: B019  a handful of variants, as long-lived as this object
     def _variant(self, has_prefix: bool, match_special: bool, marked: bool = False) -> Any:
-        """The same tokenizer, its vocabulary shared: without prefix, deaf to special tokens, or with _MARK added."""
+        """The same tokenizer, its vocabulary shared: without prefix, without special tokens, or with _MARK added."""
         if has_prefix and match_special and not marked:
             return self._tokenizer
         import tokenizers

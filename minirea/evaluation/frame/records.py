@@ -63,7 +63,7 @@ class Results:
         self.close()
 
     def close(self) -> None:
-        """Let others have the directory."""
+        """Unlock the directory."""
         if self._file:
             self._file.close()
 
