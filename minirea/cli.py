@@ -523,10 +523,15 @@ def _add_attention(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     about = "Sizes in tokens. Where two defaults are given, the second is for trained contexts C below 32768."
     add = parser.add_argument_group("attention", about).add_argument
     add("--global-size", type=int, metavar="N", help="first tokens, always seen (default: 32, or C/64)")
-    add("--local-size", type=int, metavar="N", help="last tokens, always seen (default: 8192, or C/2)")
-    add("--span-top-k", type=int, metavar="K", help="winners per head and query (default: 4)")
+    add(
+        "--local-size",
+        type=int,
+        metavar="N",
+        help="last tokens, always seen (default: 8192; or C/8, at least 512, at most C/4)",
+    )
+    add("--span-top-k", type=int, metavar="K", help="winners per head and query (default: 4, or 2)")
     add("--span-size", type=int, metavar="N", help="tokens around each winner (default: 32)")
-    add("--max-spans", type=int, metavar="N", help="winners kept after the vote (default: 256, or what fits C)")
+    add("--max-spans", type=int, metavar="N", help="winners kept after the vote (default: 256, or half of what fits C)")
     add("--chunk-size", type=int, metavar="N", help="prompt tokens per scope, at most --local-size (default: 512)")
     add("--span-scope", choices=SPAN_SCOPES, help="who votes together (default: layer)")
     tail = f"last tokens of a prompt, read in smaller chunks; 0: none (default: {TAIL_SIZE})"

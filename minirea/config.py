@@ -18,8 +18,8 @@ SPAN_SCOPES: Final = ("layer", "kv_head")
 DTYPES: Final = ("float32", "float16", "bfloat16")
 # Defaults of ReAttentionConfig that hold for every trained context.
 CHUNK_SIZE: Final = 512
-TAIL_SIZE: Final = 32
-TAIL_CHUNK_SIZE: Final = 8
+TAIL_SIZE: Final = 64
+TAIL_CHUNK_SIZE: Final = 16
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class ReAttentionConfig:
         span_scope: "layer" (one vote over all heads) or "kv_head" (one vote and one selection per key/value head).
         tail_size: so many tokens at the end of a prompt are read in chunks of tail_chunk_size, and the very last one
             by itself; 0 reads them like the others, as the paper does.
-        tail_chunk_size: queries of a prompt's tail that share one scope, at most local_size; None means 8, or
+        tail_chunk_size: queries of a prompt's tail that share one scope, at most local_size; None means 16, or
             chunk_size where that is less.
         dense_size: up to so many cached tokens a step attends to all of them, at least global_size + local_size, which
             is what None means. `for_context` sets it to what the scope can hold (`max_scope`).
@@ -144,16 +144,19 @@ class ReAttentionConfig:
         if unknown:
             raise InputError(f"unknown option {unknown[0]!r}, expected one of {', '.join([*_LOWEST, 'span_scope'])}")
         large = trained_context >= 32768
+        # Few local tokens, few winners and half of the room that is left: see kernels/NOTEBOOK.md, 2026-11-26.
         values = {
             "global_size": 32 if large else min(32, trained_context // 64),
-            "local_size": 8192 if large else max(1, trained_context // 2),
+            "local_size": 8192 if large else max(1, min(trained_context // 4, max(512, trained_context // 8))),
+            "span_top_k": 4 if large else 2,
             "span_size": 32,
         } | given
-        cls(
-            **values | dict.fromkeys(_DERIVED) | {"max_spans": given.get("max_spans", 0)}
-        )  # names a bad value before it is used in arithmetic
-        room = trained_context - values["global_size"] - values["local_size"]
-        values.setdefault("max_spans", max(0, min(256 if large else room, room // values["span_size"])))
+        # Names a bad value before it is used in arithmetic.
+        cls(**values | dict.fromkeys(_DERIVED) | {"max_spans": given.get("max_spans", 0)})
+        room = max(0, trained_context - values["global_size"] - values["local_size"])
+        values.setdefault(
+            "max_spans", (min(room, 256 * values["span_size"]) if large else room // 2) // values["span_size"]
+        )
         sparse = cls(**values)
         return sparse if "dense_size" in given else dataclasses.replace(sparse, dense_size=sparse.max_scope)
 

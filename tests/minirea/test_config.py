@@ -15,15 +15,15 @@ from minirea.errors import InputError
     [
         (131072, (32, 8192, 256, 512), 16416),
         (32768, (32, 8192, 256, 512), 16416),
-        (8192, (32, 4096, 127, 512), 8192),
-        (2048, (32, 1024, 31, 512), 2048),
-        (256, (4, 128, 3, 128), 228),
+        (8192, (32, 1024, 111, 512), 4608),
+        (2048, (32, 512, 23, 512), 1280),
+        (256, (4, 64, 2, 64), 132),
     ],
 )
 def test_defaults_follow_the_trained_context(trained: int, expected: tuple[int, ...], bound: int) -> None:
     c = ReAttentionConfig.for_context(trained)
     assert (c.global_size, c.local_size, c.max_spans, c.chunk_size) == expected
-    assert (c.span_top_k, c.span_size, c.span_scope) == (4, 32, "layer")
+    assert (c.span_top_k, c.span_size, c.span_scope) == (4 if trained >= 32768 else 2, 32, "layer")
     assert c.max_scope == c.dense_size == bound <= trained
     assert (c.tail_size, c.tail_chunk_size) == (TAIL_SIZE, TAIL_CHUNK_SIZE)
 
@@ -31,12 +31,12 @@ def test_defaults_follow_the_trained_context(trained: int, expected: tuple[int, 
 def test_fields_that_follow_from_others() -> None:
     """The kernels' own call is the paper's: dense as long as nothing can be selected. The engine's fills the scope."""
     direct = ReAttentionConfig(4, 24, max_spans=3)
-    assert (direct.chunk_size, direct.tail_chunk_size, direct.dense_size, direct.max_scope) == (24, 8, 28, 28 + 96)
+    assert (direct.chunk_size, direct.tail_chunk_size, direct.dense_size, direct.max_scope) == (24, 16, 28, 28 + 96)
     assert ReAttentionConfig(4, 24, span_top_k=0).max_scope == 28
     assert ReAttentionConfig(4, 24, chunk_size=3).tail_chunk_size == 3
     assert ReAttentionConfig(4, 24, max_spans=0, dense_size=100).max_scope == 100
-    assert ReAttentionConfig.for_context(2048, span_top_k=0).dense_size == 32 + 1024
-    assert ReAttentionConfig.for_context(2048, max_spans=2).dense_size == 32 + 1024 + 64
+    assert ReAttentionConfig.for_context(2048, span_top_k=0).dense_size == 32 + 512
+    assert ReAttentionConfig.for_context(2048, max_spans=2).dense_size == 32 + 512 + 64
     assert ReAttentionConfig.for_context(2048, dense_size=1100).dense_size == 1100
 
 
@@ -56,7 +56,7 @@ def test_fields_that_follow_from_others() -> None:
         {"tail_size": True},
         {"tail_chunk_size": 0},
         {"tail_chunk_size": 1025},
-        {"dense_size": 1055},
+        {"dense_size": 543},
         {"dense_size": 2000.0},
         {"local_size": 1.5},
         {"span_topk": 4},
@@ -69,7 +69,7 @@ def test_bad_fields_are_named(fields: dict[str, Any]) -> None:
 
 def test_a_scope_beyond_the_trained_context_is_refused_with_both_numbers() -> None:
     config = ReAttentionConfig.for_context(2048, max_spans=64)
-    with pytest.raises(InputError, match=r"3104 .* 2048 .*allow_out_of_distribution=True"):
+    with pytest.raises(InputError, match=r"2592 .* 2048 .*allow_out_of_distribution=True"):
         config.check_fits(2048, "max_position_embeddings")
     with pytest.raises(InputError, match=r"2049 .*dense_size 2049.* 2048 .*allow_out_of_distribution=True"):
         ReAttentionConfig.for_context(2048, dense_size=2049).check_fits(2048, "max_position_embeddings")
@@ -77,6 +77,6 @@ def test_a_scope_beyond_the_trained_context_is_refused_with_both_numbers() -> No
 
 def test_a_scope_beyond_what_kernels_count_is_refused_by_its_parts() -> None:
     with pytest.raises(
-        InputError, match=r"^the scope can reach 32000001056 .*max_spans 1000000000 .*at most 2147483647$"
+        InputError, match=r"^the scope can reach 32000000544 .*max_spans 1000000000 .*at most 2147483647$"
     ):
         ReAttentionConfig.for_context(2048, max_spans=10**9)
