@@ -72,12 +72,12 @@ def section(path: Path) -> str:
 def origin(result: Result) -> str:
     """Which build, on which machine, by which command."""
     machine = dict(result["machine"])
-    bandwidth = machine.pop("copy_gb_per_s") / 1e3
+    bandwidth = machine.pop("copy_gb_per_s")
     device = machine.pop("device")
     versions = ", ".join(f"{name} {version}" for name, version in machine.items() if version)
     build = result["options"].get("build") or "unknown"
     lines = [
-        f"Build {build}; {device}; {versions}; copy bandwidth {bandwidth:.2f} TB/s.",
+        f"Build {build}; {device}; {versions}; copy bandwidth {bandwidth:,.4g} GB/s.",
         f"`{result['command_line']}`",
         *([result["note"]] if "note" in result else []),
     ]

@@ -50,7 +50,7 @@ def test_kernel(tmp_path: Path) -> None:
     text = bench_report.section(keep(tmp_path, "kernel-x", "kernel", rows))
     assert text.splitlines()[:5] == [
         "## kernel-x", "",
-        "Build 1234567; a GPU; python 3.11, torch 2.11; copy bandwidth 2.00 TB/s.", "",
+        "Build 1234567; a GPU; python 3.11, torch 2.11; copy bandwidth 2,000 GB/s.", "",
         "`bench.py kernel`",
     ]  # fmt: skip
     assert "One decode step launches: `decode_kernel`." in text
