@@ -1,4 +1,4 @@
-"""Looks over a model's shoulder: every layer's queries, its keys without RoPE, and what it attended to."""
+"""Observes a model's attention: every layer's queries, its keys without RoPE, and what it attended to."""
 
 from __future__ import annotations
 
