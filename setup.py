@@ -8,7 +8,6 @@ TEST = [
     *PLOT,
     *EVAL,
     "pytest>=8",
-    "pytest-timeout",
     "pytest-xdist",
     "hypothesis",
     "transformers>=5",

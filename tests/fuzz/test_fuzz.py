@@ -11,7 +11,6 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(0)  # a case is limited by its CPU time
 def test_damaged_directories() -> None:
     command = [sys.executable, str(Path(__file__).parent / "run.py"), "--cases", "300", "--seed", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RUST_BACKTRACE": "0"}

@@ -104,5 +104,5 @@ def test_the_torch_path_does_not_import_triton() -> None:
         "x = torch.zeros(1, 2, 4); k = torch.zeros(1, 9, 4); t = torch.zeros(9, 2)\n"
         "reattention(x, k, k, 9, t, t, c); assert 'triton' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True)
     assert minirea

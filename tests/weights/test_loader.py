@@ -692,7 +692,7 @@ def reader_threads() -> list[threading.Thread]:
 @pytest.mark.usefixtures("many_blocks")
 def test_several_readers_work_and_none_remains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shards(tmp_path, hugging_face_tensors(CONFIG))
-    busy = threading.Barrier(loader.READERS["cpu"], timeout=60)
+    busy = threading.Barrier(loader.READERS["cpu"])
     names: set[str] = set()
 
     class MeetingFile(FileIO):
