@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
+import re
+import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
+
+import minirea
 
 ROOT = Path(__file__).parent.parent
 
@@ -127,6 +133,42 @@ def test_the_clone_is_found_from_its_parent_and_from_within(tmp_path: Path) -> N
         code = "import minirea; print(minirea.load.__module__, minirea.__path__)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
         assert done.stdout.startswith("minirea.api")
+
+
+def can_build_wheels() -> bool:
+    """Whether this environment has pip, and a setuptools that needs no other package (70.1)."""
+    found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    version = [int(part) for part in re.findall(r"\d+", found.get("setuptools", "0"))]
+    return "pip" in found and version >= [70, 1]
+
+
+@pytest.mark.skipif(not can_build_wheels(), reason="needs pip and setuptools 70.1")
+def test_installations_from_a_clone_are_found_wherever_python_starts(tmp_path: Path) -> None:
+    """Editable as tools/env.sh makes it, found from the clone's parent; and one that needs the clone no more."""
+    clone, room = tmp_path / "minirea", tmp_path / "elsewhere"
+    for folder in ("minirea", "kernels", "weights"):
+        shutil.copytree(ROOT / folder, clone / folder, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    for name in ("setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    (settings,) = re.findall(r"--config-settings \S+ -e", (ROOT / "tools" / "env.sh").read_text())
+    ways = {"editable": (settings.split(), tmp_path, clone), "copied": ([], room, room / "lib")}
+    room.mkdir()
+    pip = [sys.executable, "-m", "pip"]
+    for name, (options, start, inside) in ways.items():
+        environment = room / "lib" / name
+        venv.create(environment, symlinks=True)
+        (packages,) = environment.glob("lib/python*/site-packages")
+        # Our own environment's libraries, without what its .pth files add, such as minirea.
+        (packages / "shared.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+        install = [*pip, "--python", environment, "install", "-q", "--disable-pip-version-check", "--no-deps"]
+        source = [*options, "."] if options else ["."]
+        subprocess.run([*install, "--no-build-isolation", *source], check=True, cwd=clone, capture_output=True)
+        code = "import minirea, minirea.kernels as k, minirea.weights as w; print(minirea.load, k.__file__, w.__file__)"
+        run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, cwd=start)
+        _, *files = run([environment / "bin" / "python", "-c", code]).stdout.rsplit(maxsplit=2)
+        assert all(Path(file).is_relative_to(inside) for file in files), files
+        assert run([environment / "bin" / "minirea", "--version"]).stdout == f"minirea {minirea.__version__}\n"
+        assert (Path(files[1]).parent / "demo" / "model.safetensors").exists()
 
 
 def test_import_minirea_is_lazy() -> None:
