@@ -339,9 +339,12 @@ class Session:
     in one where a token ends at the seam, as it does before most line ends and spaces.
 
     A call that fails leaves the session as it was, and so does one that is interrupted; a stream keeps what it yielded.
+    Calls follow one another: while a stream waits for its next piece to be taken, others are refused until it ends or
+    is closed.
 
     Attributes:
-        ids: the whole context. The last sampled token may not be in the cache yet.
+        ids: the whole context. The last sampled token is not in the cache yet: it is read at the head of the next
+            piece, and shares its chunk there.
         notes: strings of the program's own, which `save` keeps with the context.
     """
 
@@ -350,6 +353,7 @@ class Session:
         self.cache = llm._cache(integer("capacity", capacity, 0))
         self.ids: list[int] = []
         self.notes: dict[str, str] = {}
+        self._in_use = False  # by a call that has not ended
         self._answer: tuple[int, int] | None = None  # where what asked for the last answer starts, and the answer
 
     def __repr__(self) -> str:
@@ -364,7 +368,7 @@ class Session:
             to_follow: tokens that the next call appends to the same piece; see LLM.num_shared.
         """
         ids = self.llm.encode(prompt, continues=bool(self.ids))
-        with self._unchanged_by_failure():
+        with self._alone(), self._unchanged_by_failure():
             self.ids += ids
             self._answer = None
             loop.prefill(self.llm.model, self.cache, self.ids[self.cache.seq_len :], to_follow, progress)
@@ -377,16 +381,18 @@ class Session:
         Raises:
             InputError: the context is empty, or the file cannot be written.
         """
-        save_context(path, self.cache, self.ids, self.llm._origin(), self.notes, progress)
+        with self._alone():
+            save_context(path, self.cache, self.ids, self.llm._origin(), self.notes, progress)
 
     def rewind(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` of the context and forget the rest."""
         if not 0 <= (keep := integer("num_tokens", num_tokens, 0)) <= len(self.ids):
             raise InputError(f"num_tokens is {keep}, expected 0 to {len(self.ids)}, the tokens in this session")
-        self.cache.rewind(min(keep, self.cache.seq_len))
-        del self.ids[keep:]
-        if self._answer and keep <= self._answer[1]:
-            self._answer = None
+        with self._alone():
+            self.cache.rewind(min(keep, self.cache.seq_len))
+            del self.ids[keep:]
+            if self._answer and keep <= self._answer[1]:
+                self._answer = None
 
     def generate(
         self,
@@ -428,7 +434,8 @@ class Session:
         asked, start = self._answer or (0, 0)
         if not 0 < start < len(self.ids):
             raise InputError("sources are those of an answer, expected a session that ends with one: generate first")
-        return look(self.llm.model, self.cache, self.ids, start, question_start(asked, start))
+        with self._alone():
+            return look(self.llm.model, self.cache, self.ids, start, question_start(asked, start))
 
     def stream(
         self, prompt: str | Sequence[int], max_tokens: int = 256, *, progress: bool = False, **options: Any
@@ -446,15 +453,26 @@ class Session:
         self, ids: list[int], after: int, config: GenerationConfig, progress: bool
     ) -> Generator[Piece, None, None]:
         """Append `ids`, which were encoded to follow `after` tokens, and continue."""
-        if len(self.ids) != after:
-            raise InputError(f"the session has {len(self.ids)} tokens, expected the {after} it had for this stream")
         llm, yielded = self.llm, False
-        with self._unchanged_by_failure(unless=lambda: yielded):
+        with self._alone(), self._unchanged_by_failure(unless=lambda: yielded):
+            if len(self.ids) != after:
+                raise InputError(f"the session has {len(self.ids)} tokens, expected the {after} it had for this stream")
             self.ids += ids
             self._answer = after, len(self.ids)
             for piece in loop.generate(llm.model, self.cache, self.ids, config, llm._tokenizer, llm.eos_ids, progress):
                 yielded = True
                 yield piece
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While it lasts, no other call may use the session."""
+        if self._in_use:
+            raise InputError("the session is in use by a stream or a thread: let it end, or close() it, first")
+        self._in_use = True
+        try:
+            yield
+        finally:
+            self._in_use = False
 
     @contextlib.contextmanager
     def _unchanged_by_failure(self, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:

@@ -379,6 +379,35 @@ def test_a_stream_belongs_to_the_context_that_it_was_made_for(demo: minirea.LLM)
         list(second)
 
 
+def test_a_session_whose_stream_waits_refuses_other_calls(demo: minirea.LLM, tmp_path: Path) -> None:
+    """And the stream goes on as if none had been tried; once it is closed or has ended, the session is free."""
+    expected = demo.generate("The old house", 6, ignore_eos=True).token_ids
+    session = demo.session()
+    stream = session.stream("The old house", 6, ignore_eos=True)
+    found = list(next(stream).token_ids)
+    ids, seq_len = list(session.ids), session.cache.seq_len
+    calls = {
+        "prefill": lambda: session.prefill(" by"),
+        "generate": lambda: session.generate(" by", 2),
+        "stream": lambda: next(session.stream(" by", 2)),
+        "sources": session.sources,
+        "rewind": lambda: session.rewind(1),
+        "save": lambda: session.save(tmp_path / "context"),
+    }
+    for name, call in calls.items():
+        with pytest.raises(minirea.InputError, match="in use by a stream"):
+            call()
+        assert (session.ids, session.cache.seq_len) == (ids, seq_len), name
+    for piece in stream:
+        found += piece.token_ids
+    assert found == expected
+    left = session.stream(" by", 2)
+    next(left)
+    left.close()
+    for call in calls.values():
+        call()
+
+
 def test_what_there_is_can_be_seen(demo: minirea.LLM) -> None:
     assert set(minirea.__all__) <= set(dir(minirea))
     assert "weights/demo" in repr(demo)
