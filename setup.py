@@ -28,6 +28,7 @@ setup(
     packages=[
         "minirea",
         "minirea.tokenizer",
+        "minirea.explain",
         *(f"minirea.evaluation{room}" for room in ("", ".frame", ".text", ".tasks", ".benchmarks")),
         "minirea.kernels",
         "minirea.kernels.fused",
@@ -37,6 +38,7 @@ setup(
     package_dir={"minirea.kernels": "kernels", "minirea.weights": "weights"},
     package_data={
         "minirea": ["py.typed"],
+        "minirea.explain": ["page.html", "page.css", "page.js"],
         "minirea.weights": ["demo/*", "demo/prompts/*"],
         "minirea.kernels": ["*.md"],
     },

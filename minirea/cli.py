@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minirea import __version__
+from minirea.checks import integer
 from minirea.config import DEVICES, DTYPES, IMPLS, MODES, SCOPE_FIELDS, SPAN_SCOPES, TAIL_CHUNK_SIZE, TAIL_SIZE
 from minirea.errors import InputError, MinireaError, MinireaWarning, MissingExtraError, memory_limit_of, printable
 from minirea.files import read_all, read_file
@@ -26,7 +27,7 @@ from minirea.terminal import EXIT_INTERRUPTED, Interrupts, discard_output, open_
 from minirea.threads import limited_to, wait_asleep
 
 if TYPE_CHECKING:
-    from minirea.api import ModelFiles
+    from minirea.api import ModelFiles, Session
     from minirea.evaluation import Evaluation
     from minirea.evaluation.frame.tasks import Option, Task
     from minirea.generate import Piece, Stats
@@ -77,14 +78,14 @@ def main(argv: list[str] | None = None, interrupts: Interrupts | None = None) ->
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser(with_tasks=argv[:1] == ["eval"])
     arguments = parser.parse_args(argv)
-    if arguments.command == "generate" and not arguments.chat:
+    if arguments.command in ("generate", "explain") and not arguments.chat:
         for flag, given in (
             ("--system", arguments.system is not None),
             ("--allow-special-tokens", arguments.allow_special_tokens),
         ):
             if given:
                 arguments.parser.error(f"{flag} needs --chat")
-    run = run_generate if arguments.command == "generate" else run_eval
+    run = run_eval if arguments.command == "eval" else run_generate
     try:
         with limited_to(getattr(arguments, "threads", None)), _warnings_as_lines():
             return run(arguments, interrupts or Interrupts())
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None, interrupts: Interrupts | None = None) ->
 
 
 def run_generate(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
-    """`minirea generate`: load, read the prompt, print the text as it comes."""
+    """`minirea generate` and `explain`: load, read the prompt, print the text as it comes, say where it came from."""
     if sys.stdout is None:
         raise InputError("standard output is closed, expected somewhere to write the text to")
     prompt = read_prompt(arguments)
@@ -113,6 +114,11 @@ def run_generate(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     options = vars(arguments)
     generation_options = {name: options[name] for name in _GENERATION_OPTIONS}
     generation_config(generation_options)  # a bad value should not wait for the weights to load
+    integer("sources", arguments.sources, 0)
+    if arguments.out is not None:
+        from minirea.explain import make_folder
+
+        make_folder(Path(arguments.out))
     progress = not arguments.quiet
     files = read_model(arguments.model, **{name: options[name] for name in _LOAD_OPTIONS + SCOPE_FIELDS})
     ids = _encode(files, prompt, arguments)
@@ -123,7 +129,8 @@ def run_generate(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     llm = files.load(progress, num_tokens)
     answer = Answer(len(ids), arguments.json, arguments.quiet)
     interrupts.finish = answer.finish_now
-    pieces = llm.stream(ids, progress=progress, **generation_options)
+    session = llm.session()
+    pieces = session.stream(ids, progress=progress, **generation_options)
     try:
         for piece in pieces:
             answer.add(piece)
@@ -139,9 +146,30 @@ def run_generate(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
             struck = passed_on
         if isinstance(struck, Interrupted):
             answer.add(struck.piece)
+    if answer.finish_reason != "interrupted" and (arguments.sources or arguments.out is not None):
+        _look_back(session, prompt, answer, arguments)
     interrupts.ignore()
     answer.finish()
     return EXIT_INTERRUPTED if answer.finish_reason == "interrupted" else 0
+
+
+def _look_back(session: Session, prompt: str, answer: Answer, arguments: argparse.Namespace) -> None:
+    """--sources and --out: what the answer used of its prompt."""
+    from minirea.sources import as_records, sources_of
+
+    tokenizer, ids = session.llm.tokenizer, session.ids
+    votes = session.votes()
+    answer.sources = as_records(sources_of(votes, ids, arguments.sources, tokenizer), prompt, ids, tokenizer)
+    if arguments.out is None:
+        return
+    from minirea.explain import Explanation
+
+    name, start = Path(arguments.model).resolve().name, answer.prompt_tokens
+    explanation = Explanation(name, ids, start, answer.text, votes, session.llm.config.num_layers, answer.sources)
+    try:
+        explanation.write(Path(arguments.out), tokenizer)
+    except MissingExtraError as error:  # a server may well have no matplotlib, and the rest is there
+        say(f"minirea: no picture: {error}")
 
 
 @dataclasses.dataclass
@@ -155,6 +183,7 @@ class Answer:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     stats: Stats | None = None
     finish_reason: str | None = None
+    sources: list[dict[str, Any]] | None = None
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
@@ -166,6 +195,8 @@ class Answer:
     def finish(self) -> None:
         """Print what is left to print."""
         put(self._rest())
+        if self.sources is not None and not self.as_json:
+            say(source_lines(self.sources))
         if self.stats and not self.quiet:
             say(footer(self.stats, self.finish_reason))
 
@@ -180,6 +211,7 @@ class Answer:
             return "\n" if self.text or self.finish_reason != "interrupted" else ""
         record: dict[str, Any] = {"text": self.text, "token_ids": self.token_ids, "finish_reason": self.finish_reason}
         record |= {"prompt_tokens": self.prompt_tokens} | (self.stats.as_dict() if self.stats else {})
+        record |= {} if self.sources is None else {"sources": self.sources}
         return json.dumps(record) + "\n"
 
 
@@ -284,6 +316,18 @@ def _print_plan(files: ModelFiles, prompt_tokens: int, arguments: argparse.Names
         put("\n".join(lines) + "\n")
     plan.check(device)
     return 0
+
+
+def source_lines(sources: list[dict[str, Any]]) -> str:
+    """One line for each source: its share, where it stands, and what it says, cut."""
+    if not sources:
+        return "sources     none before the question"
+    lines = []
+    for source in sources:
+        line = f"line {source['line']:,}, " if source["line"] else ""
+        place = f"{source['share']:.1%} {line}tokens {source['start']:,}-{source['end']:,}"
+        lines.append(f"{'' if lines else 'sources':<11} {place}: {printable(' '.join(source['text'].split()), 100)}")
+    return "\n".join(lines)
 
 
 def footer(stats: Stats, finish_reason: str | None) -> str:
@@ -410,9 +454,30 @@ def _parser(with_tasks: bool = True) -> argparse.ArgumentParser:
     _add_execution(generate)
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     generate.add_argument("--dry-run", action="store_true", help="print what it would need of the memory, and stop")
-    generate.set_defaults(parser=generate)
+    add_sources = "say which N passages of the prompt the answer used most"
+    generate.add_argument("--sources", type=int, default=0, metavar="N", help=add_sources)
+    generate.set_defaults(parser=generate, out=None)
+    _add_explain(commands)
     _add_eval(commands, with_tasks)
     return parser
+
+
+def _add_explain(commands: Any) -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="continue a prompt, and show where the answer came from",
+        description="Continue a prompt as `generate` does, and write what the answer used of it to --out: "
+        "sources.json, attention.png (by layer, and by the answer's tokens) and page.html, which shades the prompt.",
+        formatter_class=_HelpFormatter,
+    )
+    _add_input(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="where to; it is made if it is not there")
+    parser.add_argument("--sources", type=int, default=10, metavar="N", help="so many passages")
+    _add_sampling(parser)
+    add = _add_attention(parser)
+    add("--attention", choices=MODES, default="reattention", help="what a token can see")
+    _add_execution(parser)
+    parser.set_defaults(parser=parser, json=False, dry_run=False)
 
 
 def _add_eval(commands: Any, with_tasks: bool) -> None:

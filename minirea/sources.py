@@ -244,6 +244,13 @@ def text_of(ids: Sequence[int], start: int, end: int, tokenizer: Tokenizer) -> s
     return ("".join(stream.put(token_id) for token_id in ids[start:end]) + stream.flush()).strip()
 
 
+def as_records(
+    sources: Sequence[Source], prompt: str, ids: Sequence[int], tokenizer: Tokenizer
+) -> list[dict[str, object]]:
+    """Sources as JSON has them, with the `line` of the prompt's text in which each begins, or None."""
+    return [source._asdict() | {"line": line_of(prompt, ids, source, tokenizer)} for source in sources]
+
+
 def line_of(prompt: str, ids: Sequence[int], source: Source, tokenizer: Tokenizer) -> int | None:
     """The line of a prompt, from 1, in which the text of a source begins; None if it is not there as it stands.
 
