@@ -77,7 +77,8 @@ def reattention(
     if impl == "torch":
         from minirea.kernels.reference import reattention_reference
 
-        out_THD, selection = reattention_reference(*tensors, int(seq_len), cos, sin, config, *options)
+        with torch.autocast(q_THD.device.type, enabled=False):  # the caller's products may be; these are not
+            out_THD, selection = reattention_reference(*tensors, int(seq_len), cos, sin, config, *options)
     else:
         from minirea.kernels.fused.launch import reattention_triton
 

@@ -72,8 +72,8 @@ ALLOWED = {
     "minirea.__main__": {"cli"},
     "minirea.__init__": {"errors", "api", "evaluation", "generate"},
     # What looks inside the model instead of only asking it.
-    "minirea.evaluation.tasks.likelihood": {"evaluation", "api", "cache", "steps", "errors"},
-    "minirea.evaluation.tasks.observe": {"evaluation", "cache", "generate", "model", "observer"},
+    "minirea.evaluation.tasks.likelihood": {"evaluation", "api", "cache", "steps", "errors", "isolation"},
+    "minirea.evaluation.tasks.observe": {"evaluation", "cache", "generate", "isolation", "model", "observer"},
     "minirea.evaluation.tasks.mechanism_measures": {"evaluation", "config", "kernels", "observer", "rope"},
     "kernels": {"config", "errors", "kernels"},
     "weights": {"config", "errors", "files", "json_object", "threads", "weights"},

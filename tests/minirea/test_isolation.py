@@ -13,6 +13,9 @@ import torch
 from testing import random_ids, tiny_model, write_checkpoint
 
 import minirea
+from minirea.config import ReAttentionConfig
+from minirea.evaluation.tasks.likelihood import nlls_in_range, token_nlls
+from minirea.kernels import reattention
 
 SCOPE: dict[str, Any] = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5}
 SCOPE |= {"chunk_size": 16, "tail_size": 12, "tail_chunk_size": 5}
@@ -80,6 +83,34 @@ def test_torchs_state_is_the_callers(directory: Path, attention: str) -> None:
             *found, other = results(directory, attention, ids)
         assert found == expected, name
         assert torch.equal(other, logits), name
+
+
+def test_torchs_state_does_not_matter_to_the_kernel_and_the_likelihoods(directory: Path) -> None:
+    """Called by themselves, in both span scopes, for a chunk and for a decode step."""
+    llm, ids = minirea.load(directory, device="cpu", **SCOPE), random_ids(90)
+    generator = torch.Generator().manual_seed(0)
+    q_THD, k_GND, v_GND = (torch.randn(shape, generator=generator) for shape in ((8, 4, 16), (2, 90, 16), (2, 90, 16)))
+    cos, sin = llm.model.attention.scope_tables(90)
+
+    def found() -> list[torch.Tensor]:
+        out = [token_nlls(llm, ids), nlls_in_range(llm, ids, 32)]
+        for span_scope in ("layer", "kv_head"):
+            config = ReAttentionConfig(**{**SCOPE, "span_scope": span_scope})
+            for queries in (q_THD, q_THD[-1:]):
+                out_THD, selection = reattention(
+                    queries, k_GND, v_GND, 90, cos, sin, config, impl="torch", return_selection=True
+                )
+                out += [out_THD, *(selection if isinstance(selection, list) else [selection])]
+        return out
+
+    expected = found()
+    for name, enter in STATES.items():
+        with enter():
+            before = state()
+            others = found()
+            assert state() == before
+        for ours, theirs in zip(expected, others, strict=True):
+            assert torch.equal(ours, theirs), name
 
 
 def test_threads_share_a_model_and_get_their_own_tokens(directory: Path) -> None:

@@ -12,13 +12,14 @@ from tqdm import tqdm
 from minirea.api import LLM
 from minirea.cache import KVCache
 from minirea.errors import InputError
+from minirea.isolation import isolated
 from minirea.steps import chunks
 
 # Logits held at a time, in float32 elements. A chunk of 512 tokens and a vocabulary of 128,000 have twice as many.
 TILE_LOGITS = 1 << 25
 
 
-@torch.inference_mode()
+@isolated()
 def token_nlls(llm: LLM, ids: Sequence[int], progress: bool = False) -> Tensor:
     """Negative log-likelihood of each token after the first, given all before it, through the steps of `generate`.
 
@@ -53,6 +54,7 @@ def token_nlls(llm: LLM, ids: Sequence[int], progress: bool = False) -> Tensor:
     return nll_T
 
 
+@isolated()
 def nlls_in_range(llm: LLM, ids: Sequence[int], context: int, beginning: int = 0) -> Tensor:
     """The same tokens' negative log-likelihoods where the model never reads more than `context` tokens in one go.
 

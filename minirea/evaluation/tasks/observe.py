@@ -8,11 +8,12 @@ import torch
 
 from minirea.cache import KVCache
 from minirea.generate import prefill
+from minirea.isolation import isolated
 from minirea.model import Model
 from minirea.observer import Observer, observed
 
 
-@torch.inference_mode()
+@isolated()
 def observe_end(model: Model, ids: Sequence[int], num_steps: int, observer: Observer, progress: bool = False) -> None:
     """Read a prompt as `generate` does; observe its last `num_steps` tokens as decode steps, and the chunk before.
 
