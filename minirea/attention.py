@@ -103,8 +103,10 @@ class Attention:
         return self.device.type == "cuda" and self.impl == "triton" and self.mode != "full"
 
     def _on_cpu(self, q_THD: Tensor) -> bool:
-        """Whether minirea.cpu attends faster than the reference."""
-        return q_THD.is_cpu and q_THD.dtype == torch.float32 and self.config.span_scope == "layer"
+        """Whether minirea.cpu attends, which does faster what the reference does."""
+        return (
+            self.impl == "torch" and q_THD.is_cpu and q_THD.dtype == torch.float32 and self.config.span_scope == "layer"
+        )
 
     @property
     def depends_on_context(self) -> bool:
@@ -198,7 +200,7 @@ class Attention:
     def over_cache(self, layer: int, q_THD: Tensor, cache: KVCache, step: Step) -> Tensor:
         """ReAttention of a step whose keys and values the cache already holds. Not for mode "full"."""
         k_GND, v_GND, (cos, sin) = cache.k[layer], cache.v[layer], self.scope_tables(cache.capacity)
-        if isinstance(step.seq_len, int) and self._on_cpu(q_THD):
+        if isinstance(step.seq_len, int) and step.seq_len > self.dense_size and self._on_cpu(q_THD):
             return cpu.reattention(q_THD, k_GND, v_GND, step.seq_len, cos, sin, self.config)
         arguments = (q_THD, k_GND, v_GND, step.seq_len, cos, sin, self.config, self.impl)
         out_THD: Tensor = reattention(*arguments, chunk_size=step.chunk_size)

@@ -84,6 +84,15 @@ def test_winners_up_to_what_a_decode_step_sorts_and_beyond(num_heads: int) -> No
         check(make_case(ReAttentionConfig(2, 8, 4, 4, max_spans), 400, H=num_heads, G=8, D=16, largest=3))
 
 
+def test_keys_behind_the_middle_never_win() -> None:
+    """A chunk's tiles may reach into a local part that is long enough, up to the last key of the cache."""
+    for T, n in ((1, 283), (3, 283), (3, 134), (3, 260)):
+        for local_size in (31, 130):  # shorter than a tile, and longer
+            case = make_case(ReAttentionConfig(3, local_size, 2, 4, 5), n, T=T, capacity=n, largest=2)
+            case.k_cache[:, n - local_size :] *= 16  # better than all others, or worse
+            check(case)
+
+
 def test_all_scores_equal_selects_the_lowest() -> None:
     for T in (1, 2):
         case = make_case(ReAttentionConfig(1, 2, 3, 2, 9), 300, T=T)
