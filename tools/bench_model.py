@@ -245,10 +245,11 @@ class Minirea:
         c, scope = model.config, model.attention.config
         weights = model.nbytes - (model.embed.nbytes if model.embed is not model.head else 0)
         key_bytes = c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
-        middle = max(0, context - scope.global_size - scope.local_size) if scope.span_top_k else 0
-        seen = min(context, scope.max_scope)
-        if model.attention.mode == "full":
+        if context <= model.attention.dense_size:
             middle, seen = 0, context
+        else:
+            middle = context - scope.global_size - scope.local_size if scope.span_top_k else 0
+            seen = min(context, scope.max_scope)
         return weights + (middle + 2 * seen) * key_bytes
 
 

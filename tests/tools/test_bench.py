@@ -93,7 +93,7 @@ def test_floor_counts_what_a_step_reads() -> None:
         dtype=torch.bfloat16,
         config=argparse.Namespace(num_layers=32, num_kv_heads=8, head_dim=128),
         attention=argparse.Namespace(
-            mode="reattention",
+            dense_size=16416,
             config=argparse.Namespace(global_size=32, local_size=8192, span_top_k=4, max_scope=32 + 8192 + 8192),
         ),
     )
@@ -101,6 +101,8 @@ def test_floor_counts_what_a_step_reads() -> None:
     engine.llm = argparse.Namespace(model=model)
     assert c["num_hidden_layers"] == 32
     assert engine.step_bytes(1024) == 15_009_849_344 + 2 * 1024 * key
+    assert engine.step_bytes(16416) == 15_009_849_344 + 2 * 16416 * key  # all of them, and nothing is scored
+    assert engine.step_bytes(16417) == 15_009_849_344 + (16417 - 8224 + 2 * 16416) * key
     assert engine.step_bytes(131072) == 15_009_849_344 + (131072 - 8224 + 2 * 16416) * key
 
 
