@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from minirea.config import DEVICES, DTYPES
+
 
 def tokens(text: str) -> int:
     """64k is 65,536 and 1m is 1,048,576."""
@@ -39,10 +41,8 @@ class Lengths(argparse.Action):
 def add_device(parser: argparse.ArgumentParser) -> None:
     """The flags that say where, and in which precision."""
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16" if on_gpu else "float32"
-    )
+    parser.add_argument("--device", choices=DEVICES[1:], default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32")
 
 
 def describe_machine(device: str) -> dict[str, Any]:

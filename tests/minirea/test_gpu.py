@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from minirea.attention import Attention, full_attention
 from minirea.generate import decode, decode_one_by_one, read_one_by_one
 from minirea.graph import WORTH_CAPTURING, DecodeGraph, compiling_decode_step, read_captured
 from minirea.sampling import Sampler, SamplingConfig
-from minirea.steps import DecodeStep, Part
+from minirea.steps import DecodeStep, Part, cut
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +23,6 @@ pytestmark = [
 ]
 DEMO = Path(__file__).parents[2] / "weights" / "demo"
 SCOPE = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5, "chunk_size": 16}
-SCOPE |= {"dense_size": 28}
 
 
 @pytest.mark.parametrize("attention", ["reattention", "streaming", "full"])
@@ -101,6 +101,47 @@ def test_captured_steps_fill_the_cache_as_launched_chunks(tmp_path: Path, monkey
         for name in ("k", "v"):
             for found, wanted in zip(getattr(cache, name), getattr(expected, name), strict=True):
                 torch.testing.assert_close(found[:, :406], wanted[:, :406], atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_a_tail_in_captured_steps_is_read_as_chunk_by_chunk(tmp_path: Path) -> None:
+    """The prompt's body in captured steps, its tail in one of small chunks; then the same text."""
+    tail = {"tail_size": 23, "tail_chunk_size": 4}
+    llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), dtype="float32", **SCOPE | tail)
+    model, ids = llm.model, random_ids(406)
+    ids_T, sampler = torch.tensor(ids, device="cuda"), Sampler(SamplingConfig(), ids, 97, llm.model.device)
+    parts = cut(model.attention, 0, 405, to_follow=1)
+    assert [(part.stop - part.start, part.chunk_size) for part in parts] == [(383, 16), (22, 4)]
+    found, expected = llm.session(450).cache, llm.session(450).cache
+    assert list(read_captured(model, found, ids_T[:-1], parts)) == [64] * 5 + [63, 22]
+    assert list(read_one_by_one(model, expected, ids_T[:-1], parts)) == [16] * 23 + [15] + [4] * 5 + [2]
+    for name in ("k", "v"):
+        for ours, theirs in zip(getattr(found, name), getattr(expected, name), strict=True):
+            torch.testing.assert_close(ours[:, :405], theirs[:, :405], atol=1e-5, rtol=0)
+    text = list(decode_one_by_one(model, expected, ids[-1], sampler, 30))
+    assert llm.generate(ids, max_tokens=30, ignore_eos=True).token_ids == text
+
+
+def test_threads_share_a_gpu_and_get_their_own_tokens(tmp_path: Path) -> None:
+    """Eight at a time: whole calls, sessions, sampled ones, and streams that are left in the middle."""
+    llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), dtype="float32", **SCOPE)
+    llms = [llm, llm.with_attention("full"), llm.with_attention("streaming", **SCOPE)]
+
+    def generate(i: int) -> list[int]:
+        ids, llm = random_ids(40 + 20 * i, seed=i), llms[i % 3]
+        if i % 4 == 1:
+            session = llm.session()
+            session.prefill(ids[:30])
+            return session.generate(ids[30:], max_tokens=12, ignore_eos=True).token_ids
+        if i % 4 == 2:
+            stream = llm.stream(ids, max_tokens=12, ignore_eos=True)
+            return [next(stream).token_ids[0] for _ in range(4)]
+        options = {"temperature": 1.0, "seed": i, "repetition_penalty": 1.2} if i % 4 == 3 else {}
+        return llm.generate(ids, max_tokens=12, ignore_eos=True, **options).token_ids
+
+    expected = [generate(i) for i in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(generate, [*range(16), *range(16)])) == [*expected, *expected]
 
 
 @pytest.mark.parametrize("context", [1, 500, 2048, 9000, 70_000])
