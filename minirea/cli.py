@@ -322,7 +322,7 @@ def source_lines(sources: list[dict[str, Any]]) -> str:
     """One line for each source: its share, where it stands, and what it says, cut."""
     if not sources:
         return "sources     none before the question"
-    lines = []
+    lines: list[str] = []
     for source in sources:
         line = f"line {source['line']:,}, " if source["line"] else ""
         place = f"{source['share']:.1%} {line}tokens {source['start']:,}-{source['end']:,}"

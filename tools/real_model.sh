@@ -2,7 +2,7 @@
 # From a fresh clone to a pretrained model's answer: SmolLM2-135M-Instruct, trained on 8,192 tokens, is fetched, and
 # asked for a number that is hidden in a long book.
 # Usage: bash tools/real_model.sh [--tokens N] [--dir DIRECTORY]
-#   --tokens N   length of the book; default: 100000 on a GPU, 16000 on a CPU
+#   --tokens N   length of the book; default: 100000 on a GPU, 12000 on a CPU
 #   --dir DIR    where the model goes and stays, and is found again; default: smollm2 in the clone
 set -euo pipefail
 here=$PWD
@@ -51,7 +51,7 @@ fi
 
 gpu=$(python -c 'import torch; print(int(torch.cuda.is_available()))')
 if [ -z "$tokens" ]; then
-  [ "$gpu" = 1 ] && tokens=100000 || tokens=16000
+  [ "$gpu" = 1 ] && tokens=100000 || tokens=12000
 fi
 prompt=$model/book-$tokens.txt
 answer=$(python tools/make_book.py "$model" "$tokens" "$prompt")
@@ -61,8 +61,8 @@ say "   Expected: $answer"
 if [ "$gpu" = 1 ]; then
   say "4. The model reads it (seconds) and answers:"
 else
-  say "4. The model reads it and answers. Two CPU cores take about 5 minutes for 16,000 tokens and twice that for"
-  say "   32,000: the bar says how long. A shorter book: bash tools/real_model.sh --tokens 4000; 100,000 want a GPU."
+  say "4. The model reads it and answers. On two idle CPU cores 12,000 tokens take some minutes, and the time grows"
+  say "   with the length: the bar says how long. Shorter: bash tools/real_model.sh --tokens 4000; 100,000 want a GPU."
 fi
 started=$SECONDS
 minirea generate --model "$model" --prompt "$prompt" --chat --max-tokens 32
