@@ -222,7 +222,7 @@ def test_a_browser_shades_what_is_chosen(tmp_path: Path) -> None:
         assert "<title>Where the answer came from</title>" in dom
         assert dom.count("<rect") >= 1
         assert dom.count('<button type="button" aria-pressed="true"') == (1 if fragment else 0)
-        found = re.findall(r'<span id="t(\d+)" style="--w: ?([\d.]+);?"', dom)
+        found = re.findall(r'<span id="t(\d+)"[^>]* style="--w: ?([\d.]+);?"', dom)
         return {int(position): float(weight) for position, weight in found}
 
     assert shaded("") == {3: 1.0, 40: pytest.approx(0.2**0.5, abs=1e-3), 41: pytest.approx(0.8**0.5, abs=1e-3)}
