@@ -21,7 +21,7 @@ from minirea.cache import KVCache
 from minirea.checkpoint_config import load_config
 from minirea.checks import integer, shown
 from minirea.config import DEVICES, DTYPES, IMPLS, MODES, SCOPE_FIELDS, ModelConfig, ReAttentionConfig
-from minirea.context import Origin, StoredContext, save_context
+from minirea.context import Origin, StoredContext, context_bytes, save_context
 from minirea.errors import InputError, MissingFileError
 from minirea.files import is_there, read_start
 from minirea.generate import GenerationConfig, Piece, Stats
@@ -178,7 +178,15 @@ class ModelFiles(_Encoder):
 
     def open_context(self, path: str | Path) -> StoredContext:
         """A file that Session.save has written, its header checked, for LLM.open_session. Errors as there."""
-        return StoredContext(path, self.config, _origin(self.path, self.config, self.attention, self.dtype))
+        return StoredContext(path, self.config, self.origin())
+
+    def origin(self) -> Origin:
+        """What contexts of this model, under these settings, are known by."""
+        return _origin(self.path, self.config, self.attention, self.dtype)
+
+    def context_bytes(self, num_tokens: int) -> int:
+        """What Session.save takes for so many tokens."""
+        return context_bytes(self.config, num_tokens, self.dtype)
 
     def seen_tokens(self, num_tokens: int) -> int:
         """How many tokens attention will see at once, at most, in a context of `num_tokens`."""
@@ -281,7 +289,7 @@ class LLM(_Encoder):
         finally:
             context.close()
         self.model.attention.rotate_again(session.cache)
-        session.ids, session.notes = context.ids, context.notes
+        session.ids, session.notes = list(context.ids), dict(context.notes)
         return session
 
     def generate(

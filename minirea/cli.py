@@ -22,7 +22,7 @@ from minirea import __version__
 from minirea.checks import integer
 from minirea.config import DEVICES, DTYPES, IMPLS, MODES, SCOPE_FIELDS, SPAN_SCOPES, TAIL_CHUNK_SIZE, TAIL_SIZE
 from minirea.errors import InputError, MinireaError, MinireaWarning, MissingExtraError, memory_limit_of, printable
-from minirea.files import read_all, read_file
+from minirea.files import check_replaceable, read_all, read_file
 from minirea.terminal import EXIT_INTERRUPTED, Interrupts, discard_output, open_streams, put, put_now, say
 from minirea.threads import limited_to, wait_asleep
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from minirea.evaluation import Evaluation
     from minirea.evaluation.frame.tasks import Option, Task
     from minirea.generate import Piece, Stats
+    from minirea.series import Question
 
 EXIT_ERROR, EXIT_USAGE = 1, 2
 PROMPT_LIMIT = 2**30  # bytes
@@ -78,14 +79,9 @@ def main(argv: list[str] | None = None, interrupts: Interrupts | None = None) ->
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser(with_tasks=argv[:1] == ["eval"])
     arguments = parser.parse_args(argv)
-    if arguments.command in ("generate", "explain") and not arguments.chat:
-        for flag, given in (
-            ("--system", arguments.system is not None),
-            ("--allow-special-tokens", arguments.allow_special_tokens),
-        ):
-            if given:
-                arguments.parser.error(f"{flag} needs --chat")
-    run = run_eval if arguments.command == "eval" else run_generate
+    if arguments.command in ("generate", "explain"):
+        _check_usage(arguments)
+    run = _COMMANDS[arguments.command]
     try:
         with limited_to(getattr(arguments, "threads", None)), _warnings_as_lines():
             return run(arguments, interrupts or Interrupts())
@@ -102,10 +98,24 @@ def main(argv: list[str] | None = None, interrupts: Interrupts | None = None) ->
         return _fail(as_flags(explained(error), set(vars(arguments))))
 
 
+def _check_usage(arguments: argparse.Namespace) -> None:
+    """Flags of `generate` that mean nothing without others are wrong usage."""
+    series = len(arguments.prompts) > 1 or arguments.questions is not None
+    for flag, given, allowed, needed in (
+        ("--system", arguments.system is not None, arguments.chat, "--chat"),
+        ("--allow-special-tokens", arguments.allow_special_tokens, arguments.chat, "--chat"),
+        ("--out", arguments.answers is not None, series, "--questions, or --prompt several times"),
+    ):
+        if given and not allowed:
+            arguments.parser.error(f"{flag} needs {needed}")
+
+
 def run_generate(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     """`minirea generate` and `explain`: load, read the prompt, print the text as it comes, say where it came from."""
     if sys.stdout is None:
         raise InputError("standard output is closed, expected somewhere to write the text to")
+    if len(arguments.prompts) > 1 or arguments.questions is not None:
+        return run_series(arguments, interrupts)
     prompt = read_prompt(arguments)
     # Imports torch, which --help and a bad prompt need not wait for.
     from minirea.api import generation_config, read_model
@@ -121,15 +131,17 @@ def run_generate(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
         make_folder(Path(arguments.out))
     progress = not arguments.quiet
     files = read_model(arguments.model, **{name: options[name] for name in _LOAD_OPTIONS + SCOPE_FIELDS})
-    ids = _encode(files, prompt, arguments)
-    num_tokens = len(ids) + arguments.max_tokens
+    context = files.open_context(arguments.context) if arguments.context else None
+    ids = _encode(files, prompt, arguments, continues=context is not None)
+    prompt_tokens = len(ids) + (len(context.ids) if context else 0)
+    num_tokens = prompt_tokens + arguments.max_tokens
     _warn_beyond_training(files, num_tokens)
     if arguments.dry_run:
-        return _print_plan(files, len(ids), arguments)
+        return _print_plan(files, prompt_tokens, arguments)
     llm = files.load(progress, num_tokens)
-    answer = Answer(len(ids), arguments.json, arguments.quiet)
+    session = llm.open_session(context, num_tokens, progress=progress) if context else llm.session()
+    answer = Answer(prompt_tokens, arguments.json, arguments.quiet)
     interrupts.finish = answer.finish_now
-    session = llm.session()
     pieces = session.stream(ids, progress=progress, **generation_options)
     try:
         for piece in pieces:
@@ -147,7 +159,8 @@ def run_generate(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
         if isinstance(struck, Interrupted):
             answer.add(struck.piece)
     if answer.finish_reason != "interrupted" and (arguments.sources or arguments.out is not None):
-        _look_back(session, prompt, answer, arguments)
+        before = llm.tokenizer.decode(context.ids) if context else ""
+        _look_back(session, before + prompt, answer, arguments)
     interrupts.ignore()
     answer.finish()
     return EXIT_INTERRUPTED if answer.finish_reason == "interrupted" else 0
@@ -170,6 +183,114 @@ def _look_back(session: Session, prompt: str, answer: Answer, arguments: argpars
         explanation.write(Path(arguments.out), tokenizer)
     except MissingExtraError as error:  # a server may well have no matplotlib, and the rest is there
         say(f"minirea: no picture: {error}")
+
+
+def run_series(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
+    """`minirea generate` for several prompts: each follows the context, if there is one, and no other prompt."""
+    from minirea.api import generation_config, read_model
+    from minirea.series import Answers, key_of
+
+    questions = _questions(arguments)
+    options, progress = vars(arguments), not arguments.quiet
+    generation_options = {name: options[name] for name in _GENERATION_OPTIONS}
+    generation_config(generation_options)
+    files = read_model(arguments.model, **{name: options[name] for name in _LOAD_OPTIONS + SCOPE_FIELDS})
+    context = files.open_context(arguments.context) if arguments.context else None
+    before = context.ids if context else []
+    prompts = [_encode(files, question.prompt, arguments, continues=context is not None) for question in questions]
+    prompt_tokens = len(before) + max(map(len, prompts))
+    _warn_beyond_training(files, prompt_tokens + arguments.max_tokens)
+    if arguments.dry_run:
+        return _print_plan(files, prompt_tokens, arguments)
+    origin, context_key = files.origin(), key_of(before)
+    settings = origin.model, origin.settings, context_key, generation_options
+    with Answers(arguments.answers) if arguments.answers else contextlib.nullcontext() as answers:
+        keys = [key_of(*settings, ids) for ids in prompts]
+        left = [i for i, key in enumerate(keys) if answers is None or not answers.has(questions[i], key)]
+        if left:
+            llm = files.load(progress, prompt_tokens + arguments.max_tokens)
+            capacity = prompt_tokens + arguments.max_tokens
+            session = llm.open_session(context, capacity, progress=progress) if context else llm.session(capacity)
+        interrupts.finish = functools.partial(_tell_of_series, arguments, len(questions))
+        for done, index in enumerate(left, len(questions) - len(left) + 1):
+            out = session.generate(prompts[index], progress=progress, sources=arguments.sources, **generation_options)
+            record: dict[str, Any] = {
+                "id": questions[index].id,
+                "key": keys[index],
+                "text": out.text,
+                "token_ids": out.token_ids,
+            }
+            record |= {"finish_reason": out.finish_reason} | out.stats.as_dict()
+            record |= {"sources": [source._asdict() for source in out.sources]} if arguments.sources else {}
+            answers.add(record) if answers else put(json.dumps(record) + "\n")
+            session.rewind(len(before))
+            if progress:
+                say(f"minirea: {done} of {len(questions)} answered")
+    return 0
+
+
+def _questions(arguments: argparse.Namespace) -> list[Question]:
+    from minirea.series import Question, check_ids, read_questions
+
+    if arguments.questions is not None:
+        try:
+            return read_questions(arguments.questions)
+        except MinireaError as error:
+            raise type(error)(f"--questions {error}") from None
+    named = [(path, argparse.Namespace(prompt=path, text=None)) for path in arguments.prompts]
+    questions = [Question(path, read_prompt(one), f"--prompt {path}") for path, one in named]
+    check_ids(questions)
+    return questions
+
+
+def _tell_of_series(arguments: argparse.Namespace, count: int) -> None:
+    kept = f"; {arguments.answers} keeps the answers, the same command goes on" if arguments.answers else ""
+    say(f"\nminirea: interrupted in a series of {count}{kept}")
+
+
+def run_read(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
+    """`minirea read`: load, read the prompt, keep the context in a file."""
+    check_replaceable(arguments.save)  # should not wait for the prompt to be read
+    prompt = read_prompt(arguments)
+    from minirea.api import read_model
+    from minirea.memory import human
+
+    options, progress = vars(arguments), not arguments.quiet
+    files = read_model(arguments.model, **{name: options[name] for name in _LOAD_OPTIONS + SCOPE_FIELDS})
+    context = files.open_context(arguments.context) if arguments.context else None
+    ids = files.encode(prompt, continues=context is not None)
+    num_tokens = len(ids) + (len(context.ids) if context else 0)
+    _warn_beyond_training(files, num_tokens)
+    check_replaceable(arguments.save, files.context_bytes(num_tokens))
+    llm = files.load(progress, num_tokens)
+    interrupts.raises = True  # an incomplete file is to be removed
+    session = llm.open_session(context, num_tokens, progress=progress) if context else llm.session(num_tokens)
+    session.prefill(ids, progress=progress)
+    session.save(arguments.save, progress=progress)
+    if progress:
+        size = human(os.stat(arguments.save).st_size)
+        say(f"context     {num_tokens:,} tokens, {size} in {printable(arguments.save)}")
+    return 0
+
+
+def run_chat(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
+    """`minirea chat`: load, then answer line by line."""
+    if sys.stdout is None:
+        raise InputError("standard output is closed, expected somewhere to write the answers to")
+    from minirea.api import generation_config, read_model
+    from minirea.chat import Chat, Conversation
+
+    options, progress = vars(arguments), not arguments.quiet
+    generation_options = {name: options[name] for name in _GENERATION_OPTIONS}
+    generation_config(generation_options)
+    files = read_model(arguments.model, **{name: options[name] for name in _LOAD_OPTIONS + SCOPE_FIELDS})
+    num_tokens = len(_encode(files, "?", arguments)) + arguments.max_tokens  # raises where there is no chat template
+    context = files.open_context(arguments.context) if arguments.context else None
+    num_tokens += len(context.ids) if context else 0
+    llm = files.load(progress, num_tokens)
+    session = llm.open_session(context, num_tokens, progress=progress) if context else llm.session(num_tokens)
+    conversation = Conversation(session, arguments.system, arguments.allow_special_tokens)
+    return Chat(conversation, interrupts, generation_options, footer, progress).run()
 
 
 @dataclasses.dataclass
@@ -337,12 +458,13 @@ def footer(stats: Stats, finish_reason: str | None) -> str:
     s, scope = stats, stats.scope
     parts = [f"{scope[name]:,} {name}" for name in ("global", "selected", "local") if scope.get(name)]
     beyond = f", more than the trained {s.trained_context:,}" if s.seen_tokens > s.trained_context else ""
+    before = f", {s.cached_tokens:,} of them read before" if s.cached_tokens else ""
     ran_on = [s.device, s.dtype, f"{s.attention} attention", s.impl]
     ran_on += [f"{s.threads} threads" if s.threads != 1 else "1 thread"] if s.threads else []
     ran_on += [f"seed {s.seed}"] if s.seed is not None else []
     lines = [
         f"device      {', '.join(ran_on)}",
-        f"prompt      {s.prompt_tokens:,} tokens, {s.prompt_tokens_per_second:,.1f} tokens/s, "
+        f"prompt      {s.prompt_tokens:,} tokens{before}, {s.prompt_tokens_per_second:,.1f} tokens/s, "
         f"first token after {s.time_to_first_token:.2f} s",
         f"generation  {s.generated_tokens:,} tokens, {s.tokens_per_second:,.1f} tokens/s, ended by {finish_reason}",
     ]
@@ -352,12 +474,15 @@ def footer(stats: Stats, finish_reason: str | None) -> str:
     return "\n".join(lines)
 
 
-def _encode(files: ModelFiles, prompt: str, arguments: argparse.Namespace) -> list[int]:
+def _encode(files: ModelFiles, prompt: str, arguments: argparse.Namespace, continues: bool = False) -> list[int]:
+    """Ids of a prompt; one that continues a context has no BOS of its own."""
     if not arguments.chat:
-        return files.encode(prompt)
+        return files.encode(prompt, continues)
     system = [{"role": "system", "content": arguments.system}] if arguments.system is not None else []
     messages = [*system, {"role": "user", "content": prompt}]
-    return files.encode(files.tokenizer.encode_chat(messages, allow_special_tokens=arguments.allow_special_tokens))
+    tokenizer = files.tokenizer
+    ids = files.encode(tokenizer.encode_chat(messages, allow_special_tokens=arguments.allow_special_tokens))
+    return ids[1:] if continues and ids[0] == tokenizer.bos_id else ids
 
 
 def as_flags(message: str, names: set[str]) -> str:
@@ -447,7 +572,7 @@ def _parser(with_tasks: bool = True) -> argparse.ArgumentParser:
         description="Continue a prompt. The text goes to standard output, statistics to standard error.",
         formatter_class=_HelpFormatter,
     )
-    _add_input(generate)
+    _add_input(generate, several=True)
     _add_sampling(generate)
     add = _add_attention(generate)
     add("--attention", choices=MODES, default="reattention", help="what a token can see")
@@ -458,6 +583,8 @@ def _parser(with_tasks: bool = True) -> argparse.ArgumentParser:
     generate.add_argument("--sources", type=int, default=0, metavar="N", help=add_sources)
     generate.set_defaults(parser=generate, out=None)
     _add_explain(commands)
+    _add_read(commands)
+    _add_chat(commands)
     _add_eval(commands, with_tasks)
     return parser
 
@@ -478,6 +605,46 @@ def _add_explain(commands: Any) -> None:
     add("--attention", choices=MODES, default="reattention", help="what a token can see")
     _add_execution(parser)
     parser.set_defaults(parser=parser, json=False, dry_run=False)
+
+
+def _add_read(commands: Any) -> None:
+    about = "read a prompt once and keep the context in a file"
+    read = commands.add_parser(
+        "read",
+        help=about,
+        description="Read a prompt and keep the context in a file, from which `generate --context` and "
+        "`chat --context` go on, with the same model and settings, as if it had just been read.",
+        formatter_class=_HelpFormatter,
+    )
+    read.add_argument("--model", required=True, metavar="DIR", help="Hugging Face or Mistral model directory")
+    source = read.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="FILE", help="UTF-8 text file, or - for standard input (or --text)")
+    source.add_argument("--text", metavar="STRING", help="the prompt itself (one of the two is required)")
+    read.add_argument("--save", required=True, metavar="FILE", help="where the context is kept")
+    read.add_argument("--context", metavar="FILE", help="a kept context that the prompt goes on from")
+    add = _add_attention(read)
+    add("--attention", choices=MODES, default="reattention", help="what a token can see")
+    _add_execution(read)
+
+
+def _add_chat(commands: Any) -> None:
+    chat = commands.add_parser(
+        "chat",
+        help="talk with a model",
+        description="Talk with a model: a line is a message, /help lists the commands. Answers go to standard output, "
+        "everything else to standard error; lines may come from a pipe.",
+        formatter_class=_HelpFormatter,
+    )
+    chat.add_argument("--model", required=True, metavar="DIR", help="Hugging Face or Mistral model directory")
+    chat.add_argument("--context", metavar="FILE", help="what `minirea read --save`, or /save, has kept, to go on from")
+    chat.add_argument("--system", metavar="STR", help="system message")
+    special = "special tokens spelled in a message act as such, instead of being text"
+    chat.add_argument("--allow-special-tokens", action="store_true", help=special)
+    _add_sampling(chat)
+    add = _add_attention(chat)
+    add("--attention", choices=MODES, default="reattention", help="what a token can see")
+    _add_execution(chat)
+    chat.set_defaults(chat=True)
 
 
 def _add_eval(commands: Any, with_tasks: bool) -> None:
@@ -549,6 +716,14 @@ def _task_option(name: str, how: Option, text: str) -> Any:
     return value[0] if how.many == "list" else value
 
 
+class _Prompts(argparse.Action):
+    """--prompt FILE: the last one as `prompt`, all of them as `prompts`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:  # noqa: ARG002
+        namespace.prompt = values
+        namespace.prompts = [*namespace.prompts, values]
+
+
 class _Limit(argparse.Action):
     """--at-most MODE=N into a dictionary."""
 
@@ -559,11 +734,22 @@ class _Limit(argparse.Action):
         setattr(namespace, self.dest, getattr(namespace, self.dest) | {mode: length})
 
 
-def _add_input(parser: argparse.ArgumentParser) -> None:
+def _add_input(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Model and prompt; `several` adds what asks for several answers."""
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face or Mistral model directory")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", metavar="FILE", help="UTF-8 text file, or - for standard input (or --text)")
-    source.add_argument("--text", metavar="STRING", help="the prompt itself (one of the two is required)")
+    about = "UTF-8 text file, or - for standard input" + (
+        "; several times: one line of JSON for each" if several else ""
+    )
+    source.add_argument("--prompt", action=_Prompts if several else "store", metavar="FILE", help=about)
+    source.add_argument("--text", metavar="STRING", help="the prompt itself (one of these is required)")
+    parser.set_defaults(prompts=[], questions=None, answers=None)
+    if several:
+        questions = 'JSON Lines of {"id": ..., "prompt": ...}: one line of JSON for each'
+        source.add_argument("--questions", metavar="FILE", help=questions)
+        out = "of several answers: where they go; those there are not redone"
+        parser.add_argument("--out", dest="answers", metavar="FILE", help=out)
+    parser.add_argument("--context", metavar="FILE", help="what `minirea read --save` kept, which the prompt follows")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument("--system", metavar="STR", help="system message, with --chat")
     special = "with --chat: special tokens spelled in the prompt act as such, instead of being text"
@@ -615,3 +801,6 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, metavar="N", help="of the CPU's arithmetic (default: the cores, or OMP_NUM_THREADS)")
     add("--quiet", action="store_true", help="no progress bar, no statistics")
     add("--debug", action="store_true", help="show tracebacks")
+
+
+_COMMANDS = {"generate": run_generate, "explain": run_generate, "read": run_read, "chat": run_chat, "eval": run_eval}

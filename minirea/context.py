@@ -33,7 +33,7 @@ from tqdm import tqdm
 from minirea.cache import KVCache
 from minirea.config import ModelConfig
 from minirea.errors import InputError
-from minirea.files import is_there, replacing, unreadable
+from minirea.files import check_room, is_there, replacing, unreadable
 from minirea.threads import thread_pool
 from minirea.weights.loader import StoredTensor, bytes_of, open_file, read_header
 
@@ -83,7 +83,7 @@ def save_context(
     shapes |= {name: (part.dtype, _cached_shape(part, cache.seq_len)) for name, part in parts.items()}
     header, offsets = _header(shapes, _metadata(origin, notes))
     with replacing(path) as file:
-        _check_room(file, path, offsets["end"])
+        check_room(file, path, offsets["end"])
         _write_at(file, 0, memoryview(header))
         _write_at(file, offsets["ids"], bytes_of(ids_M))
         sums[0] = _checksum(bytes_of(ids_M))
@@ -161,6 +161,10 @@ class StoredContext:
     def close(self) -> None:
         self._file.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+
     def _check_origin(self, metadata: dict[str, str], origin: Origin) -> None:
         if metadata.get("format") != FORMAT:
             raise InputError(f"{self.path}: is no context, expected a file that `minirea read --save` has written")
@@ -235,9 +239,9 @@ class StoredContext:
         return values
 
 
-def context_bytes(cache: KVCache) -> int:
+def context_bytes(model: ModelConfig, num_tokens: int, dtype: torch.dtype) -> int:
     """Of keys and values in the file of a context."""
-    return sum(math.prod(_cached_shape(part, cache.seq_len)) * part.dtype.itemsize for part in _parts(cache).values())
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize * num_tokens
 
 
 def _parts(cache: KVCache) -> dict[str, Tensor]:
@@ -311,14 +315,6 @@ def _checksum(data: memoryview) -> int:
     if not data.nbytes:
         return 0
     return int(np.frombuffer(data, dtype=np.int64 if data.nbytes % 8 == 0 else np.uint8).sum(dtype=np.int64))
-
-
-def _check_room(file: FileIO, path: str | Path, size: int) -> None:
-    """Before gigabytes are written in vain. What the old file takes is not free until the new one is complete."""
-    found = os.fstatvfs(file.fileno())
-    free = found.f_bavail * found.f_frsize
-    if found.f_blocks and size > free:
-        raise InputError(f"{path}: cannot be written: it takes {size:,} bytes, and {free:,} are free on that disk")
 
 
 def _write_at(file: FileIO, offset: int, data: memoryview) -> None:

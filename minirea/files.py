@@ -166,14 +166,27 @@ def replacing(path: str | Path) -> Iterator[FileIO]:
         raise InputError(f"{path}: cannot be written: {reason}") from None
 
 
-def check_replaceable(path: str | Path) -> None:
-    """Raise at once what `replacing` would raise before its first byte. The file stays as it is."""
+def check_replaceable(path: str | Path, size: int = 0) -> None:
+    """Raise at once what `replacing` would raise for `size` bytes. The file stays as it is."""
 
     class Enough(Exception):  # noqa: N818  not an error
         pass
 
-    with contextlib.suppress(Enough), replacing(path):
+    with contextlib.suppress(Enough), replacing(path) as file:
+        check_room(file, path, size)
         raise Enough
+
+
+def check_room(file: FileIO, path: str | Path, size: int) -> None:
+    """Before gigabytes are written in vain. What an old file takes is not free until the new one is complete.
+
+    Raises:
+        InputError: the disk has less than `size` bytes.
+    """
+    found = os.fstatvfs(file.fileno())
+    free = found.f_bavail * found.f_frsize
+    if found.f_blocks and size > free:
+        raise InputError(f"{path}: cannot be written: it takes {size:,} bytes, and {free:,} are free on that disk")
 
 
 def _temporary(target: Path) -> tuple[FileIO, Path]:

@@ -59,6 +59,8 @@ class Stats:
     """What one generation ran on and cost. Times in seconds, memory in bytes, lengths in tokens.
 
     Attributes:
+        prompt_tokens: the whole context before the first generated token.
+        cached_tokens: those of them that had been read before.
         dtype: of the arithmetic and the cache.
         impl: "triton" (the fused kernel) or "torch".
         threads: of the CPU's arithmetic; None on a GPU.
@@ -68,6 +70,7 @@ class Stats:
     """
 
     prompt_tokens: int
+    cached_tokens: int = 0
     device: str = ""
     dtype: str = ""
     attention: str = ""
@@ -84,11 +87,12 @@ class Stats:
     peak_bytes: int = 0
 
     @classmethod
-    def of(cls, model: Model, config: GenerationConfig, prompt_tokens: int) -> Stats:
+    def of(cls, model: Model, config: GenerationConfig, prompt_tokens: int, cached_tokens: int) -> Stats:
         """Before the first step, when only what it will run on is known."""
         device, attention = model.device, model.attention
         return cls(
             prompt_tokens,
+            cached_tokens,
             device=device.type,
             dtype=str(model.dtype).removeprefix("torch."),
             attention=attention.mode,
@@ -108,7 +112,9 @@ class Stats:
 
     @property
     def prompt_tokens_per_second(self) -> float:
-        return self.prompt_tokens / self.time_to_first_token if self.time_to_first_token else 0.0
+        """Of those that were read, from the start to the first token."""
+        num_read = self.prompt_tokens - self.cached_tokens
+        return num_read / self.time_to_first_token if self.time_to_first_token else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -312,7 +318,7 @@ def generate(
     started = time.perf_counter()
     if config.seed is None and config.temperature > 0:
         config = dataclasses.replace(config, seed=secrets.randbits(63))
-    stats = Stats.of(model, config, len(ids))
+    stats = Stats.of(model, config, len(ids), cache.seq_len)
     cache.reserve(len(ids) + config.max_tokens)
     sampler = Sampler(config, ids, model.config.vocab_size, model.device)
     with compiling_decode_step(model):

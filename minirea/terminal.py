@@ -23,12 +23,15 @@ class Interrupts:
     ends the process here, after `finish`. While tokens are sampled it is only noted, and the loop looks at `pending`
     after every token; a second one does not wait for that.
 
+    Once everything is imported, a program that has something to clear up sets `raises` and gets KeyboardInterrupt.
+
     An object that has not taken over leaves the process its handler, and never has anything pending.
     """
 
     def __init__(self) -> None:
         self.finish: Callable[[], None] = lambda: None
         self.pending = False
+        self.raises = False
         self._deferred = False
         self._took_over = False
 
@@ -42,6 +45,10 @@ class Interrupts:
         """From now on the program looks at `pending` by itself."""
         self._deferred = True
 
+    def resume(self) -> None:
+        """The end of that, and of what was pending."""
+        self._deferred = self.pending = False
+
     def ignore(self) -> None:
         """From now on all that is left is to print what there is."""
         if self._took_over:
@@ -51,6 +58,8 @@ class Interrupts:
         if self._deferred and not self.pending:
             self.pending = True
             return
+        if self.raises:
+            raise KeyboardInterrupt
         self.ignore()
         self.finish()
         os._exit(EXIT_INTERRUPTED)

@@ -55,9 +55,11 @@ ALLOWED = {
     "minirea.evaluation": {"evaluation", "api", "config", "generate", "json_object", "tokenizer", "errors"},
     "minirea.terminal": {"errors"},
     "minirea.explain": {"evaluation", "explain", "sources", "tokenizer", "errors"},
+    "minirea.series": {"errors", "files"},
     "minirea.cli": {
         "checks",
         "explain",
+        "series",
         "sources",
         "api",
         "config",

@@ -372,7 +372,7 @@ def on_a_small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_fills_while_it_saves(
     llm: minirea.LLM, on_a_small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(context, "_check_room", lambda *_: None)  # the room that was there is taken meanwhile
+    monkeypatch.setattr(context, "check_room", lambda *_: None)  # the room that was there is taken meanwhile
     path, session = on_a_small_disk / "a.ctx", llm.session()
     session.prefill(random_ids(20))
     session.save(path)

@@ -1,0 +1,340 @@
+"""`minirea chat`: a conversation over one session, whose cache is continued from turn to turn.
+
+The model's template lays the whole conversation out anew for every turn. The session always holds a beginning of that:
+what differs, such as an answer that the template trims, is forgotten and read again, and nothing else is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from minirea.api import LLM, Session
+from minirea.errors import InputError, MinireaError
+from minirea.files import read_file
+from minirea.generate import Interrupted, Piece
+from minirea.terminal import Interrupts, put, say
+
+Message = dict[str, str]
+
+_DOCUMENT_LIMIT: Final = 2**30  # bytes
+_LINE_LIMIT: Final = 2**30  # characters
+
+
+class Conversation:
+    """Messages, and the session that has read them.
+
+    Args:
+        session: a context that the conversation follows, or one that a conversation was saved with.
+        system: a system message, at the beginning.
+
+    Attributes:
+        messages: what was said, each {"role": ..., "content": ...}.
+        pending: documents that the next message begins with.
+    """
+
+    def __init__(self, session: Session, system: str | None = None, allow_special_tokens: bool = False) -> None:
+        self.allow_special_tokens = allow_special_tokens
+        self.pending = ""
+        self.system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self.open(session)
+
+    def open(self, session: Session) -> None:
+        """Go on with another session, and with the conversation that was saved with it.
+
+        Raises:
+            InputError: what was saved with it is no conversation; this one stays as it is.
+        """
+        messages, base = _saved_conversation(session)
+        self.session, self.messages, self.base, self.pending = session, messages, base, ""
+
+    @property
+    def llm(self) -> LLM:
+        return self.session.llm
+
+    def add_document(self, text: str, progress: bool = False) -> int:
+        """Put a text before the next message, and read it; returns the number of tokens that were read."""
+        before, self.pending = self.pending, f"{self.pending}{text}\n\n"
+        try:
+            # What any question after it has in common.
+            first, second = (self._ids([*self.messages, self._message(end)]) for end in ("1", "Why"))
+            ids = self._forget_what_differs(first[: _shared(first, second)])
+            if ids:
+                self.session.prefill(ids, progress)
+        except BaseException:
+            self.pending = before
+            raise
+        return len(ids)
+
+    def stream(self, text: str, **options: Any) -> Iterator[Piece]:
+        """Add a message and answer it. What was said of an answer that ends early is kept; of none, nothing is.
+
+        A KeyboardInterrupt that is thrown in ends the answer; the last piece then has finish_reason "interrupted".
+        """
+        message, answer, pending = self._message(text), "", self.pending
+        ids = self._forget_what_differs(self._ids([*self.messages, message]), keep=1)
+        pieces = self.session.stream(ids, **options)
+        try:
+            for piece in pieces:
+                answer += piece.text
+                yield piece
+        except KeyboardInterrupt as struck:
+            try:
+                if not isinstance(struck, Interrupted):
+                    pieces.throw(struck)  # it struck between two pieces
+            except KeyboardInterrupt as passed_on:
+                struck = passed_on
+            if isinstance(struck, Interrupted):
+                answer += struck.piece.text
+                yield struck.piece
+            elif not answer:
+                raise
+        finally:
+            if answer:
+                self.messages += [message, {"role": "assistant", "content": answer}]
+                self.pending = ""
+            else:
+                self.pending = pending
+
+    def undo(self) -> bool:
+        """Forget the last message and its answer; whether there was one."""
+        if not self.messages:
+            return False
+        while self.messages and self.messages.pop()["role"] != "user":
+            pass
+        self._forget()
+        return True
+
+    def reset(self) -> None:
+        """Forget everything that was said."""
+        self.messages, self.pending = [], ""
+        self._forget()
+
+    def save(self, path: str, progress: bool = False) -> None:
+        """Keep the context and the conversation in a file. Errors as of Session.save."""
+        notes = {"messages": json.dumps(self.messages), "base": str(self.base)}
+        self.session.notes = self.session.notes | notes
+        self.session.save(path, progress=progress)
+
+    def _message(self, text: str) -> Message:
+        return {"role": "user", "content": self.pending + text}
+
+    def _ids(self, messages: list[Message], add_generation_prompt: bool = True) -> list[int]:
+        """All tokens of the context that the session is to have, those before the conversation too."""
+        tokenizer = self.llm.tokenizer
+        ids = tokenizer.encode_chat([*self.system, *messages], add_generation_prompt, self.allow_special_tokens)
+        if self.base and ids[:1] == [tokenizer.bos_id]:
+            ids = ids[1:]
+        return self.session.ids[: self.base] + self.llm.encode(ids)
+
+    def _forget_what_differs(self, ids: list[int], keep: int = 0) -> list[int]:
+        """Rewind the session to what it shares with `ids`, all but the last `keep`; returns the ids that follow."""
+        shared = min(_shared(self.session.ids, ids), len(ids) - keep)
+        self.session.rewind(shared)
+        return ids[shared:]
+
+    def _forget(self) -> None:
+        """Rewind the session to the messages that are left."""
+        ids = self._ids(self.messages, add_generation_prompt=False) if self.messages else self.session.ids[: self.base]
+        self.session.rewind(_shared(self.session.ids, ids))
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """How many tokens two lists have in common at their beginnings."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _saved_conversation(session: Session) -> tuple[list[Message], int]:
+    """Messages of a session from a file, and the number of tokens before them."""
+    if "messages" not in session.notes:
+        return [], len(session.ids)
+    malformed = InputError("the conversation in this context is malformed")
+    try:
+        messages, base = json.loads(session.notes["messages"]), int(session.notes.get("base", ""))
+    except (ValueError, RecursionError):
+        raise malformed from None
+    texts = isinstance(messages, list) and all(
+        isinstance(m, dict) and m.keys() == {"role", "content"} and all(isinstance(v, str) for v in m.values())
+        for m in messages
+    )
+    if not texts or not 0 <= base <= len(session.ids):
+        raise malformed
+    return messages, base
+
+
+class Chat:
+    """What reads lines and prints answers. Answers go to standard output, everything else to standard error.
+
+    Args:
+        options: of Session.stream.
+        footer: lines of statistics about an answer's last piece.
+        progress: show bars.
+    """
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        interrupts: Interrupts,
+        options: dict[str, Any],
+        footer: Callable[[Any, str | None], str],
+        progress: bool = True,
+    ) -> None:
+        self.conversation = conversation
+        self.interrupts = interrupts
+        self.options = options
+        self.footer = footer
+        self.progress = progress
+        self.last: Piece | None = None
+        self.failed = False
+        self.in_terminal = sys.stdin is not None and sys.stdin.isatty()
+
+    def run(self) -> int:
+        """Until the end of input; the exit status, 1 if a line of a pipe could not be answered."""
+        self.interrupts.raises = True
+        if self.in_terminal:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  input() edits lines with it, and remembers them
+            if self.progress:
+                say("minirea: /help lists what else there is beside messages; Ctrl-D ends")
+        while (line := self._read_line()) is not None:
+            try:
+                if not self._take(line):
+                    break
+            except MinireaError as error:
+                say(f"minirea: error: {error}")
+                self.failed = True
+        return 1 if self.failed and not self.in_terminal else 0
+
+    def _read_line(self) -> str | None:
+        """A line without its end; None at the end of input."""
+        while True:
+            try:
+                if self.in_terminal and sys.stdout is not None and sys.stdout.isatty():
+                    return input("> ")
+                if self.in_terminal:
+                    say("> ")
+                line = sys.stdin.readline(_LINE_LIMIT) if sys.stdin is not None else ""
+                return line.removesuffix("\n") if line else None
+            except EOFError:
+                say("")
+                return None
+            except UnicodeDecodeError as error:
+                raise InputError(f"standard input: cannot be read: not UTF-8 text: {error.reason}") from None
+            except OSError as error:
+                raise InputError(f"standard input: cannot be read: {error.strerror}") from None
+            except KeyboardInterrupt:
+                if not self.in_terminal:
+                    raise
+                say("\n(Ctrl-D or /exit ends)")
+
+    def _take(self, line: str) -> bool:
+        """Do what a line says; whether to go on."""
+        if not line.strip():
+            return True
+        if not line.startswith("/") or line.startswith("//"):
+            self._answer(line[1:] if line.startswith("/") else line)
+            return True
+        name, _, argument = line[1:].strip().partition(" ")
+        if name in ("exit", "quit"):
+            return False
+        command = COMMANDS.get(name)
+        if command is None:
+            raise InputError(f"unknown command /{name}, expected one of {', '.join(f'/{name}' for name in COMMANDS)}")
+        does, needs, _ = command
+        if bool(needs) != bool(argument.strip()):
+            raise InputError(f"/{name} {needs}: " + ("a name is missing" if needs else "takes nothing after it"))
+        try:
+            does(self, os.path.expanduser(argument.strip()))
+        except KeyboardInterrupt:
+            say("\nminirea: interrupted; the conversation is as it was")
+        return True
+
+    def _answer(self, text: str) -> None:
+        pieces = self.conversation.stream(text, progress=self.progress, **self.options)
+        said = False
+        try:
+            for piece in pieces:
+                self.last, said = piece, True
+                put(piece.text)
+                self.interrupts.defer()
+                if self.interrupts.pending and piece.finish_reason is None:
+                    self._end_early(pieces)
+                    break
+        except KeyboardInterrupt:
+            if self.interrupts.pending or said:
+                self._end_early(pieces)
+            else:
+                say("\nminirea: interrupted before an answer; the message is forgotten")
+        finally:
+            pieces.close()  # type: ignore[attr-defined]  # a generator
+            self.interrupts.resume()
+        if said:
+            put("\n")
+
+    def _end_early(self, pieces: Any) -> None:
+        with contextlib.suppress(KeyboardInterrupt, StopIteration):
+            self.last = pieces.throw(KeyboardInterrupt)
+            put(self.last.text)
+        if self.in_terminal:
+            say("\n(interrupted; what was said is kept)")
+
+    def _reset(self, _: str) -> None:
+        self.conversation.reset()
+        say("minirea: everything said is forgotten")
+
+    def _undo(self, _: str) -> None:
+        done = self.conversation.undo()
+        say("minirea: the last message and its answer are forgotten" if done else "minirea: nothing was said yet")
+
+    def _save(self, path: str) -> None:
+        self.conversation.save(path, self.progress)
+        say(f"minirea: {len(self.conversation.session.ids):,} tokens kept in {path}")
+
+    def _load(self, path: str) -> None:
+        session = self.conversation.llm.open_session(path, progress=self.progress)
+        try:
+            self.conversation.open(session)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        said = len(self.conversation.messages) // 2
+        say(f"minirea: {len(session.ids):,} tokens, {said} answers among them, opened from {path}")
+
+    def _file(self, path: str) -> None:
+        try:
+            text = read_file(path, _DOCUMENT_LIMIT, "a document", pipes=True).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path}: not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}"
+            ) from None
+        if not text:
+            raise InputError(f"{path}: is empty, expected some text")
+        count = self.conversation.add_document(text, self.progress)
+        say(f"minirea: {count:,} tokens of {path} read, which the next message begins with")
+
+    def _stats(self, _: str) -> None:
+        tokens = len(self.conversation.session.ids)
+        say(f"context     {tokens:,} tokens, {len(self.conversation.messages)} messages")
+        if self.last is not None:
+            say(self.footer(self.last.stats, self.last.finish_reason))
+
+    def _help(self, _: str) -> None:
+        for name, (_does, needs, about) in COMMANDS.items():
+            say(f"{f'/{name} {needs}':<12} {about}")
+        say(f"{'/exit':<12} end, as the end of input does\n{'//TEXT':<12} a message that begins with a slash")
+
+
+# What each command does, what it needs and what /help says of it.
+COMMANDS: Final[dict[str, tuple[Callable[[Chat, str], None], str, str]]] = {
+    "file": (Chat._file, "FILE", "read a document, which the next message begins with"),
+    "undo": (Chat._undo, "", "forget the last message and its answer"),
+    "reset": (Chat._reset, "", "forget everything that was said"),
+    "save": (Chat._save, "FILE", "keep the context and the conversation in a file"),
+    "load": (Chat._load, "FILE", "go on with a kept one"),
+    "stats": (Chat._stats, "", "sizes and speed of the last answer"),
+    "help": (Chat._help, "", "this list"),
+}
