@@ -467,9 +467,13 @@ class Session:
                 raise InputError(f"the session has {len(self.ids)} tokens, expected the {after} it had for this stream")
             self.ids += ids
             self._answer = after, len(self.ids)
-            for piece in loop.generate(llm.model, self.cache, self.ids, config, llm._tokenizer, llm.eos_ids, progress):
+            pieces = loop.generate(llm.model, self.cache, self.ids, config, llm._tokenizer, llm.eos_ids, progress)
+            for piece in pieces:
                 yielded = True
-                yield piece
+                try:
+                    yield piece
+                except KeyboardInterrupt as struck:
+                    pieces.throw(struck)  # completes text and statistics
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

@@ -14,15 +14,16 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from minirea.api import LLM, Session
-from minirea.errors import InputError, MinireaError
+from minirea.errors import InputError, MinireaError, printable
 from minirea.files import read_file
 from minirea.generate import Interrupted, Piece
 from minirea.terminal import Interrupts, put, say
 
 Message = dict[str, str]
 
+SOURCES: Final = 5
 _DOCUMENT_LIMIT: Final = 2**30  # bytes
-_LINE_LIMIT: Final = 2**30  # characters
+_LINE_LIMIT: Final = 2**30  # bytes
 
 
 class Conversation:
@@ -94,6 +95,7 @@ class Conversation:
             elif not answer:
                 raise
         finally:
+            pieces.close()
             if answer:
                 self.messages += [message, {"role": "assistant", "content": answer}]
                 self.pending = ""
@@ -218,13 +220,11 @@ class Chat:
                     return input("> ")
                 if self.in_terminal:
                     say("> ")
-                line = sys.stdin.readline(_LINE_LIMIT) if sys.stdin is not None else ""
-                return line.removesuffix("\n") if line else None
+                line = sys.stdin.buffer.readline(_LINE_LIMIT) if sys.stdin is not None else b""
+                return line.decode("utf-8", "surrogateescape").rstrip("\r\n") if line else None
             except EOFError:
                 say("")
                 return None
-            except UnicodeDecodeError as error:
-                raise InputError(f"standard input: cannot be read: not UTF-8 text: {error.reason}") from None
             except OSError as error:
                 raise InputError(f"standard input: cannot be read: {error.strerror}") from None
             except KeyboardInterrupt:
@@ -236,6 +236,8 @@ class Chat:
         """Do what a line says; whether to go on."""
         if not line.strip():
             return True
+        if not line.isascii() and any("\ud800" <= character <= "\udfff" for character in line):
+            raise InputError(f"standard input: not UTF-8 text: {line!r:.80}")
         if not line.startswith("/") or line.startswith("//"):
             self._answer(line[1:] if line.startswith("/") else line)
             return True
@@ -247,7 +249,7 @@ class Chat:
             raise InputError(f"unknown command /{name}, expected one of {', '.join(f'/{name}' for name in COMMANDS)}")
         does, needs, _ = command
         if bool(needs) != bool(argument.strip()):
-            raise InputError(f"/{name} {needs}: " + ("a name is missing" if needs else "takes nothing after it"))
+            raise InputError(f"/{name} " + (f"{needs}: a name is missing" if needs else "takes nothing after it"))
         try:
             does(self, os.path.expanduser(argument.strip()))
         except KeyboardInterrupt:
@@ -322,6 +324,11 @@ class Chat:
         if self.last is not None:
             say(self.footer(self.last.stats, self.last.finish_reason))
 
+    def _sources(self, _: str) -> None:
+        for number, source in enumerate(self.conversation.session.sources(SOURCES), 1):
+            start, end, share, text = source
+            say(f"{number}. {share:4.0%}  tokens {start:,} to {end:,}: {printable(' '.join(text.split()), 160)}")
+
     def _help(self, _: str) -> None:
         for name, (_does, needs, about) in COMMANDS.items():
             say(f"{f'/{name} {needs}':<12} {about}")
@@ -335,6 +342,7 @@ COMMANDS: Final[dict[str, tuple[Callable[[Chat, str], None], str, str]]] = {
     "reset": (Chat._reset, "", "forget everything that was said"),
     "save": (Chat._save, "FILE", "keep the context and the conversation in a file"),
     "load": (Chat._load, "FILE", "go on with a kept one"),
+    "sources": (Chat._sources, "", "passages that the last answer used most"),
     "stats": (Chat._stats, "", "sizes and speed of the last answer"),
     "help": (Chat._help, "", "this list"),
 }

@@ -1,0 +1,311 @@
+"""`minirea chat`: the session holds what the template writes, nothing that was said is lost, and pipes work."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from testing import tiny_model, write_checkpoint, write_tokenizer
+
+import minirea
+from minirea.chat import Conversation
+
+SCOPE = {"local_size": 24, "global_size": 4, "max_spans": 4, "chunk_size": 16, "dense_size": 60}
+FLAGS = [word for name, value in SCOPE.items() for word in ("--" + name.replace("_", "-"), str(value))]
+# Trims answers, as some models' templates do.
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% elif m.role == 'system' %}<{{ m.content }}>"
+    "{% else %}{{ m.content | trim }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}({% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = write_checkpoint(tmp_path_factory.mktemp("models") / "tiny", tiny_model())
+    write_tokenizer(directory, chat_template=TEMPLATE)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path) -> minirea.LLM:
+    return minirea.load(model, **SCOPE)
+
+
+def said(conversation: Conversation, text: str, **options: Any) -> str:
+    return "".join(piece.text for piece in conversation.stream(text, max_tokens=12, ignore_eos=True, **options))
+
+
+def rendered(conversation: Conversation) -> list[int]:
+    messages = [*conversation.system, *conversation.messages]
+    return conversation.llm.tokenizer.encode_chat(messages, add_generation_prompt=False)
+
+
+def assert_reads_the_conversation(conversation: Conversation) -> None:
+    """The session is a beginning of what the template writes, but for what the answer's end is written with."""
+    ids, expected = conversation.session.ids, rendered(conversation)
+    shared = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(ids))
+    answer = len(conversation.messages[-1]["content"]) + 2
+    assert shared >= len(expected) - answer
+
+
+def test_each_turn_goes_on_from_the_cache_and_is_what_the_whole_conversation_gives(llm: minirea.LLM) -> None:
+    conversation = Conversation(llm.session(), system="be brief")
+    for text in ("hello there", "and then?", "a</s>b", "x" * 90):
+        expected = llm.tokenizer.encode_chat(
+            [*conversation.system, *conversation.messages, {"role": "user", "content": text}]
+        )
+        cached = len(conversation.session.ids)
+        pieces = list(conversation.stream(text, max_tokens=12, ignore_eos=True))
+        asked = pieces[-1].stats.prompt_tokens
+        assert conversation.session.ids[:asked] == expected
+        assert pieces[-1].stats.cached_tokens >= cached - 16  # no more is read again than the last answer
+        assert_reads_the_conversation(conversation)
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 4
+
+
+def test_undo_and_reset_leave_the_conversation_that_is_left(llm: minirea.LLM) -> None:
+    conversation = Conversation(llm.session())
+    first = said(conversation, "one")
+    messages = list(conversation.messages)
+    second = said(conversation, "two")
+    assert conversation.undo() and conversation.messages == messages
+    assert conversation.session.ids == rendered(conversation)[: len(conversation.session.ids)]
+    assert said(conversation, "two") == second
+    conversation.reset()
+    assert conversation.session.ids == [] and not conversation.undo()
+    assert said(conversation, "one") == first
+
+
+def test_a_document_is_read_at_once_and_begins_the_next_message(llm: minirea.LLM) -> None:
+    conversation = Conversation(llm.session())
+    said(conversation, "hello")
+    assert conversation.add_document("the book " * 30) > 200
+    assert conversation.add_document("another " * 5) >= 40
+    cached = len(conversation.session.ids)
+    pieces = list(conversation.stream("who?", max_tokens=3, ignore_eos=True))
+    assert pieces[-1].stats.cached_tokens >= cached - 1
+    assert conversation.messages[2]["content"] == "the book " * 30 + "\n\n" + "another " * 5 + "\n\nwho?"
+    assert conversation.pending == ""
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_an_interrupted_answer_is_kept_as_far_as_it_was_said(llm: minirea.LLM, after: int) -> None:
+    conversation = Conversation(llm.session())
+    conversation.add_document("a document")
+    pieces: Any = conversation.stream("tell me", max_tokens=50, ignore_eos=True)
+    text = "".join(next(pieces).text for _ in range(after))
+    if after:
+        text += pieces.throw(KeyboardInterrupt).text
+        pieces.close()
+        assert conversation.messages[1] == {"role": "assistant", "content": text} and text
+        assert conversation.pending == ""
+    else:
+        pieces.close()
+        assert conversation.messages == [] and conversation.pending == "a document\n\n"
+    said(conversation, "and?")
+    assert_reads_the_conversation(conversation)
+
+
+def test_what_fails_leaves_the_conversation(llm: minirea.LLM) -> None:
+    conversation = Conversation(llm.session())
+    said(conversation, "one")
+    messages = list(conversation.messages)
+    conversation.add_document("book")
+    for failing in (lambda: said(conversation, "\ud800"), lambda: said(conversation, "x", temperature=-1)):
+        with pytest.raises(minirea.InputError):
+            failing()
+        assert conversation.messages == messages and conversation.pending == "book\n\n"
+    with pytest.raises(minirea.InputError):
+        conversation.add_document("\ud800")
+    assert conversation.pending == "book\n\n"
+    said(conversation, "go on")
+    assert_reads_the_conversation(conversation)
+
+
+def test_a_conversation_after_a_context(llm: minirea.LLM, tmp_path: Path) -> None:
+    book = llm.session()
+    book.prefill("It was a quiet day in the harbour. " * 3)
+    base = list(book.ids)
+    conversation = Conversation(book)
+    first = said(conversation, "who?")
+    assert book.ids[: len(base)] == base and book.ids[len(base) :][:5] == llm.tokenizer.encode("[who?", False)
+    conversation.save(str(tmp_path / "a.ctx"))
+    second = said(conversation, "why?")
+    again = Conversation(llm.open_session(tmp_path / "a.ctx"))
+    assert again.messages == conversation.messages[:2] and again.base == len(base)
+    assert said(again, "why?") == second
+    again.reset()
+    assert again.session.ids == base and said(again, "who?") == first
+
+
+def test_a_saved_conversation_that_is_malformed_is_one_line(llm: minirea.LLM, tmp_path: Path) -> None:
+    conversation = Conversation(llm.session())
+    said(conversation, "one")
+    for notes in (
+        {"messages": "["},
+        {"messages": "{}", "base": "0"},
+        {"messages": '[{"role": 1, "content": "a"}]', "base": "0"},
+        {"messages": "[]", "base": "-1"},
+        {"messages": "[]", "base": "999"},
+        {"messages": "[]"},
+    ):
+        session = llm.session()
+        session.prefill("abc")
+        session.notes = notes
+        session.save(tmp_path / "a.ctx")
+        with pytest.raises(minirea.InputError, match="malformed"):
+            conversation.open(llm.open_session(tmp_path / "a.ctx"))
+    assert conversation.messages and said(conversation, "two")
+
+
+def chat(model: Path, lines: str | bytes, *flags: str, status: int = 0) -> tuple[str, str]:
+    """Standard output and standard error of lines from a pipe."""
+    command = [sys.executable, "-m", "minirea", "chat", "--model", str(model), *FLAGS]
+    command += ["--max-tokens", "6", "--ignore-eos", "--quiet", *flags]
+    data = lines.encode() if isinstance(lines, str) else lines
+    done = subprocess.run(command, input=data, capture_output=True, check=False)
+    assert done.returncode == status, done.stderr
+    return done.stdout.decode(), done.stderr.decode()
+
+
+def test_through_a_pipe_answers_alone_are_on_standard_output(model: Path, llm: minirea.LLM, tmp_path: Path) -> None:
+    conversation = Conversation(llm.session())
+
+    def answer(text: str) -> str:
+        return "".join(p.text for p in conversation.stream(text, max_tokens=6, ignore_eos=True)) + "\n"
+
+    (tmp_path / "doc.txt").write_text("\ufeffa document of some words")
+    context = tmp_path / "a.ctx"
+    lines = f"hello\n\nagain\n/undo\n/save {context}\n//usr\n/file {tmp_path}/doc.txt\nwhat?\n/sources\n/stats\n"
+    lines += f"/load {context}\nbye"
+    out, err = chat(model, lines)
+    expected = answer("hello") + answer("again")
+    conversation.undo()
+    expected += answer("/usr")
+    conversation.add_document("a document of some words")
+    expected += answer("what?")
+    conversation.undo()
+    conversation.undo()
+    assert out == expected + answer("bye")
+    for part in (
+        "are forgotten",
+        f"tokens kept in {context}",
+        "doc.txt read",
+        "\n1. ",
+        "generation  6 tokens",
+        "opened",
+    ):
+        assert part in err
+    assert ">" not in err.replace("/sources", "").splitlines()[0]
+    out, _ = chat(model, "bye\n/exit\nnever\n", "--context", str(context))
+    assert out == (expected + answer("bye")).splitlines(keepends=True)[-1] or out.count("\n") == 1
+
+
+def test_commands_that_cannot_be_done_are_one_line_each_and_the_rest_goes_on(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    (tmp_path / "empty").write_bytes(b"")
+    bad = {
+        "/foo": "unknown command /foo, expected one of /file, /undo",
+        "/": "unknown command /,",
+        "/save": "/save FILE: a name is missing",
+        "/undo 3": "/undo takes nothing after it",
+        "/save /none/a": "/none/a: not saved: the context is empty",
+        "/load /none/a": "/none/a: no such file",
+        f"/load {tmp_path}/latin": "expected a safetensors file",
+        "/file /none/a": "no such file",
+        f"/file {tmp_path}/latin": "not UTF-8 text: byte 3 is 0xe9",
+        f"/file {tmp_path}/empty": "is empty",
+        "/sources": "sources are those of an answer",
+    }
+    out, err = chat(model, "\n".join([*bad, "hello"]), status=1)
+    errors = err.splitlines()
+    assert len(errors) == len(bad) and out.count("\n") == 1
+    for line, message in zip(errors, bad.values(), strict=True):
+        assert line.startswith("minirea: error: ") and message in line
+    assert "not UTF-8" in chat(model, b"caf\xe9\n", status=1)[1]
+    assert chat(model, "") == ("", "")
+
+
+def test_what_is_wrong_is_told_before_the_weights_are_read(model: Path, tmp_path: Path) -> None:
+    bare = write_checkpoint(tmp_path / "bare", tiny_model())
+    write_tokenizer(bare)
+    (bare / "model.safetensors").write_bytes(b"")
+    assert "no chat template, expected" in chat(bare, "hello", status=1)[1]
+    assert "no such file" in chat(model, "hello", "--context", str(tmp_path / "none"), status=1)[1]
+
+
+class Terminal:
+    """A chat in a terminal of its own."""
+
+    def __init__(self, model: Path, *flags: str) -> None:
+        self.pid, self.descriptor = pty.fork()
+        if self.pid == 0:
+            os.environ |= {"TERM": "dumb", "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "-m", "minirea", "chat", "--model", str(model), *FLAGS, "--ignore-eos", *flags]
+            os.execv(sys.executable, command)
+        self.shown = ""
+
+    def until(self, text: str) -> str:
+        """What is shown up to `text`."""
+        while text not in self.shown:
+            self.shown += os.read(self.descriptor, 4096).decode(errors="replace")
+        before, self.shown = self.shown.split(text, 1)
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self.descriptor, text.encode())
+
+    def end(self) -> int:
+        """The exit status."""
+        while True:
+            try:
+                if not os.read(self.descriptor, 4096):
+                    break
+            except OSError:  # the other side is closed
+                break
+        os.close(self.descriptor)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_in_a_terminal(model: Path, tmp_path: Path) -> None:
+    """Ctrl-C at the prompt, in an answer, history, and the end of input."""
+    terminal = Terminal(model, "--max-tokens", "100000")
+    terminal.until("/help lists")
+    terminal.until("> ")
+    terminal.type("\x03")
+    terminal.until("(Ctrl-D or /exit ends)")
+    terminal.until("> ")
+    terminal.type("hello\n")
+    terminal.until("hello")
+    terminal.until("\n")
+    os.read(terminal.descriptor, 8)  # the answer has begun
+    terminal.type("\x03")
+    terminal.until("what was said is kept")
+    terminal.until("> ")
+    terminal.type(f"/save {tmp_path}/a.ctx\n")
+    terminal.until("tokens kept in")
+    terminal.until("> ")
+    terminal.type("\x04")
+    assert terminal.end() == 0
+    session = minirea.load(model, **SCOPE).open_session(tmp_path / "a.ctx")
+    messages = json.loads(session.notes["messages"])
+    assert [message["role"] for message in messages] == ["user", "assistant"] and messages[1]["content"]
+
+
+def test_ctrl_c_in_a_pipe_between_two_lines(model: Path) -> None:
+    command = [sys.executable, "-m", "minirea", "chat", "--model", str(model), *FLAGS, "--max-tokens", "3"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(b"hello\n")
+    process.stdin.flush()
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130 and b"Traceback" not in err
