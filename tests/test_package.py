@@ -56,7 +56,9 @@ ALLOWED = {
     "minirea.terminal": {"errors"},
     "minirea.explain": {"evaluation", "explain", "sources", "tokenizer", "errors"},
     "minirea.series": {"errors", "files"},
+    "minirea.chat": {"api", "errors", "files", "generate", "terminal"},
     "minirea.cli": {
+        "chat",
         "checks",
         "explain",
         "series",
