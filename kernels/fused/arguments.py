@@ -115,7 +115,6 @@ class Sizes:
     SEQ_LEN_IN_MEMORY: bool
     PRECISION: str  # of float32 products
     SLICES: int  # parts of the middle
-    WHOLE_TILES: bool  # so many cached keys follow the middle that none of its tiles reaches beyond them
 
     @property
     def BLOCK_M(self) -> int:

@@ -142,8 +142,7 @@ def plan_decode(layer: Layer, tiles: Tiles, processors: int, seq_len_in_memory: 
     workers = max(1, min(processors - 1, G * slices))
     programs = min(processors, workers + ballots)
     votes = ballot_rows * config.span_top_k > config.max_spans
-    # Slices are short: what lies behind them would be much of what is read.
-    c = DecodeSizes(tiles, **constants, SLICES=slices, WHOLE_TILES=False, VOTES=votes, ALONE=programs == 1)
+    c = DecodeSizes(tiles, **constants, SLICES=slices, VOTES=votes, ALONE=programs == 1)
     shapes: Shapes = {
         "counters": (torch.int64, (2 + G,)),
         "block": (torch.float32, (programs, c.BLOCK_M, c.K_PAD, c.BLOCK_N)),
@@ -181,8 +180,7 @@ def plan_chunks(
     units = chunks * G * cdiv(rows, tiles.BLOCK_M)
     slices = chunk_slices(units, programs, MAX_CANDIDATES // pad(constants["K"]))
     spans_pad = pad(max(1, config.max_spans))
-    whole = config.local_size >= tiles.BLOCK_N
-    c = ChunkSizes(tiles, **constants, SLICES=slices, WHOLE_TILES=whole, P_PAD=spans_pad, PROGRAMS_PAD=pad(programs))
+    c = ChunkSizes(tiles, **constants, SLICES=slices, P_PAD=spans_pad, PROGRAMS_PAD=pad(programs))
     ballots = chunks * c.BALLOTS
     levels = rows * (G // c.BALLOTS) * config.span_top_k // max(1, config.max_spans)
     local_rows = config.dense_size + (chunks - 1) * chunk_size  # a dense chunk's are all
