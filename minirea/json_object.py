@@ -41,7 +41,8 @@ class JsonObject:
     def integer(self, key: str, default: int | None = None, lowest: int = 1, highest: int = _LARGEST_INTEGER) -> int:
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
-            most = "" if highest == _LARGEST_INTEGER else f" and at most {highest}"
+            too_large = isinstance(value, int) and value > highest
+            most = f" and at most {highest}" if too_large or highest != _LARGEST_INTEGER else ""
             raise self.fail(key, f"an integer of at least {lowest}{most}")
         return value
 

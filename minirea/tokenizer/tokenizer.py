@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -214,14 +215,27 @@ class Tokenizer:
         return ids
 
     def _encode_plain(self, text: str, at: str) -> list[int]:
-        """Ids of text in which no special token acts."""
-        ids = self._encode_in_pieces(text, frame=False, at=at, match_special=False)
-        made = [token for token, token_id in self.special_tokens.items() if token in text and token_id in ids]
-        cut = next((text.index(token) + 1 for token in made if len(token) > 1), None)
-        if cut is None:
-            return ids
-        # The vocabulary spells a special token like ordinary text: only apart its halves are no such token.
-        return self._encode_plain(text[:cut], at) + self._encode_plain(text[cut:], "seam")
+        """Ids of text in which no special token acts.
+
+        A vocabulary may spell one like ordinary text: cut in two it is no such token any more. One of a single
+        character stays, for nothing else spells it.
+        """
+        ids: list[int] = []
+        parts = [text]  # the next one last
+        while parts:
+            part = parts.pop()
+            encoded = self._encode_in_pieces(part, frame=False, at=at, match_special=False)
+            present = set(encoded)
+            made = [token for token, token_id in self.special_tokens.items() if token_id in present and len(token) > 1]
+            cuts = sorted(
+                {match.start() + 1 for token in made for match in re.finditer(f"(?={re.escape(token)})", part)}
+            )
+            if cuts:
+                parts += reversed([part[i:j] for i, j in itertools.pairwise([0, *cuts, len(part)])])
+                continue
+            ids += encoded
+            at = "seam"
+        return ids
 
     def piece(self, token_id: int) -> str | bytes:
         """What a token adds to a text: characters, or bytes that may be part of one. Ids of no token add nothing."""

@@ -178,6 +178,7 @@ def test_families_by_model_type_and_architectures(
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3"),
         ({"head_dim": 15}, "head_dim is 15"),
         ({"head_dim": 10**6}, "head_dim is 1000000, expected an integer of at least 1 and at most 4096"),
+        ({"hidden_size": 2**31}, "hidden_size is 2147483648, expected an integer of at least 1 and at most 2147483647"),
         ({"hidden_size": 2**31 - 1}, "head_dim"),
         ({"num_attention_heads": 128}, "head_dim"),
         *(({"rms_norm_eps": eps}, "rms_norm_eps") for eps in (-1, 0, 1e-100, 1e-300, 5, 10**400, math.inf, math.nan)),

@@ -419,3 +419,21 @@ class TestSpecialTokensInMessages:
         assert stop not in ids
         assert tokenizer.decode(ids) == "now stop stop"
         assert stop in tokenizer.encode_chat([{"role": "user", "content": "stop"}], allow_special_tokens=True)
+
+    @pytest.mark.parametrize("special", ["ab", "aa"])
+    def test_a_special_token_that_merges_spell_any_number_of_times(self, tmp_path: Path, special: str) -> None:
+        directory = write(tmp_path, "{{ messages[0].content }}", bos=False, extra_special_tokens=[special])
+        values = json.loads((directory / "tokenizer.json").read_text())
+        values["model"]["vocab"][special] = token = values["model"]["vocab"].pop("Ā")
+        values["model"]["merges"] = [[special[0], special[1]]]
+        (directory / "tokenizer.json").write_text(json.dumps(values))
+        tokenizer = load_tokenizer(directory)
+        assert tokenizer.encode(special) == [token]
+        for text in (special * 3000, f"a{special}b{special}", special[0] * 999):
+            ids = tokenizer.encode_chat([{"role": "user", "content": text}])
+            assert token not in ids
+            assert tokenizer.decode(ids) == text
+
+    def test_a_special_token_of_one_character_that_nothing_else_spells(self, tmp_path: Path) -> None:
+        tokenizer = load_tokenizer(write(tmp_path, "{{ messages[0].content }}", bos=False, extra_special_tokens=["!"]))
+        assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "a!b"}]), False) == "a!b"
