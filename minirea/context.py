@@ -40,7 +40,8 @@ from minirea.weights.loader import StoredTensor, bytes_of, open_file, read_heade
 FORMAT: Final = "minirea context"
 VERSION: Final = "1"
 BLOCK_BYTES: Final = 8 * 2**20
-WORKERS: Final = 4
+READERS: Final = 4
+WRITERS: Final = 2  # more write too far apart: disks and file systems like one place after the other
 _STORED_AS: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 
@@ -95,7 +96,7 @@ def save_context(
             _write_at(file, block.offset, view)
             return _checksum(view)
 
-        sums[1:] = torch.tensor(list(_in_parallel(write, blocks, "saving", progress)), dtype=torch.int64)
+        sums[1:] = torch.tensor(list(_in_parallel(write, blocks, WRITERS, "saving", progress)), dtype=torch.int64)
         _write_at(file, offsets["checksums"], bytes_of(sums))
 
 
@@ -153,7 +154,7 @@ class StoredContext:
 
         with self._file:
             blocks = list(_blocks(parts, offsets, self.num_cached))
-            for index, found in enumerate(_in_parallel(read, blocks, "context", progress)):
+            for index, found in enumerate(_in_parallel(read, blocks, READERS, "context", progress)):
                 if found != expected[index]:
                     raise InputError(f"{self.path}: is damaged: bytes from {blocks[index].offset} on have changed")
         cache.seq_len = self.num_cached
@@ -273,11 +274,13 @@ def _blocks(parts: dict[str, Tensor], offsets: dict[str, int], num_tokens: int) 
                 yield _Block(rows, offsets[name] + (head * num_tokens + start) * row_bytes)
 
 
-def _in_parallel(do: Callable[[_Block], int], blocks: list[_Block], what: str, progress: bool) -> Iterator[int]:
-    """Results of `do`, in the order of the blocks, by WORKERS threads, with a bar of bytes on stderr."""
+def _in_parallel(
+    do: Callable[[_Block], int], blocks: list[_Block], threads: int, what: str, progress: bool
+) -> Iterator[int]:
+    """Results of `do`, in the order of the blocks, by so many threads, with a bar of bytes on stderr."""
     total = sum(block.rows.nbytes for block in blocks)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=what, delay=1, leave=False, disable=not progress)
-    with bar, thread_pool(WORKERS, what) as pool:
+    with bar, thread_pool(threads, what) as pool:
         for block, result in zip(blocks, pool.map(do, blocks), strict=True):
             bar.update(block.rows.nbytes)
             yield result
