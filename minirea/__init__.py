@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from minirea.errors import CudaError, InputError, MemoryLimitError, MinireaError, MinireaWarning, MissingFileError
 
+TYPE_CHECKING = (
+    False  # as type checkers know it. The command handles Ctrl-C once this is imported: typing takes too long
+)
 if TYPE_CHECKING:
+    from typing import Any
+
     from minirea.api import LLM, Generation, Session, load
     from minirea.evaluation import Evaluation, evaluate
     from minirea.generate import GenerationConfig, Piece, Stats

@@ -1,6 +1,10 @@
 """Errors a caller can act on. Each message is one line: what is wrong, what was found, what was expected."""
 
-from typing import Final
+from __future__ import annotations
+
+TYPE_CHECKING = False  # see __init__.py
+if TYPE_CHECKING:
+    from typing import Final
 
 _LONGEST: Final = 1200  # characters of a message; a path of 4,096 is legal, and its end tells less than the reason
 

@@ -228,9 +228,13 @@ BAD_ARGUMENTS: dict[str, tuple[list[str], int, list[str]]] = {
     "empty stop string": (["--text", "a", "--stop", ""], 1, ["--stop"]),
     "no local window": (["--text", "a", "--local-size", "0"], 1, ["--local-size is 0"]),
     "odd span": (["--text", "a", "--span-size", "5"], 1, ["--span-size is 5", "even"]),
-    "chunk beyond local": (["--text", "a", "--chunk-size", "129"], 1, ["--chunk-size is 129", "--local-size (128)"]),
+    "chunk beyond local": (
+        ["--text", "a", "--chunk-size", "129", "--local-size", "128"],
+        1,
+        ["--chunk-size is 129", "--local-size (128)"],
+    ),
     "scope beyond the trained context": (
-        ["--text", "a", "--max-spans", "64"],
+        ["--text", "a", "--max-spans", "64", "--local-size", "128"],
         1,
         ["256", "2180", "--max-spans 64", "--local-size 128", "pass --allow-out-of-distribution"],
     ),

@@ -131,6 +131,16 @@ def test_importing_the_engine_loads_neither_triton_nor_cuda() -> None:
     assert out.split() == ["False", "False"]
 
 
+def test_the_command_handles_ctrl_c_before_it_imports_what_takes_long() -> None:
+    """Without site, which may import anything."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import minirea.__main__; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "minirea.__main__" in loaded
+    assert not {"typing", "re", "argparse", "torch"} & set(loaded)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["generate", "--help"], ["eval", "--help"], ["eval", "needle", "--help"], ["--version"]],
