@@ -68,7 +68,12 @@ def pack(matrix_NK: Tensor) -> PackedMatrix:
     scale = 2.0 ** min(_LARGEST_SCALE, _LARGEST_EXPONENT - math.frexp(largest)[1])
     scaled = matrix_NK.float().mul_(scale)  # three times faster than one product of both dtypes
     packed = torch.ops.quantized.linear_prepack_fp16(scaled, None)
-    return PackedMatrix(packed, scale, matrix_NK.numel() * torch.float16.itemsize)
+    return PackedMatrix(packed, scale, packed_bytes(*matrix_NK.shape))
+
+
+def packed_bytes(N: int, K: int) -> int:
+    """What a packed matrix [N, K] takes: FBGEMM fills up blocks of 16 rows by 512 columns."""
+    return -(-N // 16) * 16 * -(-K // 512) * 512 * torch.float16.itemsize
 
 
 def preparing_bytes(sizes: Iterable[int]) -> int:

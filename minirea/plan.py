@@ -10,7 +10,7 @@ import torch
 from minirea.attention import Attention
 from minirea.cache import cache_bytes
 from minirea.config import ModelConfig
-from minirea.cpu import MAX_PREPARING_THREADS, can_pack, preparing_bytes
+from minirea.cpu import MAX_PREPARING_THREADS, can_pack, packed_bytes, preparing_bytes
 from minirea.kernels import scratch_bytes
 from minirea.memory import MemoryPlan
 from minirea.weights import kept_weight_bytes, weight_bytes
@@ -45,9 +45,9 @@ def _model_bytes(path: str | Path, config: ModelConfig, dtype: torch.dtype, devi
     loading = preparing_bytes(n * config.hidden_size for n in rows)
     if not keeps_half(dtype, device):
         return weight_bytes(config, dtype), loading
-    weights = kept_weight_bytes(path, config, dtype)
+    weights = kept_weight_bytes(path, config, dtype, packed_bytes)
     if config.tie_word_embeddings:  # looked up and multiplied by: one layout cannot do both
-        weights += config.vocab_size * config.hidden_size * torch.float16.itemsize
+        weights += packed_bytes(config.vocab_size, config.hidden_size)
     return weights, loading
 
 

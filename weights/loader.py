@@ -18,7 +18,7 @@ import os
 import reprlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from io import FileIO
@@ -193,10 +193,23 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return elements * dtype.itemsize
 
 
-def kept_weight_bytes(directory: str | Path, config: ModelConfig, dtype: torch.dtype) -> int:
-    """Like weight_bytes, with keep_half. Raises what load_weights raises for the files' headers."""
+def kept_weight_bytes(
+    directory: str | Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    packed_bytes: Callable[[int, int], int] | None = None,
+) -> int:
+    """Like weight_bytes, with keep_half and, but for the embedding, such matrices [N, K] in `packed_bytes(N, K)`.
+
+    Raises what load_weights raises for the files' headers.
+    """
     kept = _kept_dtypes(_assign(Path(directory), read_headers(Path(directory)), NameTable(config)))
-    return sum(math.prod(shape) * kept.get(name, dtype).itemsize for name, shape in _shapes(config))
+    return sum(
+        packed_bytes(*shape)
+        if packed_bytes and name in kept and name != "embed.weight"
+        else math.prod(shape) * kept.get(name, dtype).itemsize
+        for name, shape in _shapes(config)
+    )
 
 
 def _shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
