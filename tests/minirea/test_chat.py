@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -262,6 +263,17 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.descriptor, text.encode())
 
+    def interrupt(self, text: str) -> None:
+        """Ctrl-C at the prompt, up to `text`; again where nothing comes of it.
+
+        A signal between the prompt and the wait for a key is seen by `input` with the next key only.
+        """
+        while text not in self.shown:
+            self.type("\x03")
+            while text not in self.shown and select.select([self.descriptor], [], [], 1)[0]:
+                self.shown += os.read(self.descriptor, 4096).decode(errors="replace")
+        self.until(text)
+
     def end(self) -> int:
         """The exit status."""
         while True:
@@ -279,8 +291,7 @@ def test_in_a_terminal(model: Path, tmp_path: Path) -> None:
     terminal = Terminal(model, "--max-tokens", "100000")
     terminal.until("/help lists")
     terminal.until("> ")
-    terminal.type("\x03")
-    terminal.until("(Ctrl-D or /exit ends)")
+    terminal.interrupt("(Ctrl-D or /exit ends)")
     terminal.until("> ")
     terminal.type("hello\n")
     terminal.until("hello")
