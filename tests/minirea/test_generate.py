@@ -55,7 +55,9 @@ def test_dense_chunks_do_not_matter(directory: Path, chunk_size: int) -> None:
 
 def test_full_attention_chunks_do_not_matter(directory: Path) -> None:
     ids = random_ids(100)
-    logits = [minirea.load(directory, attention="full", chunk_size=size).logits(ids) for size in (1, 9, 100)]
+    logits = [
+        minirea.load(directory, attention="full", chunk_size=size, local_size=100).logits(ids) for size in (1, 9, 100)
+    ]
     torch.testing.assert_close(logits[0], logits[2], atol=1e-4, rtol=0)
     torch.testing.assert_close(logits[1], logits[2], atol=1e-4, rtol=0)
 

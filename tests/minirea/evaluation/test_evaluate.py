@@ -165,8 +165,7 @@ def test_records_hold_what_a_reader_needs(llm: minirea.LLM) -> None:
     first = records[0]
     assert first["id"] == "reattention length=300 depth=0.0 sample=0"
     assert first["prompt_tokens"] + 16 == 300
-    assert first["shared_tokens"] % 32 == 0
-    assert first["shared_tokens"] > 200
+    assert first["shared_tokens"] == (300 - 16 - 64) // 32 * 32  # whole chunks before the tail
     assert first["settings"]["local_size"] == 64
     assert first["settings"]["seed"] == 5
     assert {r["attention"] for r in records} == {"reattention", "full"}
@@ -185,7 +184,7 @@ def test_a_loaded_model_keeps_its_scope(llm: minirea.LLM) -> None:
         records = minirea.evaluate("needle", llm.with_attention(mode, **SCOPE), attention=MODES, **options).records
         assert [r["settings"].get("span_size", 8) for r in records] == [8] * 9
         assert {r["attention"]: r["settings"].get("span_top_k") for r in records} == dict(
-            zip(MODES, (4, 0, None), strict=True)
+            zip(MODES, (2, 0, None), strict=True)
         )
 
 
@@ -632,7 +631,7 @@ def test_every_task_has_flags_of_its_own(name: str) -> None:
 
 def test_the_readme_lists_every_task() -> None:
     readme = (DEMO.parents[1] / "README.md").read_text()
-    table = readme[readme.index("## Evaluation") : readme.index("## Measured")]
+    table = readme[readme.index("## Evaluation") : readme.index("## Speed")]
     rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
     assert sorted(re.findall(r"`([\w-]+)`", " ".join(rows))) == sorted(names())
 

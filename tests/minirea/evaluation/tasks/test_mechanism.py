@@ -168,13 +168,17 @@ def test_selected_keys_are_those_of_the_engine(directory: Path, span_scope: str)
 # Studies of a model
 # ---------------------------------------------------------------------------------------------------------------
 def test_without_rope_the_two_selections_are_one(tmp_path: Path) -> None:
-    """Positions divided by a billion turn nothing, so scores with and without RoPE have the same winners."""
-    llm = minirea.load(write_checkpoint(tmp_path, tiny_model()))
+    """Positions divided by a billion turn nothing, so scores with and without RoPE have the same winners.
+
+    No token comes twice: equal ones have equal keys in the first layer, and rounding would choose between them.
+    """
+    llm = minirea.load(write_checkpoint(tmp_path, tiny_model(vocab_size=200)))
     rope = RopeConfig(type="linear", factor=1e9)  # beyond what a config.json may say
     llm.model.config = dataclasses.replace(llm.model.config, rope=rope)
-    llm = llm.with_attention("reattention", **SCOPE | {"max_spans": 16})
+    llm = llm.with_attention("reattention", **SCOPE | {"max_spans": 16, "span_top_k": 4})
     overlap = Overlap(llm.model.config)
-    observe_end(llm.model, random_ids(120), 4, overlap)
+    ids = torch.randperm(197, generator=torch.Generator().manual_seed(0)).add(3).tolist()
+    observe_end(llm.model, ids[:120], 4, overlap)
     heads = {name: torch.tensor(values) for name, values in overlap.per_head.items()}
     assert heads["shared"].shape == (2, 4)
     assert heads["shared"].min() == heads["found"].min() == 1.0
@@ -275,7 +279,7 @@ def test_the_summary_has_a_row_for_each_study_and_mode(evaluation: Any) -> None:
     assert rows["spread", "full", None]["highest_position"] == 699
     assert rows["spread", "full", None]["bound"] is None
     assert rows["spread", "streaming", None]["widest_scope"] == 288
-    assert rows["spread", "reattention", None]["widest_scope"] <= rows["spread", "reattention", None]["bound"] == 2048
+    assert rows["spread", "reattention", None]["widest_scope"] <= rows["spread", "reattention", None]["bound"] == 1152
     assert rows["overlap", "full", "needle"]["shared"] > 10 * rows["overlap", "full", "needle"]["shared_chance"]
     lines = evaluation.task.table(evaluation.rows)
     assert lines[0] == ["study", "attention", "of", "measure", "700"]
