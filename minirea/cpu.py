@@ -3,7 +3,8 @@
 A decode step reads every matrix once, so its speed is that of memory. torch's float32 matrix-vector product runs on one
 core; FBGEMM, which x86 builds of torch bring along, has a product of float32 vectors with float16 matrices that
 accumulates in float32, runs on all cores and reads half as many bytes. For weights that a checkpoint stores in bfloat16
-or float16 the change of format loses nothing (see `pack`): it is float32 arithmetic at half the memory.
+or float16 the change of format loses nothing (see `pack`): it is float32 arithmetic at half the memory, but for
+matrices of a few hundred columns, which the format pads to 512.
 """
 
 from __future__ import annotations
