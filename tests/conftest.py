@@ -6,6 +6,7 @@ Triton decides when a kernel is defined whether it is compiled or interpreted, s
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ def interpreted() -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs have it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # tests interrupt their children
     if config.option.markexpr == "interpret":  # before a kernel is imported
         os.environ["TRITON_INTERPRET"] = "1"
 
