@@ -780,7 +780,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> Callable[..., Any]:
         metavar="N",
         help="last tokens, always seen (default: 8192; or C/8, at least 512, at most C/4)",
     )
-    add("--span-top-k", type=int, metavar="K", help="winners per head and query (default: 4, or 2)")
+    add("--span-top-k", type=int, metavar="K", help="winners per head and query (default: 4; 2 for C from 4096)")
     add("--span-size", type=int, metavar="N", help="tokens around each winner (default: 32)")
     add("--max-spans", type=int, metavar="N", help="winners kept after the vote (default: 256, or half of what fits C)")
     add("--chunk-size", type=int, metavar="N", help="prompt tokens per scope, at most --local-size (default: 512)")

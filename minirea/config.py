@@ -148,7 +148,7 @@ class ReAttentionConfig:
         values = {
             "global_size": 32 if large else min(32, trained_context // 64),
             "local_size": 8192 if large else max(1, min(trained_context // 4, max(512, trained_context // 8))),
-            "span_top_k": 4 if large else 2,
+            "span_top_k": 2 if 4096 <= trained_context < 32768 else 4,
             "span_size": 32,
         } | given
         # Names a bad value before it is used in arithmetic.

@@ -12,6 +12,7 @@ import bench
 import pytest
 import sweep_tiles
 
+import minirea
 from minirea.cli import _parser
 
 ROOT = Path(__file__).parent.parent
@@ -91,3 +92,11 @@ def test_python_examples_run_and_find_what_they_ask_for(
 def test_scripts_named_in_the_readme_exist() -> None:
     for script in re.findall(r"tools/\w+\.(?:sh|py)", README):
         assert (ROOT / script).exists(), script
+
+
+@pytest.mark.slow
+def test_the_demo_answers_as_it_says() -> None:
+    """What tools/demo.sh runs, with the default scope: one digit lost is an answer lost."""
+    prompt = (ROOT / "weights" / "demo" / "prompts" / "needle-16k.txt").read_text()
+    llm = minirea.load(ROOT / "weights" / "demo", device="cpu")
+    assert llm.generate(prompt, max_tokens=16, stop=".").text.strip() == "604218"

@@ -23,7 +23,7 @@ from minirea.errors import InputError
 def test_defaults_follow_the_trained_context(trained: int, expected: tuple[int, ...], bound: int) -> None:
     c = ReAttentionConfig.for_context(trained)
     assert (c.global_size, c.local_size, c.max_spans, c.chunk_size) == expected
-    assert (c.span_top_k, c.span_size, c.span_scope) == (4 if trained >= 32768 else 2, 32, "layer")
+    assert (c.span_top_k, c.span_size, c.span_scope) == (2 if trained == 8192 else 4, 32, "layer")
     assert c.max_scope == c.dense_size == bound <= trained
     assert (c.tail_size, c.tail_chunk_size) == (TAIL_SIZE, TAIL_CHUNK_SIZE)
 

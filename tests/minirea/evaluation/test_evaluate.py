@@ -184,7 +184,7 @@ def test_a_loaded_model_keeps_its_scope(llm: minirea.LLM) -> None:
         records = minirea.evaluate("needle", llm.with_attention(mode, **SCOPE), attention=MODES, **options).records
         assert [r["settings"].get("span_size", 8) for r in records] == [8] * 9
         assert {r["attention"]: r["settings"].get("span_top_k") for r in records} == dict(
-            zip(MODES, (2, 0, None), strict=True)
+            zip(MODES, (4, 0, None), strict=True)
         )
 
 
