@@ -27,6 +27,7 @@ setup(
     python_requires=">=3.11",
     packages=[
         "minirea",
+        "minirea.cli",
         "minirea.tokenizer",
         "minirea.explain",
         *(f"minirea.evaluation{room}" for room in ("", ".frame", ".text", ".tasks", ".benchmarks")),

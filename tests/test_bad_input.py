@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from testing import edit_json, tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
-from minirea.cli import as_flags, main
+from minirea.cli import main
+from minirea.cli.messages import as_flags
 
 Damage = Callable[[Path], object]
 

@@ -13,7 +13,7 @@ import pytest
 import sweep_tiles
 
 import minirea
-from minirea.cli import _parser
+from minirea.cli.parser import make_parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CHANGELOG.md", "weights/demo/README.md"]
@@ -50,7 +50,7 @@ def test_commands_are_understood(page: str) -> None:
     """Those of minirea and of bench.py; MODE stands for an attention mode."""
     for command in commands_of(page):
         if command[0] == "minirea":
-            _parser().parse_args(["full" if word == "MODE" else word for word in command[1:]])
+            make_parser().parse_args(["full" if word == "MODE" else word for word in command[1:]])
         elif command[:2] == ["python", "tools/bench.py"]:
             bench.parser().parse_args(command[2:])
         elif command[:2] == ["python", "tools/sweep_tiles.py"]:
@@ -68,7 +68,7 @@ def flags(command: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 def test_every_flag_has_help_and_every_flag_that_is_named_exists() -> None:
-    known = list(flags(_parser()))
+    known = list(flags(make_parser()))
     assert len(known) > 100
     for action in known:
         assert action.help and len(action.help) > 5, action.option_strings

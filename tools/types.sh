@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD tree=.mypy_cache/tree
 rm -rf "$tree" && mkdir -p "$tree/minirea"
-ln -s "$root"/minirea/*.py "$root/minirea/py.typed" "$root/minirea/evaluation" "$root/kernels" "$root/weights" "$tree/minirea/"
+ln -s "$root"/minirea/[!_]* "$root"/minirea/__*.py "$root/kernels" "$root/weights" "$tree/minirea/"
 ln -s "$root"/tools/*.py "$tree/"
 cd "$tree"
 exec mypy --config-file "$root/.mypy.ini" --cache-dir "$root/.mypy_cache" .

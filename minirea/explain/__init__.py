@@ -49,7 +49,11 @@ class Explanation:
             MissingExtraError: matplotlib is not installed; all but the picture is there.
         """
         make_folder(folder)
-        record = {"model": self.model, "text": self.text, "token_ids": list(self.ids[self.answer_start :])}
+        record: dict[str, Any] = {
+            "model": self.model,
+            "text": self.text,
+            "token_ids": list(self.ids[self.answer_start :]),
+        }
         record |= {"prompt_tokens": self.answer_start, "sources": list(self.sources)}
         page = render(self.model, self.ids, self.answer_start, self.votes, self.sources, tokenizer)
         contents = {RECORDS: json.dumps(record, indent=1, ensure_ascii=False) + "\n", PAGE: page}

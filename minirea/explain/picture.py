@@ -39,10 +39,12 @@ def draw(path: Path, model: str, votes: Votes, num_tokens: int, num_layers: int,
     )
     for (ax,), (row, count, label) in zip(axes, panels, strict=True):
         share = binned(votes, row, count, num_tokens)
+        root, extent = share**0.5, (0, num_tokens, count - 0.5, -0.5)
+        high = float(root.max()) or 1.0
         shown = ax.imshow(
-            share**0.5, aspect="auto", interpolation="nearest", cmap="magma", extent=(0, num_tokens, count - 0.5, -0.5)
+            root, aspect="auto", interpolation="nearest", cmap="magma", extent=extent, vmin=0.0, vmax=high
         )
-        ticks = [tick for tick in shown.norm.inverse([0, 0.25, 0.5, 0.75, 1])]  # noqa: C416  masked array to floats
+        ticks = [high * part / 4 for part in range(5)]
         bar = figure.colorbar(shown, ax=ax, label="share of the answer's votes", pad=0.01)
         bar.set_ticks(ticks, labels=[f"{tick**2:.1%}" for tick in ticks])
         ax.set_ylabel(label)

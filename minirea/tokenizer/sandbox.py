@@ -147,13 +147,13 @@ class Budget:
 class _Metered(NodeTransformer):
     """Puts a call of the environment around every expression whose cost the sandbox does not see."""
 
-    def _around(self, name: str, node: nodes.Expr) -> nodes.Expr:
+    def _around(self, name: str, node: Any) -> nodes.Expr:
         method = nodes.EnvironmentAttribute(name, lineno=node.lineno)
         return nodes.Call(method, [node], [], None, None, lineno=node.lineno)
 
     def get_visitor(self, node: nodes.Node) -> Any:
         """The method for a node, by its class; None leaves the node, but goes through what is in it."""
-        methods = {
+        methods: dict[type[nodes.Node], Callable[[Any], nodes.Node]] = {
             nodes.For: self._loop,
             nodes.Concat: self._concat,
             nodes.Compare: self._compare,
@@ -289,7 +289,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             found.append(part)
         return "".join(found)
 
-    def _metered(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _metered(self, name: str, function: Any) -> Callable[..., Any]:
         """A filter or test that pays for what it is given and what it returns."""
         first = 1 if hasattr(function, "jinja_pass_arg") else 0  # the value comes after a context or an environment
 

@@ -18,7 +18,8 @@ from testing import tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
 from minirea import terminal
-from minirea.cli import _parser, main
+from minirea.cli import main
+from minirea.cli.parser import make_parser
 from minirea.evaluation.tasks.mechanism import SWEEPS
 
 PROMPT = "It was a quiet day in the harbour, and nothing at all had happened since noon. " * 3
@@ -247,7 +248,7 @@ def few_tokens(model: Path) -> str:
 @pytest.mark.parametrize("case", STREAMS)
 def test_streams_and_limits(case: str, model: Path, few_tokens: str) -> None:
     line, status, out, err = STREAMS[case]
-    code = "import sys, minirea.cli as cli; cli.PROMPT_LIMIT = 100_000; sys.exit(cli.run_process())"
+    code = "import sys, minirea.cli as cli; cli.inputs.PROMPT_LIMIT = 100_000; sys.exit(cli.run_process())"
     words = [sys.executable, "-c", code, *command(model, "--max-tokens", "3")[3:]]
     done = subprocess.run(
         ["bash", "-c", "unset PYTHONUNBUFFERED; " + line.replace("MINIREA", shlex.join(words))],
@@ -338,7 +339,9 @@ def test_the_default_sweeps_that_help_shows_are_accepted(capsys: pytest.CaptureF
         main(["eval", "mechanism", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     shown = text[text.rindex("--sweep FIELD=") :].split("(default: ")[1].split(")")[0]
-    parsed = _parser().parse_args(["eval", "mechanism", "--model", "m", "--out", "o", "--sweep", *shlex.split(shown)])
+    parsed = make_parser().parse_args(
+        ["eval", "mechanism", "--model", "m", "--out", "o", "--sweep", *shlex.split(shown)]
+    )
     assert tuple(parsed.sweep) == SWEEPS
 
 

@@ -1,0 +1,77 @@
+"""What the commands read besides a model: prompts and questions, and their token ids."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import sys
+from typing import TYPE_CHECKING, Final
+
+from minirea.errors import InputError, MinireaError
+from minirea.files import read_all, read_file
+
+if TYPE_CHECKING:
+    from minirea.api import ModelFiles
+    from minirea.series import Question
+
+PROMPT_LIMIT: Final = 2**30  # bytes
+
+
+def read_prompt(arguments: argparse.Namespace) -> str:
+    """The prompt's text from --text, a file or standard input, without a byte order mark.
+
+    Raises:
+        MissingFileError, InputError: no such file, not readable, too large, not UTF-8, or empty.
+    """
+    if arguments.text is not None:
+        source, text = "--text", arguments.text
+    else:
+        source = "--prompt " + ("standard input" if arguments.prompt == "-" else arguments.prompt)
+        try:
+            raw = _prompt_bytes(arguments.prompt).removeprefix(codecs.BOM_UTF8)
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            found = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
+            raise InputError(f"{source}: not UTF-8 text: found {found}") from None
+        except MinireaError as error:
+            raise type(error)(f"--prompt {error}") from None
+    if not text:
+        raise InputError(f"{source}: the prompt is empty, expected some text")
+    return text
+
+
+def _prompt_bytes(path: str) -> bytes:
+    if path != "-":
+        return read_file(path, PROMPT_LIMIT, "a prompt", pipes=True)
+    if sys.stdin is None:
+        raise InputError("standard input: is closed, expected the prompt's text")
+    try:
+        return read_all(sys.stdin.buffer, PROMPT_LIMIT, "standard input", "a prompt")
+    except OSError as error:
+        raise InputError(f"standard input: cannot be read: {error.strerror}") from None
+
+
+def questions_of(arguments: argparse.Namespace) -> list[Question]:
+    """The prompts of a series: those of --questions, or of every --prompt. Errors as of read_prompt."""
+    from minirea.series import Question, check_ids, read_questions
+
+    if arguments.questions is not None:
+        try:
+            return read_questions(arguments.questions)
+        except MinireaError as error:
+            raise type(error)(f"--questions {error}") from None
+    named = [(path, argparse.Namespace(prompt=path, text=None)) for path in arguments.prompts]
+    questions = [Question(path, read_prompt(one), f"--prompt {path}") for path, one in named]
+    check_ids(questions)
+    return questions
+
+
+def encode(files: ModelFiles, prompt: str, arguments: argparse.Namespace, continues: bool = False) -> list[int]:
+    """Ids of a prompt; one that continues a context has no BOS of its own."""
+    if not arguments.chat:
+        return files.encode(prompt, continues)
+    system = [{"role": "system", "content": arguments.system}] if arguments.system is not None else []
+    messages = [*system, {"role": "user", "content": prompt}]
+    tokenizer = files.tokenizer
+    ids = files.encode(tokenizer.encode_chat(messages, allow_special_tokens=arguments.allow_special_tokens))
+    return ids[1:] if continues and ids[0] == tokenizer.bos_id else ids

@@ -1,0 +1,65 @@
+"""Errors and warnings as the command line says them: one line each, in its own words."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from minirea.errors import MinireaError, MinireaWarning, memory_limit_of, printable
+from minirea.terminal import say
+
+
+def as_flags(message: str, names: set[str]) -> str:
+    """A message that names Python's fields, as the command line spells them.
+
+    `max_tokens` is --max-tokens wherever it stands, dtype="float32" is --dtype float32. A name of one word, which might
+    be a word, counts at the beginning of a message that says what it is, and in backquotes anywhere.
+    """
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match[1], match[2] if match.re.groups > 1 else "True"
+        return "--" + name.replace("_", "-") + ("" if value == "True" else " " + value.strip("\"'"))
+
+    known, several_words = ("|".join(group) or "(?!)" for group in (names, {name for name in names if "_" in name}))
+    before = r"(?<![\w./-])"  # neither in a path nor in another name
+    for pattern in (
+        rf"`({known})`",
+        rf"{before}({known})=(True|[\w.]+|\"[^\"]*\"|'[^']*')",
+        rf"{before}({several_words})(?![\w/-])",
+        rf"^({known})(?= is )",
+    ):
+        message = re.sub(pattern, flag, message)
+    return message
+
+
+def explained(error: Exception) -> str:
+    """The line for an error: its own message, or what a library's means."""
+    text = printable(" ".join(str(error).split()), 400)
+    if isinstance(error, MinireaError):
+        return str(error)
+    if (limit := memory_limit_of(error)) is not None:
+        return str(limit)
+    if "C compiler" in text or (isinstance(error, subprocess.CalledProcessError) and "-shared" in text):
+        return f'Triton cannot compile: {text}; install a C compiler such as gcc, or use impl="torch"'
+    return f"{type(error).__name__}: {text} (a fault of minirea; --debug shows where)"
+
+
+@contextlib.contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Within it minirea's own warnings are a line on standard error each, like its errors."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, MinireaWarning):
+            say(f"minirea: warning: {printable(str(message))}")
+        else:
+            shown_by_python(message, category, *place)
+
+    shown_by_python = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", MinireaWarning)
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
