@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from minirea.errors import InputError
 from minirea.files import read_file
@@ -22,16 +22,20 @@ class JsonObject:
         self.source = source
 
     @classmethod
-    def read(cls, path: Path, limit_bytes: int = _LIMIT_BYTES) -> JsonObject:
+    def read(cls, path: Path, limit_bytes: int = _LIMIT_BYTES) -> Self:
         """Parse `path`. Raises MissingFileError or InputError naming it."""
-        data = read_file(path, limit_bytes, "a JSON object")
+        return cls.parse(read_file(path, limit_bytes, "a JSON object"), str(path))
+
+    @classmethod
+    def parse(cls, text: bytes, source: str) -> Self:
+        """The object that JSON text holds. Raises InputError naming `source`."""
         try:
-            values = json.loads(data)
+            values = json.loads(text)
         except (ValueError, RecursionError) as error:  # bad syntax and bad UTF-8 are both ValueErrors
-            raise InputError(f"{path}: not valid JSON: {error}") from None
+            raise InputError(f"{source}: not valid JSON: {error}") from None
         if not isinstance(values, dict):
-            raise InputError(f"{path}: holds a JSON {type(values).__name__}, expected an object")
-        return cls(values, str(path))
+            raise InputError(f"{source}: holds a JSON {type(values).__name__}, expected an object")
+        return cls(values, source)
 
     def fail(self, key: str, expected: str) -> InputError:
         """The error to raise for the value of `key`."""

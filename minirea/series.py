@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from minirea.errors import InputError
 from minirea.files import read_file, unreadable
+from minirea.json_object import JsonObject
 
 _LIMIT: Final = 2**30  # bytes of a file of questions, or of answers
 
@@ -38,7 +39,7 @@ def read_questions(path: str) -> list[Question]:
         if not line.strip():
             continue
         source = f"{path}: line {number}"
-        values = _object(line, source)
+        values = JsonObject.parse(line, source).values
         name, prompt = values.get("id"), values.get("prompt")
         if isinstance(name, bool) or not isinstance(name, (str, int)):
             raise InputError(f"{source}: id is {name!r:.80}, expected a string or an integer")
@@ -131,7 +132,7 @@ class Answers:
         whole = data.rfind(b"\n") + 1
         for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
             source = f"{self.path}: line {number}"
-            values = _object(line, source)
+            values = JsonObject.parse(line, source).values
             if not isinstance(values.get("id"), (str, int)) or not isinstance(values.get("key"), str):
                 raise InputError(f"{source}: is no answer of a series, expected an id and a key")
             self.keys[values["id"]] = values["key"]
@@ -142,13 +143,3 @@ class Answers:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
-
-
-def _object(line: bytes, source: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{source}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{source}: holds a JSON {type(values).__name__}, expected an object")
-    return values

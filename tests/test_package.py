@@ -55,7 +55,7 @@ ALLOWED = {
     "minirea.evaluation": {"evaluation", "api", "config", "generate", "json_object", "tokenizer", "errors"},
     "minirea.terminal": {"errors"},
     "minirea.explain": {"evaluation", "explain", "sources", "tokenizer", "errors"},
-    "minirea.series": {"errors", "files"},
+    "minirea.series": {"errors", "files", "json_object"},
     "minirea.chat": {"api", "errors", "files", "generate", "terminal"},
     "minirea.cli": {"cli", "errors", "terminal", "threads"},
     "minirea.cli.flags": {"config"},

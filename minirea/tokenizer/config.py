@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from minirea.errors import InputError
 from minirea.files import is_there, read_file
 from minirea.json_object import JsonObject
 
@@ -138,17 +136,6 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def parse_json(raw: bytes, source: str) -> JsonObject:
-    """The object that JSON text holds. Raises InputError naming `source`."""
-    try:
-        values = json.loads(raw)
-    except (ValueError, RecursionError) as error:  # bad syntax and bad UTF-8 are both ValueErrors
-        raise InputError(f"{source}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{source}: holds a JSON {type(values).__name__}, expected an object")
-    return JsonObject(values, source)
-
-
 def one_line(error: BaseException) -> str:
     """What an exception of some library says, short enough for the end of a message."""
     return " ".join(str(error).split())[:200] or type(error).__name__
@@ -156,4 +143,4 @@ def one_line(error: BaseException) -> str:
 
 def read_if_there(path: Path) -> JsonObject:
     raw = read_file(path, _LARGEST_FILE, "JSON") if is_there(path) else b"{}"
-    return parse_json(raw, str(path))
+    return JsonObject.parse(raw, str(path))

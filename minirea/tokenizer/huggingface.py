@@ -14,7 +14,7 @@ from minirea.errors import InputError
 from minirea.files import read_file
 from minirea.json_object import JsonObject
 from minirea.tokenizer.backend import LARGEST_FILE, one_line_of
-from minirea.tokenizer.config import TokenizerConfig, parse_json
+from minirea.tokenizer.config import TokenizerConfig
 from minirea.tokenizer.pieces import may_cut_normalizer, may_cut_tokens, may_cut_vocabulary, splits_words
 from minirea.tokenizer.stream import utf8_decoder
 from minirea.tokenizer.tekken import BYTE_OF_CHARACTER, read_tekken
@@ -150,7 +150,7 @@ def load_json(path: Path, config: TokenizerConfig) -> HuggingFace:
     import tokenizers
 
     raw = read_file(path, LARGEST_FILE, "a tokenizer")
-    declared = parse_json(raw, str(path))
+    declared = JsonObject.parse(raw, str(path))
     _check_steps(declared)
     with one_line_of(path, "cannot be read as a tokenizer"):
         if any(declared.values.get(key) is not None for key in ("truncation", "padding")):  # meant for training batches

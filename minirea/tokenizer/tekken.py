@@ -13,7 +13,7 @@ from typing import Any, Final
 from minirea.files import read_file
 from minirea.json_object import JsonObject
 from minirea.tokenizer.backend import LARGEST_FILE
-from minirea.tokenizer.config import is_unicode, parse_json
+from minirea.tokenizer.config import is_unicode
 
 # The special tokens of the first tekken files, which do not list them; ids in this order.
 _FIRST_SPECIAL_TOKENS: Final = (
@@ -49,7 +49,7 @@ def read_tekken(path: Path) -> Any:
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    tekken = parse_json(read_file(path, LARGEST_FILE, "a tokenizer"), str(path))
+    tekken = JsonObject.parse(read_file(path, LARGEST_FILE, "a tokenizer"), str(path))
     header = tekken.child("config") or JsonObject({}, f"{path}: config")
     pattern = header.values.get("pattern")
     if not isinstance(pattern, str):

@@ -6,7 +6,6 @@ Everything here was written by others. Whatever is wrong with it is one line tha
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import string
 from collections.abc import Iterator, Mapping
@@ -96,14 +95,7 @@ def entry_at(path: Path, number: int, offset: int) -> Entry:
 
 def parse(path: Path, number: int, line: bytes) -> Entry:
     """Raises InputError if the line is no JSON object."""
-    source = f"{path}, line {number}"
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:  # bad syntax and bad UTF-8 are both ValueErrors
-        raise InputError(f"{source}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{source}: holds a JSON {type(values).__name__}, expected an object")
-    return Entry(values, source)
+    return Entry.parse(line, f"{path}, line {number}")
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,16 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 from minirea.evaluation.frame.records import Place, Record
 
 if TYPE_CHECKING:
     from minirea.api import LLM, Generation, Session
     from minirea.generate import Stats
+
+QUICKLY_MADE: Final = 2**16  # tokens of a prompt that is made only to see whether its length has room for it
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,22 @@ class PromptCell(Cell):
                 **question.extra,
                 **_costs(out.stats, *shared, context_seconds),
             }
+
+
+def prompt_cells(
+    places: Iterable[tuple[Place, ...]], build: Callable[[Sequence[Place]], Prompt], *, as_session: bool = False
+) -> list[Cell]:
+    """A cell for each group of places, which are of one length; the first group is of the shortest.
+
+    Raises:
+        InputError: from `build`, of the shortest prompt: lengths without room for it are to be known at once.
+    """
+    cells: list[Cell] = [
+        PromptCell(group, int(group[0]["length"]), partial(build, group), as_session=as_session) for group in places
+    ]
+    if cells[0].tokens <= QUICKLY_MADE:
+        build(cells[0].places)
+    return cells
 
 
 class _Reader:

@@ -169,7 +169,6 @@ class Task(ABC):
 
 
 MOST_ANSWERS: Final = 200_000
-QUICKLY_MADE: Final = 2**16  # tokens of a prompt that is made only to see whether its length has room for it
 _GROUPED_BY: Final = ("attention", "kind", "length")
 
 

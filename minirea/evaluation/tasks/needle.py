@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from minirea.errors import InputError
 from minirea.evaluation.frame import plots
-from minirea.evaluation.frame.cells import Cell, Prompt, PromptCell, Question
+from minirea.evaluation.frame.cells import Cell, Prompt, Question, prompt_cells
 from minirea.evaluation.frame.records import Place, Record
-from minirea.evaluation.frame.tasks import QUICKLY_MADE, Task, option, require, rng
+from minirea.evaluation.frame.tasks import Task, option, require, rng
 from minirea.evaluation.lengths import grid
 from minirea.evaluation.text.encoder import Encoder
 from minirea.evaluation.text.facts import WORDINGS, random_name
@@ -139,16 +139,13 @@ class Needle(Task):
     def cells(self, tokenizer: Tokenizer) -> list[Cell]:
         encode = Encoder(tokenizer, self.chat)
         haystack = read_haystack(self.haystack, encode)
-        build = self.copies if self.separate else self.shared
-        cells: list[Cell] = []
-        for length in sorted(set(self.lengths)):
-            for group in self._groups():
-                places = tuple({"length": length, "depth": depth, "sample": sample} for sample, depth in group)
-                prompt = partial(build, haystack, encode, places)
-                cells.append(PromptCell(places, length, prompt, as_session=self.as_session))
-        if cells[0].tokens <= QUICKLY_MADE:
-            build(haystack, encode, cells[0].places)  # the shortest: says now if there is no room
-        return cells
+        build = partial(self.copies if self.separate else self.shared, haystack, encode)
+        places = (
+            tuple({"length": length, "depth": depth, "sample": sample} for sample, depth in group)
+            for length in sorted(set(self.lengths))
+            for group in self._groups()
+        )
+        return prompt_cells(places, build, as_session=self.as_session)
 
     def _groups(self) -> list[list[tuple[int, float]]]:
         """The (sample, depth) of each question, by haystack.
@@ -294,21 +291,19 @@ class Passkey(Task):
         self.check_answers(self.depths)
 
     def cells(self, tokenizer: Tokenizer) -> list[Cell]:
-        encode = Encoder(tokenizer)
-        cells: list[Cell] = []
-        for length, sample in grid(self.lengths, self.samples):
-            for depth in even_depths(self.depths):
-                place = {"length": length, "depth": depth, "sample": sample}
-                cells.append(PromptCell((place,), length, partial(self._prompt, encode, place)))
-        if cells[0].tokens <= QUICKLY_MADE:
-            self._prompt(encode, cells[0].places[0])
-        return cells
+        places: Iterator[tuple[Place, ...]] = (
+            ({"length": length, "depth": depth, "sample": sample},)
+            for length, sample in grid(self.lengths, self.samples)
+            for depth in even_depths(self.depths)
+        )
+        return prompt_cells(places, partial(self._prompt, Encoder(tokenizer)))
 
     def value(self, random: Random) -> str:
         """What is to be hidden."""
         return random_value(random, "numbers", (), self.digits)
 
-    def _prompt(self, encode: Encoder, place: Place) -> Prompt:
+    def _prompt(self, encode: Encoder, places: Sequence[Place]) -> Prompt:
+        (place,) = places
         length, depth = int(place["length"]), float(place["depth"])
         value = self.value(rng(self.seed, self.name, length, depth, place["sample"]))
         introduction, question = encode(self.introduction), encode(self.question)

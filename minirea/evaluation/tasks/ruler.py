@@ -20,9 +20,9 @@ from random import Random
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from minirea.errors import InputError
-from minirea.evaluation.frame.cells import Cell, Prompt, PromptCell, Question
+from minirea.evaluation.frame.cells import QUICKLY_MADE, Cell, Prompt, PromptCell, Question
 from minirea.evaluation.frame.records import Place
-from minirea.evaluation.frame.tasks import QUICKLY_MADE, Task, option, require, rng
+from minirea.evaluation.frame.tasks import Task, option, require, rng
 from minirea.evaluation.tasks.needle import NOISE, parse_file
 from minirea.evaluation.text.documents import Documents, read_hotpotqa, read_squad
 from minirea.evaluation.text.encoder import Encoder

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from minirea.errors import InputError
 from minirea.evaluation.frame import plots
-from minirea.evaluation.frame.cells import Cell, Prompt, PromptCell, Question
+from minirea.evaluation.frame.cells import Cell, Prompt, Question, prompt_cells
 from minirea.evaluation.frame.records import Place, Record
-from minirea.evaluation.frame.tasks import QUICKLY_MADE, Task, option, require, rng
+from minirea.evaluation.frame.tasks import Task, option, require, rng
 from minirea.evaluation.lengths import grid
 from minirea.evaluation.tasks.needle import MOST_DEPTHS, Passkey, even_depths
 from minirea.evaluation.text.encoder import Encoder
@@ -71,15 +71,11 @@ class KeyValue(Task):
         self.check_answers(self.depths)
 
     def cells(self, tokenizer: Tokenizer) -> list[Cell]:
-        encode = Encoder(tokenizer)
-        cells: list[Cell] = []
-        for length, sample in grid(self.lengths, self.samples):
-            depths = even_depths(self.depths)
-            places = tuple({"length": length, "depth": depth, "sample": sample} for depth in depths)
-            cells.append(PromptCell(places, length, partial(self._prompt, encode, places)))
-        if cells[0].tokens <= QUICKLY_MADE:
-            self._prompt(encode, cells[0].places)
-        return cells
+        places = (
+            tuple({"length": length, "depth": depth, "sample": sample} for depth in even_depths(self.depths))
+            for length, sample in grid(self.lengths, self.samples)
+        )
+        return prompt_cells(places, partial(self._prompt, Encoder(tokenizer)))
 
     def _prompt(self, encode: Encoder, places: Sequence[Place]) -> Prompt:
         length, sample = int(places[0]["length"]), places[0]["sample"]
@@ -163,16 +159,11 @@ class CodeRun(Task):
         self.check_answers(len(self.calls))
 
     def cells(self, tokenizer: Tokenizer) -> list[Cell]:
-        encode = Encoder(tokenizer)
-        cells: list[Cell] = []
-        for length, sample in grid(self.lengths, self.samples):
-            places: tuple[Place, ...] = tuple(
-                {"kind": f"{calls} calls", "length": length, "sample": sample} for calls in self.calls
-            )
-            cells.append(PromptCell(places, length, partial(self._prompt, encode, places)))
-        if cells[0].tokens <= QUICKLY_MADE:
-            self._prompt(encode, cells[0].places)
-        return cells
+        places: Iterator[tuple[Place, ...]] = (
+            tuple({"kind": f"{calls} calls", "length": length, "sample": sample} for calls in self.calls)
+            for length, sample in grid(self.lengths, self.samples)
+        )
+        return prompt_cells(places, partial(self._prompt, Encoder(tokenizer)))
 
     def _prompt(self, encode: Encoder, places: Sequence[Place]) -> Prompt:
         length, sample = int(places[0]["length"]), places[0]["sample"]
