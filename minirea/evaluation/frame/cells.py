@@ -17,6 +17,7 @@ from minirea.evaluation.frame.records import Place, Record
 if TYPE_CHECKING:
     from minirea.api import LLM, Generation, Session
     from minirea.generate import Stats
+    from minirea.sources import Source
 
 QUICKLY_MADE: Final = 2**16  # tokens of a prompt that is made only to see whether its length has room for it
 
@@ -61,6 +62,7 @@ class Question:
         stop: strings that end it.
         extra: goes into the record besides what the frame puts there.
         context: tokens of its own that stand between the prompt's context and `ids`.
+        passage: the tokens of the context that hold the answer, where there are such.
     """
 
     ids: Sequence[int]
@@ -70,6 +72,7 @@ class Question:
     stop: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     context: Sequence[int] = ()
+    passage: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,12 @@ class PromptCell(Cell):
         build: makes the prompt, with one question for each place. Called when the cell is run, once.
         as_session: a question's context is read as a piece of its own, as a session that is asked a question later
             reads it, instead of as the beginning of one prompt.
+        sources: so many passages that each answer used go into its record, and the rank of its question's passage.
     """
 
     build: Callable[[], Prompt]
     as_session: bool = field(default=False, kw_only=True)
+    sources: int = field(default=0, kw_only=True)
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:
         """The answers, each the same as if its whole prompt had been read from the beginning."""
@@ -101,33 +106,35 @@ class PromptCell(Cell):
         if needed != self.tokens:
             del session  # two of them may not fit
             session = llm.session(needed)
-        reader = _Reader(llm, session, prompt, self.as_session, progress)
+        reader = _Reader(llm, session, prompt, self.as_session, self.sources, progress)
         for index in wanted:
             question = prompt.questions[index]
             shared, context_seconds, out = reader.ask(index)
+            ids = [*prompt.context, *question.context, *question.ids]
             yield {
-                "prompt_sha256": sha256_of_ids([*prompt.context, *question.context, *question.ids]),
+                "prompt_sha256": sha256_of_ids(ids),
                 "prompt_tokens": out.stats.prompt_tokens,
                 "expected": list(question.expected),
                 "answer": out.text,
                 "score": float(question.score(out.text)),
                 "finish_reason": out.finish_reason,
                 **question.extra,
+                **(_used(out.sources, ids, question.passage) if self.sources else {}),
                 **_costs(out.stats, *shared, context_seconds),
             }
 
 
 def prompt_cells(
-    places: Iterable[tuple[Place, ...]], build: Callable[[Sequence[Place]], Prompt], *, as_session: bool = False
+    places: Iterable[tuple[Place, ...]], build: Callable[[Sequence[Place]], Prompt], **how: Any
 ) -> list[Cell]:
     """A cell for each group of places, which are of one length; the first group is of the shortest.
+
+    `how` are further fields of PromptCell.
 
     Raises:
         InputError: from `build`, of the shortest prompt: lengths without room for it are to be known at once.
     """
-    cells: list[Cell] = [
-        PromptCell(group, int(group[0]["length"]), partial(build, group), as_session=as_session) for group in places
-    ]
+    cells: list[Cell] = [PromptCell(group, int(group[0]["length"]), partial(build, group), **how) for group in places]
     if cells[0].tokens <= QUICKLY_MADE:
         build(cells[0].places)
     return cells
@@ -142,8 +149,11 @@ class _Reader:
     does not depend on which questions are asked.
     """
 
-    def __init__(self, llm: LLM, session: Session, prompt: Prompt, as_session: bool, progress: bool) -> None:
+    def __init__(
+        self, llm: LLM, session: Session, prompt: Prompt, as_session: bool, sources: int, progress: bool
+    ) -> None:
         self.llm, self.session, self.prompt, self.as_session, self.progress = llm, session, prompt, as_session, progress
+        self.sources = sources
         self._lengths = [len(self._piece(index)) for index in range(len(prompt.questions))]
         self._held: list[int] = []  # the piece that the session begins with
         self._read = 0, 0.0  # tokens that were read to be shared, and the seconds that this took
@@ -168,7 +178,9 @@ class _Reader:
         seconds = self._prefill(piece[shared:]) if self.as_session else 0.0
         rest = question.ids if self.as_session else [*piece[shared:], *question.ids[-1:]]
         self._held = piece
-        out = session.generate(rest, question.max_tokens, progress=self.progress, stop=question.stop)
+        out = session.generate(
+            rest, question.max_tokens, progress=self.progress, sources=self.sources, stop=question.stop
+        )
         return (shared, self._read[1] if shared == self._read[0] else 0.0), seconds, out
 
     def _piece(self, index: int) -> list[int]:
@@ -216,6 +228,27 @@ def _costs(stats: Stats, shared: int, shared_seconds: float, context_seconds: fl
         "cache_bytes": stats.cache_bytes,
         "peak_bytes": stats.peak_bytes,
     }
+
+
+def _used(sources: Sequence[Source], ids: Sequence[int], passage: Sequence[int]) -> Record:
+    """What an answer used, and the rank from 1 of the first source that overlaps `passage`; None if none does."""
+    start = find_ids(passage, ids) if passage else None
+    ranks = (
+        rank
+        for rank, s in enumerate(sources, 1)
+        if start is not None and s.start < start + len(passage) and start < s.end
+    )
+    return {"sources": [[s.start, s.end, round(s.share, 4)] for s in sources], "source_rank": next(ranks, None)}
+
+
+def find_ids(part: Sequence[int], ids: Sequence[int]) -> int | None:
+    """Where `part` first stands in `ids`; None if it does not."""
+    whole, wanted = array("I", ids), array("I", part)
+    data, size, at = whole.tobytes(), whole.itemsize, -1
+    while (at := data.find(wanted.tobytes(), at + 1)) >= 0:
+        if at % size == 0:
+            return at // size
+    return None
 
 
 def sha256_of_ids(ids: Iterable[int]) -> str:

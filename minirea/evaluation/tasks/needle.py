@@ -108,9 +108,13 @@ class Needle(Task):
         metavar="N",
         parse=int,
     )
+    sources: int = option(
+        0, "so many passages that each answer used, and how often the needle is the first", metavar="N", parse=int
+    )
 
     def check(self) -> None:
         super().check()
+        require("sources", self.sources, self.sources >= 0, "at least 0")
         require("depths", self.depths, 1 <= self.depths <= MOST_DEPTHS, f"1 to {MOST_DEPTHS:,}")
         require("at", self.at, all(0 <= depth <= 1 for depth in self.at), "numbers from 0 to 1")
         require("at", self.at, len(set(self.at)) == len(self.at), "different depths")
@@ -145,7 +149,7 @@ class Needle(Task):
             for length in sorted(set(self.lengths))
             for group in self._groups()
         )
-        return prompt_cells(places, build, as_session=self.as_session)
+        return prompt_cells(places, build, as_session=self.as_session, sources=self.sources)
 
     def _groups(self) -> list[list[tuple[int, float]]]:
         """The (sample, depth) of each question, by haystack.
@@ -169,7 +173,7 @@ class Needle(Task):
         needles = self._needles(random, haystack, encode, stretch.text, len(depths), length)
         hidden = [(depth, needle.sentence) for depth, needle in zip(depths, needles, strict=True)]
         context = hide(encode, stretch, self._context(length, needles), hidden)
-        return Prompt(context, [self._question(needle) for needle, _ in zip(needles, places, strict=False)])
+        return Prompt(context, [self._question(encode, needle) for needle, _ in zip(needles, places, strict=False)])
 
     def copies(self, haystack: Haystack, encode: Encoder, places: Sequence[Place]) -> Prompt:
         """A copy of one text for each of the places, with a needle there and `needles` - 1 others, the same in all."""
@@ -183,14 +187,14 @@ class Needle(Task):
         questions = []
         for needle, place in zip(needles, places, strict=False):
             context = hide(encode, stretch, size, [(float(place["depth"]), needle.sentence), *more])
-            questions.append(self._question(needle, context))
+            questions.append(self._question(encode, needle, context))
         return Prompt([], questions)
 
     def _context(self, length: int, needles: Sequence[Hidden]) -> int:
         """Tokens of a haystack with what is hidden in it."""
         return (length - self.room - max(len(needle.asked) for needle in needles)) // self.align * self.align
 
-    def _question(self, needle: Hidden, context: Sequence[int] = ()) -> Question:
+    def _question(self, encode: Encoder, needle: Hidden, context: Sequence[int] = ()) -> Question:
         return Question(
             ids=needle.asked,
             expected=[needle.value],
@@ -199,6 +203,7 @@ class Needle(Task):
             stop=() if self.chat else ("\n",),
             extra={"key": needle.key},
             context=context,
+            passage=encode(needle.sentence) if self.sources else (),
         )
 
     def _hidden_at(self) -> list[float]:
@@ -251,10 +256,23 @@ class Needle(Task):
     def summarize(self, records: Sequence[Record]) -> list[Record]:
         rows = super().summarize(records)
         for row in rows:
-            row["score_by_depth"] = by_depth(
-                [r for r in records if all(r[name] == row[name] for name in ("attention", "length"))]
-            )
+            members = [r for r in records if all(r[name] == row[name] for name in ("attention", "length"))]
+            row |= {"score_by_depth": by_depth(members)} | needle_first(members)
         return rows
+
+    def table(self, rows: Sequence[Record]) -> list[list[str]]:
+        """Below the scores, how often the needle is the first source of a right answer, in percent."""
+        lines = super().table(rows)
+        firsts = {(row["attention"], row["length"]): row["needle_first"] for row in rows if "needle_first" in row}
+        lengths = sorted({row["length"] for row in rows})
+        for mode in dict.fromkeys(mode for mode, _ in firsts):
+            shares = [firsts.get((mode, length)) for length in lengths]
+            lines.append([f"{mode}, needle first", *("-" if s is None else f"{100 * s:.1f}" for s in shares)])
+        return lines
+
+    def identity(self) -> Record:
+        """What Task.identity has; a run without sources is told from one with them only."""
+        return {name: value for name, value in super().identity().items() if (name, value) != ("sources", 0)}
 
     def plot(self, records: Sequence[Record], folder: Path, about: Mapping[str, Any]) -> list[Path]:
         return [plots.heat_map(records, folder, self.name, about), *super().plot(records, folder, about)]
@@ -317,6 +335,14 @@ class Passkey(Task):
 
     def plot(self, records: Sequence[Record], folder: Path, about: Mapping[str, Any]) -> list[Path]:
         return [plots.heat_map(records, folder, self.name, about), *super().plot(records, folder, about)]
+
+
+def needle_first(records: Sequence[Record]) -> Record:
+    """Of records with sources: how many answers are right, and the share of those whose first source is the needle."""
+    ranked = [record for record in records if "source_rank" in record]
+    ranks = [record["source_rank"] for record in ranked if record["score"] == 1]
+    share = sum(rank == 1 for rank in ranks) / len(ranks) if ranks else None
+    return {"right_answers": len(ranks), "needle_first": share} if ranked else {}
 
 
 def even_depths(count: int) -> tuple[float, ...]:

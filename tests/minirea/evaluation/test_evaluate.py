@@ -27,7 +27,7 @@ from minirea.errors import InputError, MemoryLimitError, MissingExtraError, Miss
 from minirea.evaluation import report
 from minirea.evaluation.frame import plots
 from minirea.evaluation.frame import records as records_module
-from minirea.evaluation.frame.cells import Prompt, PromptCell, Question, common_prefix
+from minirea.evaluation.frame.cells import Prompt, PromptCell, Question, common_prefix, find_ids
 from minirea.evaluation.frame.records import RECORDS, Results
 from minirea.evaluation.frame.runner import render
 from minirea.evaluation.frame.tasks import make_task, parsed
@@ -176,6 +176,63 @@ def test_records_hold_what_a_reader_needs(llm: minirea.LLM) -> None:
     by_mode = {m: [r["prompt_sha256"] for r in records if r["attention"] == m] for m in ("reattention", "full")}
     assert by_mode["reattention"] == by_mode["full"]  # the same prompts
     assert len(set(by_mode["full"])) == 12
+
+
+@pytest.mark.parametrize("how", [{}, {"separate": True}, {"as_session": True}])
+def test_sources_of_the_answers_are_noted_and_the_needle_is_the_first(how: dict[str, Any], tmp_path: Path) -> None:
+    """The answers are the same without; a directory goes on with the same flags only."""
+    options: dict[str, Any] = {"lengths": "1k", "depths": 3, "samples": 1, "device": "cpu"} | how
+    plain = minirea.evaluate("needle", DEMO, out=tmp_path / "plain", **options)
+    found = minirea.evaluate("needle", DEMO, out=tmp_path / "sourced", sources=2, **options)
+    assert [r["answer"] for r in found.records] == [r["answer"] for r in plain.records]
+    assert [r["score"] for r in found.records] == [1.0] * 3
+    assert [r["source_rank"] for r in found.records] == [1] * 3
+    for record in found.records:
+        assert 1 <= len(record["sources"]) <= 2
+        start, end, share = record["sources"][0]
+        assert 0 <= start < end <= record["prompt_tokens"] and 0.5 < share <= 1
+    (row,) = json_of(tmp_path / "sourced")["rows"]
+    assert (row["right_answers"], row["needle_first"]) == (3, 1.0)
+    assert "reattention, needle first  100.0" in found.table and "needle first" not in plain.table
+    assert "needle_first" not in json_of(tmp_path / "plain")["rows"][0]
+    with pytest.raises(InputError, match="sources is null there and 2 here"):
+        minirea.evaluate("needle", DEMO, out=tmp_path / "plain", sources=2, **options)
+    assert minirea.evaluate("needle", DEMO, out=tmp_path / "plain", **options).records == plain.records
+
+
+def test_how_often_the_needle_is_the_first_source() -> None:
+    """Of right answers alone; none are right in the second mode, and the third has no sources."""
+    rows = [("reattention", 1.0, 1), ("reattention", 1.0, 3), ("reattention", 0.0, 1), ("reattention", 1.0, None)]
+    rows += [("full", 0.0, 1)]
+    records = [
+        {"id": str(i), "attention": mode, "length": 1024, "depth": 0.5, "score": score, "source_rank": rank}
+        for i, (mode, score, rank) in enumerate(rows)
+    ]
+    records.append({"id": "9", "attention": "streaming", "length": 1024, "depth": 0.5, "score": 1.0})
+    task = make_task(task_class("needle"), {})
+    summary = {row["attention"]: row for row in task.summarize(records)}
+    assert summary["reattention"]["needle_first"] == pytest.approx(1 / 3)
+    assert [summary[mode].get("right_answers") for mode in MODES] == [3, None, 0]
+    assert task.table(list(summary.values()))[-2:] == [
+        ["reattention, needle first", "33.3"],
+        ["full, needle first", "-"],
+    ]
+
+
+def test_ids_are_found_where_they_stand() -> None:
+    """Also where their bytes stand across other ids first, and where they are the end or not there."""
+    whole = [1, 256 * 5, 5, 0, 7, 7, 9]
+    assert [find_ids(part, whole) for part in ([1], [5], [0, 7], [7, 9], [9, 9], [7, 7, 9, 1])] == [
+        0,
+        2,
+        3,
+        5,
+        None,
+        None,
+    ]
+    across = [0x01000000, 0x00000002, 0x01, 0x0200]
+    assert find_ids([0x0200 + 0x01], across) is None
+    assert find_ids([0x01], across) == 2
 
 
 def test_a_loaded_model_keeps_its_scope(llm: minirea.LLM) -> None:

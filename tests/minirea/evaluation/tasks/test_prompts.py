@@ -461,6 +461,7 @@ def test_even_depths() -> None:
         ("needle", {"share": 2, "separate": True}, r"^share is 2"),
         ("needle", {"align": 5000}, r"^align is 5000, expected 1 to the shortest length"),
         ("needle", {"keys": "colours"}, r"^keys is 'colours', expected one of numbers, words, uuids"),
+        ("needle", {"sources": -1}, r"^sources is -1, expected at least 0"),
         ("needle", {"digits": 1}, r"^there are not 10 different"),
         ("needle", {"depht": 3}, r"^unknown option 'depht' of needle, expected one of"),
         ("ruler", {"kinds": "qa_1"}, r"^kinds is 'qa_1', expected qa_1 only with a file"),
