@@ -309,8 +309,7 @@ class LLM(_Encoder):
             max_tokens: at most so many tokens.
             progress: show a bar on stderr while the prompt is read.
             sources: so many passages of the prompt, those that the answer used most; see Session.sources.
-            options: further fields of GenerationConfig: temperature, top_k, top_p, min_p, repetition_penalty, seed,
-                stop, ignore_eos.
+            options: further fields of GenerationConfig, such as temperature, top_p, seed and stop.
 
         Raises:
             InputError: an empty prompt, an id outside the vocabulary, an option out of range.

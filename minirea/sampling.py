@@ -1,8 +1,7 @@
 """From logits to the next token: penalty, temperature, top-k, top-p, min-p, and a seeded draw.
 
-A new filter is a field of SamplingConfig with its check, an `if` in `keep_likely`, and in minirea/cli a flag of that
-name in flags.py `add_sampling` and in commands.py `_GENERATION_OPTIONS`. It may not wait for the GPU: a CUDA graph
-holds it.
+A new filter is a field of SamplingConfig with its check, an `if` in `keep_likely`, and a flag of the field's name in
+`add_sampling` (minirea/cli/flags.py). It may not wait for the GPU: a CUDA graph holds it.
 """
 
 from __future__ import annotations

@@ -25,17 +25,6 @@ if TYPE_CHECKING:
     from minirea.evaluation import Evaluation
 
 _LOAD_OPTIONS: Final = ("device", "dtype", "attention", "impl", "allow_out_of_distribution")
-_GENERATION_OPTIONS: Final = (
-    "max_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-    "stop",
-    "ignore_eos",
-)
 
 
 def run_generate(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
@@ -207,11 +196,11 @@ def _check_output(what: str) -> None:
 
 
 def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The flags of sampling, checked: a bad value should not wait for the weights to load."""
-    from minirea.api import generation_config
+    """The flag of every field of GenerationConfig, checked: a bad value should not wait for the weights to load."""
+    from minirea.generate import GenerationConfig
 
-    options = {name: getattr(arguments, name) for name in _GENERATION_OPTIONS}
-    generation_config(options)
+    options = {name: getattr(arguments, name) for name in GenerationConfig.__dataclass_fields__}
+    GenerationConfig(**options)
     return options
 
 
