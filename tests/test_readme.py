@@ -38,11 +38,19 @@ def test_functions_on_the_path_of_a_token_exist() -> None:
 
 
 def commands_of(page: str) -> list[list[str]]:
-    """Arguments of every command in a page's bash blocks."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    return [
-        line for block in blocks for line in (shlex.split(text, comments=True) for text in block.splitlines()) if line
-    ]
+    """Arguments of every command in a page's bash blocks, without what a shell does with its output."""
+    commands: list[list[str]] = [[]]
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+        for line in block.splitlines():
+            commands.append([])
+            words = shlex.shlex(line, posix=True, punctuation_chars=True)
+            words.whitespace_split = True
+            for word in words:
+                if set(word) <= set("|&;<>"):
+                    commands.append([])  # what a redirection goes to is taken for a command, and is none of ours
+                else:
+                    commands[-1].append(word)
+    return [command for command in commands if command]
 
 
 @pytest.mark.parametrize("page", PAGES)
