@@ -51,8 +51,7 @@ def run_generate(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     interrupts.finish = answer.finish_now
     answer.take(session.stream(ids, progress=not arguments.quiet, **options), interrupts)
     if answer.finish_reason != "interrupted" and (arguments.sources or arguments.out is not None):
-        before = session.llm.tokenizer.decode(context.ids) if context else ""
-        _look_back(session, before + prompt, answer, arguments)
+        _look_back(session, _text_of(context, files) + prompt, answer, arguments)
     interrupts.ignore()
     answer.finish()
     return EXIT_INTERRUPTED if answer.finish_reason == "interrupted" else 0
@@ -96,10 +95,11 @@ def run_series(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
         left = [i for i, key in enumerate(keys) if answers is None or not answers.has(questions[i], key)]
         if left:
             session = _load(files, context, num_tokens, arguments)
+        before = _text_of(context, files) if left and arguments.sources else ""
         interrupts.finish = functools.partial(_tell_of_series, arguments, len(questions))
         for done, index in enumerate(left, len(questions) - len(left) + 1):
             record = {"id": questions[index].id, "key": keys[index]}
-            record |= _record_of_answer(session, prompts[index], arguments, options)
+            record |= _record_of_answer(session, prompts[index], before + questions[index].prompt, arguments, options)
             answers.add(record) if answers else put(json.dumps(record) + "\n")
             session.rewind(_length(context))
             if not arguments.quiet:
@@ -108,12 +108,16 @@ def run_series(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
 
 
 def _record_of_answer(
-    session: Session, ids: list[int], arguments: argparse.Namespace, options: dict[str, Any]
+    session: Session, ids: list[int], text: str, arguments: argparse.Namespace, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a line of a series says of an answer."""
+    """What a line of a series says of an answer; `text` is all that it follows."""
+    from minirea.sources import as_records
+
     out = session.generate(ids, progress=not arguments.quiet, sources=arguments.sources, **options)
     record = {"text": out.text, "token_ids": out.token_ids, "finish_reason": out.finish_reason} | out.stats.as_dict()
-    return record | ({"sources": [source._asdict() for source in out.sources]} if arguments.sources else {})
+    if arguments.sources:
+        record["sources"] = as_records(out.sources, text, session.ids, session.llm.tokenizer)
+    return record
 
 
 def _tell_of_series(arguments: argparse.Namespace, count: int) -> None:
@@ -214,6 +218,10 @@ def _read_model(arguments: argparse.Namespace) -> tuple[ModelFiles, StoredContex
 
 def _length(context: StoredContext | None) -> int:
     return len(context.ids) if context else 0
+
+
+def _text_of(context: StoredContext | None, files: ModelFiles) -> str:
+    return files.tokenizer.decode(context.ids) if context else ""
 
 
 def _load(files: ModelFiles, context: StoredContext | None, num_tokens: int, arguments: argparse.Namespace) -> Session:

@@ -108,6 +108,62 @@ def test_explain_writes_what_can_be_cited(tmp_path: Path, capfd: pytest.CaptureF
     assert page.loads == []
 
 
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The text of PROMPT without its question, read and kept."""
+    folder = tmp_path_factory.mktemp("context")
+    (folder / "text.txt").write_text(PROMPT.read_text().rsplit("\nQuestion:", 1)[0])
+    files = ["--prompt", str(folder / "text.txt"), "--save", str(folder / "text.ctx")]
+    assert cli.main(["read", "--model", str(DEMO), *files, "--quiet"]) == 0
+    return folder / "text.ctx"
+
+
+def test_explain_after_a_context_cites_the_context(
+    context: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Lines and tokens are counted from the beginning of the context, and the page shows all of it."""
+    text = context.with_suffix(".txt").read_text()
+    question = "\nQuestion: What is the special magic number for blue-mountain? Answer: The special magic number for "
+    question += "blue-mountain is"
+    options = ["--context", str(context), "--text", question, "--max-tokens", "12", "--out", str(tmp_path)]
+    assert cli.main(["explain", "--model", str(DEMO), *options]) == 0
+    assert capfd.readouterr().out == " 557043.\n"
+    record = json.loads((tmp_path / "sources.json").read_text())
+    needle = "The special magic number for blue-mountain is 557043."
+    first = record["sources"][0]
+    assert (first["text"], first["line"]) == (needle, text[: text.index(needle)].count("\n") + 1)
+    ids = tokenizer().encode(text) + tokenizer().encode(question, continues=True)
+    assert record["prompt_tokens"] == len(ids)
+    assert tokenizer().decode(ids[first["start"] : first["end"]]).strip() == needle
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "".join(page.tokens.values()) == text + question
+
+
+def test_a_series_names_the_sources_of_every_answer(
+    context: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As a run of one question does, whether answers go to standard output or to a file."""
+    form = "\nQuestion: What is the special magic number for {0}? Answer: The special magic number for {0} is"
+    prompts = [form.format(key) for key in ("green-river", "blue-mountain")]
+    lines = [json.dumps({"id": i, "prompt": prompt}) for i, prompt in enumerate(prompts)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    options = ["generate", "--model", str(DEMO), "--context", str(context), "--max-tokens", "8", "--sources", "2"]
+    options += ["--quiet"]
+    assert cli.main([*options, "--questions", str(tmp_path / "questions.jsonl")]) == 0
+    answers = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [answer["sources"][0]["text"] for answer in answers] == [
+        "The special magic number for green-river is 381920.",
+        "The special magic number for blue-mountain is 557043.",
+    ]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert cli.main([*options, "--text", prompt, "--json"]) == 0
+        assert json.loads(capfd.readouterr().out)["sources"] == answer["sources"]
+    out = tmp_path / "answers.jsonl"
+    assert cli.main([*options, "--questions", str(tmp_path / "questions.jsonl"), "--out", str(out)]) == 0
+    kept = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [answer["sources"] for answer in kept] == [answer["sources"] for answer in answers]
+
+
 def test_sources_in_json(capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["generate", "--model", str(DEMO), "--prompt", str(PROMPT), "--max-tokens", "12", "--json", "--quiet"]
     assert cli.main([*arguments, "--sources", "2"]) == 0
