@@ -3,6 +3,7 @@
     python tools/bench.py model --shape llama-3.1-8b --contexts 1k,32k,128k --prefill 8k,32k
     python tools/bench.py model --model weights/demo --contexts 512,64k
     python tools/bench.py load --model DIR
+    python tools/bench.py context --contexts 256k
     python tools/bench.py kernel --contexts 8k,128k
     python tools/bench.py launch
     python tools/bench.py report
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 
+import bench_context
 import bench_kernel
 import bench_launch
 import bench_load
@@ -27,6 +29,7 @@ from bench_machine import build
 COMMANDS = (
     bench_model,
     bench_load,
+    bench_context,
     bench_kernel,
     bench_launch,
     bench_report,

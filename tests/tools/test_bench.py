@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import bench
+import bench_context
 import bench_model
 import pytest
 import torch
@@ -17,6 +18,7 @@ from bench_machine import Lengths, lengths, tokens
 from shapes import SHAPES, named
 from testing import tiny_model, write_checkpoint
 
+import minirea
 from minirea.checkpoint_config import load_config
 from minirea.errors import MemoryLimitError
 
@@ -42,6 +44,37 @@ def measure(*options: str, **environment: str) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, env=environment or None)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_contexts_are_saved_and_opened_beside_plain_files(tmp_path: Path) -> None:
+    """On the disk that it is told, where nothing is left; both modes' caches."""
+    model = write_checkpoint(tmp_path / "model", tiny_model())
+    (tmp_path / "disk").mkdir()
+    options = ["--model", str(model), "--contexts", "300,100", "--folder", str(tmp_path / "disk"), *ON_CPU]
+    done = subprocess.run([sys.executable, str(BENCH), "context", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    timed = ["save", "open, cold", "open, warm", "floor: write", "floor: read, cold"]
+    assert [(row["context"], row["what"]) for row in rows] == [(n, what) for n in (100, 300) for what in timed]
+    config = load_config(model)
+    row_bytes = 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim  # keys and values, float32
+    assert all(row["seconds"] > 0 and 0 < row["bytes"] - row["context"] * row_bytes < 20_000 for row in rows)
+    assert not list((tmp_path / "disk").iterdir())
+
+
+def test_an_opened_context_that_differs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = minirea.load(write_checkpoint(tmp_path / "model", tiny_model()), device="cpu")
+    opened = minirea.LLM.open_session
+
+    def damaged(self: minirea.LLM, *arguments: Any) -> minirea.Session:
+        session = opened(self, *arguments)
+        with torch.inference_mode():
+            session.cache.v[0][0, 7] += 1
+        return session
+
+    monkeypatch.setattr(minirea.LLM, "open_session", damaged)
+    with pytest.raises(AssertionError, match="what was opened differs"):
+        bench_context.measure(llm, 64, tmp_path)
 
 
 def test_model_directory_beside_transformers(tmp_path: Path) -> None:
