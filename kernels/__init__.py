@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, Final
 
@@ -34,6 +34,7 @@ def reattention(
     impl: str = "auto",
     return_selection: bool = False,
     chunk_size: int | None = None,
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Any:
     """Attention of T new queries over a finite scope of a cache of any length (arXiv 2407.15176, section 3).
 
@@ -54,6 +55,9 @@ def reattention(
         return_selection: also return the scope, of one chunk.
         chunk_size: how many queries share a scope, which is then as if the cache ended with the last of them, from the
             first query on; the last chunk may be shorter. All T without.
+        gather: where H and G are only some of a layer's heads, and other processes have as many others each: returns
+            the rows of all processes [ranks * M, ...], in the same order everywhere, from this one's [M, ...]. It is
+            called before the one vote over all heads, in every process or in none.
 
     Returns:
         out_THD, [T, H, D] in q's dtype; with return_selection the pair (out_THD, selection). The selection holds the
@@ -78,10 +82,12 @@ def reattention(
         from minirea.kernels.reference import reattention_reference
 
         with torch.autocast(q_THD.device.type, enabled=False):  # the caller's products may be; these are not
-            out_THD, selection = reattention_reference(*tensors, int(seq_len), cos, sin, config, *options)
+            out_THD, selection = reattention_reference(*tensors, int(seq_len), cos, sin, config, *options, gather)
     else:
         from minirea.kernels.fused.launch import reattention_triton
 
+        if gather is not None and config.span_scope == "layer":
+            raise InputError("gather is given, expected none with impl 'triton': use impl 'torch', or 'kv_head'")
         out_THD, selection = reattention_triton(*tensors, seq_len, cos, sin, config, *options)
     return (out_THD, selection) if return_selection else out_THD
 

@@ -46,6 +46,7 @@ def reattention_reference(
     config: ReAttentionConfig,
     return_selection: bool = False,
     chunk_size: int | None = None,
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
     """ReAttention, phase by phase. Arguments and results are those of `minirea.kernels.reattention`."""
     T, H, D = q_THD.shape
@@ -53,7 +54,7 @@ def reattention_reference(
         caches, n, outs_THD = (k_cache_GND, v_cache_GND), seq_len - T, []
         for q_chunk in q_THD.split(chunk_size):
             n += len(q_chunk)
-            outs_THD.append(reattention_reference(q_chunk, *caches, n, cos, sin, config)[0])
+            outs_THD.append(reattention_reference(q_chunk, *caches, n, cos, sin, config, gather=gather)[0])
         return torch.cat(outs_THD), None
     G = k_cache_GND.shape[0]
     q_GRD = q_THD.unflatten(1, (G, H // G)).transpose(0, 1).reshape(G, -1, D)
@@ -63,7 +64,7 @@ def reattention_reference(
         lengths, source_BS = [seq_len] * B, None
         k_GSD, v_GSD = k_cache_GND[:, :seq_len].clone(), v_cache_GND[:, :seq_len]
     else:
-        start_BP, offset_BP, length_B = choose_scope(q_GRD, k_cache_GND, seq_len, config)
+        start_BP, offset_BP, length_B = choose_scope(q_GRD, k_cache_GND, seq_len, config, gather=gather)
         lengths = length_B.tolist()  # on a GPU the one wait of the step: the scope's length decides the shapes below
         offs_s = torch.arange(max(lengths), device=q_THD.device)
         source_BS = locate(offs_s, start_BP, offset_BP).clamp_(max=seq_len - 1)
@@ -92,15 +93,19 @@ def choose_scope(
     seq_len: int,
     config: ReAttentionConfig,
     score: Callable[[torch.Tensor, torch.Tensor, int, int, int], torch.Tensor] | None = None,
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Score, vote and select. Where nothing may be selected (streaming), the scope has two parts, global and local.
 
-    `score` takes the place of this module's, for a device that has its own.
+    `score` takes the place of this module's, for a device that has its own. `gather` adds the winners of heads that are
+    elsewhere, where all heads vote together.
     """
     mid_lo, mid_hi = config.global_size, seq_len - config.local_size
     B = k_cache_GND.shape[0] if config.span_scope == "kv_head" else 1
     if config.max_selected:
         winner_GRK = (score or score_rows)(q_GRD, k_cache_GND, mid_lo, mid_hi, config.span_top_k)
+        if gather is not None and config.span_scope == "layer":
+            winner_GRK = gather(winner_GRK)
         kept_BP = vote(winner_GRK.view(B, -1), config.max_spans)
     else:
         kept_BP = torch.empty(B, 0, dtype=torch.int64, device=q_GRD.device)

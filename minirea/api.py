@@ -26,9 +26,11 @@ from minirea.errors import InputError, MissingFileError
 from minirea.files import is_there, read_start
 from minirea.generate import GenerationConfig, Piece, Stats
 from minirea.isolation import isolated
+from minirea.leader import Leader, SharedCache
 from minirea.memory import MemoryPlan, human
 from minirea.model import Model
 from minirea.plan import keeps_half, plan_run, workspace_bytes
+from minirea.ranks import Ranks, follows
 from minirea.sources import Source, Votes, look, question_start, sources_of
 from minirea.steps import num_shared
 from minirea.tokenizer import Tokenizer, load_tokenizer
@@ -59,6 +61,7 @@ def load(
     impl: str = "auto",
     allow_out_of_distribution: bool = False,
     progress: bool = False,
+    gpus: int = 1,
     **reattention_fields: Any,
 ) -> LLM:
     """Load a Hugging Face or Mistral model directory.
@@ -71,13 +74,16 @@ def load(
         impl: "auto" (the fused kernel on a GPU, else torch), "triton" or "torch".
         allow_out_of_distribution: let the scope exceed the trained context.
         progress: show a bar on stderr while loading.
+        gpus: so many devices of this machine share the model, by key/value heads, of which it must be a divisor; on a
+            CPU so many processes. They are started here and end with this process; under torchrun they are its
+            processes, of which only the first returns from here: the others serve it and end with it.
         reattention_fields: fields of ReAttentionConfig; None or absent means its default for this model. An attention
             mode ignores those it does not use.
 
     Raises:
-        MissingFileError, InputError, MemoryLimitError: with one line that says what to fix.
+        MissingFileError, InputError, MemoryLimitError, RankError: with one line that says what to fix.
     """
-    files = read_model(path, device, dtype, attention, impl, allow_out_of_distribution, **reattention_fields)
+    files = read_model(path, device, dtype, attention, impl, allow_out_of_distribution, gpus, **reattention_fields)
     return files.load(progress)
 
 
@@ -88,6 +94,7 @@ def read_model(
     attention: str = "reattention",
     impl: str = "auto",
     allow_out_of_distribution: bool = False,
+    gpus: int = 1,
     **reattention_fields: Any,
 ) -> ModelFiles:
     """The first half of `load`: everything but the weights, so that a prompt can be counted before they are read.
@@ -97,7 +104,14 @@ def read_model(
     _choice("attention", attention, MODES)
     _choice("impl", impl, IMPLS)
     _choice("dtype", dtype, ("auto", *DTYPES))
+    gpus = integer("gpus", gpus, 1)
+    if follows(gpus):
+        from minirea.follower import launched
+
+        launched()
     target = _device(device)
+    if target.type == "cuda" and torch.cuda.device_count() < gpus:
+        raise InputError(f"gpus is {gpus}, but torch sees {torch.cuda.device_count()} CUDA devices")
     _check_is_model_directory(path)
     if impl == "triton" and target.type == "cpu":
         raise InputError("impl is 'triton', expected 'auto' or 'torch' on a CPU")
@@ -105,7 +119,8 @@ def read_model(
     scope = _scope(config, attention, reattention_fields, allow_out_of_distribution)
     tokenizer = _tokenizer(path)
     torch_dtype = _dtype(path, config, dtype, target)
-    return ModelFiles(path, config, tokenizer, Attention(config, attention, scope, impl, target), torch_dtype)
+    part = config.of_rank(0, gpus)
+    return ModelFiles(path, config, tokenizer, Attention(part, attention, scope, impl, target), torch_dtype)
 
 
 class _Encoder:
@@ -173,11 +188,26 @@ class ModelFiles(_Encoder):
         self._tokenizer = tokenizer
 
     def plan(self, num_tokens: int = 0) -> MemoryPlan:
-        """What weights, cache and workspace need for so many tokens, of prompt and text together; 0: not known yet."""
-        return plan_run(self.path, self.attention, self.dtype, num_tokens)
+        """What weights, cache and workspace need for so many tokens, of prompt and text together; 0: not known yet.
+
+        Of each device, where several share the model; of a CPU's memory, which all share, all together.
+        """
+        plan = plan_run(self.path, self.attention, self.dtype, num_tokens)
+        return plan.times(self.gpus) if self.attention.device.type == "cpu" else plan
+
+    @property
+    def gpus(self) -> int:
+        """How many devices share the model."""
+        part = self.attention.model.part
+        return part.ranks if part else 1
+
+    def check_one_device(self, what: str) -> None:
+        """As LLM.check_one_device."""
+        _check_one_device(self.attention.model, what)
 
     def open_context(self, path: str | Path) -> StoredContext:
         """A file that Session.save has written, its header checked, for LLM.open_session. Errors as there."""
+        self.check_one_device("contexts in files")
         return StoredContext(path, self.config, self.origin())
 
     def origin(self) -> Origin:
@@ -186,6 +216,7 @@ class ModelFiles(_Encoder):
 
     def context_bytes(self, num_tokens: int) -> int:
         """What Session.save takes for so many tokens."""
+        self.check_one_device("contexts in files")
         return context_bytes(self.config, num_tokens, self.dtype)
 
     def seen_tokens(self, num_tokens: int) -> int:
@@ -204,10 +235,32 @@ class ModelFiles(_Encoder):
         Raises:
             MissingFileError, InputError, MemoryLimitError: with one line that says what to fix.
         """
+        self.plan(num_tokens).check(self.attention.device)
+        if self.gpus == 1:
+            return LLM(self._load(progress), self._tokenizer, self.path)
+        leader, attention = Leader.of(self.gpus, self.attention.device), self.attention
+        number, digest = leader.new_id(), fingerprint(self.path, self.config)
+        settings = attention.mode, attention.config, attention.impl
+        dtype = str(self.dtype).removeprefix("torch.")
+        with leader.asking("load", number, str(Path(self.path).resolve()), self.config, settings, dtype, digest):
+            model = self._load(progress, leader)
+        leader.adopt(model, number)
+        return LLM(model, self._tokenizer, self.path)
+
+    @isolated()
+    def load_part(self, ranks: Ranks) -> Model:
+        """What `load` does on a rank that follows."""
+        if self.attention.device.type == "cuda":
+            self.plan().check(self.attention.device)
+        return self._load(False, ranks)
+
+    def _load(self, progress: bool, ranks: Ranks | None = None) -> Model:
+        """This rank's part, or all of the model."""
         attention, dtype, device = self.attention, self.dtype, self.attention.device
-        self.plan(num_tokens).check(device)
-        weights = load_weights(self.path, self.config, device, dtype, progress, keeps_half(dtype, device))
-        return LLM(Model(self.config, weights, attention, progress), self._tokenizer, self.path)
+        if ranks is not None:
+            attention.gather = ranks.all_gather
+        weights = load_weights(self.path, attention.model, device, dtype, progress, keeps_half(dtype, device))
+        return Model(attention.model, weights, attention, progress, ranks)
 
 
 class LLM(_Encoder):
@@ -215,7 +268,7 @@ class LLM(_Encoder):
 
     def __init__(self, model: Model, tokenizer: Tokenizer | None, path: str | Path | None = None) -> None:
         self.model = model
-        self.config = model.config
+        self.config = model.config.part.whole if model.config.part else model.config
         self.path = path
         self._tokenizer = tokenizer
 
@@ -253,7 +306,12 @@ class LLM(_Encoder):
         config, old = self.model.config, self.model.attention
         scope = _scope(config, attention, reattention_fields, allow_out_of_distribution)
         model = copy.copy(self.model)
-        model.attention = Attention(config, attention, scope, old.impl, old.device)
+        model.attention = Attention(config, attention, scope, old.impl, old.device, old.gather)
+        if isinstance(model.ranks, Leader):
+            number = model.ranks.new_id()
+            with model.ranks.asking("vary", number, self.model.id, (attention, scope, old.impl)):
+                pass
+            model.ranks.adopt(model, number)
         return LLM(model, self._tokenizer, self.path)
 
     def synchronize(self) -> None:
@@ -281,6 +339,7 @@ class LLM(_Encoder):
             InputError: the file is damaged, or of another model, dtype, attention mode or scope.
             MemoryLimitError: its cache does not fit.
         """
+        self.check_one_device("contexts in files")
         if not isinstance(context, StoredContext):
             context = StoredContext(context, self.config, self._origin())
         try:
@@ -324,6 +383,10 @@ class LLM(_Encoder):
         """Like `generate`, yielding each piece of text as soon as it is certain."""
         return self.session().stream(prompt, max_tokens, progress=progress, **options)
 
+    def check_one_device(self, what: str) -> None:
+        """Raises InputError where several devices share the model, with which `what` does not work yet."""
+        _check_one_device(self.model.config, what)
+
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Scores of the token after each of `ids`: float32 [T, V], through the same steps that `generate` takes."""
         ids = self.encode(ids)
@@ -333,9 +396,7 @@ class LLM(_Encoder):
         return _origin(self.path, self.config, self.model.attention, self.model.dtype)
 
     def _cache(self, capacity: int) -> KVCache:
-        model = self.model
-        workspace = functools.partial(workspace_bytes, model.attention, model.dtype)
-        return KVCache(model.config, capacity, model.attention.dense_limit, model.device, model.dtype, workspace)
+        return new_cache(self.model, capacity)
 
 
 class Session:
@@ -388,6 +449,7 @@ class Session:
         Raises:
             InputError: the context is empty, or the file cannot be written.
         """
+        self.llm.check_one_device("contexts in files")
         with self._alone():
             save_context(path, self.cache, self.ids, self.llm._origin(), self.notes, progress)
 
@@ -438,6 +500,7 @@ class Session:
 
     def votes(self) -> Votes:
         """What each token of the last answer looked at, in which layer: what `sources` sums up. Errors as there."""
+        self.llm.check_one_device("sources")
         asked, start = self._answer or (0, 0)
         if not 0 < start < len(self.ids):
             raise InputError("sources are those of an answer, expected a session that ends with one: generate first")
@@ -500,6 +563,13 @@ class Session:
             raise
 
 
+def new_cache(model: Model, capacity: int) -> KVCache:
+    """A cache for a model's steps; on all its ranks, if it has several and this is the first."""
+    workspace = functools.partial(workspace_bytes, model.attention, model.dtype)
+    arguments = model.config, capacity, model.attention.dense_limit, model.device, model.dtype, workspace
+    return SharedCache(model.ranks, model, *arguments) if isinstance(model.ranks, Leader) else KVCache(*arguments)
+
+
 def generation_config(options: dict[str, Any]) -> GenerationConfig:
     """GenerationConfig from keyword arguments. Raises InputError naming an unknown or malformed one."""
     unknown = sorted(set(options) - set(GenerationConfig.__dataclass_fields__))
@@ -518,6 +588,11 @@ def _origin(path: str | Path | None, config: ModelConfig, attention: Attention, 
     settings: dict[str, int | str] = {"attention": attention.mode, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {name: getattr(attention.config, name) for name in names}
     return Origin(fingerprint(path, config), Path(path).resolve().name, settings)
+
+
+def _check_one_device(config: ModelConfig, what: str) -> None:
+    if config.part:
+        raise InputError(f"gpus is {config.part.ranks}, expected 1: {what} do not work on several devices")
 
 
 def _choice(name: str, value: str, expected: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import torch
@@ -54,16 +55,24 @@ class Attention:
         mode: one of config.MODES; "streaming" is reattention that selects nothing.
         config: scope sizes; with "full" only chunk_size matters.
         impl: "auto", "triton" or "torch", as minirea.kernels.reattention takes it.
+        gather: of several ranks, each of which has some of the heads: what minirea.kernels.reattention takes.
     """
 
     def __init__(
-        self, model: ModelConfig, mode: str, config: ReAttentionConfig, impl: str, device: torch.device
+        self,
+        model: ModelConfig,
+        mode: str,
+        config: ReAttentionConfig,
+        impl: str,
+        device: torch.device,
+        gather: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.model = model
         self.mode = mode
         self.config = config
         self.impl = resolve_impl(impl, device)
         self.device = device
+        self.gather = gather
         self.sliding_window = model.sliding_window if mode == "full" else None
         self.dense_size = ALL_TOKENS if mode == "full" else config.dense_size
         self.dense_limit = 0 if self.impl == "triton" and mode != "full" else self.dense_size
@@ -201,9 +210,9 @@ class Attention:
         """ReAttention of a step whose keys and values the cache already holds. Not for mode "full"."""
         k_GND, v_GND, (cos, sin) = cache.k[layer], cache.v[layer], self.scope_tables(cache.capacity)
         if isinstance(step.seq_len, int) and step.seq_len > self.dense_size and self._on_cpu(q_THD):
-            return cpu.reattention(q_THD, k_GND, v_GND, step.seq_len, cos, sin, self.config)
+            return cpu.reattention(q_THD, k_GND, v_GND, step.seq_len, cos, sin, self.config, self.gather)
         arguments = (q_THD, k_GND, v_GND, step.seq_len, cos, sin, self.config, self.impl)
-        out_THD: Tensor = reattention(*arguments, chunk_size=step.chunk_size)
+        out_THD: Tensor = reattention(*arguments, chunk_size=step.chunk_size, gather=self.gather)
         return out_THD
 
     def scope(self, cache: KVCache, q_1HD: Tensor) -> dict[str, int]:
@@ -229,8 +238,11 @@ class Attention:
         seq_len = torch.tensor([cache.seq_len], dtype=torch.int32, device=self.device)  # a number would compile anew
         tables = self.scope_tables(cache.capacity)
         arguments = (q_1HD, cache.k[0], cache.v[0], seq_len, *tables, self.config, self.impl)
-        _, selection = reattention(*arguments, return_selection=True)
-        return max(map(len, selection if isinstance(selection, list) else [selection]))
+        _, selection = reattention(*arguments, return_selection=True, gather=self.gather)
+        lengths = torch.tensor(list(map(len, selection if isinstance(selection, list) else [selection])))
+        if self.gather is not None and self.config.span_scope == "kv_head":
+            lengths = self.gather(lengths.to(self.device))
+        return int(lengths.max())
 
     def _first_visible(self, seq_len: int, num_tokens: int) -> int:
         """The first key that any of the last `num_tokens` queries can see."""

@@ -50,6 +50,8 @@ class ModelConfig:
 
     Letters of the project's key: L num_layers, E hidden_size, F mlp_size, H num_heads, G num_kv_heads, D head_dim,
     V vocab_size.
+
+    `part` says of which model this is a rank's part: then H, G and F are those of the part.
     """
 
     num_layers: int
@@ -70,11 +72,61 @@ class ModelConfig:
     quantized: bool = False
     dtype: str | None = None
     eos_token_ids: frozenset[int] = frozenset()
+    part: Part | None = None
+
+    def of_rank(self, rank: int, ranks: int) -> ModelConfig:
+        """The part of the model that one of several ranks holds: its key/value heads with their query heads, and its
+        features of the MLP. A single rank holds all.
+
+        Raises:
+            InputError: the key/value heads cannot be dealt out evenly.
+        """
+        if ranks == 1:
+            return self
+        if ranks < 1 or self.num_kv_heads % ranks:
+            raise InputError(f"gpus is {ranks}, expected a divisor of the model's {self.num_kv_heads} key/value heads")
+        part = Part(self, rank, ranks)
+        if not Part(self, 0, ranks).features or not Part(self, ranks - 1, ranks).tokens:
+            raise InputError(f"gpus is {ranks}, expected fewer: MLP or vocabulary are too small to be dealt out")
+        heads, kv_heads = self.num_heads // ranks, self.num_kv_heads // ranks
+        mlp_size = len(part.features)
+        return dataclasses.replace(self, num_heads=heads, num_kv_heads=kv_heads, mlp_size=mlp_size, part=part)
+
+    @property
+    def head_rows(self) -> range:
+        """Which rows of the head, tokens of the vocabulary, are here."""
+        return self.part.tokens if self.part else range(self.vocab_size)
 
     @property
     def trained_context(self) -> int:
         """The longest distance, in tokens, between a query and a key that training has shown the model."""
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of the model `whole` rank `rank` of `ranks` holds."""
+
+    whole: ModelConfig
+    rank: int
+    ranks: int
+
+    @property
+    def features(self) -> range:
+        """Of the MLP."""
+        size, rank, ranks = self.whole.mlp_size, self.rank, self.ranks
+        return range(size * rank // ranks, size * (rank + 1) // ranks)
+
+    @property
+    def tokens(self) -> range:
+        """Of the vocabulary, for the head: as many on every rank, but for the last ones."""
+        size, each = self.whole.vocab_size, self.logits_each
+        return range(min(size, each * self.rank), min(size, each * (self.rank + 1)))
+
+    @property
+    def logits_each(self) -> int:
+        """Logits that each rank contributes, with those that pad the last ones."""
+        return -(-self.whole.vocab_size // self.ranks)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import torch
@@ -174,6 +174,7 @@ def reattention(
     cos: Tensor,
     sin: Tensor,
     config: ReAttentionConfig,
+    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """`minirea.kernels.reattention` of one chunk, beyond global_size + local_size tokens, with one vote for all heads.
 
@@ -183,7 +184,7 @@ def reattention(
     T, H, D = q_THD.shape
     G = len(k_cache_GND)
     q_GRD = q_THD.unflatten(1, (G, H // G)).transpose(0, 1).reshape(G, -1, D)
-    start_1P, offset_1P, length_1 = choose_scope(q_GRD, k_cache_GND, seq_len, config, score)
+    start_1P, offset_1P, length_1 = choose_scope(q_GRD, k_cache_GND, seq_len, config, score, gather)
     S = int(length_1)
     q_THD = rotate(q_THD.clone(), cos[S - T : S, None], sin[S - T : S, None])
     gathered = S if T > 1 else S - config.local_size

@@ -75,6 +75,10 @@ class CudaError(MinireaError, RuntimeError):
         self.name = name
 
 
+class RankError(MinireaError, RuntimeError):
+    """One of the processes that share a model has ended, or failed; the others have been ended too."""
+
+
 class MinireaWarning(UserWarning):
     """Something that works but that a user should know; the message is like an error's."""
 

@@ -18,9 +18,11 @@ from minirea.checks import integer, shown
 from minirea.errors import InputError
 from minirea.graph import compiling_decode_step, decode_ahead, read_captured
 from minirea.isolation import isolated
+from minirea.leader import together
 from minirea.memory import peak_bytes
 from minirea.model import Model
 from minirea.progress import ReadingBar, work_of
+from minirea.ranks import SharedSampler
 from minirea.sampling import NON_FINITE, Sampler, SamplingConfig
 from minirea.steps import Part, chunks, cut
 from minirea.tokenizer import Tokenizer
@@ -65,6 +67,7 @@ class Stats:
         impl: "triton" (the fused kernel) or "torch".
         threads: of the CPU's arithmetic; None on a GPU.
         seed: of the draws, also where one was drawn; None where the best token was taken.
+        gpus: devices that share the model; bytes are those of the first.
         trained_context: the longest distance between two tokens that training has shown the model.
         scope: what the last step saw: tokens in the "global", "selected" and "local" part, of "seq_len".
     """
@@ -77,6 +80,7 @@ class Stats:
     impl: str = ""
     threads: int | None = None
     seed: int | None = None
+    gpus: int = 1
     trained_context: int = 0
     generated_tokens: int = 0
     time_to_first_token: float = 0.0
@@ -99,6 +103,7 @@ class Stats:
             impl=attention.impl,
             threads=torch.get_num_threads() if device.type == "cpu" else None,
             seed=config.seed if config.temperature > 0 else None,
+            gpus=model.ranks.size if model.ranks else 1,
             trained_context=model.config.trained_context,
             weight_bytes=model.nbytes,
         )
@@ -227,15 +232,13 @@ def prefill(model: Model, cache: KVCache, ids: Sequence[int], to_follow: int = 0
     """
     attention, cached = model.attention, cache.seq_len
     parts = cut(attention, cached, len(ids), to_follow)
-    ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
-    if attention.can_capture:
-        steps = read_captured(model, cache, ids_T, parts)
-    else:
-        steps = read_one_by_one(model, cache, ids_T, parts, cached + len(ids) + to_follow)
+    cache.reserve(cached + len(ids))
+    read = read_captured if attention.can_capture else read_one_by_one
+    steps = together(read, model, cache, list(ids), parts, cached + len(ids) + to_follow)
     hide = not progress or len(ids) <= attention.step_tokens(attention.config.chunk_size)
     work = work_of(model.config, attention.mode, attention.config, attention.dense_size)
     try:
-        with ReadingBar(work, cached, len(ids), hide) as bar:
+        with contextlib.closing(steps), ReadingBar(work, cached, len(ids), hide) as bar:
             for num_read in steps:
                 bar.update(num_read)
     except BaseException:
@@ -244,9 +247,13 @@ def prefill(model: Model, cache: KVCache, ids: Sequence[int], to_follow: int = 0
 
 
 def read_one_by_one(
-    model: Model, cache: KVCache, ids_T: Tensor, parts: Sequence[Part], horizon: int = 0
+    model: Model, cache: KVCache, ids: Sequence[int], parts: Sequence[Part], horizon: int = 0
 ) -> Iterator[int]:
-    """Read a prompt's chunks by the model's ordinary forward pass; yields the length of each."""
+    """Read a prompt's chunks by the model's ordinary forward pass; yields the length of each.
+
+    `horizon` is that of Attention.step.
+    """
+    ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
     for part in parts:
         for ids_C in ids_T[part.start : part.stop].split(part.chunk_size):
             model.read(ids_C, cache, horizon)
@@ -256,12 +263,20 @@ def read_one_by_one(
 @isolated()
 def all_logits(model: Model, cache: KVCache, ids: Sequence[int]) -> Tensor:
     """Logits of every position, float32 [T, V], through the steps that `generate` takes."""
-    cached, horizon = cache.seq_len, cache.seq_len + len(ids)
-    ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
     out_TV = torch.empty(len(ids), model.config.vocab_size, dtype=torch.float32, device=model.device)
-    for start, stop, _ in [*chunks(model.attention, cached, len(ids) - 1, 1), (len(ids) - 1, len(ids), 1)]:
-        out_TV[start:stop] = model.logits(model.forward(ids_T[start:stop], cache, horizon))
+    parts = [*chunks(model.attention, cache.seq_len, len(ids) - 1, 1), Part(len(ids) - 1, len(ids), 1)]
+    cache.reserve(cache.seq_len + len(ids))
+    with contextlib.closing(together(_logits_of_parts, model, cache, list(ids), parts)) as steps:
+        for part, logits_PV in zip(parts, steps, strict=False):
+            out_TV[part.start : part.stop] = logits_PV
     return out_TV
+
+
+def _logits_of_parts(model: Model, cache: KVCache, ids: Sequence[int], parts: Sequence[Part]) -> Iterator[Tensor]:
+    """Read parts, one chunk each, and yield the logits of each, float32 [P, V]."""
+    ids_T, horizon = torch.tensor(ids, dtype=torch.long, device=model.device), cache.seq_len + len(ids)
+    for start, stop, _ in parts:
+        yield model.logits(model.forward(ids_T[start:stop], cache, horizon))
 
 
 @isolated()
@@ -275,7 +290,8 @@ def decode(
     """
     start = cache.seq_len
     steps = decode_ahead if model.attention.can_capture else decode_one_by_one
-    with contextlib.closing(steps(model, cache, last_id, sampler, limit)) as token_ids:
+    shared = SharedSampler(sampler, sampler.takes_best, model.ranks) if model.ranks else sampler
+    with contextlib.closing(together(steps, model, cache, last_id, shared, limit)) as token_ids:
         for count, token_id in enumerate(token_ids, 1):
             if token_id == NON_FINITE:
                 raise InputError(
@@ -286,7 +302,7 @@ def decode(
 
 
 def decode_one_by_one(
-    model: Model, cache: KVCache, last_id: int, sampler: Sampler, limit: int
+    model: Model, cache: KVCache, last_id: int, sampler: Sampler | SharedSampler, limit: int
 ) -> Generator[int, None, None]:
     """`decode` by the model's ordinary forward pass, each token read before the next step begins."""
     ids_T = torch.tensor([last_id], dtype=torch.long, device=model.device)
@@ -345,5 +361,11 @@ def generate(
 @isolated()
 def _complete(stats: Stats, model: Model, cache: KVCache, ids: list[int]) -> None:
     """Statistics that are known once the last step is done."""
-    stats.scope = model.attention.scope(cache, model.first_query(ids[cache.seq_len - 1]))
+    with contextlib.closing(together(_last_scope, model, cache, ids[cache.seq_len - 1])) as scopes:
+        stats.scope = next(scopes)
     stats.cache_bytes, stats.peak_bytes = cache.nbytes, peak_bytes(model.device)
+
+
+def _last_scope(model: Model, cache: KVCache, last_id: int) -> Iterator[dict[str, int]]:
+    """Attention.scope of the last token in the cache."""
+    yield model.attention.scope(cache, model.first_query(last_id))

@@ -13,10 +13,10 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Final
 
 import torch
-from torch import Tensor
 
 from minirea.cache import KVCache
 from minirea.model import Model
+from minirea.ranks import SharedSampler
 from minirea.sampling import Sampler
 from minirea.steps import DecodeStep, Part, PromptStep, compile_decode_step
 
@@ -24,13 +24,17 @@ from minirea.steps import DecodeStep, Part, PromptStep, compile_decode_step
 WORTH_CAPTURING: Final = 5
 
 
-def read_captured(model: Model, cache: KVCache, ids_T: Tensor, parts: Sequence[Part]) -> Iterator[int]:
+def read_captured(
+    model: Model, cache: KVCache, ids: Sequence[int], parts: Sequence[Part], horizon: int = 0
+) -> Iterator[int]:
     """Read a prompt's parts, each in steps of several chunks; yields the length of each step.
 
     The CPU would need longer to launch a step of a small model, or of a short context, than the GPU to compute it. It
     stays one step ahead, not more: what is shown or interrupted should be what the GPU is at. A capture takes as long
     as a launch and gives the GPU nothing to do, so it comes third, when the CPU is ahead.
     """
+    del horizon  # a dynamic RoPE is not captured
+    ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
     steps = [step for part in parts for step in part.split(model.attention.step_tokens(part.chunk_size))]
     sizes = [(part.stop - part.start, part.chunk_size) for part in steps]
     captured = sizes.count(sizes[0]) >= WORTH_CAPTURING if sizes else False
@@ -53,7 +57,7 @@ def read_captured(model: Model, cache: KVCache, ids_T: Tensor, parts: Sequence[P
 
 
 def decode_ahead(
-    model: Model, cache: KVCache, last_id: int, sampler: Sampler, limit: int
+    model: Model, cache: KVCache, last_id: int, sampler: Sampler | SharedSampler, limit: int
 ) -> Generator[int, None, None]:
     """Feed `last_id`, then every sampled token, and yield at most `limit` samples.
 
@@ -84,7 +88,8 @@ def compiling_decode_step(model: Model) -> Iterator[None]:
     They are half of what a first start waits for. At the end it waits for the thread, unless it ends with an error.
     """
     with _enqueueing:
-        known = not model.attention.can_capture or model in _compiling
+        # Of several ranks' steps some parts would run, on this rank alone.
+        known = not model.attention.can_capture or model.ranks is not None or model in _compiling
         if not known:
             _compiling.add(model)
     if known:
@@ -143,7 +148,7 @@ class StepGraph:
 class DecodeGraph:
     """A DecodeStep that is launched as a graph, and the tokens on their way to the CPU."""
 
-    def __init__(self, model: Model, cache: KVCache, last_id: int, sampler: Sampler) -> None:
+    def __init__(self, model: Model, cache: KVCache, last_id: int, sampler: Sampler | SharedSampler) -> None:
         self.cache = cache
         self.step = DecodeStep(model, cache, last_id, sampler)
         self.graph = StepGraph(self.step.run, cache, generator=None if sampler.takes_best else sampler.generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import sys
 from dataclasses import dataclass
@@ -49,6 +50,11 @@ class MemoryPlan:
     workspace: int = 0
     num_tokens: int = 0
     held_tokens: int = 0
+
+    def times(self, count: int) -> MemoryPlan:
+        """Of so many alike that share a device."""
+        names = ("weights", "loading", "cache", "workspace")
+        return dataclasses.replace(self, **{name: count * getattr(self, name) for name in names})
 
     def fits(self, device: torch.device) -> bool:
         """Whether `device` can hold it; true where the system does not say how much there is."""

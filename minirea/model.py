@@ -6,7 +6,7 @@ Shapes: T tokens of this step, E model width, F MLP width, H query heads, G key/
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,10 @@ from minirea.cache import KVCache
 from minirea.config import ModelConfig
 from minirea.cpu import prepare
 from minirea.kernels import prefill_kernels
-from minirea.linear import Matrix, add_linear, norm_linear
+from minirea.linear import Matrix, add_linear, linear, norm_linear
+
+if TYPE_CHECKING:
+    from minirea.ranks import Ranks
 
 
 class Layer(NamedTuple):
@@ -44,13 +47,21 @@ class Model:
     Args:
         weights: what minirea.weights.load_weights returns; on a CPU it is emptied. Arithmetic is in the norms' dtype.
         progress: show a bar on stderr while a CPU rearranges them.
+        ranks: that share the model, of which `config` and `weights` are this one's part.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: dict[str, Any], attention: Attention, progress: bool = False
+        self,
+        config: ModelConfig,
+        weights: dict[str, Any],
+        attention: Attention,
+        progress: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
         self.attention = attention
+        self.ranks = ranks
+        self.id = 0  # under which other ranks know it
         self.kernels = prefill_kernels(attention.impl)
         if weights["norm.weight"].is_cpu:
             weights = prepare(weights, weights["norm.weight"].dtype, progress)
@@ -102,7 +113,10 @@ class Model:
 
     def logits(self, x_TE: Tensor) -> Tensor:
         """Scores of the next token, float32 [T, V]."""
-        return self._norm_linear(x_TE, self.norm, self.head).float()
+        logits_TV = self._norm_linear(x_TE, self.norm, self.head).float()
+        if self.ranks is None or self.config.part is None:
+            return logits_TV
+        return self.ranks.gather_logits(logits_TV, self.config.part)
 
     def first_query(self, token_id: int) -> Tensor:
         """The first layer's query of a token, without RoPE, [1, H, D]; it does not depend on other tokens."""
@@ -122,9 +136,16 @@ class Model:
         """One layer, added to the residual stream in place."""
         layer = self.layers[index]
         out_THD = self.attention(index, self._qkv(layer, x_TE), cache, step)
-        add_linear(x_TE, out_THD.flatten(1), layer.o, layer.o_bias)
+        self._add_linear(x_TE, out_THD.flatten(1), layer.o, layer.o_bias)
         gate_up_TM = self._norm_linear(x_TE, layer.mlp_norm, layer.gate_up, layer.gate_up_bias)  # M = 2F
-        add_linear(x_TE, self.kernels.swiglu(gate_up_TM), layer.down, layer.down_bias)
+        self._add_linear(x_TE, self.kernels.swiglu(gate_up_TM), layer.down, layer.down_bias)
+
+    def _add_linear(self, x_TE: Tensor, y_TK: Tensor, matrix_EK: Matrix, bias_E: Tensor | None) -> None:
+        """x_TE += the product; of several ranks, the sum of theirs, each of which has some columns of the matrix."""
+        if self.ranks is None:
+            add_linear(x_TE, y_TK, matrix_EK, bias_E)
+        else:
+            x_TE += self.ranks.all_reduce(linear(y_TK, matrix_EK, bias_E))
 
     def _qkv(self, layer: Layer, x_TE: Tensor) -> Tensor:
         """Query, key and value heads side by side, [T, H + 2G, D]."""

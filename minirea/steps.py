@@ -19,6 +19,7 @@ from minirea.attention import Attention
 from minirea.cache import KVCache
 from minirea.kernels import decode_kernels
 from minirea.model import Model
+from minirea.ranks import SharedSampler
 from minirea.sampling import Sampler, SamplingConfig
 
 
@@ -108,7 +109,7 @@ class DecodeStep:
         seq_len: int32 [1], cached tokens, on the device; `run` adds this step's.
     """
 
-    def __init__(self, model: Model, cache: KVCache, last_id: int, sampler: Sampler) -> None:
+    def __init__(self, model: Model, cache: KVCache, last_id: int, sampler: Sampler | SharedSampler) -> None:
         self.kernels = decode_kernels()
         self.model, self.cache, self.sampler = model, cache, sampler
         c, device = model.config, model.device

@@ -70,19 +70,34 @@ def thread_pool(threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
 
 
 @contextlib.contextmanager
-def _without_keyboard_interrupt() -> Iterator[None]:
-    """SIGINT still calls its handler, which may end the process, but a KeyboardInterrupt goes no further."""
+def delayed_keyboard_interrupt() -> Iterator[None]:
+    """SIGINT still calls its handler, which may end the process, but a KeyboardInterrupt is raised only at the end."""
+    with _without_keyboard_interrupt() as struck:
+        yield
+    if struck:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _without_keyboard_interrupt() -> Iterator[list[int]]:
+    """SIGINT still calls its handler, which may end the process, but a KeyboardInterrupt goes no further.
+
+    Yields a list of those that there were.
+    """
+    struck: list[int] = []
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
+        yield struck
         return
 
     def call_handler(number: int, frame: FrameType | None) -> None:
-        with contextlib.suppress(KeyboardInterrupt):
+        try:
             handler(number, frame)
+        except KeyboardInterrupt:
+            struck.append(number)
 
     signal.signal(signal.SIGINT, call_handler)
     try:
-        yield
+        yield struck
     finally:
         signal.signal(signal.SIGINT, handler)

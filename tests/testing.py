@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from minirea.config import ModelConfig
+
 TINY: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -140,3 +142,27 @@ def write_mistral(directory: Path, model: Any) -> Path:
     }
     (directory / "params.json").write_text(json.dumps(params))
     return directory
+
+
+def part_of(weights: dict[str, torch.Tensor], config: ModelConfig, rank: int, ranks: int) -> dict[str, torch.Tensor]:
+    """The part of whole weights that a rank should have, cut by torch."""
+
+    def cut(tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        return tensor.chunk(ranks, dim)[rank]
+
+    D, H, G = config.head_dim, config.num_heads, config.num_kv_heads
+    found = {}
+    for name, tensor in weights.items():
+        kind, last = name.split(".")[-2:]
+        if kind == "qkv":
+            found[name] = torch.cat([cut(part) for part in tensor.split([H * D, G * D, G * D])])
+        elif kind == "gate_up":
+            found[name] = torch.cat([cut(part) for part in tensor.chunk(2)])
+        elif kind in ("o", "down"):
+            if last == "weight":
+                found[name] = cut(tensor, 1)
+            elif rank == 0:
+                found[name] = tensor
+        else:
+            found[name] = cut(tensor) if kind == "head" else tensor
+    return found

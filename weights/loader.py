@@ -109,7 +109,7 @@ def load_weights(
     allocated. On an error or Ctrl-C the readers finish the blocks they are at, and no thread remains.
 
     Args:
-        directory: a model directory; its config has been read into `config`.
+        directory: a model directory; its config has been read into `config`. Of a rank's part only that part is read.
         dtype: of the result; None means checkpoint_dtype.
         progress: show a bar of bytes read on stderr.
         keep_half: leave matrices that the files hold in float16 or bfloat16 so, whatever dtype says.
@@ -139,13 +139,15 @@ def load_weights(
             _Transfer(
                 tensor,
                 weights[place.name][place.rows],
+                place.kept,
                 place.interleaved,
                 compare=table.is_redundant(place),
                 scale=None if scale is None else _read_scale(scale, len(tensor.shape)).to(device),
             )
             for tensor, place, scale in assigned
+            if place.kept[0]
         ]
-        total = sum(tensor.nbytes for tensor, _, _ in assigned)
+        total = sum(transfer.nbytes for transfer in transfers)
         # Small models load before a bar could be read.
         with tqdm(
             total=total, unit="B", unit_scale=True, desc="weights", delay=1, leave=False, disable=not progress
@@ -171,7 +173,9 @@ def empty_weights(
         name: torch.empty(shape, dtype=other_dtypes.get(name, dtype), device=device) for name, shape in _shapes(config)
     }
     if config.tie_word_embeddings:
-        weights["head.weight"] = weights["embed.weight"]
+        rows = config.head_rows
+        embedding = weights["embed.weight"]
+        weights["head.weight"] = embedding[rows.start : rows.stop] if config.part else embedding
     return weights
 
 
@@ -415,7 +419,8 @@ def _assign(directory: Path, tensors: list[StoredTensor], table: NameTable) -> l
     head, embedding = assigned.get(("head.weight", 0)), ("embed.weight", 0)
     if head and table.is_redundant(head.place) and embedding not in assigned:  # a tied matrix under its other name
         del assigned[head.place.slot]
-        assigned[embedding] = head._replace(place=head.place._replace(name="embed.weight"))
+        kept = tuple(map(range, head.place.shape))
+        assigned[embedding] = head._replace(place=head.place._replace(name="embed.weight", kept=kept))
     used = {entry.scale.name for entry in assigned.values() if entry.scale}
     extra = [tensor for tensor in extra if tensor.name not in used]
     expected = table.expected([tensor.name for tensor in tensors])
@@ -466,12 +471,13 @@ def _listed(names: list[str], count: int) -> str:
 class _Transfer:
     """One tensor's way from its file into its `rows` of ours, in blocks of bounded size.
 
-    `interleaved` is Place's. With `compare` the rows hold the values already, and the file's must be the same.
-    The values are multiplied by `scale`, float32 [1] or [rows, 1] on the device.
+    `kept` and `interleaved` are Place's. With `compare` the rows hold the values already, and the file's must be the
+    same. The values are multiplied by `scale`, float32 [1] or [the tensor's rows, 1] on the device.
     """
 
     tensor: StoredTensor
     rows: torch.Tensor
+    kept: tuple[range, ...]
     interleaved: int
     compare: bool
     scale: torch.Tensor | None = None
@@ -484,7 +490,20 @@ class _Transfer:
 
     @property
     def row_bytes(self) -> int:
-        return self.tensor.nbytes // len(self.rows)
+        """Of the part of a row that is kept."""
+        return self.tensor.dtype.itemsize * math.prod(map(len, self.kept[1:]))
+
+    @property
+    def nbytes(self) -> int:
+        """In the file."""
+        return len(self.rows) * self.row_bytes
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """Where in the file the first kept byte is, and how far apart rows are."""
+        stride = self.tensor.dtype.itemsize * math.prod(self.tensor.shape[1:])
+        first_column = self.kept[1].start if len(self.kept) > 1 else 0
+        return self.tensor.offset + self.kept[0].start * stride + first_column * self.tensor.dtype.itemsize, stride
 
     @property
     def block_rows(self) -> int:
@@ -503,6 +522,7 @@ class _Transfer:
         if self.scale is None:
             return staged
         wide = staged.to(self.rows.device, non_blocking=True).float().view(-1, *self.rows.shape[1:])
+        first_row += self.kept[0].start
         return wide.mul_(self.scale[first_row : first_row + len(wide)] if len(self.scale) > 1 else self.scale)
 
     def unstage(self, rows: torch.Tensor, staged: torch.Tensor) -> None:
@@ -520,7 +540,7 @@ class _Transfer:
 
 
 class _Block(NamedTuple):
-    """A part of a transfer that is read at once: `rows` of ours, from row `first_row` of the tensor on."""
+    """A part of a transfer that is read at once: `rows` of ours, from the kept row `first_row` of the tensor on."""
 
     transfer: _Transfer
     first_row: int
@@ -534,14 +554,13 @@ class _Block(NamedTuple):
     def read(self, workspace: _Workspace) -> int:
         """Move the block; returns its size in the file. The GPU has then finished with the workspace."""
         transfer, tensor = self.transfer, self.transfer.tensor
-        offset = tensor.offset + self.first_row * transfer.row_bytes
         # Opened anew for every block: a file object has one position, which threads cannot share.
         with open_file(tensor.path) as file, workspace.on_stream, torch.inference_mode():
             if transfer.in_place:
-                read_into(file, offset, bytes_of(self.rows))
+                self._read_into(file, bytes_of(self.rows))
             else:
                 staging = workspace.staging[: self.nbytes]
-                read_into(file, offset, bytes_of(staging))
+                self._read_into(file, bytes_of(staging))
                 transfer.unstage(self.rows, transfer.values(staging, self.first_row))
             low, high = torch.aminmax(self.rows)  # NaN makes both NaN
             if not math.isfinite(low) or not math.isfinite(high):  # reading them waits for the stream
@@ -549,6 +568,16 @@ class _Block(NamedTuple):
                     f"{tensor} has a NaN or infinity as {_short(self.rows.dtype)}, expected finite numbers"
                 )
         return self.nbytes
+
+    def _read_into(self, file: FileIO, buffer: memoryview) -> None:
+        """Fill the buffer with the kept columns of the block's rows."""
+        size, (begin, stride) = self.transfer.row_bytes, self.transfer.places
+        begin += self.first_row * stride
+        if size == stride:
+            read_into(file, begin, buffer)
+            return
+        for row in range(len(self.rows)):
+            read_into(file, begin + row * stride, buffer[row * size : (row + 1) * size])
 
 
 class _Workspace(NamedTuple):

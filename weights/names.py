@@ -42,19 +42,22 @@ _IN_A_LAYER: Final = re.compile(r"(model\.)?layers\.")
 
 
 class Place(NamedTuple):
-    """Where a checkpoint tensor of `shape` goes: our tensor `name`, rows [first_row, first_row + shape[0]).
+    """Where a checkpoint tensor of `shape` goes: the part `kept` of it to our tensor `name`, from row first_row on.
 
-    `interleaved` is the head dim D where RoPE pairs are neighbouring rows and have to be split into halves, else 0.
+    `kept` has a range for each dimension: all of it, unless this is one of several ranks. Nothing is kept of what
+    another rank holds alone. `interleaved` is the head dim D where RoPE pairs are neighbouring rows and have to be
+    split into halves, else 0.
     """
 
     name: str
     first_row: int
     shape: tuple[int, ...]
+    kept: tuple[range, ...]
     interleaved: int = 0
 
     @property
     def rows(self) -> slice:
-        return slice(self.first_row, self.first_row + self.shape[0])
+        return slice(self.first_row, self.first_row + len(self.kept[0]))
 
     @property
     def slot(self) -> tuple[str, int]:
@@ -62,36 +65,57 @@ class Place(NamedTuple):
         return self.name, self.first_row
 
 
+def _ranges(config: ModelConfig) -> dict[str, range]:
+    """What is kept of a dimension, by the letters of the table."""
+    part = config.part
+    rank = part.rank if part else 0
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "E": range(config.hidden_size),
+        "F": part.features if part else range(config.mlp_size),
+        "V": range(config.vocab_size),
+        "HD": range(heads * rank, heads * (rank + 1)),
+        "GD": range(kv_heads * rank, kv_heads * (rank + 1)),
+    }
+
+
 class NameTable:
-    """The table for one config. `shapes` maps our names ("*" for the layer) to shapes, a tied head left out."""
+    """The table for one config. `shapes` maps our names ("*" for the layer) to shapes, a tied head left out.
+
+    With a config of one rank's part, places keep what the rank holds: rows of the matrices that end in heads, features
+    or logits, columns of those that begin with them. What is added after such a matrix, the first rank adds.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         self.num_layers = config.num_layers
         self.quantized = config.quantized
+        self.tied = config.tie_word_embeddings
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._hugging_face: dict[str, Place] = {}
         self._mistral: dict[str, Place] = {}
         biases = {"qkv": config.qkv_bias, "o": config.o_bias, "mlp": config.mlp_bias, None: False}
-        sizes = {
-            "E": config.hidden_size,
-            "F": config.mlp_size,
-            "V": config.vocab_size,
-            "HD": config.num_heads * config.head_dim,
-            "GD": config.num_kv_heads * config.head_dim,
-        }
+        held, whole = _ranges(config), _ranges(config.part.whole if config.part else config)
         for hugging_face, mistral, ours, letters, bias in _TABLE:
-            shape = tuple(sizes[letter] for letter in letters.split())
-            for kind, part in (("weight", shape), ("bias", shape[:1])):
+            dimensions = letters.split()
+            shape = tuple(len(whole[letter]) for letter in dimensions)
+            kept = tuple(held[letter] for letter in dimensions)
+            if ours == "head":
+                kept = (config.head_rows, *kept[1:])
+            split_columns = len(kept) > 1 and len(kept[1]) < shape[1]
+            for kind, dims in (("weight", 2), ("bias", 1)):
                 if kind == "bias" and not biases[bias]:
                     continue
-                name = f"{ours}.{kind}"
+                name, part = f"{ours}.{kind}", kept[:dims]
+                if kind == "bias" and split_columns and config.part and config.part.rank:
+                    part = (range(0),)
                 first_row = self.shapes[name][0] if name in self.shapes else 0
-                self.shapes[name] = (first_row + part[0], *part[1:])
-                place = Place(name, first_row, part)
+                if len(part[0]):
+                    self.shapes[name] = (first_row + len(part[0]), *map(len, part[1:]))
+                place = Place(name, first_row, shape[:dims], part)
                 interleaved = config.head_dim if mistral in _INTERLEAVED else 0
                 self._hugging_face[f"{hugging_face}.{kind}"] = place
                 self._mistral[f"{mistral}.{kind}"] = place._replace(interleaved=interleaved)
-        if config.tie_word_embeddings:
+        if self.tied:
             del self.shapes["head.weight"]
 
     def find(self, checkpoint_name: str) -> Place | None:
@@ -119,7 +143,7 @@ class NameTable:
 
     def is_redundant(self, place: Place) -> bool:
         """Whether the place is the head's although the embedding is the head."""
-        return place.name == "head.weight" and place.name not in self.shapes
+        return place.name == "head.weight" and self.tied
 
     def count(self) -> int:
         """How many tensors a complete checkpoint holds."""
@@ -143,7 +167,7 @@ class NameTable:
                     yield pattern.replace("*", layer), place._replace(name=place.name.replace("*", layer))
 
     def _required(self, places: dict[str, Place]) -> dict[str, Place]:
-        return {pattern: place for pattern, place in places.items() if place.name in self.shapes}
+        return {pattern: place for pattern, place in places.items() if not self.is_redundant(place)}
 
 
 def is_ignored(checkpoint_name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from typing import Final
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None, interrupts: Interrupts | None = None) ->
         check_usage(arguments)
     run = _COMMANDS[arguments.command]
     try:
+        _follow_if_launched(arguments)
         with limited_to(getattr(arguments, "threads", None)), warnings_as_lines():
             return run(arguments, interrupts or Interrupts())
     except BrokenPipeError:  # the reader of our output has left, as `head` does
@@ -68,6 +70,17 @@ def main(argv: list[str] | None = None, interrupts: Interrupts | None = None) ->
         if arguments.debug:
             raise
         return _fail(as_flags(explained(error), set(vars(arguments))))
+
+
+def _follow_if_launched(arguments: argparse.Namespace) -> None:
+    """Of torchrun's processes the first runs the command; this does not return in the others."""
+    if getattr(arguments, "gpus", 1) > 1:
+        from minirea.ranks import follows
+
+        if follows(arguments.gpus):
+            from minirea.follower import launched
+
+            launched()
 
 
 def _fail(message: str) -> int:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from minirea.context import StoredContext
     from minirea.evaluation import Evaluation
 
-_LOAD_OPTIONS: Final = ("device", "dtype", "attention", "impl", "allow_out_of_distribution")
+_LOAD_OPTIONS: Final = ("device", "dtype", "attention", "impl", "allow_out_of_distribution", "gpus")
 
 
 def run_generate(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
@@ -40,6 +40,8 @@ def run_generate(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
 
         make_folder(Path(arguments.out))
     files, context = _read_model(arguments)
+    if arguments.sources or arguments.out is not None:
+        files.check_one_device("sources")
     ids = encode(files, prompt, arguments, continues=context is not None)
     prompt_tokens = len(ids) + _length(context)
     num_tokens = prompt_tokens + arguments.max_tokens
@@ -82,6 +84,8 @@ def run_series(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
 
     questions, options = questions_of(arguments), _generation_options(arguments)
     files, context = _read_model(arguments)
+    if arguments.sources:
+        files.check_one_device("sources")
     prompts = [encode(files, question.prompt, arguments, continues=context is not None) for question in questions]
     prompt_tokens = _length(context) + max(map(len, prompts))
     num_tokens = prompt_tokens + arguments.max_tokens

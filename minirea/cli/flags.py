@@ -111,6 +111,8 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="of weights and cache")
     add("--device", choices=DEVICES, default="auto", help="where to run")
     add("--impl", choices=IMPLS, default="auto", help="the fused kernel or the torch path")
+    gpus = "devices that share the model, a divisor of its key/value heads; on a CPU: processes"
+    add("--gpus", type=int, default=1, metavar="N", help=gpus)
     add("--threads", type=int, metavar="N", help="of the CPU's arithmetic (default: the cores, or OMP_NUM_THREADS)")
     add("--quiet", action="store_true", help="no progress bar, no statistics")
     add("--debug", action="store_true", help="show tracebacks")

@@ -89,14 +89,14 @@ def test_captured_steps_fill_the_cache_as_launched_chunks(tmp_path: Path, monkey
     ids_T = torch.tensor(random_ids(406), device="cuda")
     expected = llm.session(406).cache
     parts = [Part(0, 406, 16)]
-    assert list(read_one_by_one(llm.model, expected, ids_T, parts)) == [16] * 25 + [6]
+    assert list(read_one_by_one(llm.model, expected, ids_T.tolist(), parts)) == [16] * 25 + [6]
     assert llm.model.attention.step_tokens(16) == 64
     for capacity, size in ((50, 16), (70, 32), (500, 64)):
         lengths = [len(ids) for ids in ids_T.split(size)]
         assert len(lengths) > WORTH_CAPTURING
         monkeypatch.setattr(Attention, "step_tokens", lambda _, chunk_size, size=size: size)  # noqa: ARG005
         cache = llm.session(capacity).cache
-        assert list(read_captured(llm.model, cache, ids_T, parts)) == lengths
+        assert list(read_captured(llm.model, cache, ids_T.tolist(), parts)) == lengths
         assert cache.seq_len == 406
         for name in ("k", "v"):
             for found, wanted in zip(getattr(cache, name), getattr(expected, name), strict=True):
@@ -113,8 +113,8 @@ def test_a_tail_in_captured_steps_is_read_as_chunk_by_chunk(tmp_path: Path) -> N
     parts = cut(model.attention, 0, 405, to_follow=1)
     assert [(part.stop - part.start, part.chunk_size) for part in parts] == [(383, 16), (22, 4)]
     found, expected = llm.session(450).cache, llm.session(450).cache
-    assert list(read_captured(model, found, ids_T[:-1], parts)) == [64] * 5 + [63, 22]
-    assert list(read_one_by_one(model, expected, ids_T[:-1], parts)) == [16] * 23 + [15] + [4] * 5 + [2]
+    assert list(read_captured(model, found, ids_T[:-1].tolist(), parts)) == [64] * 5 + [63, 22]
+    assert list(read_one_by_one(model, expected, ids_T[:-1].tolist(), parts)) == [16] * 23 + [15] + [4] * 5 + [2]
     for name in ("k", "v"):
         for ours, theirs in zip(getattr(found, name), getattr(expected, name), strict=True):
             torch.testing.assert_close(ours[:, :405], theirs[:, :405], atol=1e-5, rtol=0)

@@ -24,6 +24,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from testing import part_of
 from tqdm import tqdm
 
 from minirea import threads
@@ -920,6 +921,58 @@ def test_other_runtime_errors_are_not_taken_for_lack_of_memory(tmp_path: Path) -
     with pytest.raises(RuntimeError) as caught:
         load_weights(tmp_path, CONFIG, torch.device("meta"), torch.float32)
     assert not isinstance(caught.value, MemoryError)
+
+
+# --- One of several ranks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_bytes", [100, loader.STAGING_BYTES], ids=["many blocks", "one block"])
+@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", [CONFIG, BIASED, TIED], ids=["plain", "biased", "tied"])
+def test_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: ModelConfig, target: torch.dtype, block_bytes: int
+) -> None:
+    """In both formats. Bytes that are read are those of the part, once the header is."""
+    monkeypatch.setattr(loader, "STAGING_BYTES", block_bytes)
+    tensors = hugging_face_tensors(config)
+    directories = [
+        write(tmp_path / "hugging face", tensors),
+        write(tmp_path / "mistral", to_mistral(tensors, config), "consolidated.safetensors"),
+    ]
+    read: list[int] = []
+    read_into = loader.read_into
+    monkeypatch.setattr(loader, "read_into", lambda *args: (read.append(len(args[2])), read_into(*args)))
+    for directory in directories:
+        for rank in range(2):
+            part = config.of_rank(rank, 2)
+            expected = part_of(fused(tensors, config, target), config, rank, 2)
+            read.clear()
+            found = load_weights(directory, part, CPU, target)
+            assert found.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert torch.equal(found[name], tensor), (directory.name, rank, name)
+            held = {name: x for name, x in found.items() if name != "head.weight" or not config.tie_word_embeddings}
+            assert sum(read[2:]) == 4 * sum(tensor.numel() for tensor in held.values())
+            assert weight_bytes(part, target) == sum(tensor.nbytes for tensor in held.values())
+
+
+def test_a_redundant_head_is_compared_where_it_is_held(tmp_path: Path) -> None:
+    tensors: dict[str, Any] = hugging_face_tensors(TIED)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    write(tmp_path, tensors)
+    for rank in range(2):
+        assert load_weights(tmp_path, TIED.of_rank(rank, 2), CPU)["head.weight"].shape[0] in (5, 6, 7)
+    tensors["lm_head.weight"][-1] += 1
+    write(tmp_path, tensors)
+    with pytest.raises(InputError, match="differs from the embedding"):
+        load_weights(tmp_path, TIED.of_rank(1, 2), CPU)
+
+
+def test_features_that_do_not_divide_evenly() -> None:
+    config = dataclasses.replace(CONFIG, num_heads=8, num_kv_heads=4, mlp_size=23)
+    parts = [config.of_rank(rank, 4) for rank in range(4)]
+    assert [part.mlp_size for part in parts] == [5, 6, 6, 6]
+    assert sum(len(part.head_rows) for part in parts) == config.vocab_size
 
 
 # --- Random damage ----------------------------------------------------------------------------------------------------

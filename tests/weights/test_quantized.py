@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from testing import edit_json, oracle_logits, random_ids, tiny_model, write_checkpoint
+from testing import edit_json, oracle_logits, part_of, random_ids, tiny_model, write_checkpoint
 
 import minirea
 from minirea.checkpoint_config import load_config
@@ -98,6 +98,20 @@ def test_weights_are_the_products(
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(weights[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_quantized_matrices(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "STAGING_BYTES", 300)
+    quantized, _ = write_quantized(tmp_path, *KINDS[kind])
+    config = load_config(quantized)
+    whole = load_weights(quantized, config, CPU, torch.float32)
+    for rank in range(2):
+        found = load_weights(quantized, config.of_rank(rank, 2), CPU, torch.float32)
+        for name, tensor in part_of(whole, config, rank, 2).items():
+            assert torch.equal(found[name], tensor) or name == "head.weight", (rank, name)
+        rows = config.of_rank(rank, 2).head_rows
+        assert torch.equal(found["head.weight"], whole["head.weight"][rows.start : rows.stop])
 
 
 def test_the_memory_plan_counts_what_is_allocated(tmp_path: Path) -> None:

@@ -1,0 +1,179 @@
+"""One model on several devices of one machine: tensor parallel by key/value head, over torch.distributed.
+
+A *rank* is a process with one device, or on a CPU with a share of its cores. It holds its key/value heads with their
+query heads and their cache, its features of the MLP, its rows of the head, and the whole embedding. In each layer three
+things cross between ranks: the winners of all query heads, before the layer's one vote, and two sums into the residual
+stream, after attention and after the MLP. In each step the logits do, and the sampled token.
+
+The program runs in rank 0, the leader. The others follow: minirea.leader tells them what to do, step by step, and
+minirea.follower does it. Between two steps the leader may stop, take another cache, or end. Here is what crosses inside
+a step, and how torchrun numbers its processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from minirea.config import Part
+from minirea.errors import InputError, RankError
+from minirea.sampling import Sampler
+
+# An idle rank waits for the next step inside no collective, but a stopped process may keep the others there.
+_FOREVER: Final = datetime.timedelta(days=365)
+ADDRESS: Final = "leader"  # under which the leader says in the store where to call it
+
+
+# Its name before torch 2.13, where it is deprecated.
+_gather: Final = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class LostRankError(RankError):
+    """A collective failed, as it does where another rank has ended; the leader knows which."""
+
+
+class Ranks:
+    """All ranks of a model, seen from one of them. Every rank makes the same calls in the same order.
+
+    Args:
+        rank: this one.
+        size: how many there are.
+        device: of this rank.
+        store: where they meet.
+    """
+
+    def __init__(self, rank: int, size: int, device: torch.device, store: Any) -> None:
+        self.rank, self.size, self.device = rank, size, device
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        where: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+        with _over_loopback():
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=_FOREVER, group_name="minirea", **where
+            )
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over ranks, bit for bit the same on all; x is overwritten with it."""
+        with self._exchange():
+            dist.all_reduce(x)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """The rows of all ranks [size * M, ...], those of rank 0 first, from each one's [M, ...]."""
+        out = x.new_empty(self.size * len(x), *x.shape[1:])
+        with self._exchange():
+            _gather(out, x.contiguous())
+        return out
+
+    def first(self, x: Tensor) -> Tensor:
+        """Rank 0's x, which overwrites that of the others."""
+        with self._exchange():
+            dist.broadcast(x, 0)
+        return x
+
+    def gather_logits(self, logits_TV: Tensor, part: Part) -> Tensor:
+        """The logits of the whole vocabulary, [T, V], from each rank's rows of the head."""
+        T, each = len(logits_TV), part.logits_each
+        padded = F.pad(logits_TV, (0, each - logits_TV.shape[1]))
+        gathered = self.all_gather(padded).view(self.size, T, each)
+        return gathered.transpose(0, 1).reshape(T, -1)[:, : part.whole.vocab_size]
+
+    @contextlib.contextmanager
+    def _exchange(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise LostRankError(f"rank {self.rank} lost contact with another: {error}") from None
+
+
+class SharedSampler:
+    """The sampler of a generation on several ranks: rank 0 draws, and its token is everyone's.
+
+    Where simply the best token is taken, each rank could take it by itself, since all have the same logits to the bit.
+    """
+
+    here: Ranks  # of a follower
+
+    def __init__(self, sampler: Sampler | None, takes_best: bool, ranks: Ranks | None = None) -> None:
+        self._sampler = sampler
+        self._ranks = ranks or SharedSampler.here
+        self.takes_best = takes_best
+        self.generator: Any = sampler.generator if sampler else None
+
+    def __call__(self, logits_V: Tensor) -> Tensor:
+        """The next token, int64 [1]."""
+        if self._sampler is None:
+            token = torch.empty(1, dtype=torch.int64, device=logits_V.device)
+        else:
+            token = self._sampler(logits_V)
+        return self._ranks.first(token)
+
+    def __reduce__(self) -> Any:
+        """Followers get one that draws nothing."""
+        return SharedSampler, (None, self.takes_best)
+
+
+class Launched(NamedTuple):
+    """This process as torchrun has numbered it."""
+
+    rank: int
+    size: int
+
+    @classmethod
+    def here(cls) -> Launched | None:
+        """None where torchrun has not started this process.
+
+        Raises:
+            InputError: its ranks are on several machines.
+        """
+        values = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")]
+        if not all(value.isdecimal() for value in values) or "MASTER_ADDR" not in os.environ:
+            return None
+        rank, size, local_size = map(int, values)
+        if local_size != size:
+            raise InputError(f"torchrun has {size} ranks, {local_size} of them here, expected all on one machine")
+        return cls(rank, size)
+
+    def check(self, gpus: int) -> None:
+        """Raises InputError where torchrun has started another number of processes."""
+        if gpus != self.size:
+            raise InputError(f"gpus is {gpus}, but torchrun has started {self.size} processes, expected as many")
+
+    def store(self) -> Any:
+        """Where the ranks meet: a part of the launcher's own store."""
+        distributed: Any = dist  # what it does not list is documented all the same
+        store, _, _ = next(distributed.rendezvous("env://", self.rank, self.size, timeout=_FOREVER))
+        return distributed.PrefixStore("minirea", store)
+
+
+def follows(gpus: int) -> bool:
+    """Whether this process is to follow another one: one of torchrun's, not the first.
+
+    Raises:
+        InputError: see Launched.
+    """
+    launched = Launched.here() if gpus > 1 else None
+    if launched is not None:
+        launched.check(gpus)
+    return launched is not None and launched.rank > 0
+
+
+@contextlib.contextmanager
+def _over_loopback() -> Iterator[None]:
+    """Within it gloo, which looks at this variable, does not go by what the machine's name resolves to."""
+    name = "GLOO_SOCKET_IFNAME"
+    if name in os.environ or not os.path.exists("/sys/class/net/lo"):
+        yield
+        return
+    os.environ[name] = "lo"
+    try:
+        yield
+    finally:
+        del os.environ[name]

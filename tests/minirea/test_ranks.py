@@ -1,0 +1,305 @@
+"""A model on several ranks, over gloo: what one process gives, and one line where a rank ends."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from testing import random_ids, tiny_model, write_checkpoint, write_tokenizer
+
+import minirea
+from minirea.errors import InputError, RankError
+from minirea.evaluation import evaluate
+from minirea.follower import Follower
+from minirea.leader import Leader, together
+from minirea.ranks import Launched, Ranks
+
+SCOPE: dict[str, Any] = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5}
+SCOPE |= {"chunk_size": 16, "tail_size": 12, "tail_chunk_size": 5, "dense_size": 40}
+HEADS: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 114}
+# Each shape of model once, in some dtype.
+MODELS: list[tuple[dict[str, Any], torch.dtype]] = [
+    (HEADS, torch.float32),
+    (HEADS | {"attention_bias": True, "mlp_bias": True}, torch.bfloat16),
+    (HEADS | {"tie_word_embeddings": True}, torch.float32),
+    (HEADS | {"tie_word_embeddings": True, "head_dim": 12}, torch.float16),
+]
+LENGTHS = (1, 29, 41, 60, 110)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_checkpoint(tmp_path_factory.mktemp("model"), tiny_model(**HEADS))
+    write_tokenizer(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _no_models_left() -> Iterator[None]:
+    """So that the next test may ask for another number of ranks."""
+    yield
+    gc.collect()
+
+
+def tokens(llm: minirea.LLM, ids: list[int], **options: Any) -> Any:
+    out = llm.generate(ids, max_tokens=4, ignore_eos=True, **options)
+    return out.token_ids, out.stats.scope
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_ranks_give_the_tokens_of_one_process(tmp_path: Path, gpus: int) -> None:
+    """In every mode at several lengths for the first model; the others differ only in their weights."""
+    modes = [("reattention", "layer"), ("reattention", "kv_head"), ("streaming", None), ("full", None)]
+    for index, (fields, dtype) in enumerate(MODELS if gpus == 2 else MODELS[:2]):
+        path = write_checkpoint(tmp_path / str(index), tiny_model(index, **fields), dtype)
+        one, several = (minirea.load(path, device="cpu", gpus=n, **SCOPE) for n in (1, gpus))
+        assert several.config == one.config
+        assert several.model.nbytes < one.model.nbytes
+        for mode, span_scope in modes[: 1 if index else None]:
+            pair = [llm.with_attention(mode, **SCOPE | {"span_scope": span_scope}) for llm in (one, several)]
+            for length in LENGTHS[-1:] if index or mode != "reattention" or gpus > 2 else LENGTHS:
+                ids = random_ids(length, seed=length)
+                expected, found = (tokens(llm, ids) for llm in pair)
+                assert found == expected, (fields, mode, span_scope, length)
+        found, expected = (llm.logits(random_ids(70)) for llm in (several, one))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_the_demo_models_text_is_that_of_one_process() -> None:
+    demo = Path(minirea.__file__).parent.parent / "weights" / "demo"
+    one, two = (minirea.load(demo, device="cpu", gpus=gpus) for gpus in (1, 2))
+    for length in (7, 1500):
+        ids = random_ids(length, one.config.vocab_size, seed=length)
+        assert tokens(one, ids) == tokens(two, ids)
+
+
+def test_draws_are_those_of_one_process(directory: Path) -> None:
+    one, two = (minirea.load(directory, device="cpu", gpus=gpus, **SCOPE) for gpus in (1, 2))
+    options = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.2, "seed": 5}
+    assert tokens(one, random_ids(60), **options) == tokens(two, random_ids(60), **options)
+    assert len(tokens(two, random_ids(60), temperature=1.0)[0]) == 4
+
+
+def test_sessions_and_streams_that_take_turns(directory: Path) -> None:
+    """Rewound, grown, left early and side by side, as on one device."""
+
+    def course(llm: minirea.LLM) -> list[Any]:
+        first, second = llm.session(), llm.session(20)
+        first.prefill(random_ids(50))
+        streams = [
+            s.stream(random_ids(9, seed=i), max_tokens=5, ignore_eos=True) for i, s in enumerate((first, second))
+        ]
+        found: list[Any] = [piece.token_ids for pair in zip(*streams, strict=True) for piece in pair]
+        first.rewind(30)
+        for piece in first.stream(random_ids(70, seed=3), max_tokens=50, ignore_eos=True):
+            found.append(piece.token_ids)
+            if len(found) > 13:
+                break
+        found.append(first.generate(random_ids(3), max_tokens=4, ignore_eos=True).token_ids)
+        return [*found, first.ids, second.ids]
+
+    one, two = (minirea.load(directory, device="cpu", gpus=gpus, **SCOPE) for gpus in (1, 2))
+    assert course(one) == course(two)
+
+
+def test_an_interrupted_step_ends_first(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that stopped in different places would wait for each other: the session goes on afterwards."""
+    llm = minirea.load(directory, device="cpu", gpus=2, **SCOPE)
+    expected, ids = tokens(llm, random_ids(60)), random_ids(60)
+    forward, struck = llm.model.read, []
+
+    def strike(*arguments: Any) -> None:
+        if not struck:
+            struck.append(1)
+            signal.raise_signal(signal.SIGINT)
+        forward(*arguments)
+        struck.append(2)
+
+    monkeypatch.setattr(llm.model, "read", strike)
+    session = llm.session()
+    with pytest.raises(KeyboardInterrupt):
+        session.generate(ids, max_tokens=4, ignore_eos=True)
+    assert struck == [1, 2]
+    assert (session.ids, session.cache.seq_len) == ([], 0)
+    monkeypatch.undo()
+    assert session.generate(ids, max_tokens=4, ignore_eos=True).token_ids == expected[0]
+
+
+def test_what_ranks_cannot_do_is_refused_by_name(directory: Path, tmp_path: Path) -> None:
+    llm = minirea.load(directory, device="cpu", gpus=2, **SCOPE)
+    session = llm.session()
+    session.generate(random_ids(60), max_tokens=2)
+    text = tmp_path / "text"
+    text.write_text("some text " * 99)
+    refused: list[tuple[str, Callable[[], Any]]] = [
+        ("gpus is 2, expected 1: sources", session.sources),
+        ("gpus is 2, expected 1: contexts in files", lambda: session.save(tmp_path / "x.ctx")),
+        ("gpus is 2, expected 1: contexts in files", lambda: llm.open_session(tmp_path / "x.ctx")),
+        (
+            "gpus is 2, expected 1: what looks inside",
+            lambda: evaluate("perplexity", llm, text=(str(text),), lengths=(64,)),
+        ),
+        ("gpus is 2, expected 1: what looks inside", lambda: llm.model.forward(torch.tensor([3]), session.cache)),
+        ("gpus is 3, expected a divisor of the model's 4", lambda: minirea.load(directory, device="cpu", gpus=3)),
+        ("gpus is 0, expected an integer of at least 1", lambda: minirea.load(directory, device="cpu", gpus=0)),
+        ("gpus is 4, but this process has a model on 2", lambda: minirea.load(directory, device="cpu", gpus=4)),
+    ]
+    for message, call in refused:
+        with pytest.raises(InputError, match=message):
+            call()
+    assert tokens(llm, random_ids(60))  # and what they can do goes on
+
+
+def test_a_rank_with_other_files_is_told(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minirea.api.fingerprint", lambda *_: "another")
+    with pytest.raises(RankError, match="holds another model for rank 1 than for the first one"):
+        minirea.load(directory, device="cpu", gpus=2)
+    monkeypatch.undo()
+    assert minirea.load(directory, device="cpu", gpus=2).generate([3], max_tokens=1).token_ids
+
+
+def follower_ids() -> list[int]:
+    assert Leader._current is not None
+    return [process.pid for process in Leader._current._processes]
+
+
+def kill_rank_two(model: Any, _: Any) -> Iterator[int]:
+    """Steps in which every rank waits for all, and the third one ends."""
+    while True:
+        yield 1
+        if model.ranks.rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        model.ranks.all_reduce(torch.ones(3))
+
+
+def fail_on_rank_one(model: Any, _: Any) -> Iterator[int]:
+    while True:
+        yield 1
+        if model.ranks.rank == 1:
+            raise InputError("no room left")
+        model.ranks.all_reduce(torch.ones(3))
+
+
+def fail_on_the_leader(model: Any, _: Any) -> Iterator[int]:
+    yield 1
+    if model.ranks.rank == 0:
+        raise InputError("not here")
+    model.ranks.all_reduce(torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("steps", "gpus", "kind", "message"),
+    [
+        (kill_rank_two, 4, RankError, "^rank 2 of 4 was ended by SIGKILL$"),
+        (fail_on_rank_one, 2, RankError, "^rank 1 failed: no room left$"),
+        (fail_on_the_leader, 2, InputError, "^not here$"),
+    ],
+)
+def test_a_rank_that_ends_ends_all(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, steps: Any, gpus: int, kind: type[Exception], message: str
+) -> None:
+    """In the middle of a step, in which the others wait for it."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # where followers find what they are to do
+    llm = minirea.load(directory, device="cpu", gpus=gpus, **SCOPE)
+    session, pids = llm.session(10), follower_ids()
+    with pytest.raises(kind, match=message):
+        list(together(steps, llm.model, session.cache))
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    for _ in range(2):
+        with pytest.raises(RankError):
+            llm.generate([3])
+
+
+def test_an_idle_rank_that_ends_is_seen_at_the_next_step(directory: Path) -> None:
+    """The program goes on, and may load the model anew."""
+    llm = minirea.load(directory, device="cpu", gpus=2, **SCOPE)
+    os.kill(follower_ids()[0], signal.SIGKILL)
+    with pytest.raises(RankError, match="rank 1 of 2 was ended by SIGKILL"):
+        llm.generate([3])
+    again = minirea.load(directory, device="cpu", gpus=2, **SCOPE)
+    assert tokens(again, [3]) == tokens(minirea.load(directory, device="cpu", **SCOPE), [3])
+
+
+def test_a_rank_that_cannot_start_is_told(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if Leader._current is not None:
+        Leader._current.end()
+    for code in ("raise ValueError('nothing')", "raise SystemExit(3)"):
+        monkeypatch.setattr("minirea.leader._FOLLOWER", code)
+        with pytest.raises(RankError, match=r"^rank 1 of 2 ended with status [13]$"):
+            minirea.load(directory, device="cpu", gpus=2)
+
+
+def command(directory: Path, *arguments: str) -> list[str]:
+    given = ["generate", "--model", str(directory), "--device", "cpu", "--ignore-eos", "--text", "some text"]
+    return [sys.executable, "-m", "minirea", *given, *arguments]
+
+
+def children(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text() if os.path.exists(f"/proc/{pid}") else ""
+    return list(map(int, listed.split()))
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.parametrize(
+    ("whom", "number", "status", "message"),
+    [
+        ("rank", signal.SIGKILL, 1, "minirea: error: rank 1 of 2 was ended by SIGKILL"),
+        ("leader", signal.SIGINT, 130, ""),
+        ("leader", signal.SIGKILL, -9, ""),
+    ],
+)
+def test_no_process_outlives_a_command(directory: Path, whom: str, number: int, status: int, message: str) -> None:
+    run = command(directory, "--gpus", "2", "--max-tokens", "100000", "--quiet", "--attention", "streaming")
+    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(20)  # it is at work
+        (follower,) = children(process.pid)
+        os.kill(follower if whom == "rank" else process.pid, number)
+        process.stdout.read()
+        errors = process.stderr.read().decode()
+        assert process.wait() == status
+    assert errors.strip() == message
+    while is_alive(follower):  # without a limit of time: the whole run has one
+        pass
+
+
+def test_under_torchrun_its_processes_are_the_ranks(directory: Path) -> None:
+    run = command(directory, "--gpus", "2", "--max-tokens", "8", "--quiet")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    expected = minirea.load(directory, device="cpu").generate("some text", max_tokens=8, ignore_eos=True).text
+    found = subprocess.run([*torchrun, *run[2:]], capture_output=True, check=False, text=True)
+    assert (found.returncode, found.stdout) == (0, expected + "\n"), found.stderr
+
+
+def test_another_number_of_ranks_than_torchruns_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="gpus is 4, but torchrun has started 2 processes"):
+        minirea.load("anywhere", gpus=4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pytest.raises(InputError, match="torchrun has 2 ranks, 1 of them here"):
+        Launched.here()
+
+
+def test_followers_say_why_they_cannot_do_what_is_asked() -> None:
+    follower = Follower(Ranks.__new__(Ranks))
+    follower.ranks.rank = 3
+    error = follower.answer("reserve", [5, 100])
+    assert isinstance(error, RankError)
+    assert str(error).startswith("rank 3 failed: KeyError")
