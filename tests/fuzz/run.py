@@ -9,52 +9,36 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import random
 import resource
+import select
 import shutil
 import signal
 import sys
 import tempfile
 import traceback
 from collections import Counter
+from io import FileIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, for what tests share
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
 
 import torch
 from fuzz.mutate import damage
 
+if TYPE_CHECKING:
+    from minirea.tokenizer import Tokenizer
+
 CPU_SECONDS = 20
+IDLE_SECONDS = 30  # asleep without having computed meanwhile: it waits for what never comes
 MEMORY_BYTES = 4 * 2**30  # beyond what the process has when a case begins
 
 # Aborts inside the tokenizers library that only a child process can catch, by what their output ends with.
 KNOWN_ABORTS: tuple[str, ...] = ()
-
-
-def write_bases(directory: Path) -> None:
-    """One directory for each format: tokenizer.json, tokenizer.model, Mistral's own."""
-    from testing import tiny_model, write_checkpoint, write_mistral
-    from tokenizer_kinds import JSON_KINDS, train_sentencepiece
-
-    template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% endfor %}"
-    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template, "add_bos_token": True}
-    for name in ("byte_level", "llama_metaspace", "sentencepiece"):
-        base = write_checkpoint(directory / name, tiny_model(vocab_size=610))
-        if name == "sentencepiece":
-            train_sentencepiece(base / "tokenizer.model", model_type="bpe")
-        else:
-            JSON_KINDS[name]().save(str(base / "tokenizer.json"))
-
-        (base / "tokenizer_config.json").write_text(json.dumps(config))
-        (base / "added_tokens.json").write_text(json.dumps({"<s>": 1}))
-    mistral = tiny_model(mistral=True, vocab_size=610)
-    base = write_mistral(directory / "mistral", mistral)
-    from fuzz.tekken import tekken
-
-    (base / "tekken.json").write_text(json.dumps(tekken()))
 
 
 def case(directory: Path) -> None:
@@ -64,12 +48,29 @@ def case(directory: Path) -> None:
 
     files = read_model(directory)
     with contextlib.suppress(minirea.MissingFileError):
-        tokenizer = files.tokenizer
-        tokenizer.decode(tokenizer.encode("The old <s> house 42\n\n" + "a" * 40 + "b"))
-        with contextlib.suppress(minirea.InputError):
-            tokenizer.encode_chat([{"role": "user", "content": "Where? <s>"}])
+        use_tokenizer(files.tokenizer)
     llm = files.load()
     llm.generate([3, 4, 5], max_tokens=2)
+
+
+def use_tokenizer(tokenizer: Tokenizer) -> None:
+    from minirea.errors import InputError
+
+    tokenizer.decode(tokenizer.encode("The old <s> house 42\n\n" + "a" * 40 + "b"))
+    with contextlib.suppress(InputError):
+        tokenizer.encode_chat([{"role": "user", "content": "Where? <s>"}])
+
+
+def import_all(bases: list[Path]) -> None:
+    """What a case imports, once, not in every child. torch computes in children only: its pool survives no fork."""
+    torch.set_num_threads(1)
+
+    import minirea.api
+    import minirea.kernels.steps.reference  # noqa: F401
+    from minirea.tokenizer import load_tokenizer
+
+    for base in bases:
+        use_tokenizer(load_tokenizer(base))
 
 
 def in_child(directory: Path) -> tuple[int, str]:
@@ -90,10 +91,27 @@ def in_child(directory: Path) -> tuple[int, str]:
             sys.stdout.flush()
             os._exit(status)
     os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        output = pipe.read(2**20).decode(errors="replace")
+    with os.fdopen(read, "rb", buffering=0) as pipe:
+        output = read_output(pipe, pid).decode(errors="replace")
     _, status = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status), output
+
+
+def read_output(pipe: FileIO, pid: int) -> bytes:
+    """What a child prints until it ends. One that only waits is killed."""
+    output, before = b"", ""
+    while True:
+        if select.select([pipe], [], [], IDLE_SECONDS)[0]:
+            block = pipe.read(2**16)
+            if not block:
+                return output
+            output = (output + block)[-(2**20) :]
+            continue
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        spent = " ".join(fields[10:12])  # user and system time
+        if state in "SD" and spent == before:
+            os.kill(pid, signal.SIGKILL)
+        before = spent
 
 
 def attempt(directory: Path) -> int:
@@ -116,19 +134,21 @@ def attempt(directory: Path) -> int:
 
 def run(cases: int, seed: int, verbose: bool = False) -> int:
     """Status 0 if every case works or is refused."""
-    torch.set_num_threads(1)  # a child of fork has no other threads
-    import minirea.api  # noqa: F401  once, not in every child
+    from fuzz.bases import write_bases
 
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as scratch:
         write = multiprocessing.get_context("fork").Process(target=write_bases, args=(Path(scratch) / "bases",))
-        write.start()  # torch computes in children only: what it starts does not survive a fork
+        write.start()
         write.join()
         bases = sorted((Path(scratch) / "bases").iterdir())
+        import_all(bases)
         for base in bases:
             status, output = in_child(base)
             assert status == 0, f"{base.name} is to be a good one: {output}"
         for number in range(seed, seed + cases):
+            if number % 1000 == 0:
+                print(f"case {number}", file=sys.stderr, flush=True)
             rng = random.Random(number)
             directory = Path(scratch) / "case"
             base = rng.choice(bases)
