@@ -33,7 +33,7 @@ from minirea.plan import keeps_half, plan_run, workspace_bytes
 from minirea.ranks import Ranks, follows
 from minirea.sources import Source, Votes, look, question_start, sources_of
 from minirea.steps import num_shared
-from minirea.tokenizer import Tokenizer, load_tokenizer
+from minirea.tokenizer import NoTokenizerError, Tokenizer, load_tokenizer
 from minirea.weights import checkpoint_dtype, fingerprint, load_weights
 
 
@@ -653,5 +653,5 @@ def _tokenizer(path: str | Path) -> Tokenizer | None:
     """The directory's tokenizer; None if it has none, which is enough for token ids."""
     try:
         return load_tokenizer(path)
-    except MissingFileError:
+    except NoTokenizerError:
         return None

@@ -107,7 +107,8 @@ FAMILIES: Final = (
 def load_config(directory: str | Path) -> ModelConfig:
     """Read a model directory's config.json (Hugging Face) or params.json (Mistral's own format).
 
-    Warns (MinireaWarning) of end-of-text ids outside the vocabulary and leaves them out.
+    Warns (MinireaWarning) of end-of-text ids outside the vocabulary, left out here, and of a generation_config.json
+    that cannot be used.
 
     Raises:
         MissingFileError: no such directory, or it holds neither file.
@@ -126,10 +127,14 @@ def load_config(directory: str | Path) -> ModelConfig:
 
 
 def _generation_eos(directory: Path, vocab_size: int) -> frozenset[int]:
-    """Stop tokens of generation_config.json. An invalid file is ignored: published models ship some."""
+    """Stop tokens of generation_config.json. Invalid ones do no harm but for a warning: published models ship some."""
+    path = directory / "generation_config.json"
+    if not is_there(path):
+        return frozenset()
     try:
-        return _known_ids(JsonObject.read(directory / "generation_config.json"), vocab_size)
-    except (MissingFileError, InputError):
+        return _known_ids(JsonObject.read(path), vocab_size)
+    except (MissingFileError, InputError) as error:
+        warnings.warn(f"{error}; the file is ignored", MinireaWarning, stacklevel=2)
         return frozenset()
 
 

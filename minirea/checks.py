@@ -1,4 +1,4 @@
-"""Numbers that a caller passes: numpy's are like Python's own, and what is none is refused by its field's name."""
+"""Values that a caller passes: numpy's numbers are like Python's own, and what is no value is refused by its name."""
 
 from __future__ import annotations
 
@@ -31,6 +31,16 @@ def real(name: str, value: Any, valid: Callable[[float], bool], expected: str) -
     if number is None or not valid(number):
         raise InputError(f"{name} is {shown(value)}, expected {expected}")
     return number
+
+
+def unicode_text(name: str, text: str) -> str:
+    """`text` itself. Raises InputError if it holds half of a surrogate pair, which no UTF-8 and no tokenizer has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"character {error.start} is the lone surrogate {text[error.start]!r}"
+        raise InputError(f"{name}: {found}, expected valid Unicode") from None
+    return text
 
 
 def shown(value: Any) -> str:

@@ -77,11 +77,7 @@ def read_file(path: str | Path, limit_bytes: int, what: str, pipes: bool = False
         InputError: no regular file, not readable, or larger than limit_bytes. Both messages begin with the path.
     """
     try:
-        found = os.stat(path)
-        allowed = stat.S_ISREG(found.st_mode) or (pipes and _DESCRIPTOR.fullmatch(str(path)) is not None)
-        if not allowed or stat.S_ISDIR(found.st_mode):
-            kind = _KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
-            raise InputError(f"{path}: is {kind}, expected a file with {what}")
+        check_regular(path, what, pipes)
         # Should another process put a pipe in its place meanwhile: opening it must not wait for a writer.
         with open(path, "rb", buffering=0, opener=None if pipes else _open_at_once) as file:
             return read_all(file, limit_bytes, str(path), what)
@@ -89,6 +85,18 @@ def read_file(path: str | Path, limit_bytes: int, what: str, pipes: bool = False
         if isinstance(error, (InputError, MissingFileError)):
             raise
         raise unreadable(path, error) from None
+
+
+def check_regular(path: str | Path, what: str, pipes: bool = False) -> None:
+    """Raise what read_file raises for a path that is no file to read. Opening some of these would not return."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
+    allowed = stat.S_ISREG(mode) or (pipes and _DESCRIPTOR.fullmatch(str(path)) is not None)
+    if not allowed or stat.S_ISDIR(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
+        raise InputError(f"{path}: is {kind}, expected a file with {what}")
 
 
 def read_start(path: str | Path, count: int) -> bytes:

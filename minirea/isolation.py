@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ class isolated(_DecoratorContextManager):  # noqa: N801  used as torch.inference
     """
 
     def __enter__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        if sys.is_finalizing():  # a stream that was never closed ends with the process, where torch cannot import
+            return
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             for device_type in ("cpu", "cuda"):

@@ -175,6 +175,14 @@ BAD_DIRECTORIES: dict[str, tuple[Damage, list[str]]] = {
     "tokenizer cut off": (truncate("tokenizer.json", 0.5), ["tokenizer.json"]),
     "tokenizer of another kind": (write("tokenizer.json", b'{"model": 3}'), ["tokenizer.json"]),
     "tokenizer config not JSON": (write("tokenizer_config.json", b"{"), ["tokenizer_config.json"]),
+    "tokenizer config a link to nothing": (
+        both(remove("tokenizer_config.json"), lambda d: (d / "tokenizer_config.json").symlink_to("gone")),
+        ["tokenizer_config.json", "is a link to gone"],
+    ),
+    "weights a link to nothing": (
+        both(remove("model.safetensors"), lambda d: (d / "model.safetensors").symlink_to("gone")),
+        ["model.safetensors", "is a link to gone"],
+    ),
     "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), ["tokenizer.json", "tokenizer.model"]),
     "SentencePiece model of noise": (
         both(remove("tokenizer.json"), write("tokenizer.model", b"\x00\x01noise" * 40)),
@@ -217,7 +225,7 @@ BAD_ARGUMENTS: dict[str, tuple[list[str], int, list[str]]] = {
     "empty text": (["--text", ""], 1, ["--text", "empty"]),
     "no such prompt file": (["--prompt", "nowhere.txt"], 1, ["--prompt nowhere.txt", "no such file"]),
     "prompt is a directory": (["--prompt", "."], 1, ["--prompt .", "directory"]),
-    "text that is no Unicode": (["--text", "caf\udce9"], 1, ["\\udce9"]),
+    "text that is no Unicode": (["--text", "caf\udce9"], 1, ["--text", "byte 0xe9", "3"]),
     "no tokens wanted": (["--text", "a", "--max-tokens", "0"], 1, ["--max-tokens is 0", "at least 1"]),
     "negative temperature": (["--text", "a", "--temperature", "-1"], 1, ["--temperature is -1.0"]),
     "temperature not a number": (["--text", "a", "--temperature", "nan"], 1, ["--temperature is nan"]),

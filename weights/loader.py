@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from minirea.config import ModelConfig
 from minirea.errors import InputError, MemoryLimitError, MinireaWarning, MissingFileError, memory_limit_of
-from minirea.files import list_directory
+from minirea.files import check_regular, list_directory, unreadable
 from minirea.json_object import JsonObject
 from minirea.threads import thread_pool
 from minirea.weights.names import NameTable, Place, is_ignored
@@ -621,12 +621,11 @@ def _fill(transfers: list[_Transfer], device: torch.device) -> Iterator[int]:
 
 
 def open_file(path: Path) -> FileIO:
+    check_regular(path, "tensors")
     try:
-        if not path.is_file():  # opening a named pipe would wait for a writer
-            raise InputError(f"{path}: not a regular file")
         return FileIO(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
 
 
 def read_into(file: FileIO, offset: int, buffer: memoryview) -> None:

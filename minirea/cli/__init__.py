@@ -8,12 +8,13 @@ import sys
 from typing import Final
 
 from minirea.cli.commands import run_chat, run_eval, run_generate, run_read
+from minirea.cli.flags import EXIT_ERROR
+from minirea.cli.inputs import decode_texts
 from minirea.cli.messages import as_flags, explained, warnings_as_lines
 from minirea.cli.parser import check_usage, make_parser
 from minirea.terminal import EXIT_INTERRUPTED, Interrupts, discard_output, open_streams, say
 from minirea.threads import limited_to, wait_asleep
 
-EXIT_ERROR: Final = 1
 _COMMANDS: Final = {
     "generate": run_generate,
     "explain": run_generate,
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None, interrupts: Interrupts | None = None) ->
     try:
         _follow_if_launched(arguments)
         with limited_to(getattr(arguments, "threads", None)), warnings_as_lines():
+            decode_texts(arguments)
             return run(arguments, interrupts or Interrupts())
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         discard_output()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import textwrap
 from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
 from minirea.config import DEVICES, DTYPES, IMPLS, MODES, SPAN_SCOPES, TAIL_CHUNK_SIZE, TAIL_SIZE
+from minirea.errors import MinireaError
+from minirea.terminal import discard_output, put
 
+EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
 
 
@@ -25,6 +29,17 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse's own drops what cannot be written, as --help to a full disk, and ends with status 0."""
+        if file is None or file is not sys.stdout:
+            super()._print_message(message, file)
+            return
+        try:
+            put(message)
+        except (MinireaError, BrokenPipeError) as error:
+            discard_output()
+            self.exit(EXIT_ERROR, f"minirea: error: {error}\n" if isinstance(error, MinireaError) else None)
+
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"minirea: error: {message} (see `{self.prog} --help`)\n")
 

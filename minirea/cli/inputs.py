@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import os
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -15,6 +16,31 @@ if TYPE_CHECKING:
     from minirea.series import Question
 
 PROMPT_LIMIT: Final = 2**30  # bytes
+_TEXTS: Final = ("text", "system", "stop")  # flags whose values are tokenized
+
+
+def decode_texts(arguments: argparse.Namespace) -> None:
+    """Make texts of the command line what they were meant as: UTF-8, whatever the locale is.
+
+    Raises:
+        InputError: other bytes.
+    """
+    for name in _TEXTS if arguments.command != "eval" else ():  # where --text names files
+        value = getattr(arguments, name, None)
+        if isinstance(value, str):
+            setattr(arguments, name, _utf8(value, f"--{name}"))
+        elif value is not None:
+            setattr(arguments, name, [_utf8(text, f"--{name}") for text in value])
+
+
+def _utf8(argument: str, flag: str) -> str:
+    """Bytes that the locale's encoding lacks are lone surrogates in sys.argv."""
+    if not any("\ud800" <= character <= "\udfff" for character in argument):
+        return argument
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{flag}: not UTF-8 text: found {_found_byte(error)}") from None
 
 
 def read_prompt(arguments: argparse.Namespace) -> str:
@@ -31,13 +57,16 @@ def read_prompt(arguments: argparse.Namespace) -> str:
             raw = _prompt_bytes(arguments.prompt).removeprefix(codecs.BOM_UTF8)
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            found = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
-            raise InputError(f"{source}: not UTF-8 text: found {found}") from None
+            raise InputError(f"{source}: not UTF-8 text: found {_found_byte(error)}") from None
         except MinireaError as error:
             raise type(error)(f"--prompt {error}") from None
     if not text:
         raise InputError(f"{source}: the prompt is empty, expected some text")
     return text
+
+
+def _found_byte(error: UnicodeDecodeError) -> str:
+    return f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
 
 
 def _prompt_bytes(path: str) -> bytes:

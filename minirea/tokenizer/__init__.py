@@ -6,6 +6,6 @@ one token at a time: a token is text, or raw bytes that may be part of a charact
 """
 
 from minirea.tokenizer.stream import StreamDecoder
-from minirea.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from minirea.tokenizer.tokenizer import NoTokenizerError, Tokenizer, load_tokenizer
 
-__all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer"]
+__all__ = ["NoTokenizerError", "StreamDecoder", "Tokenizer", "load_tokenizer"]

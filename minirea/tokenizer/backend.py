@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from minirea.errors import InputError
+from minirea.errors import InputError, MinireaError
 from minirea.tokenizer.config import one_line
 
 LARGEST_FILE = 2**29  # bytes; published tokenizer files stay below 2**26
@@ -58,7 +58,7 @@ def one_line_of(path: Path, failure: str) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, MemoryError):
+    except (MinireaError, MemoryError):
         raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minirea.checks import unicode_text
 from minirea.errors import InputError
 from minirea.files import is_there, read_file
 from minirea.tokenizer.config import TokenizerConfig, one_line, read_if_there
@@ -67,9 +68,10 @@ class ChatTemplate:
         environment = ChatEnvironment(Budget(sum(map(len, _strings(messages)))))
         given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            return environment.render(self.text, **names, **given, tools=None, documents=None)
+            text = environment.render(self.text, **names, **given, tools=None, documents=None)
         except Exception as error:  # a template is a program: it can fail in any way
             raise InputError(f"{self.source}: the chat template fails: {one_line(error)}") from None
+        return unicode_text(f"{self.source}: what the chat template writes", text)
 
 
 def conversation(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -93,6 +95,8 @@ def _copied(message: Any) -> dict[str, Any]:
         if isinstance(parts, (list, tuple)) and all(_is_text_part(part) for part in parts):
             message["content"] = "".join(part["text"] for part in parts)
         if all(isinstance(message.get(key), str) for key in ("role", "content")):
+            for text in _strings(message):
+                unicode_text(f"message {text[:80]!r}", text)
             return message
     raise InputError(
         f"message {str(message)[:80]!r} is malformed, expected strings for role and content, "

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from minirea.checks import unicode_text
 from minirea.errors import InputError, MissingFileError
 from minirea.files import is_there
 from minirea.tokenizer.backend import Backend
@@ -18,6 +19,10 @@ from minirea.tokenizer.huggingface import ContradictionError, load_json, load_te
 from minirea.tokenizer.pieces import PIECE_CHARACTERS, pieces
 from minirea.tokenizer.sentencepiece import SentencePiece, sentencepiece_file
 from minirea.tokenizer.stream import StreamDecoder
+
+
+class NoTokenizerError(MissingFileError):
+    """A model directory without any tokenizer file, which is enough for token ids."""
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
@@ -32,7 +37,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     goes before a text and nothing after it, unless tokenizer_config.json has add_bos_token or add_eos_token.
 
     Raises:
-        MissingFileError: no such directory, or it holds no tokenizer.
+        NoTokenizerError: it holds no tokenizer.
+        MissingFileError: no such directory, or a file in it is a link to nothing.
         InputError: a file is truncated, malformed or contradicts another; the message names file and key.
     """
     directory = Path(directory)
@@ -53,7 +59,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     elif is_there(path := sentencepiece_file(directory)):
         backend = SentencePiece(path, config)
     else:
-        raise MissingFileError(f"{directory}: no tokenizer, expected tokenizer.json, tekken.json or tokenizer.model")
+        raise NoTokenizerError(f"{directory}: no tokenizer, expected tokenizer.json, tekken.json or tokenizer.model")
     return Tokenizer(backend, config, directory)
 
 
@@ -109,11 +115,7 @@ class Tokenizer:
             InputError: the text holds half of a surrogate pair, or what the vocabulary has no way to write.
             MemoryLimitError: a long text has no words between which it could be encoded in pieces.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            found = f"character {error.start} is the lone surrogate {text[error.start]!r}"
-            raise InputError(f"text: {found}, expected valid Unicode") from None
+        unicode_text("text", text)
         frame = add_special_tokens and not continues
         ids = self._encode_in_pieces(text, frame, "seam" if continues else "start", not self._splits_special)
         return [*self._before, *ids, *self._after] if frame else ids
@@ -162,7 +164,8 @@ class Tokenizer:
                 template writes, and a message's are ordinary text: who writes a line of it cannot end the user's turn.
 
         Raises:
-            InputError: no template, a template that fails, refuses the messages or does not end, a malformed message.
+            InputError: no template, a template that fails, refuses the messages or does not end, a malformed message,
+                such as one with half of a surrogate pair.
         """
         template = self._chat_template
         if template is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ def test_end_of_text_ids_are_a_union(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"eos_token_id": "two"}'])
 def test_an_invalid_generation_config_is_no_failure(tmp_path: Path, text: str) -> None:
     (tmp_path / "generation_config.json").write_text(text)
-    assert config_of(tmp_path, eos_token_id=[2, 3]).eos_token_ids == {2, 3}
+    with pytest.warns(MinireaWarning, match=r"generation_config\.json: .*; the file is ignored"):
+        assert config_of(tmp_path, eos_token_id=[2, 3]).eos_token_ids == {2, 3}
 
 
 def test_trained_context_is_the_window_where_there_is_one(tmp_path: Path) -> None:
@@ -255,10 +257,27 @@ def test_configs_that_are_no_files(tmp_path: Path, name: str, make: Any, found: 
         load_config(tmp_path)
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir])
-@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
-def test_files_beside_the_config_that_are_none(tmp_path: Path, name: str, make: Any) -> None:
-    make(tmp_path / name)
+NO_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "pipe": (os.mkfifo, "is a named pipe"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "is a device"),
+    "directory": (Path.mkdir, "is a directory"),
+    "link to nothing": (lambda path: path.symlink_to("gone"), "is a link to gone, which is not there"),
+    "link to itself": (lambda path: path.symlink_to(path.name), "cannot be read: Too many levels of symbolic links"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_a_generation_config_that_is_no_file_is_a_warning(tmp_path: Path, kind: str) -> None:
+    make, found = NO_FILES[kind]
+    make(tmp_path / "generation_config.json")
+    with pytest.warns(MinireaWarning, match=rf"generation_config\.json: {found}.*; the file is ignored"):
+        assert config_of(tmp_path, eos_token_id=[2, 3]).eos_token_ids == {2, 3}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_a_tokenizer_config_that_is_no_file_says_no_length(tmp_path: Path, kind: str) -> None:
+    """The tokenizer itself refuses it."""
+    NO_FILES[kind][0](tmp_path / "tokenizer_config.json")
     assert config_of(tmp_path, max_position_embeddings=None).max_position_embeddings == 2048
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from testing import tiny_model, write_checkpoint, write_tokenizer
 import minirea
 from minirea import terminal
 from minirea.cli import main
+from minirea.cli.inputs import decode_texts
 from minirea.cli.parser import make_parser
 from minirea.evaluation.tasks.mechanism import SWEEPS
 
@@ -226,7 +228,11 @@ STREAMS = {
     ),
     "full disk, JSON": ("MINIREA --text hello --json --quiet >/dev/full", 1, "", "error: standard output: cannot be"),
     "no output": ("MINIREA --text hello >&-", 1, "", "error: standard output is closed"),
-    "help to a full disk": ("MINIREA --help >/dev/full", 1, "", ""),
+    "help to a full disk": ("MINIREA --help >/dev/full", 1, "", "error: standard output: cannot be written: No space"),
+    "help unbuffered": ("PYTHONUNBUFFERED=1 MINIREA --help >/dev/full", 1, "", "error: standard output: cannot be"),
+    "help to nobody": ("MINIREA --help >&-", 0, "", "usage: "),
+    "no UTF-8": ("MINIREA --text $'hello \\xff'", 1, "", "error: --text: not UTF-8 text: found byte 0xff at offset 6"),
+    "no UTF-8 to stop at": ("MINIREA --text hello --stop ok --stop $'\\xe9'", 1, "", "error: --stop: not UTF-8 text"),
     "no input": ("MINIREA --prompt - <&-", 1, "", "error: --prompt standard input: is closed"),
     "endless input": ("MINIREA --prompt /dev/stdin </dev/zero", 1, "", "more than 100,000 bytes"),
     "no error stream": ("MINIREA --text hello 2>&-", 0, None, ""),
@@ -258,8 +264,20 @@ def test_streams_and_limits(case: str, model: Path, few_tokens: str) -> None:
     )
     assert (done.returncode, done.stdout) == (status, few_tokens if out is None else out), done.stderr
     assert err in done.stderr
-    assert done.stderr.count("\n") <= status
+    assert done.stderr.count("\n") <= status or "usage: " in err
     assert "Traceback" not in done.stderr
+
+
+def test_texts_are_utf8_in_every_locale() -> None:
+    """In the C locale Python decodes no other bytes than ASCII; they are to be UTF-8 all the same."""
+    arguments = argparse.Namespace(
+        command="generate", text="caf\udcc3\udca9", system=None, stop=["\udce2\udc98\udcba", "a"]
+    )
+    decode_texts(arguments)
+    assert (arguments.text, arguments.system, arguments.stop) == ("café", None, ["☺", "a"])
+    files = argparse.Namespace(command="eval", text=("caf\udce9.txt",))  # names, which may be any bytes
+    decode_texts(files)
+    assert files.text == ("caf\udce9.txt",)
 
 
 def test_output_that_its_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:

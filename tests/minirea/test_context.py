@@ -187,9 +187,9 @@ def test_what_is_no_context_is_one_line(directory: Path, llm: minirea.LLM, tmp_p
     for path, message in (
         (directory / "model.safetensors", "is no context"),
         (tmp_path / "nothing", "no such file"),
-        (tmp_path, "not a regular file"),
-        (tmp_path / "pipe", "not a regular file"),
-        (Path("/dev/zero"), "not a regular file"),
+        (tmp_path, "is a directory, expected a file"),
+        (tmp_path / "pipe", "is a named pipe, expected a file"),
+        (Path("/dev/zero"), "is a device, expected a file"),
     ):
         with pytest.raises(minirea.MinireaError, match=message):
             llm.open_session(path)

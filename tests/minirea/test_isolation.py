@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,6 +85,13 @@ def test_torchs_state_is_the_callers(directory: Path, attention: str) -> None:
             *found, other = results(directory, attention, ids)
         assert found == expected, name
         assert torch.equal(other, logits), name
+
+
+def test_a_stream_that_is_open_when_the_process_ends(directory: Path) -> None:
+    """Python closes it so late that nothing can be imported any more."""
+    code = "import sys, minirea; s = minirea.load(sys.argv[1]).stream([3, 4], max_tokens=9, ignore_eos=True); next(s)"
+    done = subprocess.run([sys.executable, "-c", code, directory], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_torchs_state_does_not_matter_to_the_kernel_and_the_likelihoods(directory: Path) -> None:

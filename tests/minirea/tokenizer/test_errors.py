@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minirea.errors import InputError, MinireaError, MissingFileError
-from minirea.tokenizer import load_tokenizer
+from minirea.tokenizer import NoTokenizerError, load_tokenizer
 
 ADDED_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 TOKENIZER: dict[str, Any] = {
@@ -273,6 +273,27 @@ def test_half_a_surrogate_pair(tokenizer: Any, text: str) -> None:
     str(caught.value).encode()
 
 
+# A template, what replaces parts of a message, and what the error says.
+SURROGATES_IN_CHATS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "content": ("{{ messages[0].content }}", {"content": "a\ud800"}, "message .*: character 1 is the lone"),
+    "part": ("x", {"content": [{"type": "text", "text": "\udfff"}]}, "message .*: character 0 is the lone"),
+    "role": ("x", {"role": "\ud800"}, "message .*: character 0 is the lone"),
+    "another field": ("x", {"name": "\ud800"}, "message .*: character 0 is the lone"),
+    "template": ("ab\ud800", {}, "tokenizer_config.json: .* template writes: character 2 is"),
+    "literal": ("{{ '\\ud800' }}", {}, "tokenizer_config.json: .* template writes: character 0 is"),
+}
+
+
+@pytest.mark.parametrize("case", SURROGATES_IN_CHATS)
+def test_half_a_surrogate_pair_in_a_chat(case: str, tmp_path: Path) -> None:
+    template, message, expected = SURROGATES_IN_CHATS[case]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(InputError, match=expected) as caught:
+        load_tokenizer(tmp_path).encode_chat([{"role": "user", "content": "a"} | message])
+    str(caught.value).encode()
+
+
 def test_text_that_the_vocabulary_cannot_write(tmp_path: Path) -> None:
     model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
@@ -424,6 +445,8 @@ def test_files_that_are_no_regular_files(
         path.symlink_to("/dev/zero" if kind == "a device" else tmp_path / "nothing")
     with pytest.raises(MinireaError, match=name) as caught:
         load_tokenizer(tmp_path)
+    assert not isinstance(caught.value, NoTokenizerError)  # which would let a model load without one
+    assert str(caught.value).count(name) == 1
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
 
@@ -438,7 +461,7 @@ def test_loading_leaves_the_standard_error_of_the_process_alone(tmp_path: Path) 
     """Also while a file is refused: lines of other threads and of children go where they would."""
     (tmp_path / "tokenizer.json").write_text(json.dumps(edited(TOKENIZER, model__type="Nonesuch")))
     code = (
-        "import os, sys\nfrom minirea.tokenizer import load_tokenizer\nbefore = os.fstat(2)\n"
+        "import os, sys\nfrom minirea.tokenizer import NoTokenizerError, load_tokenizer\nbefore = os.fstat(2)\n"
         "os.dup2 = os.dup = lambda *_: sys.exit('redirected')\n"
         "try: load_tokenizer(sys.argv[1])\nexcept ValueError: print('refused')\n"
         "assert os.path.samestat(before, os.fstat(2))"
