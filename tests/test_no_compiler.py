@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import subprocess
 import sys
@@ -9,25 +11,61 @@ from pathlib import Path
 
 import pytest
 import torch
+from testing import tiny_model, write_checkpoint, write_tokenizer
+
+from minirea.cli.parser import make_parser
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "weights" / "demo"
 NEEDLE = DEMO / "prompts" / "needle-16k.txt"
 
 
-def bare(tmp_path: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python where it finds no program by its name, and no home directory either."""
+def bare(tmp_path: Path, *command: str, typed: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs Python where it finds no program by its name, and no home directory either; `typed` is its input."""
     hidden = ("CC", "CXX", "CUDA_HOME", "HOME", "CPATH", "C_INCLUDE_PATH")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment |= {"PATH": "", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, *command], env=environment, input=typed, capture_output=True, text=True, cwd=ROOT
+    )
 
 
-def test_commands(tmp_path: Path) -> None:
+def test_every_command(tmp_path: Path) -> None:
+    """One after another, in one process; a command that is new has to be added here."""
+    model = write_checkpoint(tmp_path / "model", tiny_model())
+    write_tokenizer(model, chat_template="{% for m in messages %}<s>[{{ m.content }}]{% endfor %}")
+    (tmp_path / "text.txt").write_text("It was a quiet day in the harbour. " * 5)
+    files = {name: str(tmp_path / name) for name in ("text.txt", "kept", "why", "out", "all", "q.jsonl")}
+    (tmp_path / "q.jsonl").write_text('{"id": 1, "prompt": "Who?"}\n')
+    sampling = ["--max-tokens", "3"]
+    sizes = ["--depths", "2", "--samples", "1", "--lengths", "500"]
+    commands = {
+        "generate": ["--text", "The old house", "--temperature", "1", "--seed", "1", *sampling],
+        "read": ["--prompt", files["text.txt"], "--save", files["kept"]],
+        "generate after a context": ["--context", files["kept"], "--questions", files["q.jsonl"], *sampling],
+        "explain": ["--prompt", files["text.txt"], "--out", files["why"], *sampling],
+        "chat": sampling,
+        "eval needle": sizes,
+        "eval report": [files["out"]],
+    }
+    known = next(action.choices for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    assert {name.split()[0] for name in commands} == set(known)
+    lines = [
+        [*(name.removesuffix(" after a context").split()), *arguments]
+        + ([] if name == "eval report" else ["--model", str(model), "--device", "cpu", "--quiet"])
+        + (["--out", files["all" if name == "eval report" else "out"]] if name.startswith("eval") else [])
+        for name, arguments in commands.items()
+    ]
+    code = "import json, sys; from minirea.cli import main; print([main(line) for line in json.loads(sys.argv[1])])"
+    run = bare(tmp_path, "-c", code, json.dumps(lines), typed="Hello\n/sources\n/stats\n")
+    assert run.returncode == 0 and run.stdout.splitlines()[-1] == str([0] * len(lines)), run.stdout + run.stderr[-2000:]
+    assert (tmp_path / "why" / "page.html").exists() and (tmp_path / "all" / "summary.json").exists()
+
+
+def test_help_and_the_demo(tmp_path: Path) -> None:
     for arguments, expected in (
         (("--help",), "usage: minirea"),
         (("generate", "--model", str(DEMO), "--text", "The old house", "--max-tokens", "3", "--device", "cpu"), ""),
-        (("eval", "--help"), "usage: minirea eval"),
     ):
         run = bare(tmp_path, "-m", "minirea", *arguments)
         assert run.returncode == 0, run.stderr[-2000:]
