@@ -19,6 +19,10 @@ from minirea.tokenizer.pieces import may_cut_normalizer, may_cut_tokens, may_cut
 from minirea.tokenizer.stream import utf8_decoder
 from minirea.tokenizer.tekken import BYTE_OF_CHARACTER, read_tekken
 
+# Regular expressions of `tokenizers` end in a panic after 10**7 steps back, which those that split words take in white
+# space that no line end follows. The library prints that before anything can catch it.
+_LONGEST_RUN: Final = 10**7 - 100
+_TOO_LONG_RUN: Final = re.compile(rf"[^\S\r\n]{{{_LONGEST_RUN}}}")
 _MARK: Final = "\x00section\x00"  # an added token that stands for the special token before a section
 
 
@@ -44,6 +48,8 @@ class HuggingFace:
         self._byte_level = "ByteLevel" in steps
         self._byte_fallback = "ByteFallback" in steps
         self._decoder = tokenizer.decoder
+        split = _steps(_state(tokenizer.pre_tokenizer))
+        self._has_pattern = any(step.get("type") == "Split" and "Regex" in step.get("pattern", ()) for step in split)
         self._prefix_free = {name: _state(getattr(tokenizer, name)) for name in ("normalizer", "pre_tokenizer")}
         self._has_prefix = sum(_drop_prefix(self._prefix_free, name) for name in self._prefix_free) > 0
 
@@ -94,6 +100,9 @@ class HuggingFace:
         return ids
 
     def _encoded(self, tokenizer: Any, text: str, frame: bool = False) -> list[int]:
+        if self._has_pattern and len(text) >= _LONGEST_RUN and (run := _TOO_LONG_RUN.search(text)):
+            found = f"text: {_LONGEST_RUN:,} or more white space characters in a row, from character {run.start():,} on"
+            raise InputError(f"{found}: more than the pattern in {self._path} can split")
         with one_line_of(self._path, "cannot encode the text"):
             return tokenizer.encode_batch_fast([text], add_special_tokens=frame)[0].ids
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from tokenizer_kinds import CORPUS, HARD_TEXTS, JSON_KINDS, SENTENCEPIECE_KINDS,
 from tokenizers import Regex, pre_tokenizers, processors
 
 import minirea.memory
-from minirea.errors import MemoryLimitError
-from minirea.tokenizer import Tokenizer, load_tokenizer, pieces
+from minirea.errors import InputError, MemoryLimitError
+from minirea.tokenizer import Tokenizer, huggingface, load_tokenizer, pieces
 
 SHARED = Path(__file__).parents[4] / "shared" / "tokenizers"
 TEXT = " ".join([*HARD_TEXTS, "<s>one</s> two", "an <extra> token<extra> more", *CORPUS[:5], *HARD_TEXTS])
@@ -95,3 +96,20 @@ def test_a_piece_that_does_not_fit_is_one_line(tmp_path: Path, monkeypatch: pyte
         tokenizer.encode(text)
     monkeypatch.setattr(minirea.memory, "available_bytes", lambda _: None)
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_white_space_that_the_library_panics_of_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a pattern splits words; elsewhere, and with line ends in it, white space has any length."""
+    monkeypatch.setattr(huggingface, "_LONGEST_RUN", 50)
+    monkeypatch.setattr(huggingface, "_TOO_LONG_RUN", re.compile(r"[^\S\r\n]{50}"))
+    for kind, build in KINDS.items():
+        build().save(str(tmp_path / "tokenizer.json"))
+        tokenizer = load_tokenizer(tmp_path)
+        for text in ("a" + " " * 49 + "b", " \n" * 60, "a" * 60):
+            tokenizer.encode(text)
+        for text in ("a" + " " * 50 + "b", " \t" * 25, "\u3000" * 60):
+            if kind.startswith("pattern"):
+                with pytest.raises(InputError, match="50 or more white space characters in a row"):
+                    tokenizer.encode(text)
+            else:
+                tokenizer.encode(text)
