@@ -1,4 +1,4 @@
-"""Tests of Triton's interpreter, in a pytest of their own: `python -m pytest -m interpret`.
+"""Every run has the same random numbers, and Triton's interpreter a pytest of its own: `python -m pytest -m interpret`.
 
 Triton decides when a kernel is defined whether it is compiled or interpreted, so one process can do only one of them.
 """
@@ -6,10 +6,17 @@ Triton decides when a kernel is defined whether it is compiled or interpreted, s
 from __future__ import annotations
 
 import os
+import random
 import signal
+import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples in every run, however long one takes: a change is not refused by another one's chance.
+hypothesis.settings.register_profile("minirea", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("minirea")
 
 NAMES = "test_interpreted_*.py"
 
@@ -23,6 +30,14 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # tests interrupt their children
     if config.option.markexpr == "interpret":  # before a kernel is imported
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """What a test draws without a generator of its own does not depend on the tests before it."""
+    random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

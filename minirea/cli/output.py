@@ -75,6 +75,8 @@ class Answer:
             return "\n" if self.text or self.finish_reason != "interrupted" else ""
         record: dict[str, Any] = {"text": self.text, "token_ids": self.token_ids, "finish_reason": self.finish_reason}
         record |= {"prompt_tokens": self.prompt_tokens} | (self.stats.as_dict() if self.stats else {})
+        if self.stats:  # which the next token may have been counted in when a signal struck
+            record["generated_tokens"] = len(self.token_ids)
         record |= {} if self.sources is None else {"sources": self.sources}
         return json.dumps(record) + "\n"
 
