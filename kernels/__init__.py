@@ -10,17 +10,38 @@ import functools
 import importlib.util
 from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from minirea.config import IMPLS, ReAttentionConfig
 from minirea.errors import InputError
 
-__all__ = ["ReAttentionConfig", "decode_kernels", "prefill_kernels", "reattention", "resolve_impl", "scratch_bytes"]
+__all__ = [
+    "Gather",
+    "ReAttentionConfig",
+    "decode_kernels",
+    "prefill_kernels",
+    "reattention",
+    "resolve_impl",
+    "scratch_bytes",
+]
 
 
 CACHE_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Gather(NamedTuple):
+    """How the vote of a layer reaches heads that other processes have.
+
+    `rows` returns those of all processes [ranks * M, ...], in the same order everywhere, from this one's [M, ...].
+    """
+
+    rows: Callable[[torch.Tensor], torch.Tensor]
+    ranks: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rows(x)
 
 
 def reattention(
@@ -34,7 +55,7 @@ def reattention(
     impl: str = "auto",
     return_selection: bool = False,
     chunk_size: int | None = None,
-    gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    gather: Gather | None = None,
 ) -> Any:
     """Attention of T new queries over a finite scope of a cache of any length (arXiv 2407.15176, section 3).
 
@@ -55,8 +76,7 @@ def reattention(
         return_selection: also return the scope, of one chunk.
         chunk_size: how many queries share a scope, which is then as if the cache ended with the last of them, from the
             first query on; the last chunk may be shorter. All T without.
-        gather: where H and G are only some of a layer's heads, and other processes have as many others each: returns
-            the rows of all processes [ranks * M, ...], in the same order everywhere, from this one's [M, ...]. It is
+        gather: where H and G are only some of a layer's heads, and other processes have as many others each. It is
             called before the one vote over all heads, in every process or in none.
 
     Returns:
@@ -86,9 +106,7 @@ def reattention(
     else:
         from minirea.kernels.fused.launch import reattention_triton
 
-        if gather is not None and config.span_scope == "layer":
-            raise InputError("gather is given, expected none with impl 'triton': use impl 'torch', or 'kv_head'")
-        out_THD, selection = reattention_triton(*tensors, seq_len, cos, sin, config, *options)
+        out_THD, selection = reattention_triton(*tensors, seq_len, cos, sin, config, *options, gather)
     return (out_THD, selection) if return_selection else out_THD
 
 
@@ -123,6 +141,7 @@ def scratch_bytes(
     capacity: int,
     steps: Iterable[tuple[int, int]],
     device: torch.device,
+    ranks: int = 1,
 ) -> int:
     """Bytes that impl "triton" keeps for the life of the process once steps of all these sizes have run on one stream.
 
@@ -133,10 +152,12 @@ def scratch_bytes(
         capacity: tokens that the cache has room for, N.
         steps: for every chunk_size that is used, queries of the longest step and chunk_size; shorter ones count too.
         device: a CUDA device; its number of multiprocessors counts.
+        ranks: processes with so many heads each.
     """
     from minirea.kernels.fused import launch
 
-    layer = launch.Layer(num_heads, num_kv_heads, head_dim, dtype, config)
+    together = ranks > 1 and config.span_scope == "layer" and config.max_selected > 0
+    layer = launch.Layer(num_heads, num_kv_heads, head_dim, dtype, config, ranks if together else 1)
     return launch.scratch_bytes(layer, capacity, steps, device)
 
 

@@ -26,6 +26,7 @@ from minirea.errors import InputError, MissingFileError
 from minirea.files import is_there, read_start
 from minirea.generate import GenerationConfig, Piece, Stats
 from minirea.isolation import isolated
+from minirea.kernels import Gather
 from minirea.leader import Leader, SharedCache
 from minirea.memory import MemoryPlan, human
 from minirea.model import Model
@@ -258,7 +259,7 @@ class ModelFiles(_Encoder):
         """This rank's part, or all of the model."""
         attention, dtype, device = self.attention, self.dtype, self.attention.device
         if ranks is not None:
-            attention.gather = ranks.all_gather
+            attention.gather = Gather(ranks.all_gather, ranks.size)
         weights = load_weights(self.path, attention.model, device, dtype, progress, keeps_half(dtype, device))
         return Model(attention.model, weights, attention, progress, ranks)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from minirea import cpu
 from minirea.cache import ALL_TOKENS, KVCache
 from minirea.config import ModelConfig, ReAttentionConfig
-from minirea.kernels import prefill_kernels, reattention, resolve_impl
+from minirea.kernels import Gather, prefill_kernels, reattention, resolve_impl
 from minirea.rope import apply_rope, for_whole_heads, inverse_frequencies, rope_table
 
 # Chunks of a prompt in a step on a GPU. Their matrix products are one, which reads the weights once and has enough rows
@@ -55,7 +54,7 @@ class Attention:
         mode: one of config.MODES; "streaming" is reattention that selects nothing.
         config: scope sizes; with "full" only chunk_size matters.
         impl: "auto", "triton" or "torch", as minirea.kernels.reattention takes it.
-        gather: of several ranks, each of which has some of the heads: what minirea.kernels.reattention takes.
+        gather: of several ranks, each of which has some of the heads.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class Attention:
         config: ReAttentionConfig,
         impl: str,
         device: torch.device,
-        gather: Callable[[Tensor], Tensor] | None = None,
+        gather: Gather | None = None,
     ) -> None:
         self.model = model
         self.mode = mode

@@ -196,6 +196,8 @@ class Follower:
 
     def _attention(self, config: ModelConfig, mode: str, scope: ReAttentionConfig, impl: str) -> Any:
         from minirea.attention import Attention
+        from minirea.kernels import Gather
 
         part = config if config.part else config.of_rank(self.ranks.rank, self.ranks.size)
-        return Attention(part, mode, scope, impl, self.ranks.device, self.ranks.all_gather)
+        gather = Gather(self.ranks.all_gather, self.ranks.size)
+        return Attention(part, mode, scope, impl, self.ranks.device, gather)

@@ -83,4 +83,6 @@ def _scratch_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) ->
     c, scope = attention.model, attention.config
     sizes = {scope.chunk_size, scope.tail_chunk_size}
     steps = [(min(attention.step_tokens(size), num_tokens), size) for size in sizes]
-    return scratch_bytes(c.num_heads, c.num_kv_heads, c.head_dim, dtype, scope, num_tokens, steps, attention.device)
+    ranks = c.part.ranks if c.part else 1
+    heads = c.num_heads, c.num_kv_heads, c.head_dim
+    return scratch_bytes(*heads, dtype, scope, num_tokens, steps, attention.device, ranks)

@@ -115,6 +115,12 @@ class Sizes:
     SEQ_LEN_IN_MEMORY: bool
     PRECISION: str  # of float32 products
     SLICES: int  # parts of the middle
+    # A launch of both does a whole step. Where other processes have heads that vote too, one launch searches and leaves
+    # its winners, int32 [rows, K_PAD], where a whole step leaves its output; when those of all heads are gathered, in
+    # the place of its candidates, another one attends.
+    SEARCHES: bool  # steps 3 and 4
+    ATTENDS: bool  # steps 5 to 8
+    RANKS: int  # processes with so many heads each
 
     @property
     def BLOCK_M(self) -> int:
@@ -150,12 +156,17 @@ class Sizes:
 
     @property
     def CANDIDATES(self) -> int:
-        """Packed numbers of a row, of all slices."""
-        return self.SLICES * self.K_PAD
+        """Packed numbers of a row, of all slices, or its winners where the launch only attends."""
+        return (self.SLICES if self.SEARCHES else 1) * self.K_PAD
 
     @property
     def CANDIDATES_PAD(self) -> int:
         return pad(self.CANDIDATES)
+
+    @property
+    def VOTING_HEADS(self) -> int:
+        """Key/value heads, of all ranks."""
+        return self.RANKS * self.G
 
     @property
     def BALLOTS(self) -> int:
@@ -172,7 +183,12 @@ class DecodeSizes(Sizes):
 
     @property
     def BALLOT_ROWS(self) -> int:
-        return self.GROUP if self.BY_HEAD else self.G * self.GROUP
+        return self.GROUP if self.BY_HEAD else self.VOTING_HEADS * self.GROUP
+
+    @property
+    def SORTS(self) -> int:
+        """How often a step's winners are sorted: a whole step begins with those of the one before."""
+        return 2 if self.SEARCHES else 1
 
     @property
     def BALLOT_ROWS_PAD(self) -> int:
@@ -210,7 +226,7 @@ class ChunkSizes(Sizes):
 
     @property
     def COUNT_ROWS(self) -> int:
-        """Rows whose votes are counted at a time."""
+        """Rows whose candidates are merged, or votes counted, at a time."""
         return max(1, min(128, MAX_CANDIDATES // self.CANDIDATES))
 
     @property

@@ -22,7 +22,7 @@ from minirea.kernels.fused.arguments import VARYING, Heads, Softmax
 from minirea.kernels.fused.attend import attend_tiles, gather, rotate_queries
 from minirea.kernels.fused.memory import load_rows, of_head, slice_of
 from minirea.kernels.fused.scope import far_rows_of, locate, select
-from minirea.kernels.fused.score import pick, score_slice
+from minirea.kernels.fused.score import pick, score_slice, store_winners
 from minirea.kernels.fused.sync import arrive, wait
 from minirea.kernels.fused.vote import count_votes, elect, tally, votes_needed
 
@@ -84,23 +84,34 @@ def chunk_kernel(
     counters = scratch.counters
     if c.SELECTS:
         if n > step.dense_size:  # of the last chunk; those before it may be dense all the same
-            score_chunks(q, k, scratch, step, c)
-            wait(counters, arrive(counters))
-            count_chunks(scratch, step, c)
-            wait(counters, arrive(counters))
-            share = share_of(step)
-            tally_ballots(scratch, step, share, c)
-            wait(counters, arrive(counters))
-            elect_ballots(scratch, step, share, c)
-            wait(counters, arrive(counters))
-            lay_out_scopes(scratch, step, share, c)
-            wait(counters, arrive(counters))
+            if c.SEARCHES:
+                score_chunks(q, k, scratch, step, c)
+                wait(counters, arrive(counters))
+            if c.ATTENDS:
+                count_chunks(scratch, step, c)
+                wait(counters, arrive(counters))
+                share = share_of(step)
+                tally_ballots(scratch, step, share, c)
+                wait(counters, arrive(counters))
+                elect_ballots(scratch, step, share, c)
+                wait(counters, arrive(counters))
+                lay_out_scopes(scratch, step, share, c)
+                wait(counters, arrive(counters))
+            else:
+                merge_chunks(scratch, out_ptr, step, c)
+    if c.ATTENDS:
+        attend_to_scopes(q, k, v, out_ptr, rope, scratch, step, c)
 
+
+@triton.jit
+def attend_to_scopes(q, k, v, out_ptr, rope, scratch, step, c: tl.constexpr):
+    """Steps 7 and 8."""
+    counters = scratch.counters
     # Local parts overlap: together they are the cache from local_lo on. RELATIVE moves scopes, so that a key there has
     # one position for all chunks and is rotated once. Else there is one chunk, whose scope begins at position 0.
     _, _, first_n = chunk_at(0, step)
-    local_lo = tl.where(first_n <= step.dense_size, 0, first_n - local_size)
-    local_position = tl.minimum(local_lo, max_scope - local_size)
+    local_lo = tl.where(first_n <= step.dense_size, 0, first_n - step.local_size)
+    local_position = tl.minimum(local_lo, step.max_scope - step.local_size)
     unit = gather_local(k, v, rope, scratch, step, local_lo, local_position, c)
     gather_far(k, v, rope, scratch, step, local_lo, local_position, unit, c)
     all_arrived = arrive(counters)
@@ -146,8 +157,8 @@ def score_chunks(q, k, scratch, step, c: tl.constexpr):
 
 
 @triton.jit
-def count_chunks(scratch, step, c: tl.constexpr):
-    """Step 5: the votes of every row."""
+def merge_chunks(scratch, winner_ptr, step, c: tl.constexpr):
+    """Step 4 for other ranks to know: the winners of every row, over all slices."""
     programs = step.programs
     unit = step.program
     for chunk in range(step.chunks):
@@ -156,10 +167,31 @@ def count_chunks(scratch, step, c: tl.constexpr):
             units = tl.cdiv(num_queries * c.GROUP, c.COUNT_ROWS) * c.G
             for this in range(unit, units, programs):
                 unit = this + programs
-                g = this % c.G
-                ballot = chunk * c.BALLOTS + (g if c.BY_HEAD else 0)
-                row = (chunk * c.G + g) * step.chunk_rows
+                row = (chunk * c.G + this % c.G) * step.chunk_rows
                 first_row = row + this // c.G * c.COUNT_ROWS
+                last_row = tl.minimum(first_row + c.COUNT_ROWS, row + num_queries * c.GROUP)
+                store_winners(scratch.candidate, winner_ptr, first_row, last_row, c.COUNT_ROWS, c)
+            unit -= units
+
+
+@triton.jit
+def count_chunks(scratch, step, c: tl.constexpr):
+    """Step 5: the votes of every row."""
+    programs = step.programs
+    unit = step.program
+    for chunk in range(step.chunks):
+        _, num_queries, chunk_n = chunk_at(chunk, step)
+        if chunk_n > step.dense_size:
+            units = tl.cdiv(num_queries * c.GROUP, c.COUNT_ROWS) * c.VOTING_HEADS
+            for this in range(unit, units, programs):
+                unit = this + programs
+                g = this % c.VOTING_HEADS
+                ballot = chunk * c.BALLOTS + (g if c.BY_HEAD else 0)
+                if c.RANKS > 1:
+                    row = ((g // c.G * step.chunks + chunk) * c.G + g % c.G) * step.chunk_rows
+                else:
+                    row = (chunk * c.G + g) * step.chunk_rows
+                first_row = row + this // c.VOTING_HEADS * c.COUNT_ROWS
                 last_row = tl.minimum(first_row + c.COUNT_ROWS, row + num_queries * c.GROUP)
                 count_votes(scratch.candidate, scratch.counts + ballot * step.stride_counts,
                             scratch.num_votes + ballot * step.stride_votes, first_row, last_row, step.levels,

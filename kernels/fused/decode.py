@@ -18,7 +18,7 @@ from minirea.kernels.fused.arguments import VARYING, Heads, Rope, Softmax
 from minirea.kernels.fused.attend import attend, combine, store_partial
 from minirea.kernels.fused.memory import load_rows, of_head, prefetch_rows, prefetch_spans, slice_of
 from minirea.kernels.fused.scope import locate, select
-from minirea.kernels.fused.score import pick, score_slice
+from minirea.kernels.fused.score import pick, score_slice, store_winners
 from minirea.kernels.fused.sync import arrive, wait
 from minirea.kernels.fused.vote import sort_winners
 
@@ -78,22 +78,27 @@ def decode_kernel(
 
     if c.SELECTS:
         if not dense:
-            if program < workers:
-                score_slices(q, k, v, scratch, step, c)
+            if c.SEARCHES:
+                if program < workers:
+                    score_slices(q, k, v, scratch, step, c)
             all_arrived = arrive(scratch.counters)
-            if c.ALONE:
+            if c.ALONE and c.ATTENDS:
                 sort_winners(scratch, 0, 1, max_spans, c)
                 tl.atomic_add(scratch.counters + SORTED, 1, sem="release", scope="gpu")
+            if not c.ATTENDS:
+                if c.ALONE or program >= workers:
+                    wait(scratch.counters, all_arrived)
+                    store_winners(scratch.candidate, out_ptr, 0, c.G * c.GROUP, c.BALLOT_ROWS_PAD, c)
 
-    if program < workers:
+    if c.ATTENDS and program < workers:
         for unit in range(program, c.G * c.SLICES, workers):
             attend_slice(q, k, v, out_ptr, rope, tile_rope, scratch, step, unit % c.G, unit // c.G, all_arrived, c)
 
     # Last, since of a kernel's code only the first 64 KiB are fetched ahead, and the workers need those. The first time
     # sorts what the launch before has left: it brings the code into the cache while the workers still score.
-    if c.SELECTS and not c.ALONE:
+    if c.SELECTS and c.ATTENDS and not c.ALONE:
         if not dense and program >= workers:
-            for time in range(2):
+            for time in range(c.SORTS):
                 if time == 1:
                     wait(scratch.counters, all_arrived)
                 sort_winners(scratch, program - workers, step.selectors, max_spans, c)

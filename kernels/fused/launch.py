@@ -14,6 +14,7 @@ import triton
 
 from minirea.config import ReAttentionConfig
 from minirea.errors import InputError
+from minirea.kernels import Gather
 from minirea.kernels.fused.arguments import (
     MAX_CANDIDATES,
     ChunkScratch,
@@ -65,18 +66,39 @@ def chunk_tiles(block_d: int, itemsize: int) -> Tiles:
     return Tiles(block_m, 128 if block_d <= 128 else 64, 64, num_warps=8, num_stages=3, programs_per_sm=1)
 
 
+class Work(NamedTuple):
+    """What of a step a launch does; see Sizes."""
+
+    searches: bool = True
+    attends: bool = True
+
+
+WHOLE: Final = Work()
+SEARCH: Final = Work(attends=False)
+ATTEND: Final = Work(searches=False)
+_OF_THE_SEARCH: Final = ("block", "tag", "candidate")  # scratch
+
+
 class Layer(NamedTuple):
-    """The attention of one layer, as far as it decides how a step is launched."""
+    """The attention of one layer, as far as it decides how a step is launched.
+
+    `ranks` processes have so many heads each, which vote together.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
     config: ReAttentionConfig
+    ranks: int = 1
 
     @classmethod
-    def of(cls, q_THD: torch.Tensor, k_cache_GND: torch.Tensor, config: ReAttentionConfig) -> Layer:
-        return cls(q_THD.shape[1], k_cache_GND.shape[0], q_THD.shape[2], q_THD.dtype, config)
+    def of(
+        cls, q_THD: torch.Tensor, k_cache_GND: torch.Tensor, config: ReAttentionConfig, gather: Gather | None = None
+    ) -> Layer:
+        together = gather is not None and config.span_scope == "layer" and config.max_selected > 0
+        ranks = gather.ranks if gather is not None and together else 1
+        return cls(q_THD.shape[1], k_cache_GND.shape[0], q_THD.shape[2], q_THD.dtype, config, ranks)
 
     @property
     def group(self) -> int:
@@ -92,11 +114,15 @@ class Layer(NamedTuple):
 
     def decodes(self, num_queries: int) -> bool:
         """Whether a step takes the decode kernel."""
-        rows = self.group if self.by_head else self.num_heads
+        rows = self.group if self.by_head else self.num_heads * self.ranks
         in_registers = pad(rows) * pad(self.config.span_top_k) <= MAX_WINNERS_IN_REGISTERS
         return num_queries == 1 and (in_registers or not self.config.max_selected)
 
-    def constants(self, seq_len_in_memory: bool) -> dict[str, Any]:
+    def winners(self, num_rows: int, device: torch.device) -> torch.Tensor:
+        """Room for those of a launch that searches: int32 [rows, K_PAD]."""
+        return torch.empty(num_rows, pad(max(1, self.config.span_top_k)), dtype=torch.int32, device=device)
+
+    def constants(self, seq_len_in_memory: bool, work: Work) -> dict[str, Any]:
         """Fields of `Sizes` that both kernels have alike."""
         config = self.config
         return {
@@ -109,6 +135,9 @@ class Layer(NamedTuple):
             "RELATIVE": self.dtype != torch.float32,
             "SEQ_LEN_IN_MEMORY": seq_len_in_memory,
             "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
+            "SEARCHES": work.searches,
+            "ATTENDS": work.attends,
+            "RANKS": self.ranks if work.attends else 1,
         }
 
 
@@ -133,11 +162,11 @@ class ChunkPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def plan_decode(layer: Layer, tiles: Tiles, processors: int, seq_len_in_memory: bool) -> DecodePlan:
+def plan_decode(layer: Layer, tiles: Tiles, processors: int, seq_len_in_memory: bool, work: Work = WHOLE) -> DecodePlan:
     """Workers with a slice of one key/value head each, and a program for each ballot besides."""
-    H, G, D, _, config = layer
-    constants = layer.constants(seq_len_in_memory)
-    ballot_rows, ballots = (layer.group, G) if layer.by_head else (H, 1)
+    H, G, D, _, config, _ = layer
+    constants = layer.constants(seq_len_in_memory, work)
+    ballot_rows, ballots = (layer.group, G) if layer.by_head else (H * constants["RANKS"], 1)
     slices = max(1, min((processors - 1) // G, MAX_CANDIDATES // (pad(ballot_rows) * pad(constants["K"]))))
     workers = max(1, min(processors - 1, G * slices))
     programs = min(processors, workers + ballots)
@@ -156,7 +185,15 @@ def plan_decode(layer: Layer, tiles: Tiles, processors: int, seq_len_in_memory: 
         "selection": (torch.int64, (ballots, config.max_scope)),
         "num_far": (torch.int32, (ballots,)),
     }
-    return DecodePlan(c, programs, workers, shapes)
+    return DecodePlan(c, programs, workers, _needed(shapes, work))
+
+
+def _needed(shapes: Shapes, work: Work) -> Shapes:
+    """Scratch of a launch that does not do a whole step: of what it does not touch, one element."""
+    if work == WHOLE:
+        return shapes
+    touched = {"counters", *_OF_THE_SEARCH} if work.searches else shapes.keys() - set(_OF_THE_SEARCH)
+    return {name: (dtype, shape if name in touched else (1,)) for name, (dtype, shape) in shapes.items()}
 
 
 def chunk_slices(units: int, programs: int, most: int) -> int:
@@ -170,11 +207,18 @@ def chunk_slices(units: int, programs: int, most: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def plan_chunks(
-    layer: Layer, tiles: Tiles, programs: int, seq_len_in_memory: bool, chunks: int, chunk_size: int, capacity: int
+    layer: Layer,
+    tiles: Tiles,
+    programs: int,
+    seq_len_in_memory: bool,
+    chunks: int,
+    chunk_size: int,
+    capacity: int,
+    work: Work = WHOLE,
 ) -> ChunkPlan:
     """Sizes by the next powers of two, so that prompts of all lengths share few workspaces and kernels."""
-    _, G, D, dtype, config = layer
-    constants = layer.constants(seq_len_in_memory)
+    _, G, D, dtype, config, _ = layer
+    constants = layer.constants(seq_len_in_memory, work)
     chunks, chunk_size = pad(chunks), pad(chunk_size)
     rows = chunk_size * layer.group  # of one key/value head in a chunk
     units = chunks * G * cdiv(rows, tiles.BLOCK_M)
@@ -182,7 +226,7 @@ def plan_chunks(
     spans_pad = pad(max(1, config.max_spans))
     c = ChunkSizes(tiles, **constants, SLICES=slices, P_PAD=spans_pad, PROGRAMS_PAD=pad(programs))
     ballots = chunks * c.BALLOTS
-    levels = rows * (G // c.BALLOTS) * config.span_top_k // max(1, config.max_spans)
+    levels = rows * (c.VOTING_HEADS // c.BALLOTS) * config.span_top_k // max(1, config.max_spans)
     local_rows = config.dense_size + (chunks - 1) * chunk_size  # a dense chunk's are all
     far_rows = cdiv(config.global_size + config.max_selected, c.BLOCK_A) * c.BLOCK_A
     shapes: Shapes = {
@@ -201,7 +245,7 @@ def plan_chunks(
         "selection": (torch.int64, (ballots, config.max_scope)),
         "num_far": (torch.int32, (ballots,)),
     }
-    return ChunkPlan(c, programs, levels, local_rows, far_rows, shapes)
+    return ChunkPlan(c, programs, levels, local_rows, far_rows, _needed(shapes, work))
 
 
 def reattention_triton(
@@ -214,10 +258,11 @@ def reattention_triton(
     config: ReAttentionConfig,
     return_selection: bool = False,
     chunk_size: int | None = None,
+    gather: Gather | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
     """Arguments and results are those of `minirea.kernels.reattention`. A token or a chunk is one launch, and in half
-    precision up to MAX_CHUNKS chunks are.
+    precision up to MAX_CHUNKS chunks are; where heads elsewhere vote too, it is two, with `gather` between them.
 
     Only return_selection waits for the GPU: the scope's length decides the shape of the result. `tiles` overrides the
     tile sizes, for measurements.
@@ -235,13 +280,15 @@ def reattention_triton(
     scratch: DecodeScratch | ChunkScratch
     # A workspace belongs to the current stream of the tensors' device.
     with torch.cuda.device(q_THD.device) if q_THD.is_cuda else contextlib.nullcontext():
-        if Layer.of(q_THD, k_cache_GND, config).decodes(T):
-            scratch = launch_decode(q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, rope, config, tiles)
+        if Layer.of(q_THD, k_cache_GND, config, gather).decodes(T):
+            scratch = launch_decode(q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, rope, config, tiles, gather)
         else:
             for start, stop, size in cut(T, chunk_size or T, q_THD.dtype):
                 n = seq_len - (T - stop) if stop < T else seq_len
                 queries, outputs = q_THD[start:stop], out_THD[start:stop]
-                scratch = launch_chunks(queries, k_cache_GND, v_cache_GND, outputs, n, rope, config, tiles, size)
+                scratch = launch_chunks(
+                    queries, k_cache_GND, v_cache_GND, outputs, n, rope, config, tiles, size, gather
+                )
     if not return_selection:
         return out_THD, None
     scopes = scopes_of(scratch, int(seq_len), config)
@@ -268,31 +315,50 @@ def launch_decode(
     rope: Rope,
     config: ReAttentionConfig,
     tiles: Tiles | None = None,
+    gather: Gather | None = None,
 ) -> DecodeScratch:
     """One decode step; returns the scratch that it used."""
-    layer = Layer.of(q_1HD, k_cache_GND, config)
+    layer = Layer.of(q_1HD, k_cache_GND, config, gather)
     tiles = tiles or decode_tiles(layer.group, layer.block_d, layer.dtype.itemsize)
-    in_memory = isinstance(seq_len, torch.Tensor)
-    c, programs, workers, shapes = plan_decode(layer, tiles, num_programs(q_1HD.device, tiles), in_memory)
-    scratch = scratch_of(DecodeScratch, ("decode", tiles, layer), shapes, q_1HD.device)
-    launch(
-        decode_kernel,
-        programs,
-        q_1HD.device,
-        q=queries(q_1HD),
-        k=Heads(k_cache_GND, *k_cache_GND.stride()),
-        v=Heads(v_cache_GND, *v_cache_GND.stride()),
-        out_ptr=out_1HD,
-        rope=rope,
-        scratch=scratch,
-        seq_len=seq_len,
-        workers=workers,
-        **varying_sizes(config),
-        num_positions=rope.cos_ptr.shape[0],
-        c=c,
-        num_warps=tiles.num_warps,
-    )
-    return scratch
+    in_memory, device = isinstance(seq_len, torch.Tensor), q_1HD.device
+
+    def do(work: Work, out: torch.Tensor, winners: torch.Tensor | None = None) -> DecodeScratch:
+        c, programs, workers, shapes = plan_decode(layer, tiles, num_programs(device, tiles), in_memory, work)
+        scratch: DecodeScratch = scratch_of(DecodeScratch, ("decode", tiles, layer, *work), shapes, device)
+        launch(
+            decode_kernel,
+            programs,
+            device,
+            q=queries(q_1HD),
+            k=Heads(k_cache_GND, *k_cache_GND.stride()),
+            v=Heads(v_cache_GND, *v_cache_GND.stride()),
+            out_ptr=out,
+            rope=rope,
+            scratch=scratch if winners is None else scratch._replace(candidate=winners),
+            seq_len=seq_len,
+            workers=workers,
+            **varying_sizes(config),
+            num_positions=rope.cos_ptr.shape[0],
+            c=c,
+            num_warps=tiles.num_warps,
+        )
+        return scratch
+
+    return in_parts(do, layer, layer.num_heads, out_1HD, gather)
+
+
+def in_parts(do: Any, layer: Layer, num_rows: int, out: torch.Tensor, gather: Gather | None) -> Any:
+    """A step as one launch, or where other ranks have heads that vote too, as two around `gather`.
+
+    Args:
+        do: (work, where its result goes, winners that it takes) -> scratch.
+        num_rows: whose winners a launch leaves.
+    """
+    if gather is None or layer.ranks == 1:
+        return do(WHOLE, out)
+    winners = layer.winners(num_rows, out.device)
+    do(SEARCH, winners)
+    return do(ATTEND, out, gather(winners))
 
 
 def launch_chunks(
@@ -305,39 +371,44 @@ def launch_chunks(
     config: ReAttentionConfig,
     tiles: Tiles | None,
     chunk_size: int,
+    gather: Gather | None = None,
 ) -> ChunkScratch:
     """Chunks of chunk_size queries, the last of which may be shorter; returns the scratch that they used."""
-    T, N = q_THD.shape[0], k_cache_GND.shape[1]
-    layer = Layer.of(q_THD, k_cache_GND, config)
+    (T, H, _), N, device = q_THD.shape, k_cache_GND.shape[1], q_THD.device
+    layer = Layer.of(q_THD, k_cache_GND, config, gather)
     tiles = tiles or chunk_tiles(layer.block_d, layer.dtype.itemsize)
     chunks, in_memory = cdiv(T, chunk_size), isinstance(seq_len, torch.Tensor)
-    plan = plan_chunks(layer, tiles, num_programs(q_THD.device, tiles), in_memory, chunks, chunk_size, N)
-    key = ("chunks", tiles, layer, pad(chunks), pad(chunk_size), pad(N))
-    scratch = scratch_of(ChunkScratch, key, plan.scratch, q_THD.device)
-    launch(
-        chunk_kernel,
-        plan.programs,
-        q_THD.device,
-        q=queries(q_THD),
-        k=Heads(k_cache_GND, *k_cache_GND.stride()),
-        v=Heads(v_cache_GND, *v_cache_GND.stride()),
-        out_ptr=out_THD,
-        rope=rope,
-        scratch=scratch,
-        stride_counts=scratch.counts.stride(0),
-        stride_votes=scratch.num_votes.stride(0),
-        seq_len=seq_len,
-        T=T,
-        chunks=chunks,
-        chunk_size=chunk_size,
-        levels=plan.levels,
-        local_rows=plan.local_rows,
-        far_rows=plan.far_rows,
-        **varying_sizes(config),
-        c=plan.c,
-        num_warps=tiles.num_warps,
-    )
-    return scratch
+
+    def do(work: Work, out: torch.Tensor, winners: torch.Tensor | None = None) -> ChunkScratch:
+        plan = plan_chunks(layer, tiles, num_programs(device, tiles), in_memory, chunks, chunk_size, N, work)
+        key = ("chunks", tiles, layer, pad(chunks), pad(chunk_size), pad(N), *work)
+        scratch: ChunkScratch = scratch_of(ChunkScratch, key, plan.scratch, device)
+        launch(
+            chunk_kernel,
+            plan.programs,
+            device,
+            q=queries(q_THD),
+            k=Heads(k_cache_GND, *k_cache_GND.stride()),
+            v=Heads(v_cache_GND, *v_cache_GND.stride()),
+            out_ptr=out,
+            rope=rope,
+            scratch=scratch if winners is None else scratch._replace(candidate=winners),
+            stride_counts=scratch.counts.stride(0),
+            stride_votes=scratch.num_votes.stride(0),
+            seq_len=seq_len,
+            T=T,
+            chunks=chunks,
+            chunk_size=chunk_size,
+            levels=plan.levels,
+            local_rows=plan.local_rows,
+            far_rows=plan.far_rows,
+            **varying_sizes(config),
+            c=plan.c,
+            num_warps=tiles.num_warps,
+        )
+        return scratch
+
+    return in_parts(do, layer, chunks * chunk_size * H, out_THD, gather)
 
 
 def queries(q_THD: torch.Tensor) -> Heads:
@@ -412,9 +483,11 @@ def scratch_bytes(layer: Layer, capacity: int, steps: Iterable[tuple[int, int]],
     """Bytes of scratch that steps keep on one stream; see `minirea.kernels`."""
     lengths = [(T, chunk_size) for longest, chunk_size in steps for T in range(1, longest + 1)]
     scratches = []
+    works = (WHOLE,) if layer.ranks == 1 else (SEARCH, ATTEND)
     if any(layer.decodes(T) for T, _ in lengths):
         tiles = decode_tiles(layer.group, layer.block_d, layer.dtype.itemsize)
-        scratches.append(plan_decode(layer, tiles, num_programs(device, tiles), True).scratch)
+        programs = num_programs(device, tiles)
+        scratches += [plan_decode(layer, tiles, programs, True, work).scratch for work in works]
     tiles = chunk_tiles(layer.block_d, layer.dtype.itemsize)
     launches = {
         (pad(cdiv(stop - start, size)), pad(size))
@@ -423,8 +496,9 @@ def scratch_bytes(layer: Layer, capacity: int, steps: Iterable[tuple[int, int]],
         for start, stop, size in cut(T, chunk_size, layer.dtype)
     }
     for chunks, chunk_size in launches:
-        plan = plan_chunks(layer, tiles, num_programs(device, tiles), True, chunks, chunk_size, capacity)
-        scratches.append(plan.scratch)
+        sizes = chunks, chunk_size, capacity
+        programs = num_programs(device, tiles)
+        scratches += [plan_chunks(layer, tiles, programs, True, *sizes, work).scratch for work in works]
     own = [size for scratch in scratches for name, size in scratch.items() if name not in PASSING]
     shared = {(name, size) for scratch in scratches for name, size in scratch.items() if name in PASSING}
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in [*own, *(size for _, size in shared)])

@@ -1,6 +1,7 @@
 """Section 3, steps 3 and 4: for every query row the best keys of the middle, exact and with ties settled."""
 
 # mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: RET505  (an `if` on constants is decided at compile time only with its `else`)
 
 from __future__ import annotations
 
@@ -128,3 +129,23 @@ def merge(candidate_ptr, first_row, last_row, ROWS: tl.constexpr, c: tl.constexp
     )
     winner = position_of(take_best(packed, c.K, c.K_PAD))
     return tl.where(winner < 0, NOWHERE, winner)
+
+
+@triton.jit
+def winners_of(candidate_ptr, first_row, last_row, ROWS: tl.constexpr, c: tl.constexpr):
+    """`merge`, or what a launch that searched has left of it in the candidates' place."""
+    if c.SEARCHES:
+        return merge(candidate_ptr, first_row, last_row, ROWS, c)
+    else:
+        rows = first_row + tl.arange(0, ROWS)
+        ptrs = candidate_ptr + rows.to(tl.int64)[:, None] * c.K_PAD + tl.arange(0, c.K_PAD)[None, :]
+        return tl.load(ptrs, mask=(rows < last_row)[:, None], other=NOWHERE)
+
+
+@triton.jit
+def store_winners(candidate_ptr, winner_ptr, first_row, last_row, ROWS: tl.constexpr, c: tl.constexpr):
+    """Leave the winners of rows [first_row, last_row) for `winners_of`."""
+    winner = merge(candidate_ptr, first_row, last_row, ROWS, c)
+    rows = first_row + tl.arange(0, ROWS)
+    ptrs = winner_ptr + rows.to(tl.int64)[:, None] * c.K_PAD + tl.arange(0, c.K_PAD)[None, :]
+    tl.store(ptrs, winner, mask=(rows < last_row)[:, None])

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from minirea.kernels.fused.order import NOWHERE
-from minirea.kernels.fused.score import merge
+from minirea.kernels.fused.score import winners_of
 
 
 @triton.jit
@@ -48,9 +48,10 @@ def sort(kept, sorted_ptr, num_kept_ptr, W_PAD: tl.constexpr):
 
 @triton.jit
 def sort_winners(scratch, first_ballot, step, max_spans, c: tl.constexpr):
-    """`merge`, `vote` and `sort` for every step-th ballot of a decode step."""
+    """`winners_of`, `vote` and `sort` for every step-th ballot of a decode step."""
     for ballot in range(first_ballot, c.BALLOTS, step):
-        winner = merge(scratch.candidate, ballot * c.BALLOT_ROWS, (ballot + 1) * c.BALLOT_ROWS, c.BALLOT_ROWS_PAD, c)
+        rows = ballot * c.BALLOT_ROWS
+        winner = winners_of(scratch.candidate, rows, rows + c.BALLOT_ROWS, c.BALLOT_ROWS_PAD, c)
         kept = tl.reshape(winner, [c.W_PAD])
         if c.VOTES:
             kept = vote(kept, max_spans, c.W_PAD)
@@ -66,7 +67,7 @@ def count_votes(candidate_ptr, counts_ptr, num_votes_ptr, first_row, last_row, l
     so many votes. The votes of all programs would add to the same few of these numbers one after the other, so the
     lowest BINS levels are counted here first.
     """
-    winner = merge(candidate_ptr, first_row, last_row, c.COUNT_ROWS, c)
+    winner = winners_of(candidate_ptr, first_row, last_row, c.COUNT_ROWS, c)
     cast = winner != NOWHERE
     level = tl.atomic_add(counts_ptr + winner, 1, mask=cast, sem="relaxed") + 1
     level = tl.where(cast, level, levels + 1)

@@ -1,0 +1,114 @@
+"""Steps of several ranks, one rank after the other in one process: `python -m pytest -m interpret`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import Case, as_list, make_case, random_case, rope_table
+
+from minirea.kernels import Gather, ReAttentionConfig, reattention
+from minirea.kernels.fused import launch
+
+
+class _NotYetGathered(Exception):  # noqa: N818
+    pass
+
+
+def on_ranks(case: Case, ranks: int, impl: str, **options: Any) -> list[Any]:
+    """What `reattention` returns on each rank. All go up to where they gather, then all go on from there."""
+    gathered: list[torch.Tensor] = []
+    while True:
+        found, given = [], []
+        for rank in range(ranks):
+            calls = iter(range(99))
+
+            def rows(x: torch.Tensor, calls: Any = calls, given: Any = given) -> torch.Tensor:
+                if (call := next(calls)) < len(gathered):
+                    return gathered[call].clone()
+                given.append(x.clone())
+                raise _NotYetGathered
+
+            q, k, v = (x.chunk(ranks, dim)[rank] for x, dim in ((case.q, 1), (case.k_cache, 0), (case.v_cache, 0)))
+            part = replace(case, q=q, k_cache=k, v_cache=v)
+            try:
+                found.append(reattention(*part.arguments(), impl=impl, gather=Gather(rows, ranks), **options))
+            except _NotYetGathered:
+                continue
+        if not given:
+            return found
+        assert len(given) == ranks, "some ranks gather where others do not"
+        gathered.append(torch.cat(given))
+
+
+def check(case: Case, ranks: int, impls: tuple[str, ...] = ("triton", "torch")) -> None:
+    """Output and selection are those of one launch for all heads, bit for bit."""
+    for impl in impls:
+        expected_THD, expected = reattention(*case.arguments(), impl=impl, return_selection=True)
+        found = on_ranks(case, ranks, impl, return_selection=True)
+        assert torch.equal(torch.cat([out for out, _ in found], 1), expected_THD)
+        scopes = [as_list(selection) for _, selection in found]
+        if case.config.span_scope == "kv_head":
+            scopes = [[scope for part in scopes for scope in part]]
+        for selection in scopes:
+            assert [s.tolist() for s in selection] == [s.tolist() for s in as_list(expected)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_steps_are_those_of_one_launch(seed: int) -> None:
+    """Heads are doubled, so that they can be dealt out; beyond what a decode step sorts in registers, too."""
+    case = random_case(seed, head_dims=(8, 16))
+    doubled = {
+        name: torch.cat([x, x.roll(1, -1)], dim)
+        for name, x, dim in (("q", case.q, 1), ("k_cache", case.k_cache, 0), ("v_cache", case.v_cache, 0))
+    }
+    check(replace(case, **doubled), 2)
+
+
+def test_lengths_around_dense_size() -> None:
+    config = ReAttentionConfig(3, 8, 4, 4, 3, dense_size=50)
+    for dtype, ranks, n, T in (
+        (torch.float32, 2, 49, 1),
+        (torch.float16, 4, 51, 1),
+        (torch.float16, 2, 100, 1),
+        (torch.float32, 4, 52, 5),
+        (torch.float16, 2, 100, 3),
+    ):
+        check(make_case(config, n, T=T, H=8, G=4, dtype=dtype, seed=n + T), ranks, ("triton",))
+
+
+def test_heads_that_vote_alone_gather_nothing() -> None:
+    config = ReAttentionConfig(3, 8, 4, 4, 3, span_scope="kv_head")
+    for T in (1, 3):
+        check(make_case(config, 60, T=T, H=4, G=2), 2)
+
+
+def test_chunks_that_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two launches, in one of which some are dense; the length is read from memory as in a captured step."""
+    monkeypatch.setattr(launch, "MAX_CHUNKS", 2)
+    case = make_case(ReAttentionConfig(3, 8, 2, 4, 4, dense_size=40), 46, T=11, H=4, G=2, dtype=torch.float16)
+    case.cos, case.sin = rope_table(60, 16)
+    expected_THD = reattention(*case.arguments(), impl="triton", chunk_size=3)
+    in_memory = replace(case, seq_len=torch.tensor([46], dtype=torch.int32))  # type: ignore[arg-type]
+    found = on_ranks(in_memory, 2, "triton", chunk_size=3)
+    assert torch.equal(torch.cat(found, 1), expected_THD)
+
+
+def test_equal_votes_across_ranks_go_to_the_lowest_key() -> None:
+    """All keys have the same score for all heads, or each head of each rank its own favourite."""
+    config = ReAttentionConfig(1, 4, 3, 2, 5)
+    for T in (1, 3):
+        case = make_case(config, 90, T=T, H=4, G=4)
+        case.k_cache[:, :90] = 0.0
+        check(case, 4)
+        for g in range(4):
+            case.k_cache[g, 70 - 20 * g : 90 : 7] = case.q[0, g]
+        check(case, 2)
+
+
+def test_as_many_winners_as_a_decode_step_sorts_and_more() -> None:
+    """What is sorted in registers is decided by the heads of all ranks, as on one device."""
+    for num_heads in (32, 40):
+        check(make_case(ReAttentionConfig(2, 8, 4, 4, 5), 100, H=num_heads, G=4, D=8, largest=3), 4, ("triton",))
