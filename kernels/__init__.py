@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 
@@ -21,6 +22,7 @@ __all__ = [
     "Gather",
     "ReAttentionConfig",
     "decode_kernels",
+    "peer_kernels",
     "prefill_kernels",
     "reattention",
     "resolve_impl",
@@ -31,7 +33,8 @@ __all__ = [
 CACHE_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Gather(NamedTuple):
+@dataclass(frozen=True)
+class Gather:
     """How the vote of a layer reaches heads that other processes have.
 
     `rows` returns those of all processes [ranks * M, ...], in the same order everywhere, from this one's [M, ...].
@@ -166,6 +169,13 @@ def decode_kernels() -> ModuleType:
     from minirea.kernels.steps import matvec  # imports triton
 
     return matvec
+
+
+def peer_kernels() -> ModuleType:
+    """What ranks that reach each other's memory exchange in a decode step with impl "triton"."""
+    from minirea.kernels.steps import peers  # imports triton
+
+    return peers
 
 
 @functools.cache

@@ -26,7 +26,6 @@ from minirea.errors import InputError, MissingFileError
 from minirea.files import is_there, read_start
 from minirea.generate import GenerationConfig, Piece, Stats
 from minirea.isolation import isolated
-from minirea.kernels import Gather
 from minirea.leader import Leader, SharedCache
 from minirea.memory import MemoryPlan, human
 from minirea.model import Model
@@ -258,10 +257,10 @@ class ModelFiles(_Encoder):
     def _load(self, progress: bool, ranks: Ranks | None = None) -> Model:
         """This rank's part, or all of the model."""
         attention, dtype, device = self.attention, self.dtype, self.attention.device
-        if ranks is not None:
-            attention.gather = Gather(ranks.all_gather, ranks.size)
         weights = load_weights(self.path, attention.model, device, dtype, progress, keeps_half(dtype, device))
-        return Model(attention.model, weights, attention, progress, ranks)
+        model = Model(attention.model, weights, attention, progress, ranks)
+        attention.gather = model.gather
+        return model
 
 
 class LLM(_Encoder):
@@ -307,7 +306,7 @@ class LLM(_Encoder):
         config, old = self.model.config, self.model.attention
         scope = _scope(config, attention, reattention_fields, allow_out_of_distribution)
         model = copy.copy(self.model)
-        model.attention = Attention(config, attention, scope, old.impl, old.device, old.gather)
+        model.attention = Attention(config, attention, scope, old.impl, old.device, model.gather)
         if isinstance(model.ranks, Leader):
             number = model.ranks.new_id()
             with model.ranks.asking("vary", number, self.model.id, (attention, scope, old.impl)):

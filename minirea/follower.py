@@ -160,6 +160,7 @@ class Follower:
 
         model = copy.copy(self.models[old])
         model.attention = self._attention(model.config, *attention)
+        model.attention.gather = model.gather
         self.models[number] = model
 
     def allocate(self, number: int, model: int, capacity: int) -> None:
@@ -196,8 +197,6 @@ class Follower:
 
     def _attention(self, config: ModelConfig, mode: str, scope: ReAttentionConfig, impl: str) -> Any:
         from minirea.attention import Attention
-        from minirea.kernels import Gather
 
         part = config if config.part else config.of_rank(self.ranks.rank, self.ranks.size)
-        gather = Gather(self.ranks.all_gather, self.ranks.size)
-        return Attention(part, mode, scope, impl, self.ranks.device, gather)
+        return Attention(part, mode, scope, impl, self.ranks.device)

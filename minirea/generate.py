@@ -368,4 +368,7 @@ def _complete(stats: Stats, model: Model, cache: KVCache, ids: list[int]) -> Non
 
 def _last_scope(model: Model, cache: KVCache, last_id: int) -> Iterator[dict[str, int]]:
     """Attention.scope of the last token in the cache."""
-    yield model.attention.scope(cache, model.first_query(last_id))
+    scope = model.attention.scope(cache, model.first_query(last_id))
+    if model.ranks is not None:
+        model.ranks.meet()  # before a step uses the room again in which winners were gathered
+    yield scope

@@ -43,6 +43,7 @@ _FOLLOWER: Final = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from minirea.follower import spawned; spawned(*sys.argv[2:])"
 )
+_EVERY_TURN: Final = 2**31 - 1  # a flag for which no kernel waits
 _FileStore: Any = dist.FileStore  # type: ignore[attr-defined]
 # Seconds. Followers end at once; these only bound how long one that the system holds on to is waited for.
 _GRACE: Final = 10.0
@@ -288,6 +289,9 @@ class Leader(Ranks):
     def _wake(self, error: RankError) -> None:
         """On a GPU a collective without its peers, and what waits for it, would never end."""
         with contextlib.suppress(Exception):
+            with torch.cuda.stream(torch.cuda.Stream(self.device)):
+                for flags in self.flags:
+                    flags.fill_(_EVERY_TURN)
             _abort()
         if self._stepping:
             deadline = time.monotonic() + _GRACE

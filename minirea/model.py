@@ -5,6 +5,7 @@ Shapes: T tokens of this step, E model width, F MLP width, H query heads, G key/
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,7 @@ from minirea.attention import Attention, Step
 from minirea.cache import KVCache
 from minirea.config import ModelConfig
 from minirea.cpu import prepare
-from minirea.kernels import prefill_kernels
+from minirea.kernels import Gather, prefill_kernels
 from minirea.linear import Matrix, add_linear, linear, norm_linear
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Model:
         self.config = config
         self.attention = attention
         self.ranks = ranks
+        self.peers = ranks.open_peers(config) if ranks is not None and attention.impl == "triton" else None
         self.id = 0  # under which other ranks know it
         self.kernels = prefill_kernels(attention.impl)
         if weights["norm.weight"].is_cpu:
@@ -69,6 +71,16 @@ class Model:
         self.norm: Tensor = weights["norm.weight"]  # [E]
         self.head: Matrix = weights["head.weight"]  # [V, E]
         self.layers = [_layer(weights, index) for index in range(config.num_layers)]
+
+    @property
+    def gather(self) -> Gather | None:
+        """How its layers' votes reach the heads of other ranks."""
+        if self.ranks is None:
+            return None
+        rows = self.ranks.all_gather
+        if self.peers is not None:
+            rows = functools.partial(self.peers.gather_winners, otherwise=rows)
+        return Gather(rows, self.ranks.size)
 
     @property
     def dtype(self) -> torch.dtype:

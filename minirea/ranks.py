@@ -15,7 +15,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -23,12 +24,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirea.config import Part
-from minirea.errors import InputError, RankError
+from minirea.config import ModelConfig, Part
+from minirea.errors import InputError, MinireaWarning, RankError
+from minirea.kernels import peer_kernels
 from minirea.sampling import Sampler
 
 # An idle rank waits for the next step inside no collective, but a stopped process may keep the others there.
 _FOREVER: Final = datetime.timedelta(days=365)
+# Of a rank in a decode step; more go like those of a prompt.
+MOST_WINNERS: Final = 1024
 ADDRESS: Final = "leader"  # under which the leader says in the store where to call it
 
 
@@ -52,6 +56,7 @@ class Ranks:
 
     def __init__(self, rank: int, size: int, device: torch.device, store: Any) -> None:
         self.rank, self.size, self.device = rank, size, device
+        self.flags: list[Tensor] = []  # for which other ranks' kernels may wait
         backend = "nccl" if device.type == "cuda" else "gloo"
         where: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
         with _over_loopback():
@@ -78,6 +83,35 @@ class Ranks:
             dist.broadcast(x, 0)
         return x
 
+    def meet(self) -> None:
+        """Nothing that a rank is given after this begins before all ranks have done what they were given before it."""
+        self.all_reduce(torch.zeros(1, device=self.device))
+
+    def open_peers(self, config: ModelConfig) -> Peers | None:
+        """Rooms for the decode steps of a model; None where there are none, and what is small goes like the large.
+
+        Every rank calls it, and all get rooms or none does.
+        """
+        if self.device.type != "cuda":
+            return None
+        devices = range(torch.cuda.device_count())
+        reached = all(
+            torch.cuda.can_device_access_peer(a, b)
+            for a in devices[: self.size]
+            for b in devices[: self.size]
+            if a != b
+        )
+        if not reached:
+            about = "these GPUs do not reach each other's memory (no NVLink, or no peer access over PCIe)"
+            warnings.warn(f"{about}: their sums go through NCCL, which takes longer", MinireaWarning, stacklevel=3)
+        opened = torch.zeros(1, device=self.device)
+        peers = None
+        with contextlib.suppress(Exception):
+            if reached:
+                peers = Peers.open(self, config)
+                opened += 1
+        return peers if int(self.all_reduce(opened)) == self.size else None
+
     def gather_logits(self, logits_TV: Tensor, part: Part) -> Tensor:
         """The logits of the whole vocabulary, [T, V], from each rank's rows of the head."""
         T, each = len(logits_TV), part.logits_each
@@ -91,6 +125,55 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise LostRankError(f"rank {self.rank} lost contact with another: {error}") from None
+
+
+class Peers(NamedTuple):
+    """Rooms of one model in memory that all its ranks reach; see minirea.kernels.steps.peers."""
+
+    sums: Any
+    winners: Any
+    logits: Any
+
+    @classmethod
+    def open(cls, ranks: Ranks, config: ModelConfig) -> Peers:
+        """Every rank calls it. Raises whatever torch raises where it has no such memory for these devices."""
+        import torch.distributed._symmetric_memory as symmetric
+
+        kernels, part = peer_kernels(), config.part
+        assert part is not None
+        numbers = {
+            "sums": 2 * config.hidden_size,
+            "winners": ranks.size * MOST_WINNERS,
+            "logits": ranks.size * part.logits_each,
+        }
+        each = kernels.MAX_PROGRAMS * ranks.size  # flags of a room
+        total = sum(numbers.values()) + len(numbers) * each
+        memory = symmetric.empty(total, dtype=torch.int32, device=ranks.device)
+        world = dist.group.WORLD
+        assert world is not None
+        handle = symmetric.rendezvous(memory, world)
+        memory.zero_()
+        bases = [handle.get_buffer(rank, (total,), torch.int32).data_ptr() for rank in range(ranks.size)]
+
+        def addresses(first: int) -> Tensor:
+            return torch.tensor([base + 4 * first for base in bases], dtype=torch.int64, device=ranks.device)
+
+        rooms, first = {}, 0
+        for name, count in numbers.items():
+            flags = first + count
+            turns = torch.zeros(kernels.MAX_PROGRAMS, dtype=torch.int32, device=ranks.device)
+            own = memory[first:flags]
+            rooms[name] = kernels.Room(own, addresses(first), addresses(flags), turns, ranks.rank)
+            ranks.flags.append(memory[flags : flags + each])
+            first = flags + each
+        return cls(**rooms)
+
+    def gather_winners(self, x: Tensor, otherwise: Callable[[Tensor], Tensor]) -> Tensor:
+        """The winners of all ranks, those of a decode step through the room."""
+        if x.dtype != torch.int32 or x.numel() > MOST_WINNERS:
+            return otherwise(x)
+        gathered: Tensor = peer_kernels().gather(x, self.winners)
+        return gathered
 
 
 class SharedSampler:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from minirea.attention import Attention
 from minirea.cache import KVCache
-from minirea.kernels import decode_kernels
+from minirea.kernels import decode_kernels, peer_kernels
+from minirea.linear import Matrix
 from minirea.model import Model
 from minirea.ranks import SharedSampler
 from minirea.sampling import Sampler, SamplingConfig
@@ -120,7 +121,9 @@ class DecodeStep:
         self.x_E = torch.empty(c.hidden_size, dtype=model.dtype, device=device)
         self.q_1HD = torch.empty(1, c.num_heads, c.head_dim, dtype=model.dtype, device=device)
         self.act_F = torch.empty(c.mlp_size, dtype=model.dtype, device=device)
-        self.logits_V = torch.empty(c.vocab_size, dtype=torch.float32, device=device)
+        # Of several ranks: this one's rows of the head, as many as every rank gives to all.
+        self.logits_V = torch.zeros(c.part.logits_each if c.part else c.vocab_size, dtype=torch.float32, device=device)
+        self.sums = RankSums(model) if model.ranks else None
         self.best = self.kernels.BestTokenWorkspace.on(device)
 
     def run(self) -> None:
@@ -133,14 +136,57 @@ class DecodeStep:
                 x_E, layer.attn_norm, layer.qkv, layer.qkv_bias, eps, self.seq_len, self.q_1HD[0], k_GND, v_GND
             )
             out_1HD = model.attention.over_cache(i, self.q_1HD, self.cache, self.step)
-            kernels.add_product(out_1HD.view(-1), layer.o, layer.o_bias, x_E)
+            self._add_product(out_1HD.view(-1), layer.o, layer.o_bias)
             kernels.norm_gate_up(x_E, layer.mlp_norm, layer.gate_up, layer.gate_up_bias, eps, self.act_F)
-            kernels.add_product(self.act_F, layer.down, layer.down_bias, x_E)
-        kernels.norm_logits(x_E, model.norm, model.head, eps, self.logits_V)
+            self._add_product(self.act_F, layer.down, layer.down_bias)
+        kernels.norm_logits(x_E, model.norm, model.head, eps, self.logits_V[: len(model.config.head_rows)])
+        logits_V = self.logits_V if self.sums is None else self.sums.all_logits(self.logits_V)
         if self.sampler.takes_best:
-            kernels.best_token(self.logits_V, self.best, self.token)
+            kernels.best_token(logits_V, self.best, self.token)
         else:
-            self.token.copy_(self.sampler(self.logits_V))
+            self.token.copy_(self.sampler(logits_V))
+
+    def _add_product(self, x_K: Tensor, matrix_EK: Matrix, bias_E: Tensor | None) -> None:
+        """x += the product; of several ranks, the sum of theirs."""
+        if self.sums is None:
+            self.kernels.add_product(x_K, matrix_EK, bias_E, self.x_E)
+        else:
+            self.kernels.add_product(x_K, matrix_EK, bias_E, self.sums.partial_E)
+            self.sums.add_to(self.x_E)
+
+
+class RankSums:
+    """What the ranks of a decode step add up and put together, in memory that they reach, or by torch.distributed.
+
+    Where there are rooms, they are used in turns: a step makes an even number of sums.
+    """
+
+    def __init__(self, model: Model) -> None:
+        assert model.ranks is not None
+        self.ranks, self.peers, self.vocab_size = model.ranks, model.peers, model.config.vocab_size
+        self.turn, E = 0, model.config.hidden_size
+        own = self.peers.sums.own if self.peers else torch.zeros(2 * E, dtype=torch.int32, device=model.device)
+        self._partials_2E = own.view(torch.float32).view(2, E)
+
+    @property
+    def partial_E(self) -> Tensor:  # noqa: N802
+        """float32, zero; takes this rank's part of the next sum."""
+        return self._partials_2E[self.turn]
+
+    def add_to(self, x_E: Tensor) -> None:
+        """x += the partial sums of all ranks, to the bit the same on all of them."""
+        if self.peers is None:
+            x_E += self.ranks.all_reduce(self.partial_E)
+            self.partial_E.zero_()
+            return
+        peer_kernels().add_sums(x_E, self.peers.sums, self.turn)
+        self.turn = 1 - self.turn
+
+    def all_logits(self, logits_V: Tensor) -> Tensor:
+        """Those of the whole vocabulary, from as many of each rank."""
+        if self.peers is None:
+            return self.ranks.all_gather(logits_V)[: self.vocab_size]
+        return peer_kernels().gather(logits_V, self.peers.logits)[: self.vocab_size]
 
 
 @torch.inference_mode()

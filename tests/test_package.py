@@ -37,7 +37,7 @@ ALLOWED = {
     "minirea.cpu": {"config", "kernels", "threads"},
     "minirea.plan": {"attention", "cache", "config", "cpu", "kernels", "memory", "weights"},
     "minirea.linear": {"cpu"},
-    "minirea.ranks": {"config", "errors", "sampling"},
+    "minirea.ranks": {"config", "errors", "kernels", "sampling"},
     "minirea.model": {"kernels", "attention", "cache", "config", "cpu", "linear", "ranks"},
     "minirea.leader": {"cache", "errors", "model", "ranks", "threads"},
     "minirea.follower": {
@@ -45,7 +45,7 @@ ALLOWED = {
     },
     "minirea.observer": {"attention", "cache", "kernels", "model", "rope"},
     "minirea.sources": {"cache", "isolation", "model", "observer", "tokenizer"},
-    "minirea.steps": {"kernels", "attention", "model", "cache", "ranks", "sampling"},
+    "minirea.steps": {"kernels", "attention", "linear", "model", "cache", "ranks", "sampling"},
     "minirea.graph": {"steps", "model", "cache", "ranks", "sampling"},
     "minirea.progress": {"config"},
     "minirea.context": {"cache", "config", "errors", "files", "threads", "weights"},

@@ -1,0 +1,197 @@
+"""Decode steps of ranks, in Triton's interpreter: `python -m pytest -m interpret`."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from testing import random_ids, tiny_model, write_checkpoint
+
+import minirea
+from minirea.attention import Attention
+from minirea.cache import KVCache
+from minirea.kernels.steps import peers
+from minirea.model import Model, _layer
+from minirea.sampling import Sampler, SamplingConfig
+from minirea.steps import DecodeStep, PromptStep
+from minirea.weights import load_weights
+
+SCOPE = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5, "chunk_size": 16}
+SCOPE |= {"dense_size": 28}
+SMALL = {"hidden_size": 32, "intermediate_size": 22, "vocab_size": 41, "head_dim": 8, "num_key_value_heads": 2}
+CPU = torch.device("cpu")
+
+
+class ThreadRanks:
+    """Ranks that are threads of one process. One at a time computes; all wait where they exchange."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.device, self.given = size, CPU, [torch.empty(0)] * size
+        self.barrier, self.turn = threading.Barrier(size), threading.RLock()
+        self.local = threading.local()
+
+    def exchange(self, x: torch.Tensor) -> list[torch.Tensor]:
+        self.turn.release()
+        self.given[self.local.rank] = x.clone()
+        self.barrier.wait()
+        found = list(self.given)
+        self.barrier.wait()
+        self.turn.acquire()
+        return found
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x.copy_(torch.stack(self.exchange(x)).sum(0))
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat(self.exchange(x))
+
+    def open_peers(self, config: Any) -> None:
+        del config
+
+    def run(self, work: Any) -> list[Any]:
+        """work(rank) of every rank."""
+        results: list[Any] = [None] * self.size
+
+        def one(rank: int) -> None:
+            self.local.rank = rank
+            with self.turn, torch.inference_mode():
+                try:
+                    results[rank] = work(rank)
+                except BaseException:
+                    self.barrier.abort()
+                    raise
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+
+def part_of_model(directory: Path, llm: minirea.LLM, ranks: ThreadRanks, rank: int) -> Model:
+    """A rank's part of the model of `llm`, with impl "triton", its matrices by rows as a GPU has them."""
+    config = llm.config.of_rank(rank, ranks.size)
+    attention = Attention(config, "reattention", llm.model.attention.config, "triton", CPU)
+    model = Model(config, load_weights(directory, config, CPU, torch.float32), attention, ranks=ranks)  # type: ignore[arg-type]
+    weights = load_weights(directory, config, CPU, torch.float32)
+    model.layers = [_layer(weights, index) for index in range(config.num_layers)]
+    model.embed, model.head = weights["embed.weight"], weights["head.weight"]
+    attention.gather = model.gather
+    return model
+
+
+def test_ranks_decode_what_one_process_does(tmp_path: Path) -> None:
+    """A prompt in a step of chunks, then tokens, in launches that are split around the vote; biases are added once."""
+    directory = write_checkpoint(tmp_path, tiny_model(**SMALL | {"attention_bias": True, "mlp_bias": True}))
+    llm, ids, ranks = minirea.load(directory, **SCOPE, tail_size=0), random_ids(41, 41), ThreadRanks(2)
+
+    def decode(rank: int) -> list[int]:
+        model = part_of_model(directory, llm, ranks, rank)
+        cache = KVCache(model.config, 44, model.attention.dense_limit, CPU, torch.float32)
+        prompt = PromptStep(model, cache, 40, 16)
+        prompt.set(torch.tensor(ids[:-1]))
+        prompt.run()
+        cache.seq_len = 40
+        step = DecodeStep(model, cache, ids[-1], Sampler(SamplingConfig(), ids, 41, CPU))
+        found = []
+        for _ in range(3):
+            step.run()
+            found.append(int(step.token))
+        return found
+
+    expected = llm.generate(ids, max_tokens=3, ignore_eos=True)
+    assert ranks.run(decode) == [expected.token_ids] * 2
+
+
+# The kernels that reach other ranks' memory: each rank a process, on memory that they share at equal addresses.
+
+
+def on_processes(ranks: int, work: Any) -> None:
+    """work(rank) in forked processes at once; one that fails ends the others."""
+    context = multiprocessing.get_context("fork")
+    running = [context.Process(target=work, args=(rank,)) for rank in range(ranks)]
+    for process in running:
+        process.start()
+    waiting = {process.sentinel: process for process in running}
+    try:
+        while waiting:
+            for sentinel in connection.wait(list(waiting)):
+                process = waiting.pop(sentinel)
+                process.join()
+                assert process.exitcode == 0
+    finally:
+        for process in running:
+            process.kill()
+            process.join()
+
+
+def shared(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype).share_memory_()
+
+
+_flags: list[torch.Tensor] = []  # which rooms reach by their addresses alone
+
+
+def rooms(ranks: int, elements: int) -> list[peers.Room]:
+    own, flags = ([shared(n) for _ in range(ranks)] for n in (elements, peers.MAX_PROGRAMS * ranks))
+    _flags.extend(flags)
+    where, at = (torch.tensor([x.data_ptr() for x in tensors]) for tensors in (own, flags))
+    return [peers.Room(own[rank], where, at, shared(peers.MAX_PROGRAMS), rank) for rank in range(ranks)]
+
+
+@pytest.fixture(autouse=True)
+def _no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import interpreter
+
+    # It copies memory back that others write to meanwhile.
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
+
+
+@pytest.mark.parametrize(("ranks", "E"), [(2, 40), (4, 1500)])
+def test_sums_reach_all_ranks_alike(ranks: int, E: int) -> None:
+    """Over several turns, in which ranks overtake each other; each rank then has the same x, to the bit."""
+    turns = 4
+    generator = torch.Generator().manual_seed(E)
+    parts = torch.randn(turns, ranks, E, generator=generator)
+    x_E = torch.randn(E, generator=generator).half()
+    expected = x_E.clone()
+    for turn in range(turns):
+        total = expected.float()
+        for part in parts[turn]:
+            total = total + part
+        expected = total.half()
+    every, found = rooms(ranks, 2 * E), shared(ranks, E, dtype=torch.float16)
+
+    def work(rank: int) -> None:
+        mine, room = x_E.clone(), every[rank]
+        partials = room.own.view(torch.float32).view(2, E)
+        for turn in range(turns):
+            assert not partials[turn % 2].any()
+            partials[turn % 2] += parts[turn, rank]
+            peers.add_sums(mine, room, turn % 2)
+        found[rank] = mine
+
+    on_processes(ranks, work)
+    for mine in found:
+        assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize(("ranks", "shape"), [(2, (6, 4)), (3, (2100,))])
+def test_values_of_all_ranks_are_gathered(ranks: int, shape: tuple[int, ...]) -> None:
+    values = [torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape) + 1e6 * r for r in range(ranks)]
+    every, meetings = rooms(ranks, ranks * values[0].numel()), rooms(ranks, 2)
+
+    def work(rank: int) -> None:
+        for turn in range(3):
+            found = peers.gather(values[rank] + turn, every[rank])
+            assert torch.equal(found, torch.cat(values) + turn)
+            assert found.shape == (ranks * shape[0], *shape[1:])
+            peers.add_sums(torch.zeros(1), meetings[rank], turn % 2)  # until all have read theirs
+
+    on_processes(ranks, work)
