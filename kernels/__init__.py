@@ -59,6 +59,7 @@ def reattention(
     return_selection: bool = False,
     chunk_size: int | None = None,
     gather: Gather | None = None,
+    attending: int | None = None,
 ) -> Any:
     """Attention of T new queries over a finite scope of a cache of any length (arXiv 2407.15176, section 3).
 
@@ -81,10 +82,12 @@ def reattention(
             first query on; the last chunk may be shorter. All T without.
         gather: where H and G are only some of a layer's heads, and other processes have as many others each. It is
             called before the one vote over all heads, in every process or in none.
+        attending: of one chunk, only its last so many queries attend; those before them only vote. All T without.
 
     Returns:
-        out_THD, [T, H, D] in q's dtype; with return_selection the pair (out_THD, selection). The selection holds the
-        scope's cache positions, ascending, int64 [S]; with span_scope "kv_head" it is a list of G such tensors.
+        out_THD, [T, H, D] in q's dtype, of the queries that attend; with return_selection the pair (out_THD,
+        selection). The selection holds the scope's cache positions, ascending, int64 [S]; with span_scope "kv_head" it
+        is a list of G such tensors.
 
     Raises:
         InputError: shapes, dtypes, devices or lengths that do not fit together; the message names the argument. The
@@ -94,6 +97,8 @@ def reattention(
     _check_seq_len(seq_len)
     T = q_THD.shape[0]
     chunk_size = T if chunk_size is None else _checked_chunk_size(chunk_size, T, return_selection)
+    if attending is not None and not (chunk_size == T and 1 <= attending <= T):
+        raise InputError(f"attending is {attending}, expected 1 to {T}, the queries of one chunk")
     impl = resolve_impl(impl, q_THD.device)
     if impl == "torch" or not isinstance(seq_len, torch.Tensor) or seq_len.device != q_THD.device:
         seq_len = int(seq_len)
@@ -105,11 +110,14 @@ def reattention(
         from minirea.kernels.reference import reattention_reference
 
         with torch.autocast(q_THD.device.type, enabled=False):  # the caller's products may be; these are not
-            out_THD, selection = reattention_reference(*tensors, int(seq_len), cos, sin, config, *options, gather)
+            out_THD, selection = reattention_reference(
+                *tensors, int(seq_len), cos, sin, config, *options, gather, attending
+            )
     else:
         from minirea.kernels.fused.launch import reattention_triton
 
         out_THD, selection = reattention_triton(*tensors, seq_len, cos, sin, config, *options, gather)
+        out_THD = out_THD[T - attending :] if attending else out_THD
     return (out_THD, selection) if return_selection else out_THD
 
 

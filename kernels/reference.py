@@ -2,6 +2,7 @@
 
 
     score   -> the span_top_k best keys of the middle for every query row (a bounded tile of keys at a time)
+    pool    -> winners as the middles of their blocks
     vote    -> the max_spans positions that most rows chose
     select  -> where each part of the scope starts, in the cache and in the scope
     locate  -> row of the scope -> cache position
@@ -47,6 +48,7 @@ def reattention_reference(
     return_selection: bool = False,
     chunk_size: int | None = None,
     gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    attending: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
     """ReAttention, phase by phase. Arguments and results are those of `minirea.kernels.reattention`."""
     T, H, D = q_THD.shape
@@ -69,6 +71,8 @@ def reattention_reference(
         offs_s = torch.arange(max(lengths), device=q_THD.device)
         source_BS = locate(offs_s, start_BP, offset_BP).clamp_(max=seq_len - 1)
         k_GSD, v_GSD = _gather(k_cache_GND, source_BS), _gather(v_cache_GND, source_BS)
+    if attending is not None:
+        T, q_GRD = attending, q_GRD[:, (T - attending) * (H // G) :]
 
     S = max(lengths)
     ragged = min(lengths) < S
@@ -106,7 +110,8 @@ def choose_scope(
         winner_GRK = (score or score_rows)(q_GRD, k_cache_GND, mid_lo, mid_hi, config.span_top_k)
         if gather is not None and config.span_scope == "layer":
             winner_GRK = gather(winner_GRK)
-        kept_BP = vote(winner_GRK.view(B, -1), config.max_spans)
+        winner_BW = pool(winner_GRK.view(B, -1), config.vote_size, mid_lo, mid_hi)
+        kept_BP = vote(winner_BW, config.max_spans)
     else:
         kept_BP = torch.empty(B, 0, dtype=torch.int64, device=q_GRD.device)
     return select(kept_BP, mid_lo, mid_hi, seq_len, config.span_size)
@@ -197,6 +202,13 @@ def pack_score(score: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def unpack_index(packed: torch.Tensor) -> torch.Tensor:
     return INDEX_MASK - (packed & INDEX_MASK)
+
+
+def pool(winner_BW: torch.Tensor, vote_size: int, mid_lo: int, mid_hi: int) -> torch.Tensor:
+    """Each winner as the middle of its block of vote_size keys, or as the key of the middle that is next to it."""
+    if vote_size == 1:
+        return winner_BW
+    return (winner_BW // vote_size * vote_size + vote_size // 2).clamp_(mid_lo, mid_hi - 1)
 
 
 def vote(winner_BW: torch.Tensor, max_spans: int) -> torch.Tensor:

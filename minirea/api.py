@@ -208,7 +208,7 @@ class ModelFiles(_Encoder):
     def open_context(self, path: str | Path) -> StoredContext:
         """A file that Session.save has written, its header checked, for LLM.open_session. Errors as there."""
         self.check_one_device("contexts in files")
-        return StoredContext(path, self.config, self.origin())
+        return StoredContext(path, self.config, self.origin(), self.attention.recent_size)
 
     def origin(self) -> Origin:
         """What contexts of this model, under these settings, are known by."""
@@ -341,7 +341,7 @@ class LLM(_Encoder):
         """
         self.check_one_device("contexts in files")
         if not isinstance(context, StoredContext):
-            context = StoredContext(context, self.config, self._origin())
+            context = StoredContext(context, self.config, self._origin(), self.model.attention.recent_size)
         try:
             session = self.session(max(len(context.ids), integer("capacity", capacity, 0)))
             context.read_into(session.cache, progress)
@@ -566,7 +566,9 @@ class Session:
 def new_cache(model: Model, capacity: int) -> KVCache:
     """A cache for a model's steps; on all its ranks, if it has several and this is the first."""
     workspace = functools.partial(workspace_bytes, model.attention, model.dtype)
-    arguments = model.config, capacity, model.attention.dense_limit, model.device, model.dtype, workspace
+    attention = model.attention
+    sizes = model.config, capacity, attention.dense_limit
+    arguments = *sizes, model.device, model.dtype, workspace, attention.recent_size
     return SharedCache(model.ranks, model, *arguments) if isinstance(model.ranks, Leader) else KVCache(*arguments)
 
 

@@ -77,6 +77,12 @@ class Attention:
         self.dense_limit = 0 if self.impl == "triton" and mode != "full" else self.dense_size
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
 
+    @property
+    def recent_size(self) -> int:
+        """How many queries a cache keeps for `vote_window`: twice as many, so that a step may be taken back."""
+        selects = self.mode == "reattention" and self.config.max_selected > 0
+        return 2 * self.config.vote_window if selects and self.config.vote_window > 1 else 0
+
     def table_rows(self, capacity: int) -> int:
         """Positions in the tables that serve a cache of `capacity` tokens.
 
@@ -106,9 +112,10 @@ class Attention:
         """Whether a step can be a CUDA graph.
 
         The fused kernel reads the number of cached tokens on the device. "full" attention and impl "torch" give their
-        tensors shapes that grow with it, so their steps are launched one operation at a time.
+        tensors shapes that grow with it, and which queries are recent is counted on the host: such steps are launched
+        one operation at a time.
         """
-        return self.device.type == "cuda" and self.impl == "triton" and self.mode != "full"
+        return self.device.type == "cuda" and self.impl == "triton" and self.mode != "full" and not self.recent_size
 
     def _on_cpu(self, q_THD: Tensor) -> bool:
         """Whether minirea.cpu attends, which does faster what the reference does."""
@@ -184,6 +191,8 @@ class Attention:
             prefill_kernels(self.impl).write_kv(qkv_TXD, cache.k[layer], cache.v[layer], step.seq_len)
             return None
         H, G = self.model.num_heads, self.model.num_kv_heads
+        if cache.q_recent:
+            cache.remember(layer, qkv_TXD[:, :H])
         dense_rows = len(step.cos)
         if not dense_rows:
             cache.write(layer, qkv_TXD, None)
@@ -207,11 +216,15 @@ class Attention:
 
     def over_cache(self, layer: int, q_THD: Tensor, cache: KVCache, step: Step) -> Tensor:
         """ReAttention of a step whose keys and values the cache already holds. Not for mode "full"."""
+        config, attending = self.config.of_step(len(q_THD)), None
+        if cache.q_recent and len(q_THD) == 1:
+            q_THD, attending = torch.cat([cache.recent(layer, config.vote_window - 1), q_THD]), 1
+            step = step._replace(chunk_size=len(q_THD))
         k_GND, v_GND, (cos, sin) = cache.k[layer], cache.v[layer], self.scope_tables(cache.capacity)
         if isinstance(step.seq_len, int) and step.seq_len > self.dense_size and self._on_cpu(q_THD):
-            return cpu.reattention(q_THD, k_GND, v_GND, step.seq_len, cos, sin, self.config, self.gather)
-        arguments = (q_THD, k_GND, v_GND, step.seq_len, cos, sin, self.config, self.impl)
-        out_THD: Tensor = reattention(*arguments, chunk_size=step.chunk_size, gather=self.gather)
+            return cpu.reattention(q_THD, k_GND, v_GND, step.seq_len, cos, sin, config, self.gather, attending)
+        arguments = (q_THD, k_GND, v_GND, step.seq_len, cos, sin, config, self.impl)
+        out_THD: Tensor = reattention(*arguments, chunk_size=step.chunk_size, gather=self.gather, attending=attending)
         return out_THD
 
     def scope(self, cache: KVCache, q_1HD: Tensor) -> dict[str, int]:
@@ -236,7 +249,8 @@ class Attention:
             return cache.seq_len
         seq_len = torch.tensor([cache.seq_len], dtype=torch.int32, device=self.device)  # a number would compile anew
         tables = self.scope_tables(cache.capacity)
-        arguments = (q_1HD, cache.k[0], cache.v[0], seq_len, *tables, self.config, self.impl)
+        q_CHD = cache.recent(0, self.config.vote_window) if cache.q_recent else q_1HD
+        arguments = (q_CHD, cache.k[0], cache.v[0], seq_len, *tables, self.config.of_step(1), self.impl)
         _, selection = reattention(*arguments, return_selection=True, gather=self.gather)
         lengths = torch.tensor(list(map(len, selection if isinstance(selection, list) else [selection])))
         if self.gather is not None and self.config.span_scope == "kv_head":

@@ -16,11 +16,12 @@ from minirea.memory import MemoryPlan
 ALL_TOKENS: Final = sys.maxsize
 
 
-def cache_bytes(config: ModelConfig, capacity: int, dense_limit: int, dtype: torch.dtype) -> int:
+def cache_bytes(config: ModelConfig, capacity: int, dense_limit: int, dtype: torch.dtype, recent_size: int = 0) -> int:
     """How many bytes a KVCache of `capacity` tokens allocates."""
     values, keys = capacity, capacity if dense_limit < ALL_TOKENS else 0
     tokens = values + keys + min(capacity, dense_limit)
-    return tokens * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    heads = tokens * config.num_kv_heads + recent_size * config.num_heads
+    return heads * config.num_layers * config.head_dim * dtype.itemsize
 
 
 class KVCache:
@@ -29,12 +30,15 @@ class KVCache:
     `k` are keys without RoPE, to be placed anew in every step. `k_rotated` are the first `dense_limit` keys with RoPE
     at their true positions, for steps that are ordinary attention; where that is all (ALL_TOKENS), `k` is not kept.
     `k` and `v` of a layer share one tensor, so that one copy writes both.
+    `q_recent` are the last `recent_size` queries without RoPE, [recent_size, H, D] per layer, each at its position
+    modulo recent_size: those that steps of fewer queries vote together with.
 
     Args:
         config: gives L, G and D.
         capacity: N, tokens. It is allocated at once and doubles when a conversation outgrows it.
         dense_limit: tokens up to which keys are also kept with RoPE.
         workspace: bytes that a step needs besides a cache of so many tokens, and that must stay free.
+        recent_size: queries that are kept, see `recent`.
 
     Raises:
         MemoryLimitError: the device cannot hold it.
@@ -48,6 +52,7 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
         workspace: Callable[[int], int] = lambda _: 0,
+        recent_size: int = 0,
     ) -> None:
         self.device = device
         self.dtype = dtype
@@ -59,17 +64,22 @@ class KVCache:
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
         self.k_rotated: list[Tensor] = []
+        self.recent_size = recent_size
+        self.q_recent: list[Tensor] = []
+        self._recent = [(0, 0)] * config.num_layers  # of which tokens q_recent was written: first, last + 1
         self._kv: list[Tensor] = []  # k and v of each layer, [2, G, N, D], or [1, G, N, D] where k is not kept
         self._kv_rows: list[Tensor] = []  # the same by tokens, as steps write them: [N, Y, D], Y = 2G or G
         self._k_rotated_rows: list[Tensor] = []  # [N, G, D]
         self._plan(capacity, 0).check(device)
         for tensors, shape in self._parts(capacity):
             tensors += [self._allocate(shape) for _ in range(config.num_layers)]
+        recent_shape = recent_size, config.num_heads, config.head_dim
+        self.q_recent = [self._allocate(recent_shape) for _ in range(config.num_layers if recent_size else 0)]
         self._name_views()
 
     @property
     def nbytes(self) -> int:
-        return cache_bytes(self._config, self.capacity, self.dense_limit, self.dtype)
+        return cache_bytes(self._config, self.capacity, self.dense_limit, self.dtype, self.recent_size)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -113,6 +123,37 @@ class KVCache:
         kv_NYD[start : start + len(qkv_TXD)] = qkv_TXD[:, -kv_NYD.shape[1] :]
         if k_rotated_TGD is not None:
             self._k_rotated_rows[layer][start : start + len(k_rotated_TGD)] = k_rotated_TGD
+
+    def remember(self, layer: int, q_THD: Tensor) -> None:
+        """Keep this step's queries, those of the tokens at [seq_len, seq_len + T), for `recent` of later steps."""
+        stop, kept_CHD = self.seq_len + len(q_THD), q_THD[-self.recent_size :]
+        self.q_recent[layer][self._recent_rows(stop - len(kept_CHD), stop)] = kept_CHD
+        self._recent[layer] = self._first_recent(layer), stop
+
+    def recent(self, layer: int, count: int) -> Tensor:
+        """The queries of up to `count` tokens before seq_len, as far as they are kept, [C, H, D]."""
+        first = max(self._first_recent(layer), self.seq_len - count)
+        return self.q_recent[layer][self._recent_rows(first, self.seq_len)]
+
+    @property
+    def recent_from(self) -> int:
+        """The first token from which on all queries are kept: seq_len if there are none."""
+        return self._first_recent(0)
+
+    @recent_from.setter
+    def recent_from(self, token: int) -> None:
+        self._recent = [(token, self.seq_len)] * len(self._recent)
+
+    def _recent_rows(self, start: int, stop: int) -> Tensor:
+        """Where q_recent holds the queries of the tokens [start, stop)."""
+        return torch.arange(start, stop, device=self.device) % self.recent_size
+
+    def _first_recent(self, layer: int) -> int:
+        """The first token from which on all queries up to seq_len are kept: seq_len if there are none."""
+        first, stop = self._recent[layer]
+        if self.seq_len > stop:  # its last tokens came otherwise
+            return self.seq_len
+        return min(self.seq_len, max(first, stop - self.recent_size))
 
     def rewind(self, seq_len: int) -> None:
         """Forget every token from `seq_len` on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -146,6 +147,11 @@ class ReAttentionConfig:
             by itself; 0 reads them like the others, as the paper does.
         tail_chunk_size: queries of a prompt's tail that share one scope, at most local_size; None means 16, or
             chunk_size where that is less.
+        vote_window: a token that is read by itself, as all of an answer are, votes together with the queries of the
+            tokens before it, so many in all; 1 lets it vote alone, as the paper does. At most local_size.
+        vote_size: so many neighbouring keys are one to the vote: a winner counts as the key in the middle of its block;
+            1 counts every key by itself, as the paper does.
+        decode_spans: winners kept after the vote of a single token; None means max_spans, which is the most it can be.
         dense_size: up to so many cached tokens a step attends to all of them, at least global_size + local_size, which
             is what None means. `for_context` sets it to what the scope can hold (`max_scope`).
 
@@ -162,6 +168,9 @@ class ReAttentionConfig:
     span_scope: str = "layer"
     tail_size: int = TAIL_SIZE
     tail_chunk_size: int = None  # type: ignore[assignment]
+    vote_window: int = 1
+    vote_size: int = 1
+    decode_spans: int = None  # type: ignore[assignment]
     dense_size: int = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -172,12 +181,14 @@ class ReAttentionConfig:
             object.__setattr__(self, name, integer(name, value, lowest, LARGEST_SIZE))
         if self.span_size % 2:
             raise InputError(f"span_size is {self.span_size}, expected an even number: a span has two equal halves")
-        for name in ("chunk_size", "tail_chunk_size"):
+        for name in ("chunk_size", "tail_chunk_size", "vote_window"):
             if getattr(self, name) > self.local_size:
                 raise InputError(
                     f"{name} is {getattr(self, name)}, expected at most local_size ({self.local_size}): "
-                    "a larger chunk would let a query see later tokens"
+                    "queries that share a scope have to be in its local part"
                 )
+        if self.decode_spans > self.max_spans:
+            raise InputError(f"decode_spans is {self.decode_spans}, expected at most max_spans ({self.max_spans})")
         if self.dense_size < self.global_size + self.local_size:
             raise InputError(
                 f"dense_size is {self.dense_size}, expected at least global_size + local_size "
@@ -211,6 +222,16 @@ class ReAttentionConfig:
         )
         sparse = cls(**values)
         return sparse if "dense_size" in given else dataclasses.replace(sparse, dense_size=sparse.max_scope)
+
+    def of_step(self, num_tokens: int) -> ReAttentionConfig:
+        """The sizes of a step of so many tokens that share a scope."""
+        return self._of_decode_step if num_tokens == 1 else self
+
+    @functools.cached_property
+    def _of_decode_step(self) -> ReAttentionConfig:
+        if self.decode_spans == self.max_spans:
+            return self
+        return dataclasses.replace(self, max_spans=self.decode_spans)
 
     @property
     def max_scope(self) -> int:
@@ -246,12 +267,16 @@ _LOWEST: Final = {
     "chunk_size": 1,
     "tail_size": 0,
     "tail_chunk_size": 1,
+    "vote_window": 1,
+    "vote_size": 1,
+    "decode_spans": 0,
     "dense_size": 0,
 }
 # Fields whose default follows from others, in the order in which they are known.
 _DERIVED: Final[dict[str, Callable[[ReAttentionConfig], int]]] = {
     "chunk_size": lambda c: min(CHUNK_SIZE, c.local_size),
     "tail_chunk_size": lambda c: min(TAIL_CHUNK_SIZE, c.chunk_size),
+    "decode_spans": lambda c: c.max_spans,
     "dense_size": lambda c: c.global_size + c.local_size,
 }
 

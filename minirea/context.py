@@ -8,6 +8,8 @@ uses the session keeps with it ("notes"). Its tensors, for L layers, G key/value
     checksums      I64 [1 + blocks]   of ids, then of the blocks of all others in this order
     k.0 ... k.L-1  [G, N, D]          keys without RoPE, or k_rotated.0 ... where only rotated keys are kept
     v.0 ... v.L-1  [G, N, D]
+    q.0 ... q.L-1  [1, R, H D]        recent queries as KVCache.q_recent has them, where settings ask for any; the
+                                      metadata's "recent_from" is the first token that they are of
 
 Keys that are kept with RoPE as well are rotated again when a file is opened. A block is BLOCK_BYTES of one head; its
 checksum is the sum of its bytes as 64-bit integers, which runs at the speed of memory and finds damage, not malice.
@@ -78,17 +80,17 @@ def save_context(
     if not ids:
         raise InputError(f"{path}: not saved: the context is empty, expected at least one token")
     ids_M = torch.tensor(ids, dtype=torch.int64)
-    parts = _parts(cache)
-    sums = torch.zeros(1 + _num_blocks(parts, cache.seq_len), dtype=torch.int64)
+    parts = _parts(cache, cache.seq_len)
+    sums = torch.zeros(1 + _num_blocks(parts), dtype=torch.int64)
     shapes = {"ids": (ids_M.dtype, (len(ids),)), "checksums": (sums.dtype, tuple(sums.shape))}
-    shapes |= {name: (part.dtype, _cached_shape(part, cache.seq_len)) for name, part in parts.items()}
-    header, offsets = _header(shapes, _metadata(origin, notes))
+    shapes |= {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}
+    header, offsets = _header(shapes, _metadata(origin, notes) | {"recent_from": str(cache.recent_from)})
     with replacing(path) as file:
         check_room(file, path, offsets["end"])
         _write_at(file, 0, memoryview(header))
         _write_at(file, offsets["ids"], bytes_of(ids_M))
         sums[0] = _checksum(bytes_of(ids_M))
-        blocks = list(_blocks(parts, offsets, cache.seq_len))
+        blocks = list(_blocks(parts, offsets))
 
         def write(block: _Block) -> int:
             with torch.inference_mode():
@@ -111,8 +113,11 @@ class StoredContext:
         notes: what was saved with it.
     """
 
-    def __init__(self, path: str | Path, model: ModelConfig, origin: Origin) -> None:
+    def __init__(self, path: str | Path, model: ModelConfig, origin: Origin, recent_size: int = 0) -> None:
         """Open and check a file.
+
+        Args:
+            recent_size: of the cache that it will be read into.
 
         Raises:
             MissingFileError: no such file.
@@ -127,7 +132,8 @@ class StoredContext:
             self._check_origin(metadata, origin)
             self.notes = self._notes(metadata)
             self._tensors = {tensor.name: tensor for tensor in tensors}
-            self.num_cached = self._check_tensors(model, origin)
+            self.num_cached = self._check_tensors(model, origin, recent_size)
+            self._recent_from = self._recent_token(metadata) if recent_size else 0
             self.ids = self._read_ids(model.vocab_size)
         except BaseException:
             self._file.close()
@@ -141,7 +147,7 @@ class StoredContext:
         """
         offsets = {name: tensor.offset for name, tensor in self._tensors.items()}
         expected = self._read_small("checksums")[1:]
-        parts = _parts(cache)
+        parts = _parts(cache, self.num_cached)
 
         def read(block: _Block) -> int:
             with torch.inference_mode():
@@ -153,11 +159,12 @@ class StoredContext:
             return _checksum(view)
 
         with self._file:
-            blocks = list(_blocks(parts, offsets, self.num_cached))
+            blocks = list(_blocks(parts, offsets))
             for index, found in enumerate(_in_parallel(read, blocks, READERS, "context", progress)):
                 if found != expected[index]:
                     raise InputError(f"{self.path}: is damaged: bytes from {blocks[index].offset} on have changed")
         cache.seq_len = self.num_cached
+        cache.recent_from = self._recent_from
 
     def close(self) -> None:
         self._file.close()
@@ -190,6 +197,12 @@ class StoredContext:
             raise InputError(f"{self.path}: notes are malformed, expected strings")
         return notes
 
+    def _recent_token(self, metadata: dict[str, str]) -> int:
+        found = metadata.get("recent_from", "")
+        if not (found.isascii() and found.isdigit() and len(found) < 20 and int(found) <= self.num_cached):
+            raise InputError(f"{self.path}: recent_from is {found!r:.40}, expected 0 to {self.num_cached}")
+        return int(found)
+
     def _object(self, metadata: dict[str, str], key: str) -> dict[str, Any]:
         try:
             value = json.loads(metadata.get(key, ""))
@@ -199,18 +212,20 @@ class StoredContext:
             raise InputError(f"{self.path}: {key} is {metadata.get(key)!r:.80}, expected a JSON object")
         return value
 
-    def _check_tensors(self, model: ModelConfig, origin: Origin) -> int:
+    def _check_tensors(self, model: ModelConfig, origin: Origin, recent_size: int) -> int:
         """Whether exactly those of this model are there; returns the number of cached tokens."""
         first = self._tensors.get("v.0")
         cached = first.shape[1] if first and len(first.shape) == 3 else 0
-        shape = (model.num_kv_heads, cached, model.head_dim)
+        kv_shape = (model.num_kv_heads, cached, model.head_dim)
+        q_shape = (1, recent_size, model.num_heads * model.head_dim)
         dtype = _STORED_AS[getattr(torch, str(origin.settings["dtype"]))]
         keys = "k_rotated" if origin.settings["attention"] == "full" else "k"
+        kinds = {keys: kv_shape, "v": kv_shape} | ({"q": q_shape} if recent_size else {})
         expected: dict[str, tuple[str, list[tuple[int, ...]]]] = {
-            f"{kind}.{layer}": (dtype, [shape]) for kind in (keys, "v") for layer in range(model.num_layers)
+            f"{kind}.{layer}": (dtype, [shape]) for kind, shape in kinds.items() for layer in range(model.num_layers)
         }
-        row_bytes = model.head_dim * getattr(torch, str(origin.settings["dtype"])).itemsize
-        blocks = 2 * model.num_layers * model.num_kv_heads * -(-cached // _rows_per_block(row_bytes))
+        itemsize = getattr(torch, str(origin.settings["dtype"])).itemsize
+        blocks = model.num_layers * sum(_blocks_of(shape, itemsize) for shape in kinds.values())
         expected |= {"ids": ("I64", [(cached,), (cached + 1,)]), "checksums": ("I64", [(1 + blocks,)])}
         for name in sorted(expected.keys() | self._tensors.keys()):
             tensor = self._tensors.get(name)
@@ -245,32 +260,37 @@ def context_bytes(model: ModelConfig, num_tokens: int, dtype: torch.dtype) -> in
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize * num_tokens
 
 
-def _parts(cache: KVCache) -> dict[str, Tensor]:
-    """The cache's tensors by their names in a file, [G, capacity, D] each, the layers' keys and values in turn."""
+def _parts(cache: KVCache, num_tokens: int) -> dict[str, Tensor]:
+    """The cache's tensors by their names in a file, of so many tokens, [heads, rows, D] each.
+
+    The layers' keys and values in turn, then their recent queries.
+    """
     layers = range(len(cache.v))
-    return {f"{name}.{layer}": part for layer in layers for name, part in cache.stored(layer).items()}
-
-
-def _cached_shape(part: Tensor, num_tokens: int) -> tuple[int, ...]:
-    return part.shape[0], num_tokens, part.shape[2]
+    parts = {f"{name}.{layer}": part[:, :num_tokens] for layer in layers for name, part in cache.stored(layer).items()}
+    return parts | {f"q.{layer}": q_RHD.flatten(1)[None] for layer, q_RHD in enumerate(cache.q_recent)}
 
 
 def _rows_per_block(row_bytes: int) -> int:
     return max(1, BLOCK_BYTES // row_bytes)
 
 
-def _num_blocks(parts: dict[str, Tensor], num_tokens: int) -> int:
-    rows = (_rows_per_block(part.shape[2] * part.dtype.itemsize) for part in parts.values())
-    return sum(len(part) * -(-num_tokens // size) for part, size in zip(parts.values(), rows, strict=True))
+def _num_blocks(parts: dict[str, Tensor]) -> int:
+    return sum(_blocks_of(tuple(part.shape), part.dtype.itemsize) for part in parts.values())
 
 
-def _blocks(parts: dict[str, Tensor], offsets: dict[str, int], num_tokens: int) -> Iterator[_Block]:
+def _blocks_of(shape: tuple[int, ...], itemsize: int) -> int:
+    heads, rows, D = shape
+    return heads * -(-rows // _rows_per_block(D * itemsize))
+
+
+def _blocks(parts: dict[str, Tensor], offsets: dict[str, int]) -> Iterator[_Block]:
     for name, part_GND in parts.items():
+        num_tokens = part_GND.shape[1]
         row_bytes = part_GND.shape[2] * part_GND.dtype.itemsize
         size = _rows_per_block(row_bytes)
         for head, part_ND in enumerate(part_GND):
             for start in range(0, num_tokens, size):
-                rows = part_ND[start : min(start + size, num_tokens)]
+                rows = part_ND[start : start + size]
                 yield _Block(rows, offsets[name] + (head * num_tokens + start) * row_bytes)
 
 

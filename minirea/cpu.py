@@ -175,6 +175,7 @@ def reattention(
     sin: Tensor,
     config: ReAttentionConfig,
     gather: Callable[[Tensor], Tensor] | None = None,
+    attending: int | None = None,
 ) -> Tensor:
     """`minirea.kernels.reattention` of one chunk, beyond global_size + local_size tokens, with one vote for all heads.
 
@@ -186,6 +187,8 @@ def reattention(
     q_GRD = q_THD.unflatten(1, (G, H // G)).transpose(0, 1).reshape(G, -1, D)
     start_1P, offset_1P, length_1 = choose_scope(q_GRD, k_cache_GND, seq_len, config, score, gather)
     S = int(length_1)
+    if attending is not None:
+        T, q_THD = attending, q_THD[T - attending :]
     q_THD = rotate(q_THD.clone(), cos[S - T : S, None], sin[S - T : S, None])
     gathered = S if T > 1 else S - config.local_size
     source_S = locate(torch.arange(gathered), start_1P, offset_1P)[0]

@@ -32,7 +32,7 @@ def plan_run(path: str | Path, attention: Attention, dtype: torch.dtype, num_tok
     weights, loading = _model_bytes(path, attention.model, dtype, attention.device)
     if not num_tokens:
         return MemoryPlan(weights, loading)
-    cache = cache_bytes(attention.model, num_tokens, attention.dense_limit, dtype)
+    cache = cache_bytes(attention.model, num_tokens, attention.dense_limit, dtype, attention.recent_size)
     return MemoryPlan(weights, loading, cache, workspace_bytes(attention, dtype, num_tokens), num_tokens)
 
 
@@ -83,6 +83,11 @@ def _scratch_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) ->
     c, scope = attention.model, attention.config
     sizes = {scope.chunk_size, scope.tail_chunk_size}
     steps = [(min(attention.step_tokens(size), num_tokens), size) for size in sizes]
-    ranks = c.part.ranks if c.part else 1
-    heads = c.num_heads, c.num_kv_heads, c.head_dim
-    return scratch_bytes(*heads, dtype, scope, num_tokens, steps, attention.device, ranks)
+    sizes_of_model = c.num_heads, c.num_kv_heads, c.head_dim, dtype
+    ranks, decode = c.part.ranks if c.part else 1, scope.of_step(1)
+    scratch = scratch_bytes(*sizes_of_model, scope, num_tokens, steps, attention.device, ranks)
+    if decode is scope and not attention.recent_size:
+        return scratch
+    voting = scope.vote_window if attention.recent_size else 1
+    own = scratch_bytes(*sizes_of_model, decode, num_tokens, [(voting, voting)], attention.device, ranks)
+    return scratch + own

@@ -93,7 +93,7 @@ def random_case(seed: int, head_dims: tuple[int, ...] = (2, 8, 16, 20), longest_
         span_scope=r.choice(["layer", "kv_head"]),
     )
     dense_size = config.dense_size + r.choice([0, 0, 1, 30, 200])
-    config = replace(config, dense_size=dense_size)
+    config = replace(config, dense_size=dense_size, vote_size=random.Random(-1 - seed).choice([1, 1, 3, 32]))
     seq_len = r.choice(
         [r.randint(1, dense_size), dense_size + r.randint(0, 3), dense_size + r.randint(0, longest_middle)]
     )

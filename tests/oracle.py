@@ -15,6 +15,7 @@ def reattention_oracle(
     cos: torch.Tensor,
     sin: torch.Tensor,
     config: ReAttentionConfig,
+    attending: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor]]:
     """Section 3 word for word in float64, one head at a time, with sets instead of layouts.
 
@@ -26,6 +27,8 @@ def reattention_oracle(
     by_head = config.span_scope == "kv_head"
     ballots = [range(g * group, g * group + group) for g in range(H // group)] if by_head else [range(H)]
     scopes = [_oracle_scope(q, k, seq_len, heads, config) for heads in ballots]
+    T = attending or T
+    q = q[len(q) - T :]
 
     out_THD = torch.empty(T, H, D, dtype=torch.float64, device=q.device)
     for h in range(H):
@@ -51,7 +54,10 @@ def _oracle_scope(
     for h in heads:
         for score_n in q[:, h] @ k[h // group, mid_lo:mid_hi].T:
             for j in score_n.sort(descending=True, stable=True).indices[: config.span_top_k].tolist():
-                votes[mid_lo + j] = votes.get(mid_lo + j, 0) + 1
+                block = (mid_lo + j) // config.vote_size
+                middle = block * config.vote_size + config.vote_size // 2
+                counted = min(max(middle, mid_lo), mid_hi - 1)
+                votes[counted] = votes.get(counted, 0) + 1
     kept = sorted(votes, key=lambda j: (-votes[j], j))[: config.max_spans]
     half = config.span_size // 2
     selected = {i for j in kept for i in range(max(j - half, mid_lo), min(j + half, mid_hi))}

@@ -110,6 +110,7 @@ class Sizes:
     D: int
     K: int
     BY_HEAD: bool  # one ballot for each key/value head
+    VOTE_SIZE: int  # neighbouring keys that are one to the vote
     SELECTS: bool
     RELATIVE: bool  # RoPE by distances inside a tile or a launch; else by true positions inside the scope
     SEQ_LEN_IN_MEMORY: bool

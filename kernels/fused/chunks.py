@@ -194,8 +194,8 @@ def count_chunks(scratch, step, c: tl.constexpr):
                 first_row = row + this // c.VOTING_HEADS * c.COUNT_ROWS
                 last_row = tl.minimum(first_row + c.COUNT_ROWS, row + num_queries * c.GROUP)
                 count_votes(scratch.candidate, scratch.counts + ballot * step.stride_counts,
-                            scratch.num_votes + ballot * step.stride_votes, first_row, last_row, step.levels,
-                            c)  # fmt: skip
+                            scratch.num_votes + ballot * step.stride_votes, first_row, last_row,
+                            step.global_size, chunk_n - step.local_size, step.levels, c)  # fmt: skip
             unit -= units
 
 

@@ -83,7 +83,7 @@ def decode_kernel(
                     score_slices(q, k, v, scratch, step, c)
             all_arrived = arrive(scratch.counters)
             if c.ALONE and c.ATTENDS:
-                sort_winners(scratch, 0, 1, max_spans, c)
+                sort_winners(scratch, 0, 1, step.mid_lo, step.mid_hi, max_spans, c)
                 tl.atomic_add(scratch.counters + SORTED, 1, sem="release", scope="gpu")
             if not c.ATTENDS:
                 if c.ALONE or program >= workers:
@@ -101,7 +101,7 @@ def decode_kernel(
             for time in range(c.SORTS):
                 if time == 1:
                     wait(scratch.counters, all_arrived)
-                sort_winners(scratch, program - workers, step.selectors, max_spans, c)
+                sort_winners(scratch, program - workers, step.selectors, step.mid_lo, step.mid_hi, max_spans, c)
             tl.atomic_add(scratch.counters + SORTED, 1, sem="release", scope="gpu")
 
 

@@ -131,6 +131,7 @@ class Layer(NamedTuple):
             "D": self.head_dim,
             "K": max(1, config.span_top_k),
             "BY_HEAD": self.by_head,
+            "VOTE_SIZE": config.vote_size,
             "SELECTS": config.max_selected > 0,
             "RELATIVE": self.dtype != torch.float32,
             "SEQ_LEN_IN_MEMORY": seq_len_in_memory,

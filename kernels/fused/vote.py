@@ -16,6 +16,15 @@ from minirea.kernels.fused.score import winners_of
 
 
 @triton.jit
+def pool(winner, mid_lo, mid_hi, VOTE_SIZE: tl.constexpr):
+    """Each winner as the middle of its block of VOTE_SIZE keys, or as the key of the middle that is next to it."""
+    if VOTE_SIZE > 1:
+        middle = winner // VOTE_SIZE * VOTE_SIZE + VOTE_SIZE // 2
+        winner = tl.where(winner == NOWHERE, winner, tl.minimum(tl.maximum(middle, mid_lo), mid_hi - 1))
+    return winner
+
+
+@triton.jit
 def vote(winner, max_spans, W_PAD: tl.constexpr):
     """Of winner int32 [W_PAD], keep the max_spans positions named most often, NOWHERE instead of the others.
 
@@ -47,12 +56,12 @@ def sort(kept, sorted_ptr, num_kept_ptr, W_PAD: tl.constexpr):
 
 
 @triton.jit
-def sort_winners(scratch, first_ballot, step, max_spans, c: tl.constexpr):
-    """`winners_of`, `vote` and `sort` for every step-th ballot of a decode step."""
+def sort_winners(scratch, first_ballot, step, mid_lo, mid_hi, max_spans, c: tl.constexpr):
+    """`winners_of`, `pool`, `vote` and `sort` for every step-th ballot of a decode step."""
     for ballot in range(first_ballot, c.BALLOTS, step):
         rows = ballot * c.BALLOT_ROWS
         winner = winners_of(scratch.candidate, rows, rows + c.BALLOT_ROWS, c.BALLOT_ROWS_PAD, c)
-        kept = tl.reshape(winner, [c.W_PAD])
+        kept = pool(tl.reshape(winner, [c.W_PAD]), mid_lo, mid_hi, c.VOTE_SIZE)
         if c.VOTES:
             kept = vote(kept, max_spans, c.W_PAD)
         sort(kept, scratch.kept + ballot * c.W_PAD, scratch.num_kept + ballot, c.W_PAD)
@@ -60,7 +69,9 @@ def sort_winners(scratch, first_ballot, step, max_spans, c: tl.constexpr):
 
 
 @triton.jit
-def count_votes(candidate_ptr, counts_ptr, num_votes_ptr, first_row, last_row, levels, c: tl.constexpr):
+def count_votes(
+    candidate_ptr, counts_ptr, num_votes_ptr, first_row, last_row, mid_lo, mid_hi, levels, c: tl.constexpr
+):  # fmt: skip
     """Cast the votes of some rows of one ballot.
 
     counts_ptr int32 [N] counts by position; num_votes_ptr int32 [levels + 1] counts the positions that have at least
@@ -68,6 +79,7 @@ def count_votes(candidate_ptr, counts_ptr, num_votes_ptr, first_row, last_row, l
     lowest BINS levels are counted here first.
     """
     winner = winners_of(candidate_ptr, first_row, last_row, c.COUNT_ROWS, c)
+    winner = pool(winner, mid_lo, mid_hi, c.VOTE_SIZE)
     cast = winner != NOWHERE
     level = tl.atomic_add(counts_ptr + winner, 1, mask=cast, sem="relaxed") + 1
     level = tl.where(cast, level, levels + 1)

@@ -72,6 +72,19 @@ def test_lengths_around_dense_size(span_scope: str, past_edge: int) -> None:
             assert torch.equal(found, expected)
 
 
+def test_queries_that_only_vote() -> None:
+    """A decode step that votes together with the tokens before it: neighbours as one, and few spans."""
+    for seed, span_scope in enumerate(("layer", "kv_head")):
+        config = ReAttentionConfig(3, 20, 2, 8, 3, span_scope=span_scope, vote_size=8)
+        case = make_case(config, 200, T=7, seed=seed)
+        out_THD, selection = reattention(*case.arguments(), impl="triton", return_selection=True, attending=1)
+        exact_THD, scopes = case.oracle()
+        assert [s.tolist() for s in as_list(selection)] == [s.tolist() for s in scopes]
+        assert out_THD.shape == (1, *case.q.shape[1:])
+        limit = 2 * error(plain_attention(case, scopes), exact_THD) + torch.finfo(torch.float32).eps
+        assert error(out_THD, exact_THD[-1:]) <= limit
+
+
 @pytest.mark.parametrize("head_dim", [80, 96, 256])
 def test_head_dims_that_are_masked_or_large(head_dim: int) -> None:
     for T in (1, 2):

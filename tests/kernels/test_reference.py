@@ -12,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import as_list, error, make_case, plain_attention, random_case
+from oracle import reattention_oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minirea.errors import InputError
 from minirea.kernels import ReAttentionConfig, reattention, reference
 
 
@@ -104,6 +106,39 @@ def test_every_length_around_dense_size(span_scope: str, past_edge: int) -> None
 def test_middles_around_whole_blocks(middle: int) -> None:
     for seed in range(4):
         check(make_case(ReAttentionConfig(2, 4, 4, 8, 5), 6 + middle, T=2, largest=1, seed=seed))
+
+
+def test_queries_that_only_vote() -> None:
+    """The scope is that of all queries, and what the attending ones see does not depend on the others' outputs."""
+    for seed in range(60):
+        case = random_case(seed)
+        for attending in {1, len(case.q)}:
+            out_THD, selection = reattention(
+                *case.arguments(), impl="torch", return_selection=True, attending=attending
+            )
+            exact_THD, scopes = reattention_oracle(*case.arguments(), attending=attending)
+            assert [s.tolist() for s in as_list(selection)] == [s.tolist() for s in as_list(scopes)]
+            assert out_THD.shape == exact_THD.shape == case.q[-attending:].shape
+            assert error(out_THD, exact_THD) < 2e-6
+
+
+@pytest.mark.parametrize("attending", [0, 4])
+def test_more_attending_queries_than_there_are(attending: int) -> None:
+    case = make_case(ReAttentionConfig(2, 4, 4, 8, 5), 80, T=3)
+    with pytest.raises(InputError, match=f"attending is {attending}, expected 1 to 3"):
+        reattention(*case.arguments(), impl="torch", attending=attending)
+
+
+@pytest.mark.parametrize("vote_size", [2, 16, 1000])
+def test_neighbours_vote_as_one(vote_size: int) -> None:
+    """Two keys with a vote each win against one with one vote if they are neighbours; the middle bounds blocks."""
+    winner_1W = torch.tensor([[40, 41, 20, 11, 89]])
+    pooled = reference.pool(winner_1W, vote_size, 11, 90)
+    middles = [min(max(j // vote_size * vote_size + vote_size // 2, 11), 89) for j in winner_1W[0].tolist()]
+    assert pooled.tolist() == [middles]
+    assert middles[0] == middles[1]
+    if vote_size < 1000:
+        assert reference.vote(pooled, 1).tolist() == [[middles[0]]]
 
 
 def test_all_scores_equal_selects_the_lowest() -> None:

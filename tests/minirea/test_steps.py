@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from testing import random_ids, tiny_model, write_checkpoint
 
 import minirea
+from minirea.api import new_cache
 from minirea.attention import Attention
 from minirea.config import ModelConfig, ReAttentionConfig, RopeConfig
+from minirea.errors import InputError
 from minirea.steps import Part, chunks, cut, num_shared
 
 # Small enough that a prompt of 100 tokens selects: 48 tokens dense, then spans.
@@ -149,3 +151,58 @@ def test_a_loaded_model_has_no_tables_before_its_weights(directory: Path) -> Non
     assert not files.attention._tables
     files.load()
     assert not files.attention._tables
+
+
+def test_a_token_votes_together_with_those_before_it(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the prompt and of the dense part too, and none that was taken back: the first layer's queries show it,
+    since they depend on a token alone."""
+    llm = minirea.load(directory, **SCOPE, vote_window=5, vote_size=4, decode_spans=1)
+    model, original = llm.model, minirea.attention.cpu.reattention
+    called: list[tuple[int, torch.Tensor]] = []
+
+    def spy(q_THD: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_len: int, *rest: Any) -> torch.Tensor:
+        called.append((seq_len, q_THD))
+        return original(q_THD, k, v, seq_len, *rest)
+
+    monkeypatch.setattr("minirea.attention.cpu.reattention", spy)
+    cache = new_cache(model, 10)
+
+    def step(ids: list[int], held: list[int]) -> None:
+        """Read ids behind those that are held, and compare who voted in the first layer."""
+        called.clear()
+        model.forward(torch.tensor(ids), cache)
+        assert cache.seq_len == len(held) + len(ids)
+        if cache.seq_len > model.attention.dense_size:
+            seq_len, q_THD = called[0]
+            voters = [*held, *ids][-5:] if len(ids) == 1 else ids
+            assert seq_len == cache.seq_len
+            torch.testing.assert_close(q_THD, torch.cat([model.first_query(token) for token in voters]))
+
+    with torch.inference_mode():
+        ids = random_ids(120)
+        held: list[int] = []
+        for part in (40, 6, 1, 1, 1, 1, 12, 1, 1, 3, 1, 1):
+            step(new := ids[len(held) : len(held) + part], held)
+            held += new
+        cache.rewind(len(held) - 3)
+        held = held[:-3]
+        for token in ids[100:108]:
+            step([token], held)
+            held.append(token)
+        cache.rewind(30)  # further back than queries are kept: what is left votes
+        assert len(cache.recent(0, 99)) == 0
+        model.forward(torch.tensor(ids[:40]), cache)
+        assert cache.seq_len > model.attention.dense_size
+        model.forward(torch.tensor(ids[:1]), cache)
+        voters_5HD = torch.cat([model.first_query(token) for token in [*ids[36:40], ids[0]]])
+        torch.testing.assert_close(called[-2][1], voters_5HD)
+
+
+def test_an_answer_keeps_fewer_spans(directory: Path) -> None:
+    scope = {"vote_window": 6, "vote_size": 4}
+    for decode_spans in (0, 1, 3, 5):
+        llm = minirea.load(directory, **SCOPE, **scope, decode_spans=decode_spans)
+        stats = llm.generate(random_ids(100), max_tokens=3, ignore_eos=True).stats
+        assert 4 * decode_spans - 3 <= stats.scope["selected"] <= 4 * decode_spans
+    with pytest.raises(InputError, match="decode_spans is 6, expected at most max_spans"):
+        minirea.load(directory, **SCOPE, decode_spans=6)
