@@ -66,7 +66,7 @@ ALLOWED = {
     "minirea.series": {"errors", "files", "json_object"},
     "minirea.chat": {"api", "errors", "files", "generate", "terminal"},
     "minirea.cli": {"cli", "errors", "follower", "ranks", "terminal", "threads"},
-    "minirea.cli.flags": {"config", "terminal"},
+    "minirea.cli.flags": {"config", "errors", "terminal"},
     "minirea.cli.parser": {"cli", "config", "evaluation", "errors"},
     "minirea.cli.inputs": {"api", "errors", "files", "series"},
     "minirea.cli.output": {"api", "errors", "generate", "memory", "terminal"},
