@@ -242,9 +242,15 @@ class ModelFiles(_Encoder):
         number, digest = leader.new_id(), fingerprint(self.path, self.config)
         settings = attention.mode, attention.config, attention.impl
         dtype = str(self.dtype).removeprefix("torch.")
-        with leader.asking("load", number, str(Path(self.path).resolve()), self.config, settings, dtype, digest):
-            model = self._load(progress, leader)
+        try:
+            with leader.asking("load", number, str(Path(self.path).resolve()), self.config, settings, dtype, digest):
+                model = self._load(progress, leader)
+        except BaseException:
+            leader.drop(number)
+            raise
         leader.adopt(model, number)
+        with leader.asking("open", number):
+            model.open_peers()
         return LLM(model, self._tokenizer, self.path)
 
     @isolated()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from minirea.model import Model
     from minirea.ranks import Ranks
 
-_ASKED: Final = ("load", "vary", "allocate", "reserve")  # what the leader waits for
+_ASKED: Final = ("load", "open", "vary", "allocate", "reserve")  # what the leader waits for
 
 
 def spawned(descriptor: str, rank: str, size: str, device: str, threads: str, path: str) -> None:
@@ -153,6 +153,9 @@ class Follower:
             raise RankError(f"{path}: holds another model for rank {self.ranks.rank} than for the first one")
         files = ModelFiles(Path(path), config, None, self._attention(config, *attention), getattr(torch, dtype))
         self.models[number] = files.load_part(self.ranks)
+
+    def open(self, number: int) -> None:
+        self.models[number].open_peers()
 
     def vary(self, number: int, old: int, attention: tuple[Any, ...]) -> None:
         """The same weights under another attention."""

@@ -100,6 +100,8 @@ class Leader(Ranks):
             InputError: there are others, in use; torch.distributed is in use by the program.
             RankError: a rank could not be started.
         """
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         old = cls._current
         if old is not None and not old.ended and (old.size, old.device) != (size, device):
             if len(old.models):
@@ -176,8 +178,10 @@ class Leader(Ranks):
             self._check()
             self._tell(name, *arguments)
             try:
+                self._stepping = threading.get_ident()
                 yield
             finally:
+                self._stepping = 0
                 replies = [self._reply() for _ in self._connections]
             for error in replies:
                 if error is not None:
@@ -206,12 +210,16 @@ class Leader(Ranks):
             self._stepping = threading.get_ident()
             try:
                 yield
+                self._check()  # on a GPU what waited for a rank that ended has gone on without it
             except LostRankError as error:
                 self._failed.wait(_GRACE)
                 self._fail(error)
                 self._check()
             except BaseException:
+                failure = self.failure
                 self.end()
+                if failure is not None:
+                    raise RankError(str(failure)) from None
                 raise
             finally:
                 self._stepping = 0

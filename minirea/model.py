@@ -21,7 +21,7 @@ from minirea.kernels import Gather, prefill_kernels
 from minirea.linear import Matrix, add_linear, linear, norm_linear
 
 if TYPE_CHECKING:
-    from minirea.ranks import Ranks
+    from minirea.ranks import Peers, Ranks
 
 
 class Layer(NamedTuple):
@@ -62,7 +62,7 @@ class Model:
         self.config = config
         self.attention = attention
         self.ranks = ranks
-        self.peers = ranks.open_peers(config) if ranks is not None and attention.impl == "triton" else None
+        self.peers: Peers | None = None
         self.id = 0  # under which other ranks know it
         self.kernels = prefill_kernels(attention.impl)
         if weights["norm.weight"].is_cpu:
@@ -71,6 +71,12 @@ class Model:
         self.norm: Tensor = weights["norm.weight"]  # [E]
         self.head: Matrix = weights["head.weight"]  # [V, E]
         self.layers = [_layer(weights, index) for index in range(config.num_layers)]
+
+    def open_peers(self) -> None:
+        """Let decode steps use memory that all ranks reach, where there is such. Every rank calls it."""
+        if self.ranks is not None and self.attention.impl == "triton":
+            self.peers = self.ranks.open_peers(self.config)
+            self.attention.gather = self.gather
 
     @property
     def gather(self) -> Gather | None:

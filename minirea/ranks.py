@@ -133,6 +133,7 @@ class Peers(NamedTuple):
     sums: Any
     winners: Any
     logits: Any
+    handle: Any  # of the memory, which lives as long
 
     @classmethod
     def open(cls, ranks: Ranks, config: ModelConfig) -> Peers:
@@ -166,7 +167,7 @@ class Peers(NamedTuple):
             rooms[name] = kernels.Room(own, addresses(first), addresses(flags), turns, ranks.rank)
             ranks.flags.append(memory[flags : flags + each])
             first = flags + each
-        return cls(**rooms)
+        return cls(**rooms, handle=handle)
 
     def gather_winners(self, x: Tensor, otherwise: Callable[[Tensor], Tensor]) -> Tensor:
         """The winners of all ranks, those of a decode step through the room."""

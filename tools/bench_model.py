@@ -55,6 +55,8 @@ def add_command(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--chunk-size", type=int, metavar="N", help="prompt tokens per step of minirea")
     parser.add_argument("--attention", default="reattention", help="of minirea; transformers always attends to all")
+    gpus = "devices that share the model in minirea, with --model; floors are those of each of them"
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help=gpus)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--limit", type=int, default=600, metavar="S", help="seconds that an engine may take")
     add_device(parser)
@@ -63,6 +65,8 @@ def add_command(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.gpus > 1 and not arguments.model:
+        sys.exit("bench.py: error: --gpus needs --model: a shape's weights are made by tools/make_checkpoint.py")
     if arguments.engine:
         for row in measure(arguments):
             print(json.dumps(row), flush=True)
@@ -204,6 +208,7 @@ class Minirea:
         from minirea import api
 
         options = {"device": arguments.device, "dtype": arguments.dtype, "attention": arguments.attention}
+        options["gpus"] = arguments.gpus
         if arguments.chunk_size is not None:
             options["chunk_size"] = arguments.chunk_size
         if arguments.model:
@@ -221,11 +226,9 @@ class Minirea:
 
     def fill(self, context: int) -> None:
         """Random keys and values for so many tokens, none of which is read."""
-        cache = self.session.cache
-        with torch.inference_mode():
-            for tensor in cache.tensors:
-                tensor.normal_()
-        cache.seq_len = context
+        from minirea.leader import together
+
+        list(together(fill_randomly, self.llm.model, self.session.cache, context))
         self.session.ids = [3] * context
 
     def read(self, ids: list[int]) -> float:
@@ -251,6 +254,16 @@ class Minirea:
             middle = context - scope.global_size - scope.local_size if scope.span_top_k else 0
             seen = min(context, scope.max_scope)
         return weights + (middle + 2 * seen) * key_bytes
+
+
+@torch.inference_mode()
+def fill_randomly(model: Any, cache: Any, context: int) -> Iterator[None]:
+    """A step of all ranks that share the model."""
+    del model
+    for tensor in cache.tensors:
+        tensor.normal_()
+    cache.seq_len = context
+    yield
 
 
 def random_model(files: Any) -> Any:

@@ -50,9 +50,6 @@ class ThreadRanks:
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat(self.exchange(x))
 
-    def open_peers(self, config: Any) -> None:
-        del config
-
     def run(self, work: Any) -> list[Any]:
         """work(rank) of every rank."""
         results: list[Any] = [None] * self.size

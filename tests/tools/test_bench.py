@@ -46,6 +46,18 @@ def measure(*options: str, **environment: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_several_ranks_are_measured_with_a_checkpoint(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path, tiny_model())
+    options = ["--contexts", "300", "--prefill", "40", "--tokens", "2", "--engines", "minirea", "--gpus", "2"]
+    rows = measure("--model", str(model), *options)["rows"]
+    assert [(row["context"], "decode_ms" in row, "skipped" in row) for row in rows] == [
+        (300, True, False),
+        (40, False, False),
+    ]
+    command = [sys.executable, str(BENCH), "model", "--shape", "demo", "--gpus", "2", *ON_CPU]
+    assert "--gpus needs --model" in subprocess.run(command, capture_output=True, text=True).stderr
+
+
 def test_contexts_are_saved_and_opened_beside_plain_files(tmp_path: Path) -> None:
     """On the disk that it is told, where nothing is left; both modes' caches."""
     model = write_checkpoint(tmp_path / "model", tiny_model())

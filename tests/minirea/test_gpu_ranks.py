@@ -1,0 +1,122 @@
+"""Two GPUs of one machine: `python -m pytest -m gpu tests/minirea/test_gpu_ranks.py`.
+
+With MINIREA_RUNS=200 in the environment 200 runs start and end instead of 20, of which every tenth loses a rank;
+`-k start_and_end` does nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from testing import random_ids, tiny_model, write_checkpoint
+
+import minirea
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+DEMO = Path(minirea.__file__).parent.parent / "weights" / "demo"
+SCOPE: dict[str, Any] = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5}
+SCOPE |= {"chunk_size": 16, "tail_size": 12, "tail_chunk_size": 5, "dense_size": 40}
+RUNS = int(os.environ.get("MINIREA_RUNS", "20"))
+
+
+def test_the_demo_models_text_is_that_of_one_gpu() -> None:
+    """500 tokens after prompts of five lengths, in graphs, sums by memory that both GPUs reach where they do."""
+    one, two = (minirea.load(DEMO, dtype="float32", gpus=gpus) for gpus in (1, 2))
+    for length in (1, 100, 700, 3000, 40_000):
+        ids = random_ids(length, one.config.vocab_size, seed=length)
+        expected, found = (llm.generate(ids, max_tokens=500, ignore_eos=True) for llm in (one, two))
+        assert found.token_ids == expected.token_ids, length
+        assert found.stats.scope == expected.stats.scope
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_mode_and_sampling(tmp_path: Path, dtype: str) -> None:
+    """Half precision rounds partial sums elsewhere, so there only runs of the same kind are compared."""
+    path = write_checkpoint(tmp_path, tiny_model(attention_bias=True, mlp_bias=True))
+    one, two = (minirea.load(path, dtype=dtype, gpus=gpus, **SCOPE) for gpus in (1, 2))
+    expected_of = one if dtype == "float32" else two
+    ids = random_ids(150)
+    for mode, span_scope in (("reattention", "layer"), ("reattention", "kv_head"), ("streaming", None), ("full", None)):
+        for options in ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}):
+            scope = SCOPE | {"span_scope": span_scope}
+            out = [llm.with_attention(mode, **scope).generate(ids, max_tokens=30, ignore_eos=True, **options)
+                   for llm in (expected_of, two)]  # fmt: skip
+            assert out[0].token_ids == out[1].token_ids, (mode, span_scope, options)
+
+
+def test_sessions_take_turns_with_graphs(tmp_path: Path) -> None:
+    two = minirea.load(write_checkpoint(tmp_path, tiny_model()), dtype="float32", gpus=2, **SCOPE)
+    alone = [two.generate(random_ids(60, seed=seed), max_tokens=9, ignore_eos=True).token_ids for seed in range(2)]
+    streams = [two.stream(random_ids(60, seed=seed), max_tokens=9, ignore_eos=True) for seed in range(2)]
+    pairs = list(zip(*streams, strict=True))
+    assert [[token for pair in pairs for token in pair[i].token_ids] for i in range(2)] == alone
+    for stream in (two.stream(random_ids(60), max_tokens=99) for _ in range(3)):
+        next(stream)
+        stream.close()
+    assert two.generate(random_ids(60, seed=1), max_tokens=9, ignore_eos=True).token_ids == alone[1]
+
+
+def run(tokens: int) -> subprocess.Popen[bytes]:
+    options = ["--gpus", "2", "--ignore-eos", "--quiet", "--max-tokens", str(tokens), "--text", "The old house"]
+    command = [sys.executable, "-m", "minirea", "generate", "--model", str(DEMO), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def follower_of(process: subprocess.Popen[bytes]) -> int:
+    (follower,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return int(follower)
+
+
+def wait_for(pid: int) -> None:
+    """Until it is gone: the whole run has a limit of time, this has none."""
+    with contextlib.suppress(OSError):
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            pass
+
+
+@pytest.mark.parametrize(
+    ("whom", "number", "status", "message"),
+    [
+        ("rank", signal.SIGKILL, 1, "minirea: error: rank 1 of 2 was ended by SIGKILL"),
+        ("leader", signal.SIGINT, 130, ""),
+        ("leader", signal.SIGKILL, -9, ""),
+    ],
+)
+def test_no_process_outlives_a_command(whom: str, number: int, status: int, message: str) -> None:
+    """While kernels of both GPUs wait for each other."""
+    with run(100_000) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(400)
+        follower = follower_of(process)
+        os.kill(follower if whom == "rank" else process.pid, number)
+        process.stdout.read()
+        assert process.stderr.read().decode().strip() == message
+        assert process.wait() == status
+    wait_for(follower)
+
+
+@pytest.mark.parametrize("number", range(RUNS))
+def test_runs_start_and_end(number: int) -> None:
+    """Every tenth loses a rank, after another number of characters each; none leaves memory of a GPU behind."""
+    free = [torch.cuda.mem_get_info(device)[0] for device in range(2)]
+    killed = number % 10 == 0
+    with run(100_000 if killed else 20) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1 + 37 * number % 1500 if killed else 1)
+        if killed:
+            os.kill(follower_of(process), signal.SIGKILL)
+        process.stdout.read()
+        assert process.wait() == (1 if killed else 0)
+    for device, before in enumerate(free):
+        assert torch.cuda.mem_get_info(device)[0] >= before - 64 * 2**20
