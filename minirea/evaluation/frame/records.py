@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from minirea.errors import InputError, MissingFileError
+from minirea.files import check_regular, read_file
 
 Record = dict[str, Any]  # one line of records.jsonl; JSON values only
 Place = Mapping[str, str | int | float]  # where a record stands: {"kind": "niah_single_1", "length": 4096, "sample": 3}
@@ -19,6 +20,7 @@ Check = Callable[[Record], object]
 _UNCOMPARED: Final = ("model_name", "trained_context")  # told, but a model is the same under another name
 SETTINGS: Final = "settings.json"
 RECORDS: Final = "records.jsonl"
+_LARGEST_FILE: Final = 2**32  # bytes; of 200,000 answers some 2**28
 SUMMARY: Final = "summary.json"
 
 
@@ -190,8 +192,8 @@ def _shortest_first(records: Iterable[Record]) -> list[Record]:
 def _read_environment(folder: Path) -> Record:
     """Where a directory's records were made; empty if it was interrupted before it could say so."""
     summary = None
-    with contextlib.suppress(OSError, ValueError):
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        summary = json.loads(read_file(folder / SUMMARY, _LARGEST_FILE, "a summary"))
     environment = summary.get("environment") if isinstance(summary, dict) else None
     return environment if isinstance(environment, dict) else {}
 
@@ -213,10 +215,12 @@ def _without(settings: Record, names: Sequence[str]) -> Record:
 def _read_settings(folder: Path) -> Record:
     path = folder / SETTINGS
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_file(path, _LARGEST_FILE, "the settings of an evaluation"))
     except FileNotFoundError:
         raise MissingFileError(f"{folder}: no {SETTINGS}, expected a directory of results") from None
-    except ValueError:
+    except InputError:
+        raise
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise InputError(f"{path}: not a JSON object, expected the settings of an evaluation")
@@ -228,10 +232,7 @@ def _read_records(path: Path, check: Check) -> tuple[list[Record], int]:
 
     Of lines with one id the last counts, which only follows others that were skipped.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    raw = read_file(path, _LARGEST_FILE, "records")
     whole = raw[: raw.rfind(b"\n") + 1]
     records: dict[str, Record] = {}
     lines: dict[str, int] = {}
@@ -302,6 +303,8 @@ def _write_lines(file: FileIO, records: Iterable[Record]) -> None:
 
 def _locked(path: Path) -> FileIO:
     """The file, open for appending by this process only."""
+    if path.exists():
+        check_regular(path, "records")  # opening a named pipe would wait for a reader
     file = FileIO(path, "ab")
     try:
         import fcntl

@@ -28,7 +28,7 @@ from minirea.evaluation import report
 from minirea.evaluation.frame import plots
 from minirea.evaluation.frame import records as records_module
 from minirea.evaluation.frame.cells import Prompt, PromptCell, Question, common_prefix, find_ids
-from minirea.evaluation.frame.records import RECORDS, Results
+from minirea.evaluation.frame.records import RECORDS, Results, read_results
 from minirea.evaluation.frame.runner import render
 from minirea.evaluation.frame.tasks import make_task, parsed
 from minirea.evaluation.lengths import parse_length, short_length
@@ -376,6 +376,22 @@ def test_directories_that_cannot_be_used(tmp_path: Path) -> None:
         (tmp_path / "stray" / "records.jsonl").write_text(f"{json.dumps(GOOD)}\n{line}\n")
         with pytest.raises(InputError, match=r"records.jsonl: line 2 is no record"):
             Results(tmp_path / "stray", settings)
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "settings.json", "summary.json"])
+def test_results_that_are_no_files(tmp_path: Path, name: str) -> None:
+    """Of a summary only the machine counts, which is then not known."""
+    settings = {"task": "needle"}
+    with Results(tmp_path, settings) as results:
+        results.add(GOOD)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    for read in (lambda: Results(tmp_path, settings).close(), lambda: read_results([tmp_path], [], lambda _: len)):
+        if name == "summary.json":
+            read()
+            continue
+        with pytest.raises(InputError, match=f"{name}: is a named pipe, expected a file"):
+            read()
 
 
 GOOD = {"id": "full length=300", "attention": "full", "length": 300, "depth": 0.5, "sample": 0, "score": 1.0}
