@@ -20,7 +20,7 @@ from minirea.attention import Attention
 from minirea.cache import KVCache
 from minirea.checkpoint_config import load_config
 from minirea.checks import integer, shown
-from minirea.config import DEVICES, DTYPES, IMPLS, MODES, SCOPE_FIELDS, ModelConfig, ReAttentionConfig
+from minirea.config import DEVICES, DTYPES, IMPLS, MODES, QUANTIZE, SCOPE_FIELDS, ModelConfig, ReAttentionConfig
 from minirea.context import Origin, StoredContext, context_bytes, save_context
 from minirea.errors import InputError, MissingFileError
 from minirea.files import is_there, read_start
@@ -62,6 +62,7 @@ def load(
     allow_out_of_distribution: bool = False,
     progress: bool = False,
     gpus: int = 1,
+    quantize: str | None = None,
     **reattention_fields: Any,
 ) -> LLM:
     """Load a Hugging Face or Mistral model directory.
@@ -77,13 +78,17 @@ def load(
         gpus: so many devices of this machine share the model, by key/value heads, of which it must be a divisor; on a
             CPU so many processes. They are started here and end with this process; under torchrun they are its
             processes, of which only the first returns from here: the others serve it and end with it.
+        quantize: "int8" or "int4" rounds the matrices while they are read, all but the embedding; with "int4" the
+            output head to 8 bits. None leaves them as they are. Not with several devices.
         reattention_fields: fields of ReAttentionConfig; None or absent means its default for this model. An attention
             mode ignores those it does not use.
 
     Raises:
         MissingFileError, InputError, MemoryLimitError, RankError: with one line that says what to fix.
     """
-    files = read_model(path, device, dtype, attention, impl, allow_out_of_distribution, gpus, **reattention_fields)
+    files = read_model(
+        path, device, dtype, attention, impl, allow_out_of_distribution, gpus, quantize, **reattention_fields
+    )
     return files.load(progress)
 
 
@@ -95,6 +100,7 @@ def read_model(
     impl: str = "auto",
     allow_out_of_distribution: bool = False,
     gpus: int = 1,
+    quantize: str | None = None,
     **reattention_fields: Any,
 ) -> ModelFiles:
     """The first half of `load`: everything but the weights, so that a prompt can be counted before they are read.
@@ -105,6 +111,10 @@ def read_model(
     _choice("impl", impl, IMPLS)
     _choice("dtype", dtype, ("auto", *DTYPES))
     gpus = integer("gpus", gpus, 1)
+    if quantize is not None:
+        _choice("quantize", quantize, QUANTIZE)
+        if gpus > 1:
+            raise InputError(f"quantize is {quantize!r} and gpus {gpus}, expected one device: several share none yet")
     if follows(gpus):
         from minirea.follower import launched
 
@@ -120,7 +130,8 @@ def read_model(
     tokenizer = _tokenizer(path)
     torch_dtype = _dtype(path, config, dtype, target)
     part = config.of_rank(0, gpus)
-    return ModelFiles(path, config, tokenizer, Attention(part, attention, scope, impl, target), torch_dtype)
+    made = Attention(part, attention, scope, impl, target)
+    return ModelFiles(path, config, tokenizer, made, torch_dtype, quantize)
 
 
 class _Encoder:
@@ -180,11 +191,13 @@ class ModelFiles(_Encoder):
         tokenizer: Tokenizer | None,
         attention: Attention,
         dtype: torch.dtype,
+        quantize: str | None = None,
     ) -> None:
         self.path = path
         self.config = config
         self.attention = attention
         self.dtype = dtype
+        self.quantize = quantize
         self._tokenizer = tokenizer
 
     def plan(self, num_tokens: int = 0) -> MemoryPlan:
@@ -192,7 +205,7 @@ class ModelFiles(_Encoder):
 
         Of each device, where several share the model; of a CPU's memory, which all share, all together.
         """
-        plan = plan_run(self.path, self.attention, self.dtype, num_tokens)
+        plan = plan_run(self.path, self.attention, self.dtype, num_tokens, self.quantize)
         return plan.times(self.gpus) if self.attention.device.type == "cpu" else plan
 
     @property
@@ -212,7 +225,7 @@ class ModelFiles(_Encoder):
 
     def origin(self) -> Origin:
         """What contexts of this model, under these settings, are known by."""
-        return _origin(self.path, self.config, self.attention, self.dtype)
+        return _origin(self.path, self.config, self.attention, self.dtype, self.quantize)
 
     def context_bytes(self, num_tokens: int) -> int:
         """What Session.save takes for so many tokens."""
@@ -263,7 +276,8 @@ class ModelFiles(_Encoder):
     def _load(self, progress: bool, ranks: Ranks | None = None) -> Model:
         """This rank's part, or all of the model."""
         attention, dtype, device = self.attention, self.dtype, self.attention.device
-        weights = load_weights(self.path, attention.model, device, dtype, progress, keeps_half(dtype, device))
+        keep_half = keeps_half(dtype, device)
+        weights = load_weights(self.path, attention.model, device, dtype, progress, keep_half, self.quantize)
         model = Model(attention.model, weights, attention, progress, ranks)
         attention.gather = model.gather
         return model
@@ -399,7 +413,7 @@ class LLM(_Encoder):
         return loop.all_logits(self.model, self._cache(len(ids)), ids)
 
     def _origin(self) -> Origin:
-        return _origin(self.path, self.config, self.model.attention, self.model.dtype)
+        return _origin(self.path, self.config, self.model.attention, self.model.dtype, self.model.quantize)
 
     def _cache(self, capacity: int) -> KVCache:
         return new_cache(self.model, capacity)
@@ -571,7 +585,7 @@ class Session:
 
 def new_cache(model: Model, capacity: int) -> KVCache:
     """A cache for a model's steps; on all its ranks, if it has several and this is the first."""
-    workspace = functools.partial(workspace_bytes, model.attention, model.dtype)
+    workspace = functools.partial(workspace_bytes, model.attention, model.dtype, quantize=model.quantize)
     attention = model.attention
     sizes = model.config, capacity, attention.dense_limit
     arguments = *sizes, model.device, model.dtype, workspace, attention.recent_size
@@ -587,14 +601,17 @@ def generation_config(options: dict[str, Any]) -> GenerationConfig:
     return GenerationConfig(**options)
 
 
-def _origin(path: str | Path | None, config: ModelConfig, attention: Attention, dtype: torch.dtype) -> Origin:
+def _origin(
+    path: str | Path | None, config: ModelConfig, attention: Attention, dtype: torch.dtype, quantize: str | None
+) -> Origin:
     """What a context is checked against: the settings that keys and values, or what is read next, depend on."""
     if path is None:
         raise InputError("this model has no directory, by which the files of its contexts are known")
     ignored = {"full": SCOPE_FIELDS, "streaming": ("span_top_k", "span_size", "max_spans", "span_scope")}
     names = [name for name in SCOPE_FIELDS if name not in ignored.get(attention.mode, ())]
-    settings: dict[str, int | str] = {"attention": attention.mode, "dtype": str(dtype).removeprefix("torch.")}
+    settings: dict[str, int | str | None] = {"attention": attention.mode, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {name: getattr(attention.config, name) for name in names}
+    settings["quantize"] = quantize
     return Origin(fingerprint(path, config), Path(path).resolve().name, settings)
 
 

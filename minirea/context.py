@@ -54,12 +54,13 @@ class Origin:
     Args:
         model: what weights.fingerprint returns.
         model_name: for messages.
-        settings: by the names of `load`'s arguments: attention, dtype, and the sizes that the mode depends on.
+        settings: by the names of `load`'s arguments: attention, dtype, quantize, and the sizes that the mode
+            depends on.
     """
 
     model: str
     model_name: str
-    settings: dict[str, int | str]
+    settings: dict[str, int | str | None]
 
 
 class _Block(NamedTuple):
@@ -267,8 +268,7 @@ def _parts(cache: KVCache, num_tokens: int) -> dict[str, Tensor]:
     """
     layers = range(len(cache.v))
     parts = {f"{name}.{layer}": part[:, :num_tokens] for layer in layers for name, part in cache.stored(layer).items()}
-    recent = enumerate(cache.q_recent.flatten(2)) if cache.recent_size else ()
-    return parts | {f"q.{layer}": q_RX[None] for layer, q_RX in recent}  # X = H D
+    return parts | {f"q.{layer}": q_RHD.flatten(1)[None] for layer, q_RHD in enumerate(cache.q_recent)}
 
 
 def _rows_per_block(row_bytes: int) -> int:

@@ -9,6 +9,7 @@ matrices of a few hundred columns, which the format pads to 512.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 from collections.abc import Callable, Iterable
@@ -21,12 +22,16 @@ from tqdm import tqdm
 
 from minirea.config import ReAttentionConfig
 from minirea.kernels.reference import BLOCK, NO_KEY, choose_scope, locate, pack_score, rotate, unpack_index
+from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix, num_groups, quantized_bytes
 from minirea.threads import thread_pool
 
 HALF_TYPES: Final = (torch.bfloat16, torch.float16)
 MAX_PREPARING_THREADS: Final = 4  # each holds one matrix in float32
 _LARGEST_EXPONENT: Final = 15  # packed weights lie in (-2^15, 2^15)
 _LARGEST_SCALE: Final = 126  # as an exponent: its inverse is a normal float32
+
+_FEW_ROWS: Final = 16  # up to which torch's product with 4-bit weights is the fastest
+_WIDENED_AT_ONCE: Final = 1 << 21  # weights
 
 _ZERO: Final = torch.zeros((), dtype=torch.float32, device="cpu")
 _TILE: Final = 1024  # keys that are rotated and multiplied by while they are in the processor's cache
@@ -50,6 +55,127 @@ class PackedMatrix:
         # which cost 9 us, more than a small matrix takes.
         with torch._C.DisableTorchFunctionSubclass():
             return torch.ops.quantized.linear_dynamic_fp16(x_TK, self.packed)
+
+
+class PackedPlanes:
+    """A QuantizedMatrix [N, K] in the layout of torch's product with 4-bit weights. Made by `pack_planes`.
+
+    8 bits are two matrices of 4: their high halves with sixteen times the scale and no offset, and their low halves.
+    torch rounds x to bfloat16, and each product, whose sum is of float32. More rows than a few are multiplied by the
+    wide matrix, a part at a time: in bfloat16 where the processor has tiles for it, three times as fast, else float32.
+
+    Attributes:
+        planes: of each 4 bits, highest first: bytes, uint8 [N / block, columns, block / 2], and scale and offset,
+            bfloat16 [groups, N, 2]. Rows and columns are filled up to blocks and groups.
+    """
+
+    def __init__(self, planes: list[tuple[Tensor, Tensor]], shape: tuple[int, int], bits: int) -> None:
+        self.planes, self.shape, self.bits = planes, shape, bits
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for plane in self.planes for part in plane)
+
+    def multiply(self, x_TK: Tensor) -> Tensor:
+        """x_TK times the matrix transposed, float32 [T, N]."""
+        (N, K), (blocks, columns, half) = self.shape, self.planes[0][0].shape
+        if columns > K:
+            x_TK = F.pad(x_TK, (0, columns - K))
+        if len(x_TK) <= _FEW_ROWS:
+            return self._multiply_few(x_TK.bfloat16())[:, :N].contiguous()
+        dtype = torch.bfloat16 if _has_tiles() else torch.float32
+        x_TK = x_TK.to(dtype)
+        out_TN = torch.empty(len(x_TK), N)
+        step = max(1, _WIDENED_AT_ONCE // (columns * 2 * half))
+        for first in range(0, blocks, step):
+            rows = slice(first * 2 * half, min(N, (first + step) * 2 * half))
+            wide_KN = self._widen(first, min(blocks, first + step)).to(dtype)
+            out_TN[:, rows] = (x_TK @ wide_KN)[:, : rows.stop - rows.start]
+        return out_TN
+
+    def _multiply_few(self, x_TK: Tensor) -> Tensor:
+        size = GROUP_SIZE[self.bits]
+        products = [
+            torch.ops.aten._weight_int4pack_mm_for_cpu(x_TK, plane.view(-1, plane.shape[1] // 2), size, scale_offset)
+            for plane, scale_offset in self.planes
+        ]
+        return sum((out.float() for out in products[1:]), products[0].float())
+
+    def _widen(self, first: int, stop: int) -> Tensor:
+        """Blocks [first, stop) of rows as columns, float32 [columns, rows]."""
+        planes = [_unpack_plane(plane[first:stop]) for plane, _ in self.planes]
+        q_KN = planes[0].float() if self.bits == 4 else (planes[0] * 16 + planes[1]).float()
+        scale_offset = self.planes[-1][1][:, first * 2 * self.planes[0][0].shape[2] :][:, : q_KN.shape[1]].float()
+        scale_G1N, offset_G1N = scale_offset.permute(2, 0, 1)[:, :, None]
+        q_GCN = q_KN.view(len(scale_G1N), -1, q_KN.shape[1]).sub_(ZERO[self.bits])
+        return torch.addcmul(offset_G1N, q_GCN, scale_G1N).view(q_KN.shape)
+
+
+def can_pack_planes() -> bool:
+    """Whether this machine's torch has a fast product with 4-bit weights, in a layout that is understood here."""
+    return _plane_order() is not None
+
+
+def pack_planes(matrix: QuantizedMatrix) -> PackedPlanes:
+    """Rearrange a quantized matrix, some rows at a time."""
+    (N, K), bits, block = matrix.shape, matrix.bits, _block()
+    columns = num_groups(K, bits) * GROUP_SIZE[bits]
+    blocks = -(-N // block)
+    planes = [torch.empty(blocks, columns, block // 2, dtype=torch.uint8) for _ in range(bits // 4)]
+    step = max(1, _WIDENED_AT_ONCE // 4 // (columns * block))
+    for first in range(0, blocks, step):
+        q_NK = matrix.rows(first * block, min(N, (first + step) * block)).unpack()
+        q_NK = F.pad(q_NK, (0, 0, 0, -len(q_NK) % block))
+        for plane, q in zip(planes, [q_NK >> 4, q_NK & 15] if bits == 8 else [q_NK], strict=True):
+            plane[first : first + step] = _pack_plane(q).view(-1, columns, block // 2)
+    scale_offset = F.pad(matrix.scale_offset, (0, 0, 0, 0, 0, blocks * block - N)).transpose(0, 1).contiguous()
+    scales = [scale_offset]
+    if bits == 8:
+        scales.insert(0, scale_offset * torch.tensor([16, 0], dtype=torch.bfloat16))
+    return PackedPlanes(list(zip(planes, scales, strict=True)), matrix.shape, bits)
+
+
+def plane_bytes(N: int, K: int, bits: int) -> int:
+    """What `pack_planes` makes of a matrix [N, K]; of any other machine's torch, what it is without."""
+    if not can_pack_planes():
+        return quantized_bytes(N, K, bits)
+    groups, rows = num_groups(K, bits), -(-N // _block()) * _block()
+    return bits // 4 * rows * groups * (GROUP_SIZE[bits] // 2 + 2 * torch.bfloat16.itemsize)
+
+
+def _block() -> int:
+    """Rows that torch packs together; 0: this processor has no fast product."""
+    return {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
+
+
+def _pack_plane(q_NK: Tensor) -> Tensor:
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q_NK.int(), 1)
+
+
+def _unpack_plane(plane: Tensor) -> Tensor:
+    """Values 0 to 15 of packed blocks of rows, as columns: uint8 [columns, rows]."""
+    order = _plane_order()
+    q_BKR = torch.cat([plane & 15, plane >> 4], 2)
+    return (q_BKR if order is None else q_BKR[:, :, order]).transpose(0, 1).flatten(1)
+
+
+@functools.cache
+def _plane_order() -> Tensor | None:
+    """Where a block's rows are among its low and then its high half-bytes, found by packing; None: packed otherwise."""
+    block = _block()
+    if not block:
+        return None
+    rows_NK = torch.arange(block)[:, None].expand(block, 2 * block)
+    halves = [_pack_plane(part).view(2 * block, -1) for part in (rows_NK & 15, rows_NK >> 4)]
+    row_KR = sum(torch.cat([p & 15, p >> 4], 1).long() << 4 * i for i, p in enumerate(halves))
+    assert isinstance(row_KR, Tensor)
+    same = torch.equal(row_KR, row_KR[:1].expand_as(row_KR)) and torch.equal(row_KR[0].sort()[0], torch.arange(block))
+    return row_KR[0].argsort() if same else None
+
+
+def _has_tiles() -> bool:
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(supported and supported())
 
 
 def can_pack() -> bool:
@@ -90,25 +216,32 @@ def _preparing_threads() -> int:
     return min(MAX_PREPARING_THREADS, torch.get_num_threads())
 
 
-def prepare(weights: dict[str, Tensor], dtype: torch.dtype, progress: bool = False) -> dict[str, Any]:
+def prepare(weights: dict[str, Any], dtype: torch.dtype, progress: bool = False) -> dict[str, Any]:
     """Every matrix as this CPU multiplies by it fastest, for arithmetic in `dtype`. `weights` is emptied on the way.
 
     Half-precision matrices are packed for float32 arithmetic; the embedding, of which rows are looked up, stays.
-    Others are stored column by column, which MKL multiplies one row by twice as fast as row by row.
+    Others are stored column by column, which MKL multiplies one row by twice as fast as row by row. Quantized ones are
+    rearranged for torch's product with 4-bit weights.
 
     Args:
         progress: show a bar of bytes on stderr: packing takes longer than reading.
 
     Returns:
-        name -> Tensor or PackedMatrix. A tied head is one object with the embedding unless it is packed.
+        name -> Tensor, PackedMatrix, PackedPlanes or QuantizedMatrix. A tied head is one object with the embedding
+        unless it is packed.
     """
     halves = dtype == torch.float32 and weights["embed.weight"].dtype in HALF_TYPES
-    tied = weights["head.weight"] is weights["embed.weight"] and not halves
+    head = weights["head.weight"]
+    tied = head is weights["embed.weight"] and not halves
     if tied:
         del weights["head.weight"]
 
-    def fastest(name: str) -> Tensor | PackedMatrix:
+    def fastest(name: str) -> Tensor | PackedMatrix | QuantizedMatrix | PackedPlanes:
         tensor = weights.pop(name)
+        if isinstance(tensor, QuantizedMatrix):
+            return pack_planes(tensor) if can_pack_planes() else tensor
+        if name == "embed.weight" and isinstance(head, QuantizedMatrix):
+            return tensor
         half = dtype == torch.float32 and tensor.dtype in HALF_TYPES
         if tensor.dim() == 1 or (half and name == "embed.weight"):
             return tensor

@@ -64,6 +64,7 @@ class Stats:
         prompt_tokens: the whole context before the first generated token.
         cached_tokens: those of them that had been read before.
         dtype: of the arithmetic and the cache.
+        quantize: "int8" or "int4" where matrices are rounded to that.
         impl: "triton" (the fused kernel) or "torch".
         threads: of the CPU's arithmetic; None on a GPU.
         seed: of the draws, also where one was drawn; None where the best token was taken.
@@ -76,6 +77,7 @@ class Stats:
     cached_tokens: int = 0
     device: str = ""
     dtype: str = ""
+    quantize: str | None = None
     attention: str = ""
     impl: str = ""
     threads: int | None = None
@@ -99,6 +101,7 @@ class Stats:
             cached_tokens,
             device=device.type,
             dtype=str(model.dtype).removeprefix("torch."),
+            quantize=model.quantize,
             attention=attention.mode,
             impl=attention.impl,
             threads=torch.get_num_threads() if device.type == "cpu" else None,
@@ -256,7 +259,7 @@ def read_one_by_one(
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
     for part in parts:
         for ids_C in ids_T[part.start : part.stop].split(part.chunk_size):
-            model.read(ids_C, cache, horizon, part.chunk_size)
+            model.read(ids_C, cache, horizon)
             yield len(ids_C)
 
 
@@ -275,8 +278,8 @@ def all_logits(model: Model, cache: KVCache, ids: Sequence[int]) -> Tensor:
 def _logits_of_parts(model: Model, cache: KVCache, ids: Sequence[int], parts: Sequence[Part]) -> Iterator[Tensor]:
     """Read parts, one chunk each, and yield the logits of each, float32 [P, V]."""
     ids_T, horizon = torch.tensor(ids, dtype=torch.long, device=model.device), cache.seq_len + len(ids)
-    for start, stop, chunk_size in parts:
-        yield model.logits(model.forward(ids_T[start:stop], cache, horizon, chunk_size))
+    for start, stop, _ in parts:
+        yield model.logits(model.forward(ids_T[start:stop], cache, horizon))
 
 
 @isolated()
@@ -289,8 +292,7 @@ def decode(
         InputError: the logits are not finite.
     """
     start = cache.seq_len
-    captured = model.attention.can_capture and has_recent(model, cache)
-    steps = decode_ahead if captured else decode_one_by_one
+    steps = decode_ahead if model.attention.can_capture else decode_one_by_one
     shared = SharedSampler(sampler, sampler.takes_best, model.ranks) if model.ranks else sampler
     with contextlib.closing(together(steps, model, cache, last_id, shared, limit)) as token_ids:
         for count, token_id in enumerate(token_ids, 1):
@@ -300,14 +302,6 @@ def decode(
                     f'for {str(model.dtype).removeprefix("torch.")} (try dtype="float32")'
                 )
             yield token_id
-
-
-def has_recent(model: Model, cache: KVCache) -> bool:
-    """Whether the cache has all the queries that vote with the next token, as a captured step takes for granted.
-
-    It lacks some in its first tokens, and after it was rewound further than it keeps them.
-    """
-    return not cache.recent_size or cache.seq_len - cache.recent_from >= model.attention.config.vote_window - 1
 
 
 def decode_one_by_one(

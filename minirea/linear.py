@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from types import ModuleType
+from typing import Final
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minirea import cpu
-from minirea.cpu import PackedMatrix
+from minirea.cpu import PackedMatrix, PackedPlanes
+from minirea.kernels.steps import reference as twins
+from minirea.quantize import QuantizedMatrix, parts
 
-Matrix = Tensor | PackedMatrix
+Matrix = Tensor | PackedMatrix | PackedPlanes | QuantizedMatrix
+
+# Weights of a quantized matrix that are made wide at a time: in half precision 32 MB, which a GPU's cache holds until
+# the product reads them.
+WIDENED_AT_ONCE: Final = 1 << 24
 
 
-def linear(x_TK: Tensor, matrix_NK: Matrix, bias_N: Tensor | None = None) -> Tensor:
-    """x_TK times the matrix transposed, plus the bias: [T, N]."""
+def linear(x_TK: Tensor, matrix_NK: Matrix, bias_N: Tensor | None = None, kernels: ModuleType = twins) -> Tensor:
+    """x_TK times the matrix transposed, plus the bias: [T, N]. `kernels` has what widens a quantized matrix."""
+    if isinstance(matrix_NK, Tensor):
+        return F.linear(x_TK, matrix_NK, bias_N)
     if isinstance(matrix_NK, PackedMatrix):
         out_TN = matrix_NK.multiply(x_TK).mul_(matrix_NK.inverse_scale)
-        return out_TN if bias_N is None else out_TN.add_(bias_N)
-    return F.linear(x_TK, matrix_NK, bias_N)
+    elif isinstance(matrix_NK, PackedPlanes):
+        out_TN = matrix_NK.multiply(x_TK).to(x_TK.dtype)
+    else:
+        out_TN = _widened_product(x_TK, matrix_NK, kernels)
+    return out_TN if bias_N is None else out_TN.add_(bias_N)
 
 
-def add_linear(sum_TN: Tensor, x_TK: Tensor, matrix_NK: Matrix, bias_N: Tensor | None = None) -> None:
+def add_linear(
+    sum_TN: Tensor, x_TK: Tensor, matrix_NK: Matrix, bias_N: Tensor | None = None, kernels: ModuleType = twins
+) -> None:
     """sum_TN += linear(...), by a product that ends in the sum where there is one: one rounding, no pass of its own."""
-    if bias_N is not None:
-        sum_TN += linear(x_TK, matrix_NK, bias_N)
+    if bias_N is not None or isinstance(matrix_NK, PackedPlanes | QuantizedMatrix):
+        sum_TN += linear(x_TK, matrix_NK, bias_N, kernels)
     elif isinstance(matrix_NK, PackedMatrix):
         sum_TN.add_(matrix_NK.multiply(x_TK), alpha=matrix_NK.inverse_scale)
     else:
@@ -37,9 +52,9 @@ def norm_linear(
     eps: float,
     matrix_NE: Matrix,
     bias_N: Tensor | None = None,
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = cpu.rms_norm,
+    kernels: ModuleType = twins,
 ) -> Tensor:
-    """linear(rms_norm(x_TE), ...): [T, N]. `rms_norm` is a GPU's; a CPU has its own.
+    """linear(rms_norm(x_TE), ...): [T, N]. `kernels` has a GPU's norm; a CPU has its own.
 
     The scale of a packed matrix is undone in the norm, where it costs least. A power of two commutes with the product,
     exactly but for elements so small that they turn subnormal.
@@ -47,4 +62,15 @@ def norm_linear(
     if isinstance(matrix_NE, PackedMatrix):
         out_TN = matrix_NE.multiply(cpu.rms_norm(x_TE, norm_E, eps, matrix_NE.inverse_scale))
         return out_TN if bias_N is None else out_TN.add_(bias_N)
-    return linear((cpu.rms_norm if x_TE.is_cpu else rms_norm)(x_TE, norm_E, eps), matrix_NE, bias_N)
+    return linear((cpu if x_TE.is_cpu else kernels).rms_norm(x_TE, norm_E, eps), matrix_NE, bias_N, kernels)
+
+
+def _widened_product(x_TK: Tensor, matrix_NK: QuantizedMatrix, kernels: ModuleType) -> Tensor:
+    """[T, N], by parts of the matrix that are made wide just before their product."""
+    N, K = matrix_NK.shape
+    out_TN = x_TK.new_empty(len(x_TK), N)
+    for start, stop in parts(N, K, WIDENED_AT_ONCE):
+        wide_NK = x_TK.new_empty(stop - start, K)
+        kernels.widen(matrix_NK.rows(start, stop), wide_NK)
+        torch.mm(x_TK, wide_NK.t(), out=out_TN[:, start:stop])
+    return out_TN

@@ -98,25 +98,31 @@ class Model:
         return self.embed.device
 
     @property
+    def quantize(self) -> str | None:
+        """What its matrices are rounded to, of config.QUANTIZE."""
+        bits = getattr(self.layers[0].qkv, "bits", None)
+        return None if bits is None else f"int{bits}"
+
+    @property
     def nbytes(self) -> int:
         tensors = [self.embed, self.norm, self.head, *itertools.chain.from_iterable(self.layers)]
         return sum(t.nbytes for t in {id(t): t for t in tensors if t is not None}.values())  # a tied head counts once
 
-    def forward(self, ids_T: Tensor, cache: KVCache, horizon: int = 0, chunk_size: int | None = None) -> Tensor:
+    def forward(self, ids_T: Tensor, cache: KVCache, horizon: int = 0) -> Tensor:
         """Read T tokens, append them to the cache, and return their hidden states [T, E], before the final norm.
 
-        `horizon` and `chunk_size` are those of Attention.step, for one chunk.
+        `horizon` is that of Attention.step.
         """
-        step = self._begin(ids_T, cache, horizon, chunk_size)
+        step = self._begin(ids_T, cache, horizon)
         x_TE = self._embed(ids_T)
         for index in range(len(self.layers)):
             self._block(index, x_TE, cache, step)
         cache.seq_len += len(ids_T)
         return x_TE
 
-    def read(self, ids_T: Tensor, cache: KVCache, horizon: int = 0, chunk_size: int | None = None) -> None:
+    def read(self, ids_T: Tensor, cache: KVCache, horizon: int = 0) -> None:
         """Like `forward` for tokens whose output is not needed: the last layer only writes their keys and values."""
-        self.read_at(ids_T, cache, self._begin(ids_T, cache, horizon, chunk_size))
+        self.read_at(ids_T, cache, self._begin(ids_T, cache, horizon))
         cache.seq_len += len(ids_T)
 
     def read_at(self, ids_T: Tensor, cache: KVCache, step: Step) -> None:
@@ -141,11 +147,11 @@ class Model:
         x_1E = self._embed(torch.tensor([token_id], device=self.device))
         return self._qkv(self.layers[0], x_1E)[:, : self.config.num_heads]
 
-    def _begin(self, ids_T: Tensor, cache: KVCache, horizon: int, chunk_size: int | None) -> Step:
+    def _begin(self, ids_T: Tensor, cache: KVCache, horizon: int) -> Step:
         """Make room for a step of one chunk."""
         seq_len = cache.seq_len + len(ids_T)
         cache.reserve(seq_len)
-        return self.attention.step(seq_len, len(ids_T), chunk_size, horizon)
+        return self.attention.step(seq_len, len(ids_T), horizon=horizon)
 
     def _embed(self, ids_T: Tensor) -> Tensor:
         return F.embedding(ids_T, self.embed).to(self.dtype)
@@ -161,9 +167,9 @@ class Model:
     def _add_linear(self, x_TE: Tensor, y_TK: Tensor, matrix_EK: Matrix, bias_E: Tensor | None) -> None:
         """x_TE += the product; of several ranks, the sum of theirs, each of which has some columns of the matrix."""
         if self.ranks is None:
-            add_linear(x_TE, y_TK, matrix_EK, bias_E)
+            add_linear(x_TE, y_TK, matrix_EK, bias_E, self.kernels)
         else:
-            x_TE += self.ranks.all_reduce(linear(y_TK, matrix_EK, bias_E))
+            x_TE += self.ranks.all_reduce(linear(y_TK, matrix_EK, bias_E, self.kernels))
 
     def _qkv(self, layer: Layer, x_TE: Tensor) -> Tensor:
         """Query, key and value heads side by side, [T, H + 2G, D]."""
@@ -171,7 +177,7 @@ class Model:
         return qkv.view(len(x_TE), -1, self.config.head_dim)
 
     def _norm_linear(self, x_TE: Tensor, norm_E: Tensor, matrix_NE: Matrix, bias_N: Tensor | None = None) -> Tensor:
-        return norm_linear(x_TE, norm_E, self.config.norm_eps, matrix_NE, bias_N, self.kernels.rms_norm)
+        return norm_linear(x_TE, norm_E, self.config.norm_eps, matrix_NE, bias_N, self.kernels)
 
 
 def _layer(weights: dict[str, Any], index: int) -> Layer:

@@ -10,10 +10,12 @@ import torch
 from minirea.attention import Attention
 from minirea.cache import cache_bytes
 from minirea.config import ModelConfig
-from minirea.cpu import MAX_PREPARING_THREADS, can_pack, packed_bytes, preparing_bytes
+from minirea.cpu import MAX_PREPARING_THREADS, can_pack, packed_bytes, plane_bytes, preparing_bytes
 from minirea.kernels import scratch_bytes
+from minirea.linear import WIDENED_AT_ONCE
 from minirea.memory import MemoryPlan
-from minirea.weights import kept_weight_bytes, weight_bytes
+from minirea.quantize import quantized_bytes
+from minirea.weights import kept_weight_bytes, quantized_weight_bytes, quantizing_bytes, weight_bytes
 
 # Kernels that are loaded on first use, cuBLAS's workspaces, and what an allocator cannot use for its blocks' sizes.
 RESERVED: Final = {"cpu": 64 * 2**20, "cuda": 768 * 2**20}
@@ -24,16 +26,22 @@ def keeps_half(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype == torch.float32 and can_pack()
 
 
-def plan_run(path: str | Path, attention: Attention, dtype: torch.dtype, num_tokens: int = 0) -> MemoryPlan:
+def plan_run(
+    path: str | Path, attention: Attention, dtype: torch.dtype, num_tokens: int = 0, quantize: str | None = None
+) -> MemoryPlan:
     """Weights, what loading them takes besides, and the cache and workspace of `num_tokens`; 0: not known yet.
 
     Raises what load_weights raises for the files' headers.
     """
-    weights, loading = _model_bytes(path, attention.model, dtype, attention.device)
+    if quantize:
+        weights, loading = _quantized_model_bytes(path, attention.model, dtype, attention.device, quantize)
+    else:
+        weights, loading = _model_bytes(path, attention.model, dtype, attention.device)
     if not num_tokens:
         return MemoryPlan(weights, loading)
     cache = cache_bytes(attention.model, num_tokens, attention.dense_limit, dtype, attention.recent_size)
-    return MemoryPlan(weights, loading, cache, workspace_bytes(attention, dtype, num_tokens), num_tokens)
+    workspace = workspace_bytes(attention, dtype, num_tokens, quantize)
+    return MemoryPlan(weights, loading, cache, workspace, num_tokens)
 
 
 def _model_bytes(path: str | Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
@@ -51,12 +59,26 @@ def _model_bytes(path: str | Path, config: ModelConfig, dtype: torch.dtype, devi
     return weights, loading
 
 
-def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -> int:
+def _quantized_model_bytes(
+    path: str | Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, quantize: str
+) -> tuple[int, int]:
+    """_model_bytes of matrices that are rounded while they are loaded."""
+    on_cpu, keep_half = device.type == "cpu", keeps_half(dtype, device)
+    matrix_bytes = plane_bytes if on_cpu else quantized_bytes
+    weights = quantized_weight_bytes(path, config, dtype, quantize, keep_half, matrix_bytes)
+    loading = quantizing_bytes(config, device)
+    if on_cpu:  # each thread has a matrix in two layouts
+        largest = max(config.vocab_size, 2 * config.mlp_size)
+        loading += MAX_PREPARING_THREADS * plane_bytes(largest, config.hidden_size, 8)
+    return weights, loading
+
+
+def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int, quantize: str | None = None) -> int:
     """What the largest step holds besides weights and cache: T tokens of a context of `num_tokens`.
 
     An estimate, rather too high: activations as if none were freed within a block, twice where a graph of the step has
-    its own, logits, and the scratch of the fused kernel, or a scope's keys and values, gathered and rotated, and a
-    causal mask.
+    its own, logits, a part of a quantized matrix made wide, and the scratch of the fused kernel, or a scope's keys and
+    values, gathered and rotated, and a causal mask.
     """
     c, scope = attention.model, attention.config
     T = min(max(map(attention.step_tokens, (scope.chunk_size, scope.tail_chunk_size))), num_tokens)
@@ -75,7 +97,8 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -
     mask = T * (c.num_heads // c.num_kv_heads) * S * (1 + torch.float32.itemsize) if masked else 0
     # cos and sin, and those of a cache that grew to this one: all of them together have at most as many rows.
     tables = 2 * 2 * attention.table_rows(num_tokens) * c.head_dim // 2 * torch.float32.itemsize
-    return RESERVED[attention.device.type] + activations + logits + gathered + mask + tables
+    wide = copies * WIDENED_AT_ONCE * (dtype.itemsize if attention.impl == "triton" else 16) if quantize else 0
+    return RESERVED[attention.device.type] + activations + logits + gathered + mask + tables + wide
 
 
 def _scratch_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -> int:
@@ -84,7 +107,7 @@ def _scratch_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) ->
     sizes = {scope.chunk_size, scope.tail_chunk_size}
     steps = [(min(attention.step_tokens(size), num_tokens), size) for size in sizes]
     sizes_of_model = c.num_heads, c.num_kv_heads, c.head_dim, dtype
-    ranks, decode = c.part.ranks if c.part else 1, scope.of_decode_step
+    ranks, decode = c.part.ranks if c.part else 1, scope.of_step(1)
     scratch = scratch_bytes(*sizes_of_model, scope, num_tokens, steps, attention.device, ranks)
     if decode is scope and not attention.recent_size:
         return scratch

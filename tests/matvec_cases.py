@@ -9,6 +9,7 @@ import torch
 from kernel_cases import error
 
 from minirea.kernels.steps import reference as twins
+from minirea.quantize import QuantizedMatrix
 
 EPS = 1e-5
 # H, G, D, E, F, V: sizes that tiles divide, sizes that they do not, and rows that take several tiles.
@@ -59,14 +60,27 @@ class Inputs:
     def token(self, value: int) -> torch.Tensor:
         return torch.tensor([value], device=self.device)
 
+    def matrix(self, N: int, K: int, bits: int = 0) -> torch.Tensor | QuantizedMatrix:
+        """Of the dtype, or quantized to so many bits; then it lies between words and NaNs that are not its own."""
+        if not bits:
+            return self.normal(N, K)
+        made = QuantizedMatrix.empty(N + 2, K, bits, torch.device(self.device))
+        made.words.fill_(-1)
+        made.scale_offset.fill_(torch.nan)
+        made.rows(1, N + 1).round(self.normal(N, K))
+        return made.rows(1, N + 1)
 
-def check_all(shape: tuple[int, ...], dtype: torch.dtype, device: str, bias: bool) -> None:
-    """Every kernel of the step, once."""
+
+def check_all(shape: tuple[int, ...], dtype: torch.dtype, device: str, bias: bool, bits: int = 0) -> None:
+    """Every kernel of the step, once, with matrices of the dtype or of so many bits."""
     from minirea.kernels.steps import matvec as step
 
     H, G, D, E, F, V = shape
     r = Inputs(dtype, device, seed=sum(shape))
     x_E, norm_E = r.normal(E), r.normal(E)
+
+    def matrix(N: int, K: int) -> torch.Tensor | QuantizedMatrix:
+        return r.matrix(N, K, bits)
 
     def maybe(size: int) -> torch.Tensor | None:
         return r.normal(size) if bias else None
@@ -75,11 +89,11 @@ def check_all(shape: tuple[int, ...], dtype: torch.dtype, device: str, bias: boo
         check(step.embed, [3], r.token(token), r.normal(V, E), r.count(5), r.poison(E))
     caches = (r.poison(H, D), r.poison(G, 9, D), r.poison(9, G, D).transpose(0, 1))
     X = (H + 2 * G) * D
-    check(step.norm_qkv, [6, 7, 8], x_E, norm_E, r.normal(X, E), maybe(X), EPS, r.count(7), *caches)
-    check(step.norm_gate_up, [5], x_E, norm_E, r.normal(2 * F, E), maybe(2 * F), EPS, r.poison(F))
+    check(step.norm_qkv, [6, 7, 8], x_E, norm_E, matrix(X, E), maybe(X), EPS, r.count(7), *caches)
+    check(step.norm_gate_up, [5], x_E, norm_E, matrix(2 * F, E), maybe(2 * F), EPS, r.poison(F))
     for N, K in ((min(E, 64), H * D), (5, F), (5, E), (11, 8500)):
-        check(step.add_product, [3], r.normal(K), r.normal(N, K), maybe(N), r.normal(N))
-    check(step.norm_logits, [4], x_E, norm_E, r.normal(V, E), EPS, torch.full((V,), torch.nan, device=device))
+        check(step.add_product, [3], r.normal(K), matrix(N, K), maybe(N), r.normal(N))
+    check(step.norm_logits, [4], x_E, norm_E, matrix(V, E), EPS, torch.full((V,), torch.nan, device=device))
 
 
 def check_best_token(device: str) -> None:

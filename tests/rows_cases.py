@@ -6,6 +6,8 @@ import torch
 from kernel_cases import error
 from matvec_cases import Inputs
 
+from minirea.quantize import QuantizedMatrix
+
 # T, and E or F: sizes that tiles divide, rows that take several programs, and sizes that nothing divides.
 SHAPES = [(1, 16), (5, 4096), (3, 4099), (7, 50), (2, 1)]
 CACHE_SHAPES = [(1, 1, 2), (5, 3, 20), (4, 2, 128)]  # T, G, D
@@ -41,6 +43,21 @@ def check_write_kv(T: int, G: int, D: int, dtype: torch.dtype, device: str) -> N
             write(qkv_TXD, *kv_2GND, torch.tensor([start + T], dtype=torch.int32, device=device))
         assert torch.equal(caches[0].isnan(), caches[1].isnan())
         assert torch.equal(caches[0].nan_to_num(), caches[1].nan_to_num())
+
+
+def check_widen(N: int, K: int, bits: int, dtype: torch.dtype, device: str) -> None:
+    """What its twin writes, up to the last bit of a product and a sum, and nothing else."""
+    from minirea.kernels.steps.reference import widen as twin
+    from minirea.kernels.steps.rows import widen
+
+    inputs = Inputs(dtype, device, seed=K)
+    matrix_NK, out_NK = inputs.matrix(N, K, bits), inputs.poison(N + 2, K)
+    expected_NK = inputs.poison(N, K)
+    assert isinstance(matrix_NK, QuantizedMatrix)
+    widen(matrix_NK, out_NK[1:-1])
+    twin(matrix_NK, expected_NK)
+    torch.testing.assert_close(out_NK[1:-1], expected_NK, rtol=2 * torch.finfo(dtype).eps, atol=2**-22)
+    assert out_NK[0].isnan().all() and out_NK[-1].isnan().all()
 
 
 def check_swiglu(T: int, F: int, dtype: torch.dtype, device: str) -> None:

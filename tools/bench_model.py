@@ -54,6 +54,8 @@ def add_command(subparsers: Any) -> argparse.ArgumentParser:
         help="read only the last N chunks of those prompts, over random keys and values: the speed at that depth",
     )
     parser.add_argument("--chunk-size", type=int, metavar="N", help="prompt tokens per step of minirea")
+    quantize = "of minirea's matrices; transformers keeps its own"
+    parser.add_argument("--quantize", choices=("int8", "int4"), help=quantize)
     parser.add_argument("--attention", default="reattention", help="of minirea; transformers always attends to all")
     gpus = "devices that share the model in minirea, with --model; floors are those of each of them"
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help=gpus)
@@ -211,6 +213,8 @@ class Minirea:
         options["gpus"] = arguments.gpus
         if arguments.chunk_size is not None:
             options["chunk_size"] = arguments.chunk_size
+        if arguments.quantize is not None:
+            options["quantize"] = arguments.quantize
         if arguments.model:
             self.llm = api.load(directory, **options)
         else:
@@ -271,6 +275,7 @@ def random_model(files: Any) -> Any:
     from minirea.api import LLM
     from minirea.model import Model
     from minirea.plan import keeps_half
+    from minirea.quantize import QuantizedMatrix, parts
     from minirea.weights import empty_weights
 
     device, dtype = files.attention.device, files.dtype
@@ -278,9 +283,13 @@ def random_model(files: Any) -> Any:
     half = torch.bfloat16 if keeps_half(dtype, device) else dtype
     shapes = empty_weights(files.config, dtype, torch.device("meta"))
     matrices = {name: half for name, tensor in shapes.items() if tensor.dim() == 2}
-    weights = empty_weights(files.config, dtype, device, matrices)
+    weights = empty_weights(files.config, dtype, device, matrices, files.quantize)
     for tensor in weights.values():
-        if tensor.dim() == 2:
+        if isinstance(tensor, QuantizedMatrix):
+            for start, stop in parts(*tensor.shape, 1 << 24):
+                wide_NK = torch.empty(stop - start, tensor.shape[1], dtype=half, device=device)
+                tensor.rows(start, stop).round(wide_NK.normal_(0, tensor.shape[1] ** -0.5))
+        elif tensor.dim() == 2:
             tensor.normal_(0, tensor.shape[1] ** -0.5)
         else:
             tensor.fill_(1 if tensor.shape[0] == files.config.hidden_size else 0)

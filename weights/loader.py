@@ -33,6 +33,7 @@ from minirea.config import ModelConfig
 from minirea.errors import InputError, MemoryLimitError, MinireaWarning, MissingFileError, memory_limit_of
 from minirea.files import check_regular, list_directory, unreadable
 from minirea.json_object import JsonObject
+from minirea.quantize import QuantizedMatrix, bits_of, quantized_bytes, rounding_bytes
 from minirea.threads import thread_pool
 from minirea.weights.names import NameTable, Place, is_ignored
 
@@ -102,7 +103,8 @@ def load_weights(
     dtype: torch.dtype | None = None,
     progress: bool = False,
     keep_half: bool = False,
-) -> dict[str, torch.Tensor]:
+    quantize: str | None = None,
+) -> dict[str, Any]:
     """Read a checkpoint into frozen tensors under our names (names.py), q/k/v and gate/up stacked.
 
     Besides the result it holds a staging buffer of STAGING_BYTES per reader. All headers are checked before anything is
@@ -113,12 +115,14 @@ def load_weights(
         dtype: of the result; None means checkpoint_dtype.
         progress: show a bar of bytes read on stderr.
         keep_half: leave matrices that the files hold in float16 or bfloat16 so, whatever dtype says.
+        quantize: "int8" or "int4": round every matrix but the embedding block by block, as it comes from the file.
 
     Returns:
         Shapes in the project's letters: embed.weight and head.weight [V, E] (one tensor object if tied), norm.weight
         [E]; for each layer l, under layers.{l}: attn_norm.weight and mlp_norm.weight [E], qkv.weight [(H+2G)*D, E] (the
         query heads, the key heads, the value heads), o.weight [E, H*D], gate_up.weight [2F, E] and down.weight [E, F];
-        the biases that the config declares.
+        the biases that the config declares. With `quantize` a QuantizedMatrix for every matrix but embed.weight, from
+        which a tied head then differs.
 
     Warns (MinireaWarning) of tensors that the model has no use for, such as a value head.
 
@@ -134,11 +138,11 @@ def load_weights(
     dtype = dtype or _declared_dtype(config) or _most_common_dtype(tensors)
     kept = _kept_dtypes(assigned) if keep_half else {}
     try:
-        weights = empty_weights(config, dtype, device, kept)
+        weights = empty_weights(config, dtype, device, kept, quantize)
         transfers = [
             _Transfer(
                 tensor,
-                weights[place.name][place.rows],
+                *_targets(place, weights, table.is_redundant(place), config.tie_word_embeddings),
                 place.kept,
                 place.interleaved,
                 compare=table.is_redundant(place),
@@ -165,14 +169,24 @@ def load_weights(
 
 
 def empty_weights(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, other_dtypes: Mapping[str, torch.dtype] | None = None
-) -> dict[str, torch.Tensor]:
-    """Tensors of the names and shapes that load_weights returns, not filled. `other_dtypes`: name -> an exception."""
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    other_dtypes: Mapping[str, torch.dtype] | None = None,
+    quantize: str | None = None,
+) -> dict[str, Any]:
+    """What load_weights returns, not filled. `other_dtypes`: name -> an exception."""
     other_dtypes = other_dtypes or {}
-    weights = {
-        name: torch.empty(shape, dtype=other_dtypes.get(name, dtype), device=device) for name, shape in _shapes(config)
+    weights: dict[str, Any] = {
+        name: QuantizedMatrix.empty(*shape, bits_of(quantize, name), device)  # type: ignore[misc]
+        if quantize and _is_quantized(name, shape)
+        else torch.empty(shape, dtype=other_dtypes.get(name, dtype), device=device)
+        for name, shape in _shapes(config)
     }
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and quantize:
+        shape = weights["embed.weight"].shape
+        weights["head.weight"] = QuantizedMatrix.empty(*shape, bits_of(quantize, "head.weight"), device)
+    elif config.tie_word_embeddings:
         rows = config.head_rows
         embedding = weights["embed.weight"]
         weights["head.weight"] = embedding[rows.start : rows.stop] if config.part else embedding
@@ -214,6 +228,54 @@ def kept_weight_bytes(
         else math.prod(shape) * kept.get(name, dtype).itemsize
         for name, shape in _shapes(config)
     )
+
+
+def quantized_weight_bytes(
+    directory: str | Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    quantize: str,
+    keep_half: bool,
+    matrix_bytes: Callable[[int, int, int], int] = quantized_bytes,
+) -> int:
+    """Like weight_bytes, with `quantize`: a quantized matrix [N, K] takes `matrix_bytes(N, K, bits)`.
+
+    Raises what load_weights raises for the files' headers.
+    """
+    assigned = _assign(Path(directory), read_headers(Path(directory)), NameTable(config))
+    kept = _kept_dtypes(assigned) if keep_half else {}
+    shapes = dict(_shapes(config))
+    if config.tie_word_embeddings:
+        shapes["head.weight"] = shapes["embed.weight"]
+    return sum(
+        matrix_bytes(shape[0], shape[1], bits_of(quantize, name))
+        if _is_quantized(name, shape)
+        else math.prod(shape) * kept.get(name, dtype).itemsize
+        for name, shape in shapes.items()
+    )
+
+
+def quantizing_bytes(config: ModelConfig, device: torch.device) -> int:
+    """What load_weights holds on the device besides its result to quantize: a block of every reader, in float32."""
+    columns = max(shape[-1] for shape in NameTable(config).shapes.values())
+    return READERS[device.type] * (STAGING_BYTES * torch.float32.itemsize + rounding_bytes(columns, device))
+
+
+def _is_quantized(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and name != "embed.weight"
+
+
+def _targets(
+    place: Place, weights: dict[str, Any], redundant: bool, tied: bool
+) -> tuple[torch.Tensor, QuantizedMatrix | None]:
+    """The rows that a tensor goes to, and those of a quantized matrix; of a matrix that is only quantized a shape."""
+    target = weights["embed.weight" if redundant else place.name]
+    if isinstance(target, QuantizedMatrix):
+        quantized = target.rows(place.rows.start, place.rows.stop)
+        return torch.empty(quantized.shape, dtype=torch.float32, device="meta"), quantized
+    head = weights["head.weight"]
+    rounds = tied and not redundant and place.name == "embed.weight" and isinstance(head, QuantizedMatrix)
+    return target[place.rows], head if rounds else None
 
 
 def _shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -472,11 +534,13 @@ class _Transfer:
     """One tensor's way from its file into its `rows` of ours, in blocks of bounded size.
 
     `kept` and `interleaved` are Place's. With `compare` the rows hold the values already, and the file's must be the
-    same. The values are multiplied by `scale`, float32 [1] or [the tensor's rows, 1] on the device.
+    same. They are rounded into `quantized`, and into nothing else if `rows` is on the device "meta". The values are
+    multiplied by `scale`, float32 [1] or [the tensor's rows, 1] on the device.
     """
 
     tensor: StoredTensor
     rows: torch.Tensor
+    quantized: QuantizedMatrix | None
     kept: tuple[range, ...]
     interleaved: int
     compare: bool
@@ -516,12 +580,12 @@ class _Transfer:
         for first_row in range(0, len(self.rows), self.block_rows):
             yield _Block(self, first_row, self.rows[first_row : first_row + self.block_rows])
 
-    def values(self, staging: torch.Tensor, first_row: int) -> torch.Tensor:
+    def values(self, staging: torch.Tensor, first_row: int, device: torch.device) -> torch.Tensor:
         """The bytes of the rows from `first_row` on as numbers, those of a quantized matrix as float32."""
         staged = staging.view(self.tensor.dtype)
         if self.scale is None:
             return staged
-        wide = staged.to(self.rows.device, non_blocking=True).float().view(-1, *self.rows.shape[1:])
+        wide = staged.to(device, non_blocking=True).float().view(-1, *self.rows.shape[1:])
         first_row += self.kept[0].start
         return wide.mul_(self.scale[first_row : first_row + len(wide)] if len(self.scale) > 1 else self.scale)
 
@@ -553,20 +617,22 @@ class _Block(NamedTuple):
 
     def read(self, workspace: _Workspace) -> int:
         """Move the block; returns its size in the file. The GPU has then finished with the workspace."""
-        transfer, tensor = self.transfer, self.transfer.tensor
+        transfer, tensor, rows, quantized = self.transfer, self.transfer.tensor, self.rows, self.transfer.quantized
         # Opened anew for every block: a file object has one position, which threads cannot share.
         with open_file(tensor.path) as file, workspace.on_stream, torch.inference_mode():
+            if quantized and rows.is_meta:
+                rows = torch.empty_like(rows, device=quantized.device)
             if transfer.in_place:
-                self._read_into(file, bytes_of(self.rows))
+                self._read_into(file, bytes_of(rows))
             else:
                 staging = workspace.staging[: self.nbytes]
                 self._read_into(file, bytes_of(staging))
-                transfer.unstage(self.rows, transfer.values(staging, self.first_row))
-            low, high = torch.aminmax(self.rows)  # NaN makes both NaN
+                transfer.unstage(rows, transfer.values(staging, self.first_row, rows.device))
+            low, high = torch.aminmax(rows)  # NaN makes both NaN
+            if quantized:
+                quantized.rows(self.first_row, self.first_row + len(rows)).round(rows)
             if not math.isfinite(low) or not math.isfinite(high):  # reading them waits for the stream
-                raise InputError(
-                    f"{tensor} has a NaN or infinity as {_short(self.rows.dtype)}, expected finite numbers"
-                )
+                raise InputError(f"{tensor} has a NaN or infinity as {_short(rows.dtype)}, expected finite numbers")
         return self.nbytes
 
     def _read_into(self, file: FileIO, buffer: memoryview) -> None:

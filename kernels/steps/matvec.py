@@ -9,9 +9,10 @@
     best_token    logits -> the next token id
 
 A token at batch one costs one read of the weights, so each kernel is a stream of weights with as little as possible
-around it. A program owns a few rows of the matrix, keeps its next tile of weights in flight while it multiplies this
-one, and needs no other program. RMSNorm costs no pass of its own: W (g * x / rms) = (W (g * x)) / rms, and the program
-that multiplies g * x sums the squares of x on the way.
+around it. They are of the model's dtype, or quantized to one byte or half of one each (minirea.quantize). A program
+owns a few rows of the matrix, keeps its next tile of weights in flight while it multiplies this one, and needs no other
+program. RMSNorm costs no pass of its own: W (g * x / rms) = (W (g * x)) / rms, and the program that multiplies g * x
+sums the squares of x on the way.
 
 On Hopper the kernels are launched as programmatic dependents: a kernel's programs start on the SMs that the one before
 it frees, read their first weights, which no kernel writes, and only then wait for it to end. Every program waits, so
@@ -33,8 +34,16 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from minirea.kernels.launching import cdiv, launch, next_power_of_2
+from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix
+
+Matrix = torch.Tensor | QuantizedMatrix
 
 # ------------------------------------------------------------------------------------------------------------- device
+
+GROUP_8: tl.constexpr = tl.constexpr(GROUP_SIZE[8])
+GROUP_4: tl.constexpr = tl.constexpr(GROUP_SIZE[4])
+ZERO_8: tl.constexpr = tl.constexpr(ZERO[8])
+ZERO_4: tl.constexpr = tl.constexpr(ZERO[4])
 
 
 @triton.jit
@@ -45,9 +54,27 @@ def load_weights(w_ptrs, offs_k, K: tl.constexpr):
 
 @triton.jit
 def product(
-    w_ptr, rows, x_ptr, norm_ptr, eps, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+    w_ptr, scale_ptr, rows, x_ptr, norm_ptr, eps, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """W[rows] . x, or with NORM W[rows] . rms_norm(x): float32 [rows]. W is row-major with K columns."""
+    """W[rows] . x, or with NORM W[rows] . rms_norm(x): float32 [rows]. W is row-major with K columns.
+
+    With BITS w_ptr and scale_ptr are those of a QuantizedMatrix.
+    """
+    if BITS:
+        out, squares = product_of_words(w_ptr, scale_ptr, rows, x_ptr, norm_ptr, K, NORM, BLOCK_K, BITS, EARLY)
+    else:
+        out, squares = product_of_values(w_ptr, rows, x_ptr, norm_ptr, K, NORM, BLOCK_K, EARLY)
+    if NORM:
+        out *= tl.rsqrt(squares / K + eps)
+    return out
+
+
+@triton.jit
+def product_of_values(
+    w_ptr, rows, x_ptr, norm_ptr, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """W[rows] . x, with x times the norm's weights where it is normed, and the sum of the squares of x."""
     if EARLY:
         gdc_launch_dependents()
     offs_k = tl.arange(0, BLOCK_K)
@@ -67,10 +94,63 @@ def product(
         acc += w.to(tl.float32) * x[None, :]
         w = following
         offs_k += BLOCK_K
-    out = tl.sum(acc, axis=1)
-    if NORM:
-        out *= tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
-    return out
+    return tl.sum(acc, axis=1), tl.sum(squares, axis=0)
+
+
+@triton.jit
+def load_words(w_ptrs, scale_ptrs, offs_w, W: tl.constexpr, WORDS: tl.constexpr):
+    """A tile of words, and scale and offset of the group of each as the halves of a word; zero beyond W."""
+    mask = (offs_w < W)[None, :]
+    scale = tl.load(scale_ptrs + (offs_w // WORDS)[None, :], mask=mask, other=0)
+    return tl.load(w_ptrs + offs_w[None, :], mask=mask, other=0, eviction_policy="evict_first"), scale
+
+
+@triton.jit
+def product_of_words(
+    w_ptr, scale_ptr, rows, x_ptr, norm_ptr, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """product_of_values of a QuantizedMatrix, words with BLOCK_K columns at a time.
+
+    A field becomes a number without a conversion, which is slow: 2^23 + q has q as its last bits. A group's scale is
+    multiplied by the sum of a word's products, its offset by the sum of their x.
+    """
+    if EARLY:
+        gdc_launch_dependents()
+    FIELDS: tl.constexpr = 32 // BITS
+    GROUP: tl.constexpr = GROUP_8 if BITS == 8 else GROUP_4
+    ZERO: tl.constexpr = ZERO_8 if BITS == 8 else ZERO_4
+    WORDS: tl.constexpr = GROUP // FIELDS  # of a group
+    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    W: tl.constexpr = GROUPS * WORDS
+    BLOCK_W: tl.constexpr = BLOCK_K // FIELDS
+    offs_w = tl.arange(0, BLOCK_W)
+    w_ptrs = w_ptr + rows.to(tl.int64)[:, None] * W
+    scale_ptrs = scale_ptr + rows.to(tl.int64)[:, None] * GROUPS
+    w, scale = load_words(w_ptrs, scale_ptrs, offs_w, W, WORDS)
+    if EARLY:
+        gdc_wait()
+    acc = tl.zeros([rows.shape[0], BLOCK_W], tl.float32)
+    squares = tl.zeros([BLOCK_W], tl.float32)
+    for _ in range(0, W, BLOCK_W):
+        following, following_scale = load_words(w_ptrs, scale_ptrs, offs_w + BLOCK_W, W, WORDS)
+        dot = tl.zeros([rows.shape[0], BLOCK_W], tl.float32)
+        sum_x = tl.zeros([BLOCK_W], tl.float32)
+        for field in tl.static_range(FIELDS):
+            offs_k = offs_w // WORDS * GROUP + field * WORDS + offs_w % WORDS
+            mask_k = offs_k < K
+            x = tl.load(x_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+            if NORM:
+                squares += x * x
+                x *= tl.load(norm_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+            sum_x += x
+            q = ((w >> BITS * field) & ((1 << BITS) - 1)) | 0x4B000000
+            dot += (q.to(tl.float32, bitcast=True) - (8388608.0 + ZERO)) * x[None, :]
+        acc += (scale << 16).to(tl.float32, bitcast=True) * dot
+        acc += (scale & -65536).to(tl.float32, bitcast=True) * sum_x[None, :]
+        w, scale = following, following_scale
+        offs_w += BLOCK_W
+    return tl.sum(acc, axis=1), tl.sum(squares, axis=0)
 
 
 @triton.jit
@@ -97,12 +177,13 @@ def embed_kernel(
 
 @triton.jit
 def norm_qkv_kernel(
-    x_ptr, norm_ptr, w_ptr, bias_ptr, eps, seq_len_ptr, q_ptr, k_ptr, v_ptr, stride_kg, stride_kn, stride_vg, stride_vn,
+    x_ptr, norm_ptr, w_ptr, scale_ptr, bias_ptr, eps, seq_len_ptr, q_ptr, k_ptr, v_ptr,
+    stride_kg, stride_kn, stride_vg, stride_vn,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     rows, mask = my_rows((H + 2 * G) * D, BLOCK_N)
-    out = product(w_ptr, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, EARLY)
+    out = product(w_ptr, scale_ptr, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, BITS, EARLY)
     if BIAS:
         out += tl.load(bias_ptr + rows).to(tl.float32)
     out = out.to(q_ptr.dtype.element_ty)
@@ -117,11 +198,11 @@ def norm_qkv_kernel(
 
 @triton.jit
 def add_product_kernel(
-    x_ptr, w_ptr, bias_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+    x_ptr, w_ptr, scale_ptr, bias_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     rows, mask = my_rows(N, BLOCK_N)
-    out = product(w_ptr, rows, x_ptr, x_ptr, 0.0, K, False, BLOCK_K, EARLY)
+    out = product(w_ptr, scale_ptr, rows, x_ptr, x_ptr, 0.0, K, False, BLOCK_K, BITS, EARLY)
     if BIAS:
         out += tl.load(bias_ptr + rows).to(tl.float32)
     out += tl.load(out_ptr + rows).to(tl.float32)
@@ -130,15 +211,15 @@ def add_product_kernel(
 
 @triton.jit
 def norm_gate_up_kernel(
-    x_ptr, norm_ptr, w_ptr, bias_ptr, eps, out_ptr, F: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+    x_ptr, norm_ptr, w_ptr, scale_ptr, bias_ptr, eps, out_ptr, F: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N rows of the matrix are BLOCK_N / 2 features: their gate rows, then their up rows."""
     half: tl.constexpr = BLOCK_N // 2
     features, mask = my_rows(F, half)
     offs_n = tl.arange(0, BLOCK_N)
     rows = tl.minimum(tl.program_id(0) * half + offs_n % half, F - 1) + offs_n // half * F
-    out = product(w_ptr, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, EARLY)
+    out = product(w_ptr, scale_ptr, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, BITS, EARLY)
     if BIAS:
         out += tl.load(bias_ptr + rows).to(tl.float32)
     offs_f = tl.arange(0, half)[:, None]
@@ -150,11 +231,12 @@ def norm_gate_up_kernel(
 
 @triton.jit
 def norm_logits_kernel(
-    x_ptr, norm_ptr, w_ptr, eps, logits_ptr, V: tl.constexpr, K: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+    x_ptr, norm_ptr, w_ptr, scale_ptr, eps, logits_ptr, V: tl.constexpr, K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     rows, mask = my_rows(V, BLOCK_N)
-    tl.store(logits_ptr + rows, product(w_ptr, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, EARLY), mask=mask)
+    out = product(w_ptr, scale_ptr, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, BITS, EARLY)
+    tl.store(logits_ptr + rows, out, mask=mask)
 
 
 @triton.jit
@@ -200,22 +282,36 @@ BEST_PROGRAMS: Final = 64
 
 
 class Tile(NamedTuple):
-    """Rows and columns of weights that a program multiplies at a time, and its warps."""
+    """Rows and columns of weights that a program multiplies at a time, its warps, and the bits of quantized weights."""
 
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int
+    BITS: int = 0
 
 
-def tile(num_columns: int, itemsize: int, piece: int = 4096) -> Tile:
+def tile(matrix: Matrix, piece: int = 4096) -> Tile:
     """Two rows in pieces of up to `piece` bytes, of which two are in flight: 16 or 32 bytes per thread and row.
 
-    Rows of 16 KiB and more are taken eight at a time: there reading x costs as much as a row, and eight share it.
+    Rows of 16 KiB and more are taken eight at a time: there reading x costs as much as a row, and eight share it. Where
+    weights are smaller than x, that holds for rows of any length: four of 8 bits or eight of 4, in pieces of 2048.
     """
-    if num_columns * itemsize >= 16384:
+    K = matrix.shape[1]
+    if isinstance(matrix, QuantizedMatrix):
+        block_k = min(2048, max(16 * 32 // matrix.bits, next_power_of_2(K)))
+        return Tile(32 // matrix.bits, block_k, max(1, min(4, block_k // 512)), matrix.bits)
+    itemsize = matrix.element_size()
+    if K * itemsize >= 16384:
         return Tile(8, 2048 // itemsize, 8)
-    block_k = min(piece // itemsize, max(16, next_power_of_2(num_columns)))
+    block_k = min(piece // itemsize, max(16, next_power_of_2(K)))
     return Tile(2, block_k, max(1, min(8, block_k * itemsize // 512)))
+
+
+def operands(matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a kernel takes as w_ptr and scale_ptr; a matrix of the model's dtype has no scale."""
+    if isinstance(matrix, QuantizedMatrix):
+        return matrix.words, matrix.scale_offset.view(torch.int32)
+    return matrix, matrix
 
 
 def embed(token: torch.Tensor, table_VE: torch.Tensor, seq_len: torch.Tensor, x_E: torch.Tensor) -> None:
@@ -227,7 +323,7 @@ def embed(token: torch.Tensor, table_VE: torch.Tensor, seq_len: torch.Tensor, x_
 def norm_qkv(
     x_E: torch.Tensor,
     norm_E: torch.Tensor,
-    qkv_XE: torch.Tensor,
+    qkv_XE: Matrix,
     bias_X: torch.Tensor | None,
     eps: float,
     seq_len: torch.Tensor,
@@ -237,14 +333,14 @@ def norm_qkv(
 ) -> None:
     """q, k, v = qkv . rms_norm(x) + bias: q to q_HD, k and v to the caches at seq_len - 1. X = (H + 2G) D."""
     (H, D), (G, _, _), E = q_HD.shape, k_cache_GND.shape, x_E.shape[0]
-    t = tile(E, x_E.element_size())
+    t = tile(qkv_XE)
     launch(
         norm_qkv_kernel,
         cdiv((H + 2 * G) * D, t.BLOCK_N),
         x_E.device,
         x_E,
         norm_E,
-        qkv_XE,
+        *operands(qkv_XE),
         bias_X if bias_X is not None else x_E,
         eps,
         seq_len,
@@ -262,16 +358,16 @@ def norm_qkv(
     )
 
 
-def add_product(x_K: torch.Tensor, w_NK: torch.Tensor, bias_N: torch.Tensor | None, out_N: torch.Tensor) -> None:
+def add_product(x_K: torch.Tensor, w_NK: Matrix, bias_N: torch.Tensor | None, out_N: torch.Tensor) -> None:
     """out += w . x + bias."""
     N, K = w_NK.shape
-    t = tile(K, x_K.element_size())
+    t = tile(w_NK)
     launch(
         add_product_kernel,
         cdiv(N, t.BLOCK_N),
         x_K.device,
         x_K,
-        w_NK,
+        *operands(w_NK),
         bias_N if bias_N is not None else x_K,
         out_N,
         N=N,
@@ -284,21 +380,21 @@ def add_product(x_K: torch.Tensor, w_NK: torch.Tensor, bias_N: torch.Tensor | No
 def norm_gate_up(
     x_E: torch.Tensor,
     norm_E: torch.Tensor,
-    gate_up_ME: torch.Tensor,
+    gate_up_ME: Matrix,
     bias_M: torch.Tensor | None,
     eps: float,
     out_F: torch.Tensor,
 ) -> None:
     """out = silu(gate) * up with gate, up = gate_up . rms_norm(x) + bias. M = 2F: gate's rows, then up's."""
     F, E = out_F.shape[0], x_E.shape[0]
-    t = tile(E, x_E.element_size())
+    t = tile(gate_up_ME)
     launch(
         norm_gate_up_kernel,
         cdiv(F, t.BLOCK_N // 2),
         x_E.device,
         x_E,
         norm_E,
-        gate_up_ME,
+        *operands(gate_up_ME),
         bias_M if bias_M is not None else x_E,
         eps,
         out_F,
@@ -309,19 +405,17 @@ def norm_gate_up(
     )
 
 
-def norm_logits(
-    x_E: torch.Tensor, norm_E: torch.Tensor, head_VE: torch.Tensor, eps: float, logits_V: torch.Tensor
-) -> None:
+def norm_logits(x_E: torch.Tensor, norm_E: torch.Tensor, head_VE: Matrix, eps: float, logits_V: torch.Tensor) -> None:
     """logits = head . rms_norm(x), float32."""
     V, E = head_VE.shape
-    t = tile(E, x_E.element_size(), piece=8192)  # most rows of all, so one piece each where that is possible
+    t = tile(head_VE, piece=8192)  # most rows of all, so one piece each where that is possible
     launch(
         norm_logits_kernel,
         cdiv(V, t.BLOCK_N),
         x_E.device,
         x_E,
         norm_E,
-        head_VE,
+        *operands(head_VE),
         eps,
         logits_V,
         V=V,

@@ -9,6 +9,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from minirea.quantize import QuantizedMatrix
+
+Matrix = torch.Tensor | QuantizedMatrix
+
 # Of rows.py
 
 
@@ -29,7 +33,15 @@ def swiglu(gate_up_TM: torch.Tensor) -> torch.Tensor:
     return F.silu(gate_TF).mul_(up_TF)
 
 
+def widen(matrix_NK: QuantizedMatrix, out_NK: torch.Tensor) -> None:
+    out_NK.copy_(matrix_NK.widen(out_NK.dtype))
+
+
 # Of matvec.py
+
+
+def product(x_K: torch.Tensor, w_NK: Matrix, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+    return F.linear(x_K, w_NK if isinstance(w_NK, torch.Tensor) else w_NK.widen(x_K.dtype), bias_N)
 
 
 def embed(token: torch.Tensor, table_VE: torch.Tensor, seq_len: torch.Tensor, x_E: torch.Tensor) -> None:
@@ -40,7 +52,7 @@ def embed(token: torch.Tensor, table_VE: torch.Tensor, seq_len: torch.Tensor, x_
 def norm_qkv(
     x_E: torch.Tensor,
     norm_E: torch.Tensor,
-    qkv_XE: torch.Tensor,
+    qkv_XE: Matrix,
     bias_X: torch.Tensor | None,
     eps: float,
     seq_len: torch.Tensor,
@@ -49,7 +61,7 @@ def norm_qkv(
     v_cache_GND: torch.Tensor,
 ) -> None:
     (H, D), G = q_HD.shape, k_cache_GND.shape[0]
-    qkv_XD = F.linear(F.rms_norm(x_E, x_E.shape, norm_E, eps), qkv_XE, bias_X).view(-1, D)
+    qkv_XD = product(F.rms_norm(x_E, x_E.shape, norm_E, eps), qkv_XE, bias_X).view(-1, D)
     q, k_GD, v_GD = qkv_XD.split_with_sizes((H, G, G))
     position = int(seq_len) - 1
     q_HD.copy_(q)
@@ -57,26 +69,24 @@ def norm_qkv(
     v_cache_GND[:, position] = v_GD
 
 
-def add_product(x_K: torch.Tensor, w_NK: torch.Tensor, bias_N: torch.Tensor | None, out_N: torch.Tensor) -> None:
-    out_N += F.linear(x_K, w_NK, bias_N)
+def add_product(x_K: torch.Tensor, w_NK: Matrix, bias_N: torch.Tensor | None, out_N: torch.Tensor) -> None:
+    out_N += product(x_K, w_NK, bias_N)
 
 
 def norm_gate_up(
     x_E: torch.Tensor,
     norm_E: torch.Tensor,
-    gate_up_ME: torch.Tensor,
+    gate_up_ME: Matrix,
     bias_M: torch.Tensor | None,
     eps: float,
     out_F: torch.Tensor,
 ) -> None:
-    gate_F, up_F = F.linear(F.rms_norm(x_E, x_E.shape, norm_E, eps), gate_up_ME, bias_M).chunk(2)
+    gate_F, up_F = product(F.rms_norm(x_E, x_E.shape, norm_E, eps), gate_up_ME, bias_M).chunk(2)
     out_F.copy_(F.silu(gate_F) * up_F)
 
 
-def norm_logits(
-    x_E: torch.Tensor, norm_E: torch.Tensor, head_VE: torch.Tensor, eps: float, logits_V: torch.Tensor
-) -> None:
-    logits_V.copy_(F.linear(F.rms_norm(x_E, x_E.shape, norm_E, eps), head_VE))
+def norm_logits(x_E: torch.Tensor, norm_E: torch.Tensor, head_VE: Matrix, eps: float, logits_V: torch.Tensor) -> None:
+    logits_V.copy_(product(F.rms_norm(x_E, x_E.shape, norm_E, eps), head_VE))
 
 
 def best_token(logits_V: torch.Tensor, _workspace: object, token: torch.Tensor) -> None:

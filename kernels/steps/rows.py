@@ -3,9 +3,11 @@
     rms_norm   the residual stream -> its rows, normed
     write_kv   keys and values of a chunk -> the cache, behind what it holds
     swiglu     gate and up of a chunk -> silu(gate) * up
+    widen      rows of a quantized matrix -> the model's dtype
 
 Matrix products of whole chunks are cuBLAS's, which also adds them to the residual stream. Letters are the project's:
-T queries, E model width, F MLP width, H, G, D heads and head dim, N the cache's capacity.
+T queries, E model width, F MLP width, H, G, D heads and head dim, N the cache's capacity; a matrix has N rows and K
+columns.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -20,6 +22,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from minirea.kernels.launching import cdiv, launch, next_power_of_2
+from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix
 
 # ------------------------------------------------------------------------------------------------------------- device
 
@@ -78,6 +81,34 @@ def swiglu_kernel(gate_up_ptr, out_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr, 
     tl.store(out_ptr + row * F + offs_f, act.to(out_ptr.dtype.element_ty), mask=mask_f)
 
 
+@triton.jit
+def widen_kernel(
+    words_ptr, scale_offset_ptr, out_ptr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    BLOCK_W: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """A program widens BLOCK_W words of a row."""
+    if EARLY:
+        gdc_launch_dependents()
+    FIELDS: tl.constexpr = 32 // BITS
+    WORDS: tl.constexpr = GROUP // FIELDS  # of a group
+    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    W: tl.constexpr = GROUPS * WORDS
+    pieces: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
+    row = (tl.program_id(0) // pieces).to(tl.int64)
+    offs_w = tl.program_id(0) % pieces * BLOCK_W + tl.arange(0, BLOCK_W)
+    mask_w = offs_w < W
+    w = tl.load(words_ptr + row * W + offs_w, mask=mask_w, other=0)
+    scale_ptrs = scale_offset_ptr + (row * GROUPS + offs_w // WORDS) * 2
+    scale = tl.load(scale_ptrs, mask=mask_w, other=0.0).to(tl.float32)
+    offset = tl.load(scale_ptrs + 1, mask=mask_w, other=0.0).to(tl.float32)
+    if EARLY:
+        gdc_wait()  # a product before it may still read what is overwritten
+    for field in tl.static_range(FIELDS):
+        offs_k = offs_w // WORDS * GROUP + field * WORDS + offs_w % WORDS
+        out = (((w >> BITS * field) & ((1 << BITS) - 1)) - ZERO).to(tl.float32) * scale + offset
+        tl.store(out_ptr + row * K + offs_k, out.to(out_ptr.dtype.element_ty), mask=mask_w & (offs_k < K))
+
+
 # ----------------------------------------------------------------------------------------------------------- launchers
 
 NUM_WARPS: Final = 4
@@ -118,3 +149,12 @@ def swiglu(gate_up_TM: torch.Tensor) -> torch.Tensor:
     programs = T * cdiv(F, block_f)
     launch(swiglu_kernel, programs, gate_up_TM.device, gate_up_TM, out_TF, F=F, BLOCK_F=block_f, num_warps=NUM_WARPS)
     return out_TF
+
+
+def widen(matrix_NK: QuantizedMatrix, out_NK: torch.Tensor) -> None:
+    """out = the matrix, rounded once from float32. Both are contiguous."""
+    (N, K), W, bits = matrix_NK.shape, matrix_NK.words.shape[1], matrix_NK.bits
+    block_w = min(512, next_power_of_2(W))
+    constants = {"K": K, "BITS": bits, "GROUP": GROUP_SIZE[bits], "ZERO": ZERO[bits], "BLOCK_W": block_w}
+    pointers = matrix_NK.words, matrix_NK.scale_offset, out_NK
+    launch(widen_kernel, N * cdiv(W, block_w), out_NK.device, *pointers, **constants, num_warps=NUM_WARPS)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from minirea.context import StoredContext
     from minirea.evaluation import Evaluation
 
-_LOAD_OPTIONS: Final = ("device", "dtype", "attention", "impl", "allow_out_of_distribution", "gpus")
+_LOAD_OPTIONS: Final = ("device", "dtype", "attention", "impl", "allow_out_of_distribution", "gpus", "quantize")
 
 
 def run_generate(arguments: argparse.Namespace, interrupts: Interrupts) -> int:

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
-from minirea.config import DEVICES, DTYPES, IMPLS, MODES, SPAN_SCOPES, TAIL_CHUNK_SIZE, TAIL_SIZE
+from minirea.config import DEVICES, DTYPES, IMPLS, MODES, QUANTIZE, SPAN_SCOPES, TAIL_CHUNK_SIZE, TAIL_SIZE
 from minirea.errors import MinireaError
 from minirea.terminal import discard_output, put
 
@@ -128,6 +128,8 @@ def add_scope(parser: argparse.ArgumentParser) -> Callable[..., Any]:
 def add_execution(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("execution").add_argument
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="of weights and cache")
+    quantize = "round matrices while they are read: to one byte per weight, or half of one (the output head to one)"
+    add("--quantize", choices=QUANTIZE, help=quantize)
     add("--device", choices=DEVICES, default="auto", help="where to run")
     add("--impl", choices=IMPLS, default="auto", help="the fused kernel or the torch path")
     gpus = "devices that share the model, a divisor of its key/value heads; on a CPU: processes"

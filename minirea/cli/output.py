@@ -102,7 +102,7 @@ def footer(stats: Stats, finish_reason: str | None) -> str:
     beyond = f", more than the trained {s.trained_context:,}" if s.seen_tokens > s.trained_context else ""
     before = f", {s.cached_tokens:,} of them read before" if s.cached_tokens else ""
     device = f"{s.gpus} x {s.device}" if s.gpus > 1 else s.device
-    ran_on = [device, s.dtype, f"{s.attention} attention", s.impl]
+    ran_on = [device, s.dtype, *([f"{s.quantize} weights"] if s.quantize else []), f"{s.attention} attention", s.impl]
     ran_on += [f"{s.threads} threads" if s.threads != 1 else "1 thread"] if s.threads else []
     ran_on += [f"seed {s.seed}"] if s.seed is not None else []
     lines = [
@@ -133,15 +133,17 @@ def print_plan(files: ModelFiles, prompt_tokens: int, arguments: argparse.Namesp
     num_tokens, device = prompt_tokens + arguments.max_tokens, files.attention.device
     plan, free = files.plan(num_tokens), available_bytes(device)
     dtype = str(files.dtype).removeprefix("torch.")
+    runs_on = f"{device.type}, {dtype}" + (f", {files.quantize} weights" if files.quantize else "")
     if arguments.json:
         sizes = {name: getattr(plan, name) for name in ("weights", "loading", "cache", "workspace", "peak")}
         record = {f"{name}_bytes": size for name, size in sizes.items()}
-        record |= {"device": device.type, "dtype": dtype, "prompt_tokens": prompt_tokens, "num_tokens": num_tokens}
+        record |= {"device": device.type, "dtype": dtype, "quantize": files.quantize}
+        record |= {"prompt_tokens": prompt_tokens, "num_tokens": num_tokens}
         put(json.dumps(record | {"free_bytes": free}) + "\n")
     else:
         each = f"each of {files.gpus} x " if files.gpus > 1 and device.type != "cpu" else ""
         lines = (
-            f"device      {each}{device.type}, {dtype}, {files.attention.mode} attention, {files.attention.impl}",
+            f"device      {each}{runs_on}, {files.attention.mode} attention, {files.attention.impl}",
             f"tokens      {prompt_tokens:,} in the prompt and {arguments.max_tokens:,} to generate",
             f"weights     {human(plan.weights)}, and {human(plan.loading)} more while they are loaded",
             f"cache       {human(plan.cache)}",

@@ -20,6 +20,15 @@ def test_every_kernel_equals_its_twin(shape: tuple[int, ...], dtype: torch.dtype
     check_all(shape, dtype, "cuda", bias=dtype == torch.float16 or shape == SMALL[1])
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*SMALL, *REAL])
+def test_every_kernel_equals_its_twin_with_quantized_matrices(
+    shape: tuple[int, ...], dtype: torch.dtype, bits: int
+) -> None:
+    check_all(shape, dtype, "cuda", dtype == torch.float16, bits)
+
+
 def test_best_token_is_the_lowest_of_the_best() -> None:
     check_best_token("cuda")
 

@@ -13,5 +13,13 @@ def test_every_kernel_equals_its_twin(shape: tuple[int, ...], dtype: torch.dtype
     check_all(shape, dtype, "cpu", bias=shape[0] != 3)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("shape", "dtype"), zip(SMALL, [torch.bfloat16, torch.float16, torch.float32], strict=True))
+def test_every_kernel_equals_its_twin_with_quantized_matrices(
+    shape: tuple[int, ...], dtype: torch.dtype, bits: int
+) -> None:
+    check_all(shape, dtype, "cpu", shape[0] != 3, bits)
+
+
 def test_best_token_is_the_lowest_of_the_best() -> None:
     check_best_token("cpu")

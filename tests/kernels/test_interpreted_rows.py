@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rows_cases import CACHE_SHAPES, SHAPES, check_rms_norm, check_swiglu, check_write_kv
+from rows_cases import CACHE_SHAPES, SHAPES, check_rms_norm, check_swiglu, check_widen, check_write_kv
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("T", "E"), SHAPES)
 def test_rms_norm_equals_its_twin(T: int, E: int, dtype: torch.dtype) -> None:
     check_rms_norm(T, E, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("N", "K"), [(3, 200), (1, 1), (2, 4100)])
+def test_widen_equals_its_twin(N: int, K: int, bits: int, dtype: torch.dtype) -> None:
+    check_widen(N, K, bits, dtype, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

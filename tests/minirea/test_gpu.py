@@ -275,3 +275,27 @@ def test_logits_that_are_not_finite_are_reported(tmp_path: Path) -> None:
     for options in ({}, {"temperature": 1.0, "top_p": 0.9}):
         with pytest.raises(minirea.InputError, match="not finite after 3 tokens"):
             llm.generate([3, 4, 5], max_tokens=9, **options)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_quantized_model_is_that_of_the_cpu(quantize: str, impl: str, tmp_path: Path) -> None:
+    """Rounded on either device from the same values; a CPU rounds what it multiplies to bfloat16 as well."""
+    directory = write_checkpoint(tmp_path, tiny_model(tie_word_embeddings=True))
+    ids = random_ids(100)
+    llm = minirea.load(directory, device="cuda", dtype="float32", impl=impl, quantize=quantize, attention="full")
+    found = llm.logits(ids).cpu()
+    expected = minirea.load(directory, device="cpu", quantize=quantize, attention="full").logits(ids)
+    assert float((found - expected).norm() / expected.norm()) < 0.03
+    new_ids = llm.generate(ids, max_tokens=20, ignore_eos=True).token_ids
+    assert new_ids == llm.logits([*ids, *new_ids])[99:-1].argmax(-1).tolist()  # decoding reads the same matrices
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_the_quantized_demo_generates(quantize: str) -> None:
+    out = minirea.load(DEMO, device="cuda", quantize=quantize).generate(
+        (DEMO / "prompts" / "needle-16k.txt").read_text(), max_tokens=12
+    )
+    assert out.stats.quantize == quantize
+    if quantize == "int8":
+        assert "604218" in out.text

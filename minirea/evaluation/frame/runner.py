@@ -121,7 +121,11 @@ class Runner:
         config = dataclasses.asdict(self._model(mode, cell.fields).model.attention.config)
         if mode == "full":
             config = {"chunk_size": config["chunk_size"]}
-        common = {name: value for name, value in self.settings.items() if name in ("dtype", "device", "impl", "seed")}
+        common = {
+            name: value
+            for name, value in self.settings.items()
+            if name in ("dtype", "quantize", "device", "impl", "seed")
+        }
         return config | common
 
 
@@ -133,9 +137,9 @@ def record_id(mode: str, place: Place) -> str:
 def known_settings(task: Task, model: LLM | ModelFiles) -> Record:
     """What is known of a run's settings before the weights are read."""
     if isinstance(model, ModelFiles):
-        attention, dtype = model.attention, model.dtype
+        attention, dtype, quantize = model.attention, model.dtype, model.quantize
     else:
-        attention, dtype = model.model.attention, model.model.dtype
+        attention, dtype, quantize = model.model.attention, model.model.dtype, model.model.quantize
     return {
         **task.identity(),
         "model_name": "" if model.path is None else Path(model.path).resolve().name,
@@ -144,6 +148,7 @@ def known_settings(task: Task, model: LLM | ModelFiles) -> Record:
         "dtype": str(dtype).removeprefix("torch."),
         "device": attention.device.type,
         "impl": attention.impl,
+        **({"quantize": quantize} if quantize else {}),
     }
 
 

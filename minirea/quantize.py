@@ -1,0 +1,165 @@
+"""Matrices of one byte or half of one per weight: how weights are rounded, packed, and made wide again.
+
+A weight is w = scale * (q - ZERO) + offset, with q of 8 or 4 bits and one scale and offset for a group of columns of a
+row. Only weights are rounded, from their own values alone. Scale and offset minimize the squared error of a group: the
+best for given q follow by linear regression, the best q for given scale and offset by rounding, in turns. They are
+bfloat16 numbers before weights are rounded with them, so that their own rounding costs nothing.
+
+The q of a group lie in the fields of 32-bit words. Field i of word j has column i * W + j of a group of W words: so a
+program that has loaded words in a row finds columns in a row in each field, and unpacks them by a shift and a mask,
+beside values of x that it loads in a row as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# By bits. Columns that share scale and offset; the q of the offset; rounds of regression, until the error stands still.
+GROUP_SIZE: Final = {8: 64, 4: 32}
+# 136 = 16 * 8 + 8: the high and the low halves of 8 bits are 4-bit matrices of their own, with exact scales.
+ZERO: Final = {8: 136, 4: 8}
+_ROUNDS: Final = {8: 1, 4: 4}
+# Weights that are rounded at a time. A CPU's stay in its caches; a GPU's make up for the launches.
+_AT_ONCE: Final = {"cpu": 1 << 17, "cuda": 1 << 21}
+_TEMPORARIES: Final = 6  # float32 values that rounding holds for a weight
+_LEAST_SCALE: Final = 2.0**-110  # of a group of equal weights; its inverse is a normal number
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """[N, K] in `bits` bits: words int32 [N, groups * words of a group] and scale_offset bfloat16 [N, groups, 2].
+
+    Rows are filled up to whole groups with weights that no product uses.
+    """
+
+    words: Tensor
+    scale_offset: Tensor
+    num_columns: int
+    bits: int
+
+    @classmethod
+    def empty(cls, N: int, K: int, bits: int, device: torch.device) -> QuantizedMatrix:
+        groups = num_groups(K, bits)
+        words = torch.empty(N, groups * GROUP_SIZE[bits] * bits // 32, dtype=torch.int32, device=device)
+        return cls(words, torch.empty(N, groups, 2, dtype=torch.bfloat16, device=device), K, bits)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.words), self.num_columns
+
+    @property
+    def device(self) -> torch.device:
+        return self.words.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.words.nbytes + self.scale_offset.nbytes
+
+    def rows(self, start: int, stop: int) -> QuantizedMatrix:
+        """A view of rows [start, stop)."""
+        return QuantizedMatrix(self.words[start:stop], self.scale_offset[start:stop], self.num_columns, self.bits)
+
+    def round(self, wide_NK: Tensor) -> None:
+        """Become the nearest to values of any floating-point dtype, which are on the same device."""
+        for start, stop in parts(len(wide_NK), self.num_columns, _AT_ONCE[wide_NK.device.type]):
+            words, scale_offset = _rounded(wide_NK[start:stop].float(), self.bits)
+            self.words[start:stop] = words
+            self.scale_offset[start:stop] = scale_offset
+
+    def unpack(self) -> Tensor:
+        """q, uint8 [N, groups * columns of a group]."""
+        bytes_RWB = self.words.view(torch.uint8).view(-1, GROUP_SIZE[self.bits] * self.bits // 32, 4)
+        if self.bits == 4:
+            bytes_RWB = torch.stack([bytes_RWB & 15, bytes_RWB >> 4], -1).flatten(2)
+        return bytes_RWB.transpose(1, 2).reshape(len(self.words), -1)
+
+    def widen(self, dtype: torch.dtype) -> Tensor:
+        """[N, K] in `dtype`, rounded once."""
+        exact = torch.promote_types(dtype, torch.float32)
+        scale_NG1, offset_NG1 = self.scale_offset.to(exact).split(1, 2)
+        q_NGC = self.unpack().view(*self.scale_offset.shape[:2], -1).to(exact).sub_(ZERO[self.bits])
+        return torch.addcmul(offset_NG1, q_NGC, scale_NG1).flatten(1)[:, : self.num_columns].to(dtype)
+
+
+def bits_of(quantize: str, name: str) -> int:
+    """How a matrix of a model is stored under a choice of config.QUANTIZE, by its name.
+
+    The output head has 8 bits in any case: it is a small part of a large model, and its errors are those of the logits.
+    """
+    return 8 if quantize == "int8" or name == "head.weight" else 4
+
+
+def num_groups(K: int, bits: int) -> int:
+    """Of a row of K columns."""
+    return -(-K // GROUP_SIZE[bits])
+
+
+def quantized_bytes(N: int, K: int, bits: int) -> int:
+    """What a matrix takes."""
+    return N * num_groups(K, bits) * (GROUP_SIZE[bits] * bits // 8 + 2 * torch.bfloat16.itemsize)
+
+
+def rounding_bytes(num_columns: int, device: torch.device) -> int:
+    """What QuantizedMatrix.round holds at most besides its arguments, for rows of so many columns."""
+    return max(_AT_ONCE[device.type], num_columns) * _TEMPORARIES * torch.float32.itemsize
+
+
+def parts(num_rows: int, num_columns: int, at_once: int) -> Iterator[tuple[int, int]]:
+    """Rows [start, stop) of a matrix in parts of at most `at_once` weights, and at least one row."""
+    step = max(1, at_once // num_columns)
+    for start in range(0, num_rows, step):
+        yield start, min(start + step, num_rows)
+
+
+def _rounded(wide_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Words, and scale and offset, of a float32 matrix, as QuantizedMatrix has them.
+
+    Inside, the columns of a group lie one below the other, [C, R] for R = N * groups, so that sums over a group add
+    whole vectors.
+    """
+    (N, K), size = wide_NK.shape, GROUP_SIZE[bits]
+    groups = num_groups(K, bits)
+    if groups * size > K:  # with a value of the group's own, which does not widen its range
+        wide_NK = F.pad(wide_NK[None], (0, groups * size - K), mode="replicate")[0]
+    wide_CR = wide_NK.reshape(-1, size).t().contiguous()
+    mean_R = wide_CR.mean(0)
+    wide_CR = wide_CR - mean_R  # makes sums of products covariances; not in place, where the values are the caller's
+    scale_R, offset_R = _fit(wide_CR, bits)
+    scale_R, offset_R = scale_R.bfloat16(), (offset_R + mean_R).bfloat16()
+    q_CR = _nearest(wide_CR, scale_R.float(), offset_R.float() - mean_R, bits).add_(ZERO[bits]).to(torch.uint8)
+    if bits == 4:
+        q_FWR = q_CR.view(8, -1, N * groups)
+        q_CR = (q_FWR[0::2] | (q_FWR[1::2] << 4)).flatten(0, 1)
+    words = q_CR.view(4, -1, N * groups).permute(2, 1, 0).contiguous().view(torch.int32).view(N, -1)
+    return words, torch.stack([scale_R, offset_R], 1).view(N, groups, 2)
+
+
+def _fit(wide_CR: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and offset of each group, float32 [R]: from its range, then by regression on what it rounds to.
+
+    The mean of each group is zero.
+    """
+    low_R, high_R = torch.aminmax(wide_CR, dim=0)
+    scale_R = ((high_R - low_R) / (2**bits - 1)).clamp_(min=_LEAST_SCALE)
+    offset_R = low_R + ZERO[bits] * scale_R
+    for _ in range(_ROUNDS[bits]):
+        q_CR = _nearest(wide_CR, scale_R, offset_R, bits)
+        q_mean_R = q_CR.mean(0)
+        covariance_R = (q_CR * wide_CR).sum(0)
+        variance_R = q_CR.square_().sum(0) - len(wide_CR) * q_mean_R.square()
+        fits_R = covariance_R > _LEAST_SCALE * variance_R
+        scale_R = torch.where(fits_R, covariance_R / variance_R, scale_R)
+        offset_R = torch.where(fits_R, -scale_R * q_mean_R, offset_R)
+    return scale_R, offset_R
+
+
+def _nearest(wide_CR: Tensor, scale_R: Tensor, offset_R: Tensor, bits: int) -> Tensor:
+    """q - ZERO of each weight, float32."""
+    lowest = -ZERO[bits]
+    return (wide_CR - offset_R).mul_(1 / scale_R).round_().clamp_(lowest, lowest + 2**bits - 1)

@@ -1,0 +1,241 @@
+"""Quantized matrices: rounding, packing and products; models that are quantized while they load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from testing import random_ids, tiny_model, write_checkpoint, write_mistral, write_tokenizer
+
+import minirea
+from minirea import api, cpu, quantize
+from minirea.checkpoint_config import load_config
+from minirea.cli import main
+from minirea.errors import InputError
+from minirea.linear import add_linear, linear
+from minirea.model import Model
+from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix, quantized_bytes
+from minirea.weights import load_weights, loader
+
+CPU = torch.device("cpu")
+# N, K: whole blocks and groups, and sizes that neither divides.
+SHAPES = [(64, 128), (70, 45), (1, 1), (3, 32), (130, 200)]
+needs_planes = pytest.mark.skipif(not cpu.can_pack_planes(), reason="this torch has no fast product with 4-bit weights")
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def quantized(wide_NK: torch.Tensor, bits: int) -> QuantizedMatrix:
+    matrix = QuantizedMatrix.empty(*wide_NK.shape, bits, CPU)
+    matrix.round(wide_NK)
+    return matrix
+
+
+def relative_error(found: torch.Tensor, right: torch.Tensor) -> float:
+    return float((found.double() - right.double()).norm() / right.double().norm())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rounding_is_within_half_a_step(shape: tuple[int, int], bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide_NK = random(*shape) + 0.3
+    given = wide_NK.clone()
+    matrix = quantized(wide_NK, bits)
+    assert matrix.shape == shape
+    assert matrix.nbytes == quantized_bytes(*shape, bits)
+    step_NK = matrix.scale_offset[..., 0].float().repeat_interleave(GROUP_SIZE[bits], 1)[:, : shape[1]]
+    q_NK = matrix.unpack()[:, : shape[1]]
+    inside = (q_NK > 0) & (q_NK < 2**bits - 1)  # an end of the range may stand for what is beyond it
+    off = (matrix.widen(torch.float64) - wide_NK.double()).abs()
+    assert (off <= 0.5001 * step_NK)[inside].all()
+    monkeypatch.setitem(quantize._AT_ONCE, "cpu", 1)  # row by row
+    again = quantized(wide_NK, bits)
+    assert torch.equal(wide_NK, given)
+    assert torch.equal(again.words, matrix.words)
+    assert torch.equal(again.scale_offset, matrix.scale_offset)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_row_of_fields_is_where_the_layout_says(bits: int) -> None:
+    """Values that are on a grid come back, each from its field."""
+    size = GROUP_SIZE[bits]
+    q_NK = torch.randint(0, 2**bits, (5, 3 * size), generator=torch.Generator().manual_seed(1))
+    q_NK[:, ::size], q_NK[:, 1::size] = 0, 2**bits - 1  # the whole range in each group
+    wide_NK = (q_NK - ZERO[bits]) * 0.25
+    matrix = quantized(wide_NK, bits)
+    assert torch.equal(matrix.unpack().long(), q_NK)
+    torch.testing.assert_close(matrix.widen(torch.float32), wide_NK, rtol=0, atol=1e-4)  # an offset of nearly zero
+    fields, words = 32 // bits, size * bits // 32
+    for k in (0, 1, words, size - 1, 2 * size + 5):
+        word = matrix.words[:, k // size * words + k % size % words].long()
+        assert torch.equal(word >> bits * (k % size // words) & (2**bits - 1), q_NK[:, k])
+    assert fields * words == size
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("value", [0.0, -3.0, 1e-30, 1e30])
+def test_equal_weights_stay_what_they_are(value: float, bits: int) -> None:
+    found = quantized(torch.full((3, 70), value), bits).widen(torch.float32)
+    torch.testing.assert_close(found, torch.full((3, 70), value), rtol=2**-8, atol=0)
+
+
+def test_regression_lowers_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide_NK = random(64, 256)
+    errors = []
+    for rounds in (0, 1, 4):
+        monkeypatch.setitem(quantize._ROUNDS, 4, rounds)
+        errors.append(relative_error(quantized(wide_NK, 4).widen(torch.float32), wide_NK))
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.076  # of normal weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_products_are_those_of_the_wide_matrix(bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minirea.linear.WIDENED_AT_ONCE", 500)  # several parts
+    matrix, x, bias, total = quantized(random(70, 45), bits), random(3, 45, seed=1), random(70, seed=2), random(3, 70)
+    x, bias, total = x.to(dtype), bias.to(dtype), total.to(dtype)
+    expected = F.linear(x, matrix.widen(dtype))
+    torch.testing.assert_close(linear(x, matrix, bias), expected + bias)
+    grown = total.clone()
+    add_linear(grown, x, matrix)
+    torch.testing.assert_close(grown, total + expected)
+
+
+@needs_planes
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_planes_hold_the_matrix(
+    shape: tuple[int, int], bits: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_has_tiles", lambda: tiles)
+    monkeypatch.setattr(cpu, "_WIDENED_AT_ONCE", 20_000)  # several parts
+    matrix = quantized(random(*shape), bits)
+    packed, wide_NK = cpu.pack_planes(matrix), matrix.widen(torch.float32)
+    assert packed.nbytes == cpu.plane_bytes(*shape, bits)
+    N, K = shape
+    assert torch.equal(packed._widen(0, len(packed.planes[0][0]))[:K, :N].t(), wide_NK)
+    for rows in (1, 7, 16, 17, 40):
+        x = random(rows, K, seed=rows).bfloat16().float()  # x is rounded to bfloat16: here that changes nothing
+        found = linear(x, packed)
+        assert found.is_contiguous()
+        exact = rows > 16 and not tiles
+        assert relative_error(found, x @ wide_NK.t()) < (1e-6 if exact else 5e-3)
+
+
+def checkpoint(directory: Path, dtype: torch.dtype = torch.bfloat16, **fields: Any) -> Path:
+    write_checkpoint(directory, tiny_model(**fields), dtype)
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.mark.parametrize("choice", ["int8", "int4"])
+@pytest.mark.parametrize(("tied", "mistral"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("block_bytes", [1000, loader.STAGING_BYTES])
+def test_loading_rounds_what_the_wide_weights_are(
+    choice: str, tied: bool, mistral: bool, block_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block by block, and with rows that change their order."""
+    monkeypatch.setattr(loader, "STAGING_BYTES", block_bytes)
+    model = tiny_model(tie_word_embeddings=tied, mistral=mistral)
+    write_mistral(tmp_path, model) if mistral else write_checkpoint(tmp_path, model)
+    config = load_config(tmp_path)
+    wide = load_weights(tmp_path, config, CPU, torch.float32)
+    found = load_weights(tmp_path, config, CPU, torch.float32, quantize=choice)
+    assert found.keys() == wide.keys()
+    for name, tensor in wide.items():
+        if tensor.dim() == 1 or name == "embed.weight":
+            assert torch.equal(found[name], tensor), name
+        else:
+            expected = quantized(tensor, 8 if choice == "int8" or name == "head.weight" else 4)
+            assert found[name].bits == expected.bits
+            assert torch.equal(found[name].words, expected.words), name
+            assert torch.equal(found[name].scale_offset, expected.scale_offset), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("choice", ["int8", "int4"])
+@pytest.mark.parametrize("planes", [False, True])
+def test_a_quantized_model_is_that_of_its_wide_weights(
+    planes: bool, choice: str, tied: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not planes:
+        monkeypatch.setattr(cpu, "can_pack_planes", lambda: False)
+    directory = checkpoint(tmp_path, tie_word_embeddings=tied)
+    files = api.read_model(directory, device="cpu", dtype=dtype, quantize=choice, attention="full")
+    llm = files.load(num_tokens=77)
+    assert llm.model.quantize == choice
+    assert llm.model.nbytes == files.plan(77).weights
+    weights = load_weights(directory, llm.config, CPU, llm.model.dtype, keep_half=True, quantize=choice)
+    for name, matrix in weights.items():
+        if isinstance(matrix, QuantizedMatrix):
+            weights[name] = matrix.widen(torch.float32 if dtype == "float32" else torch.bfloat16)
+    wide = api.LLM(Model(llm.config, weights, llm.model.attention), None)
+    ids = random_ids(100)
+    found, expected = llm.logits(ids), wide.logits(ids)
+    assert relative_error(found, expected) < (0.03 if planes or dtype == "bfloat16" else 1e-5)
+    assert llm.generate(ids, max_tokens=5, ignore_eos=True).stats.quantize == choice
+
+
+def test_a_redundant_head_is_compared_with_the_embedding(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path, tie_word_embeddings=True)
+    tensors = load_file(directory / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    from safetensors.torch import save_file
+
+    save_file(tensors | {"lm_head.weight": embedding.clone()}, directory / "model.safetensors")
+    minirea.load(directory, quantize="int8")
+    save_file(tensors | {"lm_head.weight": embedding + 1}, directory / "model.safetensors")
+    with pytest.raises(InputError, match="differs from the embedding"):
+        minirea.load(directory, quantize="int8")
+
+
+def test_a_nan_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    directory = checkpoint(tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 2] = torch.nan
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(InputError, match=r"down_proj.*NaN"):
+        minirea.load(directory, quantize="int4")
+
+
+def test_contexts_belong_to_their_rounding(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path)
+    session = minirea.load(directory, quantize="int8").session()
+    session.prefill(random_ids(20))
+    session.save(tmp_path / "kept")
+    minirea.load(directory, quantize="int8").open_session(tmp_path / "kept")
+    for other in (None, "int4"):
+        with pytest.raises(InputError, match="quantize"):
+            minirea.load(directory, quantize=other).open_session(tmp_path / "kept")
+
+
+def test_the_command_line_tells_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "--model", str(checkpoint(tmp_path)), "--device", "cpu", "--text", "abc"]
+    arguments += ["--max-tokens", "3", "--quantize", "int4", "--ignore-eos"]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quantize"] == "int4"
+    assert main([*arguments, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["quantize"] == "int4"
+    assert main(arguments) == 0
+    assert "float32, int4 weights" in capsys.readouterr().err
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "float32, int4 weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("value", "gpus"), [("int2", 1), ("", 1), ("int8", 2)])
+def test_other_choices_are_refused(value: str, gpus: int, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="quantize is"):
+        minirea.load(tmp_path, quantize=value, gpus=gpus)
