@@ -60,7 +60,7 @@ ALLOWED = {
         *("tokenizer", "plan", "sources", "weights", "errors", "files", "isolation", "context"),
     },
     "minirea.evaluation": {
-        *("evaluation", "api", "config", "generate", "json_object", "sources", "tokenizer", "errors"),
+        *("evaluation", "api", "config", "generate", "files", "json_object", "sources", "tokenizer", "errors"),
     },
     "minirea.terminal": {"errors"},
     "minirea.explain": {"evaluation", "explain", "sources", "tokenizer", "errors"},
