@@ -269,12 +269,14 @@ def _targets(
     place: Place, weights: dict[str, Any], redundant: bool, tied: bool
 ) -> tuple[torch.Tensor, QuantizedMatrix | None]:
     """The rows that a tensor goes to, and those of a quantized matrix; of a matrix that is only quantized a shape."""
-    target = weights["embed.weight" if redundant else place.name]
+    if redundant:  # the embedding is whole on every rank; each compares its rows of the head
+        return weights["embed.weight"][place.kept[0].start : place.kept[0].stop], None
+    target = weights[place.name]
     if isinstance(target, QuantizedMatrix):
         quantized = target.rows(place.rows.start, place.rows.stop)
         return torch.empty(quantized.shape, dtype=torch.float32, device="meta"), quantized
     head = weights["head.weight"]
-    rounds = tied and not redundant and place.name == "embed.weight" and isinstance(head, QuantizedMatrix)
+    rounds = tied and place.name == "embed.weight" and isinstance(head, QuantizedMatrix)
     return target[place.rows], head if rounds else None
 
 
