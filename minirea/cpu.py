@@ -31,7 +31,7 @@ _LARGEST_EXPONENT: Final = 15  # packed weights lie in (-2^15, 2^15)
 _LARGEST_SCALE: Final = 126  # as an exponent: its inverse is a normal float32
 
 _FEW_ROWS: Final = 16  # up to which torch's product with 4-bit weights is the fastest
-_WIDENED_AT_ONCE: Final = 1 << 21  # weights
+PLANES_WIDENED_AT_ONCE: Final = 1 << 21  # weights
 
 _ZERO: Final = torch.zeros((), dtype=torch.float32, device="cpu")
 _TILE: Final = 1024  # keys that are rotated and multiplied by while they are in the processor's cache
@@ -86,7 +86,7 @@ class PackedPlanes:
         dtype = torch.bfloat16 if _has_tiles() else torch.float32
         x_TK = x_TK.to(dtype)
         out_TN = torch.empty(len(x_TK), N)
-        step = max(1, _WIDENED_AT_ONCE // (columns * 2 * half))
+        step = max(1, PLANES_WIDENED_AT_ONCE // (columns * 2 * half))
         for first in range(0, blocks, step):
             rows = slice(first * 2 * half, min(N, (first + step) * 2 * half))
             wide_KN = self._widen(first, min(blocks, first + step)).to(dtype)
@@ -122,7 +122,7 @@ def pack_planes(matrix: QuantizedMatrix) -> PackedPlanes:
     columns = num_groups(K, bits) * GROUP_SIZE[bits]
     blocks = -(-N // block)
     planes = [torch.empty(blocks, columns, block // 2, dtype=torch.uint8) for _ in range(bits // 4)]
-    step = max(1, _WIDENED_AT_ONCE // 4 // (columns * block))
+    step = max(1, PLANES_WIDENED_AT_ONCE // 4 // (columns * block))
     for first in range(0, blocks, step):
         q_NK = matrix.rows(first * block, min(N, (first + step) * block)).unpack()
         q_NK = F.pad(q_NK, (0, 0, 0, -len(q_NK) % block))

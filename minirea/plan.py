@@ -10,7 +10,15 @@ import torch
 from minirea.attention import Attention
 from minirea.cache import cache_bytes
 from minirea.config import ModelConfig
-from minirea.cpu import MAX_PREPARING_THREADS, can_pack, packed_bytes, plane_bytes, preparing_bytes
+from minirea.cpu import (
+    MAX_PREPARING_THREADS,
+    PLANES_WIDENED_AT_ONCE,
+    can_pack,
+    can_pack_planes,
+    packed_bytes,
+    plane_bytes,
+    preparing_bytes,
+)
 from minirea.kernels import scratch_bytes
 from minirea.linear import WIDENED_AT_ONCE
 from minirea.memory import MemoryPlan
@@ -97,8 +105,15 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int, q
     mask = T * (c.num_heads // c.num_kv_heads) * S * (1 + torch.float32.itemsize) if masked else 0
     # cos and sin, and those of a cache that grew to this one: all of them together have at most as many rows.
     tables = 2 * 2 * attention.table_rows(num_tokens) * c.head_dim // 2 * torch.float32.itemsize
-    wide = copies * WIDENED_AT_ONCE * (dtype.itemsize if attention.impl == "triton" else 16) if quantize else 0
+    wide = _wide_bytes(attention, dtype, copies) if quantize else 0
     return RESERVED[attention.device.type] + activations + logits + gathered + mask + tables + wide
+
+
+def _wide_bytes(attention: Attention, dtype: torch.dtype, copies: int) -> int:
+    """Of the part of a quantized matrix that is wide at a time; torch's own operations hold some copies of it."""
+    if attention.device.type == "cpu" and can_pack_planes():
+        return PLANES_WIDENED_AT_ONCE * 4 * torch.float32.itemsize
+    return copies * WIDENED_AT_ONCE * (dtype.itemsize if attention.impl == "triton" else 4 * torch.float32.itemsize)
 
 
 def _scratch_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -> int:

@@ -178,14 +178,14 @@ def empty_weights(
     """What load_weights returns, not filled. `other_dtypes`: name -> an exception."""
     other_dtypes = other_dtypes or {}
     weights: dict[str, Any] = {
-        name: QuantizedMatrix.empty(*shape, bits_of(quantize, name), device)  # type: ignore[misc]
+        name: QuantizedMatrix.empty(shape[0], shape[1], bits_of(quantize, name), device)
         if quantize and _is_quantized(name, shape)
         else torch.empty(shape, dtype=other_dtypes.get(name, dtype), device=device)
         for name, shape in _shapes(config)
     }
     if config.tie_word_embeddings and quantize:
-        shape = weights["embed.weight"].shape
-        weights["head.weight"] = QuantizedMatrix.empty(*shape, bits_of(quantize, "head.weight"), device)
+        V, E = weights["embed.weight"].shape
+        weights["head.weight"] = QuantizedMatrix.empty(V, E, bits_of(quantize, "head.weight"), device)
     elif config.tie_word_embeddings:
         rows = config.head_rows
         embedding = weights["embed.weight"]

@@ -117,7 +117,7 @@ def test_packed_planes_hold_the_matrix(
     shape: tuple[int, int], bits: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "_has_tiles", lambda: tiles)
-    monkeypatch.setattr(cpu, "_WIDENED_AT_ONCE", 20_000)  # several parts
+    monkeypatch.setattr(cpu, "PLANES_WIDENED_AT_ONCE", 20_000)  # several parts
     matrix = quantized(random(*shape), bits)
     packed, wide_NK = cpu.pack_planes(matrix), matrix.widen(torch.float32)
     assert packed.nbytes == cpu.plane_bytes(*shape, bits)
