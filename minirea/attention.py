@@ -112,10 +112,9 @@ class Attention:
         """Whether a step can be a CUDA graph.
 
         The fused kernel reads the number of cached tokens on the device. "full" attention and impl "torch" give their
-        tensors shapes that grow with it, and which queries are recent is counted on the host: such steps are launched
-        one operation at a time.
+        tensors shapes that grow with it, so their steps are launched one operation at a time.
         """
-        return self.device.type == "cuda" and self.impl == "triton" and self.mode != "full" and not self.recent_size
+        return self.device.type == "cuda" and self.impl == "triton" and self.mode != "full"
 
     def _on_cpu(self, q_THD: Tensor) -> bool:
         """Whether minirea.cpu attends, which does faster what the reference does."""
@@ -146,7 +145,8 @@ class Attention:
 
         Args:
             seq_len: cached tokens with this step's; a tensor only where `can_capture`.
-            chunk_size: tokens that share a scope; all of the step without.
+            chunk_size: tokens that share a scope, at most; all of the step without. 1 makes it a decode step, where
+                a single token can also be the rest of a chunk.
             horizon: tokens in context once the whole prompt is read. A dynamic RoPE depends on it, in whatever steps
                 the prompt is read.
         """
@@ -174,6 +174,9 @@ class Attention:
         H, T, stop = self.model.num_heads, len(qkv_TXD), step.seq_len
         q_rotated = self.write(layer, qkv_TXD, cache, step)
         if isinstance(stop, Tensor) or stop > self.dense_limit:
+            if step.chunk_size == 1 and cache.recent_size:
+                voters_CHD = torch.cat([cache.recent(layer, self.config.vote_window - 1), qkv_TXD[:, :H]])
+                return self.over_cache(layer, voters_CHD, cache, step, attending=1)
             return self.over_cache(layer, qkv_TXD[:, :H], cache, step)
         assert q_rotated is not None
         start = self._first_visible(stop, T)
@@ -188,10 +191,12 @@ class Attention:
             The queries below dense_limit with RoPE, None if there are none.
         """
         if isinstance(step.seq_len, Tensor):
+            if cache.recent_size:
+                cache.remember_at(layer, qkv_TXD[:, : self.model.num_heads], step.seq_len)
             prefill_kernels(self.impl).write_kv(qkv_TXD, cache.k[layer], cache.v[layer], step.seq_len)
             return None
         H, G = self.model.num_heads, self.model.num_kv_heads
-        if cache.q_recent:
+        if cache.recent_size:
             cache.remember(layer, qkv_TXD[:, :H])
         dense_rows = len(step.cos)
         if not dense_rows:
@@ -214,17 +219,19 @@ class Attention:
                 k_TGD = apply_rope(k_GND[:, part].transpose(0, 1), *for_whole_heads(cos, sin))
                 k_rotated_GND[:, part] = k_TGD.transpose(0, 1)
 
-    def over_cache(self, layer: int, q_THD: Tensor, cache: KVCache, step: Step) -> Tensor:
-        """ReAttention of a step whose keys and values the cache already holds. Not for mode "full"."""
-        config, attending = self.config.of_step(len(q_THD)), None
-        if cache.q_recent and len(q_THD) == 1:
-            q_THD, attending = torch.cat([cache.recent(layer, config.vote_window - 1), q_THD]), 1
-            step = step._replace(chunk_size=len(q_THD))
+    def over_cache(self, layer: int, q_THD: Tensor, cache: KVCache, step: Step, attending: int | None = None) -> Tensor:
+        """ReAttention of a step whose keys and values the cache already holds. Not for mode "full".
+
+        Args:
+            attending: of queries that are one chunk, only the last so many are the step's, the others vote with them.
+        """
+        config = self.config.of_decode_step if step.chunk_size == 1 else self.config
+        chunk_size = len(q_THD) if attending else min(step.chunk_size, len(q_THD))
         k_GND, v_GND, (cos, sin) = cache.k[layer], cache.v[layer], self.scope_tables(cache.capacity)
         if isinstance(step.seq_len, int) and step.seq_len > self.dense_size and self._on_cpu(q_THD):
             return cpu.reattention(q_THD, k_GND, v_GND, step.seq_len, cos, sin, config, self.gather, attending)
         arguments = (q_THD, k_GND, v_GND, step.seq_len, cos, sin, config, self.impl)
-        out_THD: Tensor = reattention(*arguments, chunk_size=step.chunk_size, gather=self.gather, attending=attending)
+        out_THD: Tensor = reattention(*arguments, chunk_size=chunk_size, gather=self.gather, attending=attending)
         return out_THD
 
     def scope(self, cache: KVCache, q_1HD: Tensor) -> dict[str, int]:
@@ -249,8 +256,8 @@ class Attention:
             return cache.seq_len
         seq_len = torch.tensor([cache.seq_len], dtype=torch.int32, device=self.device)  # a number would compile anew
         tables = self.scope_tables(cache.capacity)
-        q_CHD = cache.recent(0, self.config.vote_window) if cache.q_recent else q_1HD
-        arguments = (q_CHD, cache.k[0], cache.v[0], seq_len, *tables, self.config.of_step(1), self.impl)
+        q_CHD = cache.recent(0, self.config.vote_window) if cache.recent_size else q_1HD
+        arguments = (q_CHD, cache.k[0], cache.v[0], seq_len, *tables, self.config.of_decode_step, self.impl)
         _, selection = reattention(*arguments, return_selection=True, gather=self.gather)
         lengths = torch.tensor(list(map(len, selection if isinstance(selection, list) else [selection])))
         if self.gather is not None and self.config.span_scope == "kv_head":

@@ -30,8 +30,8 @@ class KVCache:
     `k` are keys without RoPE, to be placed anew in every step. `k_rotated` are the first `dense_limit` keys with RoPE
     at their true positions, for steps that are ordinary attention; where that is all (ALL_TOKENS), `k` is not kept.
     `k` and `v` of a layer share one tensor, so that one copy writes both.
-    `q_recent` are the last `recent_size` queries without RoPE, [recent_size, H, D] per layer, each at its position
-    modulo recent_size: those that steps of fewer queries vote together with.
+    `q_recent` are the last R = `recent_size` queries without RoPE, [L, R, H, D], each at its position modulo R: those
+    that a token which is read by itself votes together with.
 
     Args:
         config: gives L, G and D.
@@ -65,7 +65,6 @@ class KVCache:
         self.v: list[Tensor] = []
         self.k_rotated: list[Tensor] = []
         self.recent_size = recent_size
-        self.q_recent: list[Tensor] = []
         self._recent = [(0, 0)] * config.num_layers  # of which tokens q_recent was written: first, last + 1
         self._kv: list[Tensor] = []  # k and v of each layer, [2, G, N, D], or [1, G, N, D] where k is not kept
         self._kv_rows: list[Tensor] = []  # the same by tokens, as steps write them: [N, Y, D], Y = 2G or G
@@ -73,8 +72,7 @@ class KVCache:
         self._plan(capacity, 0).check(device)
         for tensors, shape in self._parts(capacity):
             tensors += [self._allocate(shape) for _ in range(config.num_layers)]
-        recent_shape = recent_size, config.num_heads, config.head_dim
-        self.q_recent = [self._allocate(recent_shape) for _ in range(config.num_layers if recent_size else 0)]
+        self.q_recent = self._allocate((config.num_layers, recent_size, config.num_heads, config.head_dim))
         self._name_views()
 
     @property
@@ -127,13 +125,26 @@ class KVCache:
     def remember(self, layer: int, q_THD: Tensor) -> None:
         """Keep this step's queries, those of the tokens at [seq_len, seq_len + T), for `recent` of later steps."""
         stop, kept_CHD = self.seq_len + len(q_THD), q_THD[-self.recent_size :]
-        self.q_recent[layer][self._recent_rows(stop - len(kept_CHD), stop)] = kept_CHD
+        self.q_recent[layer, self._recent_rows(stop - len(kept_CHD), stop)] = kept_CHD
         self._recent[layer] = self._first_recent(layer), stop
+
+    def remember_at(self, layer: int, q_THD: Tensor, seq_len: Tensor) -> None:
+        """`remember` for tokens before `seq_len`, int32 [1], which the device counts; see `expect_recent`."""
+        kept_CHD = q_THD[-self.recent_size :]
+        self.q_recent[layer].index_copy_(0, self.recent_rows_at(seq_len, len(kept_CHD)), kept_CHD)
+
+    def expect_recent(self, num_tokens: int) -> None:
+        """A step is about to write the queries of so many tokens behind seq_len by itself."""
+        self._recent = [(self._first_recent(layer), self.seq_len + num_tokens) for layer in range(len(self._recent))]
+
+    def recent_rows_at(self, seq_len: Tensor, count: int) -> Tensor:
+        """Where q_recent holds the queries of the last `count` tokens before `seq_len`, int64 [count]."""
+        return (seq_len.long() + torch.arange(-count, 0, device=self.device)) % self.recent_size
 
     def recent(self, layer: int, count: int) -> Tensor:
         """The queries of up to `count` tokens before seq_len, as far as they are kept, [C, H, D]."""
         first = max(self._first_recent(layer), self.seq_len - count)
-        return self.q_recent[layer][self._recent_rows(first, self.seq_len)]
+        return self.q_recent[layer, self._recent_rows(first, self.seq_len)]
 
     @property
     def recent_from(self) -> int:

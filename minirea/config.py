@@ -148,11 +148,11 @@ class ReAttentionConfig:
             by itself; 0 reads them like the others, as the paper does.
         tail_chunk_size: queries of a prompt's tail that share one scope, at most local_size; None means 16, or
             chunk_size where that is less.
-        vote_window: a token that is read by itself, as all of an answer are, votes together with the queries of the
-            tokens before it, so many in all; 1 lets it vote alone, as the paper does. At most local_size.
+        vote_window: a token of an answer, and the last one of a prompt, votes together with the queries of the tokens
+            before it, so many in all; 1 lets it vote alone, as the paper does. At most local_size.
         vote_size: so many neighbouring keys are one to the vote: a winner counts as the key in the middle of its block;
             1 counts every key by itself, as the paper does.
-        decode_spans: winners kept after the vote of a single token; None means max_spans, which is the most it can be.
+        decode_spans: winners kept after the vote of such a token; None means max_spans, which is the most it can be.
         dense_size: up to so many cached tokens a step attends to all of them, at least global_size + local_size, which
             is what None means. `for_context` sets it to what the scope can hold (`max_scope`).
 
@@ -224,12 +224,9 @@ class ReAttentionConfig:
         sparse = cls(**values)
         return sparse if "dense_size" in given else dataclasses.replace(sparse, dense_size=sparse.max_scope)
 
-    def of_step(self, num_tokens: int) -> ReAttentionConfig:
-        """The sizes of a step of so many tokens that share a scope."""
-        return self._of_decode_step if num_tokens == 1 else self
-
     @functools.cached_property
-    def _of_decode_step(self) -> ReAttentionConfig:
+    def of_decode_step(self) -> ReAttentionConfig:
+        """The sizes of a token that is read by itself."""
         if self.decode_spans == self.max_spans:
             return self
         return dataclasses.replace(self, max_spans=self.decode_spans)

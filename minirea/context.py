@@ -268,7 +268,8 @@ def _parts(cache: KVCache, num_tokens: int) -> dict[str, Tensor]:
     """
     layers = range(len(cache.v))
     parts = {f"{name}.{layer}": part[:, :num_tokens] for layer in layers for name, part in cache.stored(layer).items()}
-    return parts | {f"q.{layer}": q_RHD.flatten(1)[None] for layer, q_RHD in enumerate(cache.q_recent)}
+    recent = enumerate(cache.q_recent.flatten(2)) if cache.recent_size else ()
+    return parts | {f"q.{layer}": q_RX[None] for layer, q_RX in recent}  # X = H D
 
 
 def _rows_per_block(row_bytes: int) -> int:

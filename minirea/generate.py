@@ -259,7 +259,7 @@ def read_one_by_one(
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
     for part in parts:
         for ids_C in ids_T[part.start : part.stop].split(part.chunk_size):
-            model.read(ids_C, cache, horizon)
+            model.read(ids_C, cache, horizon, part.chunk_size)
             yield len(ids_C)
 
 
@@ -278,8 +278,8 @@ def all_logits(model: Model, cache: KVCache, ids: Sequence[int]) -> Tensor:
 def _logits_of_parts(model: Model, cache: KVCache, ids: Sequence[int], parts: Sequence[Part]) -> Iterator[Tensor]:
     """Read parts, one chunk each, and yield the logits of each, float32 [P, V]."""
     ids_T, horizon = torch.tensor(ids, dtype=torch.long, device=model.device), cache.seq_len + len(ids)
-    for start, stop, _ in parts:
-        yield model.logits(model.forward(ids_T[start:stop], cache, horizon))
+    for start, stop, chunk_size in parts:
+        yield model.logits(model.forward(ids_T[start:stop], cache, horizon, chunk_size))
 
 
 @isolated()
@@ -292,7 +292,8 @@ def decode(
         InputError: the logits are not finite.
     """
     start = cache.seq_len
-    steps = decode_ahead if model.attention.can_capture else decode_one_by_one
+    captured = model.attention.can_capture and has_recent(model, cache)
+    steps = decode_ahead if captured else decode_one_by_one
     shared = SharedSampler(sampler, sampler.takes_best, model.ranks) if model.ranks else sampler
     with contextlib.closing(together(steps, model, cache, last_id, shared, limit)) as token_ids:
         for count, token_id in enumerate(token_ids, 1):
@@ -302,6 +303,14 @@ def decode(
                     f'for {str(model.dtype).removeprefix("torch.")} (try dtype="float32")'
                 )
             yield token_id
+
+
+def has_recent(model: Model, cache: KVCache) -> bool:
+    """Whether the cache has all the queries that vote with the next token, as a captured step takes for granted.
+
+    It lacks some in its first tokens, and after it was rewound further than it keeps them.
+    """
+    return not cache.recent_size or cache.seq_len - cache.recent_from >= model.attention.config.vote_window - 1
 
 
 def decode_one_by_one(

@@ -108,21 +108,21 @@ class Model:
         tensors = [self.embed, self.norm, self.head, *itertools.chain.from_iterable(self.layers)]
         return sum(t.nbytes for t in {id(t): t for t in tensors if t is not None}.values())  # a tied head counts once
 
-    def forward(self, ids_T: Tensor, cache: KVCache, horizon: int = 0) -> Tensor:
+    def forward(self, ids_T: Tensor, cache: KVCache, horizon: int = 0, chunk_size: int | None = None) -> Tensor:
         """Read T tokens, append them to the cache, and return their hidden states [T, E], before the final norm.
 
-        `horizon` is that of Attention.step.
+        `horizon` and `chunk_size` are those of Attention.step, for one chunk.
         """
-        step = self._begin(ids_T, cache, horizon)
+        step = self._begin(ids_T, cache, horizon, chunk_size)
         x_TE = self._embed(ids_T)
         for index in range(len(self.layers)):
             self._block(index, x_TE, cache, step)
         cache.seq_len += len(ids_T)
         return x_TE
 
-    def read(self, ids_T: Tensor, cache: KVCache, horizon: int = 0) -> None:
+    def read(self, ids_T: Tensor, cache: KVCache, horizon: int = 0, chunk_size: int | None = None) -> None:
         """Like `forward` for tokens whose output is not needed: the last layer only writes their keys and values."""
-        self.read_at(ids_T, cache, self._begin(ids_T, cache, horizon))
+        self.read_at(ids_T, cache, self._begin(ids_T, cache, horizon, chunk_size))
         cache.seq_len += len(ids_T)
 
     def read_at(self, ids_T: Tensor, cache: KVCache, step: Step) -> None:
@@ -147,11 +147,11 @@ class Model:
         x_1E = self._embed(torch.tensor([token_id], device=self.device))
         return self._qkv(self.layers[0], x_1E)[:, : self.config.num_heads]
 
-    def _begin(self, ids_T: Tensor, cache: KVCache, horizon: int) -> Step:
+    def _begin(self, ids_T: Tensor, cache: KVCache, horizon: int, chunk_size: int | None) -> Step:
         """Make room for a step of one chunk."""
         seq_len = cache.seq_len + len(ids_T)
         cache.reserve(seq_len)
-        return self.attention.step(seq_len, len(ids_T), horizon=horizon)
+        return self.attention.step(seq_len, len(ids_T), chunk_size, horizon)
 
     def _embed(self, ids_T: Tensor) -> Tensor:
         return F.embedding(ids_T, self.embed).to(self.dtype)

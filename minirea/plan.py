@@ -122,7 +122,7 @@ def _scratch_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) ->
     sizes = {scope.chunk_size, scope.tail_chunk_size}
     steps = [(min(attention.step_tokens(size), num_tokens), size) for size in sizes]
     sizes_of_model = c.num_heads, c.num_kv_heads, c.head_dim, dtype
-    ranks, decode = c.part.ranks if c.part else 1, scope.of_step(1)
+    ranks, decode = c.part.ranks if c.part else 1, scope.of_decode_step
     scratch = scratch_bytes(*sizes_of_model, scope, num_tokens, steps, attention.device, ranks)
     if decode is scope and not attention.recent_size:
         return scratch

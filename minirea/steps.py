@@ -96,6 +96,7 @@ class PromptStep:
         """Which tokens the next run reads, behind those that the cache holds."""
         self.ids_T.copy_(ids_T)
         self.seq_len.fill_(self.cache.seq_len + len(ids_T))
+        self.cache.expect_recent(len(ids_T))
 
     def run(self) -> None:
         """One step, without waiting for the device and without a value from it."""
@@ -119,7 +120,12 @@ class DecodeStep:
         self.seq_len = torch.full((1,), cache.seq_len, dtype=torch.int32, device=device)
         self.step = model.attention.step(self.seq_len, 1)
         self.x_E = torch.empty(c.hidden_size, dtype=model.dtype, device=device)
-        self.q_1HD = torch.empty(1, c.num_heads, c.head_dim, dtype=model.dtype, device=device)
+        # The queries that vote in each layer, this step's behind those before it. One layer's after the other's where
+        # a token votes alone.
+        self.window = model.attention.config.vote_window if cache.recent_size else 1
+        layers = c.num_layers if self.window > 1 else 1
+        shape = layers, self.window, c.num_heads, c.head_dim
+        self.q_LWHD = torch.empty(shape, dtype=model.dtype, device=device)
         self.act_F = torch.empty(c.mlp_size, dtype=model.dtype, device=device)
         # Of several ranks: this one's rows of the head, as many as every rank gives to all.
         self.logits_V = torch.zeros(c.part.logits_each if c.part else c.vocab_size, dtype=torch.float32, device=device)
@@ -130,15 +136,22 @@ class DecodeStep:
         """One step, without waiting for the device and without a value from it."""
         model, kernels, x_E, eps = self.model, self.kernels, self.x_E, self.model.config.norm_eps
         kernels.embed(self.token, model.embed, self.seq_len, x_E)
+        if self.window > 1:
+            recent_W = self.cache.recent_rows_at(self.seq_len, self.window)
+            torch.index_select(self.cache.q_recent, 1, recent_W, out=self.q_LWHD)
         for i, layer in enumerate(model.layers):
             k_GND, v_GND = self.cache.k[i], self.cache.v[i]
+            q_WHD = self.q_LWHD[i if self.window > 1 else 0]
             kernels.norm_qkv(
-                x_E, layer.attn_norm, layer.qkv, layer.qkv_bias, eps, self.seq_len, self.q_1HD[0], k_GND, v_GND
+                x_E, layer.attn_norm, layer.qkv, layer.qkv_bias, eps, self.seq_len, q_WHD[-1], k_GND, v_GND
             )
-            out_1HD = model.attention.over_cache(i, self.q_1HD, self.cache, self.step)
+            attending = 1 if self.window > 1 else None
+            out_1HD = model.attention.over_cache(i, q_WHD, self.cache, self.step, attending)
             self._add_product(out_1HD.view(-1), layer.o, layer.o_bias)
             kernels.norm_gate_up(x_E, layer.mlp_norm, layer.gate_up, layer.gate_up_bias, eps, self.act_F)
             self._add_product(self.act_F, layer.down, layer.down_bias)
+        if self.window > 1:
+            self.cache.q_recent.index_copy_(1, recent_W[-1:], self.q_LWHD[:, -1:])
         kernels.norm_logits(x_E, model.norm, model.head, eps, self.logits_V[: len(model.config.head_rows)])
         logits_V = self.logits_V if self.sums is None else self.sums.all_logits(self.logits_V)
         if self.sampler.takes_best:
@@ -198,6 +211,7 @@ def compile_decode_step(model: Model) -> None:
     first_layer.layers = model.layers[:1]
     config = dataclasses.replace(model.config, num_layers=1)
     with contextlib.suppress(Exception), compiling():  # the step itself will raise it
-        cache = KVCache(config, 16, model.attention.dense_limit, model.device, model.dtype)
+        sizes = config, 16, model.attention.dense_limit
+        cache = KVCache(*sizes, model.device, model.dtype, recent_size=model.attention.recent_size)
         sampler = Sampler(SamplingConfig(), [], config.vocab_size, model.device)
         DecodeStep(first_layer, cache, 0, sampler).run()

@@ -23,6 +23,7 @@ from minirea.weights import load_weights
 
 SCOPE = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5, "chunk_size": 16}
 SCOPE |= {"dense_size": 28}
+VOTES = {"vote_window": 3, "vote_size": 4, "decode_spans": 2}
 # Programs are slow to interpret: the fewer rows, the better.
 SMALL = {"hidden_size": 32, "intermediate_size": 20, "vocab_size": 40, "head_dim": 8}
 VARIANTS: list[dict[str, Any]] = [
@@ -43,29 +44,36 @@ def triton_model(directory: Path, llm: minirea.LLM, dtype: torch.dtype = torch.f
     return model
 
 
-@pytest.mark.parametrize(("fields", "prompt_tokens"), zip(VARIANTS, (1, 26, 60), strict=True))
+@pytest.mark.parametrize(
+    ("fields", "prompt_tokens", "votes"),
+    [*zip(VARIANTS, (1, 26, 60), ({}, {}, {}), strict=True), ({}, 26, VOTES), ({}, 60, VOTES)],
+)
 @torch.inference_mode()
-def test_steps_give_the_tokens_of_the_torch_path(tmp_path: Path, fields: dict[str, Any], prompt_tokens: int) -> None:
+def test_steps_give_the_tokens_of_the_torch_path(
+    tmp_path: Path, fields: dict[str, Any], prompt_tokens: int, votes: dict[str, int]
+) -> None:
     directory = write_checkpoint(tmp_path, tiny_model(**SMALL | fields))
-    llm, ids = minirea.load(directory, **SCOPE), random_ids(prompt_tokens, 40)
+    llm, ids = minirea.load(directory, **SCOPE | votes), random_ids(prompt_tokens, 40)
     options = {"repetition_penalty": 1.3 if prompt_tokens == 26 else 1.0}
     out = llm.generate(ids, max_tokens=4, ignore_eos=True, **options)
     expected = out.token_ids
 
     model = triton_model(directory, llm)
     config, attention, cpu = model.config, model.attention, model.device
-    cache = KVCache(config, prompt_tokens + 3, attention.dense_limit, cpu, torch.float32)
+    sizes = config, prompt_tokens + 3, attention.dense_limit
+    cache = KVCache(*sizes, cpu, torch.float32, recent_size=attention.recent_size)
     attention.impl = "torch"
     prefill(model, cache, ids[:-1], 1)
     attention.impl = "triton"
     step = DecodeStep(model, cache, ids[-1], Sampler(SamplingConfig(**options), ids, config.vocab_size, cpu))
     found = []
     for _ in expected:
+        cache.expect_recent(1)
         step.run()
+        cache.seq_len += 1
         found.append(int(step.token))
     assert found == expected
-    assert int(step.seq_len) == prompt_tokens + 3
-    cache.seq_len = prompt_tokens + 3
+    assert int(step.seq_len) == cache.seq_len == prompt_tokens + 3
     assert attention.scope(cache, model.first_query(expected[-2])) == out.stats.scope
 
 
@@ -93,19 +101,26 @@ def test_a_step_of_chunks_that_the_device_counts_fills_the_cache_as_chunks_do(
     """
     directory = write_checkpoint(tmp_path, tiny_model(**SMALL))
     model = triton_model(
-        directory, minirea.load(directory, **SCOPE | {"chunk_size": 8, "local_size": 8, "dense_size": 12}), dtype
+        directory,
+        minirea.load(directory, **SCOPE | VOTES | {"chunk_size": 8, "local_size": 8, "dense_size": 12}),
+        dtype,
     )
     ids_T = torch.arange(3, 40)
-    caches = [KVCache(model.config, 40, model.attention.dense_limit, model.device, dtype) for _ in range(2)]
+    sizes, recent_size = (model.config, 40, model.attention.dense_limit), model.attention.recent_size
+    caches = [KVCache(*sizes, model.device, dtype, recent_size=recent_size) for _ in range(2)]
     for start, stop in ((0, 20), (20, 37)):
         for ids_C in ids_T[start:stop].split(8):
-            model.read(ids_C, caches[0])
+            model.read(ids_C, caches[0], chunk_size=8)
         step = PromptStep(model, caches[1], stop - start, 8)
         step.set(ids_T[start:stop])
         step.run()
         assert caches[1].seq_len == start
         caches[1].seq_len = stop
     check_equal(*caches, rounding)
+    for layer in range(model.config.num_layers - 1):  # of the last one, keys and values are all that is computed
+        expected, found = (cache.recent(layer, 99) for cache in caches)
+        assert len(expected) == len(found) == recent_size
+        torch.testing.assert_close(found, expected, atol=rounding, rtol=0)
 
 
 def check_equal(expected: KVCache, found: KVCache, rounding: float = 1e-5) -> None:

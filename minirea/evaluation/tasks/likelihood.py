@@ -39,8 +39,8 @@ def token_nlls(llm: LLM, ids: Sequence[int], progress: bool = False) -> Tensor:
     nll_T = torch.empty(num_read, dtype=torch.float32)
     bar = tqdm(total=num_read, desc="reading", unit="tok", unit_scale=True, leave=False, disable=not progress)
     with bar:
-        for start, stop, _ in chunks(model.attention, 0, num_read, to_follow=1):
-            x_TE = model.forward(ids_T[start:stop], cache, horizon=len(ids))
+        for start, stop, chunk_size in chunks(model.attention, 0, num_read, to_follow=1):
+            x_TE = model.forward(ids_T[start:stop], cache, len(ids), chunk_size)
             parts = zip(x_TE.split(rows), ids_T[start + 1 : stop + 1].split(rows), strict=True)
             losses = [F.cross_entropy(model.logits(x_RE), next_R, reduction="none") for x_RE, next_R in parts]
             nll_T[start:stop] = torch.cat(losses).cpu()
