@@ -89,6 +89,19 @@ def test_draws_are_those_of_one_process(directory: Path) -> None:
     assert len(tokens(two, random_ids(60), temperature=1.0)[0]) == 4
 
 
+def test_votes_with_earlier_tokens_are_those_of_one_process(directory: Path) -> None:
+    """Also after tokens that were taken back."""
+    fields = SCOPE | {"vote_window": 4, "vote_size": 4, "decode_spans": 3}
+    found = []
+    for gpus in (1, 2):
+        session = minirea.load(directory, device="cpu", gpus=gpus, **fields).session()
+        for num_tokens, keep in ((60, 50), (1, 48), (5, 5)):
+            out = session.generate(random_ids(num_tokens, seed=keep), max_tokens=4, ignore_eos=True)
+            session.rewind(keep)
+            found.append((out.token_ids, out.stats.scope))
+    assert found[:3] == found[3:]
+
+
 def test_sessions_and_streams_that_take_turns(directory: Path) -> None:
     """Rewound, grown, left early and side by side, as on one device."""
 
