@@ -123,7 +123,7 @@ class DecodeStep:
         # The queries that vote in each layer, this step's behind those before it. One layer's after the other's where
         # a token votes alone.
         self.window = model.attention.config.vote_window if cache.recent_size else 1
-        layers = c.num_layers if self.window > 1 else 1
+        layers = len(model.layers) if self.window > 1 else 1
         shape = layers, self.window, c.num_heads, c.head_dim
         self.q_LWHD = torch.empty(shape, dtype=model.dtype, device=device)
         self.act_F = torch.empty(c.mlp_size, dtype=model.dtype, device=device)

@@ -23,7 +23,8 @@ NEEDLE = DEMO / "prompts" / "needle-16k.txt"
 def bare(tmp_path: Path, *command: str, typed: str = "") -> subprocess.CompletedProcess[str]:
     """Runs Python where it finds no program by its name, and no home directory either; `typed` is its input."""
     hidden = ("CC", "CXX", "CUDA_HOME", "HOME", "CPATH", "C_INCLUDE_PATH")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    # pytest's own variables would tell an inner pytest that it is a worker of the outer one.
+    environment = {k: v for k, v in os.environ.items() if k not in hidden and not k.startswith("PYTEST_")}
     environment |= {"PATH": "", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     return subprocess.run(
         [sys.executable, *command], env=environment, input=typed, capture_output=True, text=True, cwd=ROOT

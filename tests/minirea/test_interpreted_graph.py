@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +77,17 @@ def test_steps_give_the_tokens_of_the_torch_path(
     assert found == expected
     assert int(step.seq_len) == cache.seq_len == prompt_tokens + 3
     assert attention.scope(cache, model.first_query(expected[-2])) == out.stats.scope
+
+
+@torch.inference_mode()
+def test_a_step_over_the_first_layers_holds_queries_of_these_alone(tmp_path: Path) -> None:
+    """As compile_decode_step makes one."""
+    llm = minirea.load(write_checkpoint(tmp_path, tiny_model(**SMALL)), **SCOPE | VOTES)
+    model = copy.copy(llm.model)
+    model.layers, config = model.layers[:1], dataclasses.replace(model.config, num_layers=1)
+    cache = KVCache(config, 8, 0, model.device, torch.float32, recent_size=model.attention.recent_size)
+    step = DecodeStep(model, cache, 0, Sampler(SamplingConfig(), [], config.vocab_size, model.device))
+    assert len(step.q_LWHD) == len(cache.q_recent) == 1
 
 
 @torch.inference_mode()
