@@ -8,6 +8,7 @@ that sorts the winners do what they do on a GPU, if at another pace.
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from dataclasses import replace
 from multiprocessing import connection
 from typing import Any
@@ -26,13 +27,18 @@ CONTEXT = multiprocessing.get_context("fork")
 
 def run_program(program: int, programs: int, step: Any, arguments: tuple[Any, ...]) -> None:
     """One program of a launch: the interpreter's loop over the grid comes to it alone."""
-    interpreter.range = lambda *bounds: (program,) if bounds == (programs,) else range(*bounds)
+    loop = interpreter.GridExecutor.__call__.__code__
+
+    def in_grid(*bounds: int) -> Any:  # the interpreter lends its globals to kernels, whose loops stay whole
+        return (program,) if sys._getframe(1).f_code is loop and bounds == (programs,) else range(*bounds)
+
+    interpreter.range = in_grid
     interpreter.GridExecutor._restore_args_dev = lambda *_: None  # which copies memory that others still write to
     step(*arguments)
 
 
 def launch(monkeypatch: pytest.MonkeyPatch, step: Any, programs: int, arguments: tuple[Any, ...]) -> Any:
-    """step(*arguments) as `programs` processes at once, a number that nothing else counts to; returns the workspace."""
+    """step(*arguments) as `programs` processes at once; returns the workspace."""
     monkeypatch.setattr(launching, "num_programs", lambda *_: programs)
     with monkeypatch.context() as patch:  # the workspace first, for all processes to share
         patch.setattr(launching, "launch", lambda *_, **__: None)
@@ -77,9 +83,11 @@ def check_growing(monkeypatch: pytest.MonkeyPatch, case: Case, programs: int, se
         assert not torch.equal(workspace.counters, torch.zeros_like(workspace.counters))
 
 
-@pytest.mark.parametrize(("span_scope", "programs"), [("layer", 5), ("kv_head", 6), ("kv_head", 5)])
+@pytest.mark.parametrize(("span_scope", "programs"), [("layer", 5), ("kv_head", 6), ("kv_head", 5), ("kv_head", 3)])
 def test_decode_workers_and_selectors(monkeypatch: pytest.MonkeyPatch, span_scope: str, programs: int) -> None:
-    """Two key/value heads in two slices each are four workers; one or two more sort the winners."""
+    """Two key/value heads in two slices each are four workers; one or two more sort the winners. Three programs are as
+    many as each row has winners.
+    """
     for max_spans in (2, 40):
         config = ReAttentionConfig(2, 8, 3, 4, max_spans, span_scope=span_scope)
         case = make_case(config, 200, T=1, H=6, G=2, D=16, largest=2, seed=max_spans)
