@@ -17,16 +17,21 @@ import torch
 
 from minirea.config import IMPLS, ReAttentionConfig
 from minirea.errors import InputError
+from minirea.kernels.sketch import Sketch, new_sketch, width
 
 __all__ = [
     "Gather",
     "ReAttentionConfig",
+    "Sketch",
+    "check_sketched",
     "decode_kernels",
+    "new_sketch",
     "peer_kernels",
     "prefill_kernels",
     "reattention",
     "resolve_impl",
     "scratch_bytes",
+    "sketch_keys",
 ]
 
 
@@ -60,6 +65,7 @@ def reattention(
     chunk_size: int | None = None,
     gather: Gather | None = None,
     attending: int | None = None,
+    sketch: Sketch | None = None,
 ) -> Any:
     """Attention of T new queries over a finite scope of a cache of any length (arXiv 2407.15176, section 3).
 
@@ -83,6 +89,10 @@ def reattention(
         gather: where H and G are only some of a layer's heads, and other processes have as many others each. It is
             called before the one vote over all heads, in every process or in none.
         attending: of one chunk, only its last so many queries attend; those before them only vote. All T without.
+        sketch: for T = 1, int8 copies of the keys, which `sketch_keys` has made of all keys before
+            seq_len - local_size. The step looks at them instead of the keys, adds the sketch of its own key, and
+            selects exactly the same. For T > 1 it is ignored. Not with gather, nor in impl "triton" where more than
+            128 winners vote together.
 
     Returns:
         out_THD, [T, H, D] in q's dtype, of the queries that attend; with return_selection the pair (out_THD,
@@ -96,6 +106,10 @@ def reattention(
     _check_tensors(q_THD, k_cache_GND, v_cache_GND, cos, sin)
     _check_seq_len(seq_len)
     T = q_THD.shape[0]
+    if sketch is not None:
+        _check_sketch(sketch, k_cache_GND)
+        if gather is not None:
+            raise InputError("both sketch and gather are given, expected one: steps of several processes read all keys")
     chunk_size = T if chunk_size is None else _checked_chunk_size(chunk_size, T, return_selection)
     if attending is not None and not (chunk_size == T and 1 <= attending <= T):
         raise InputError(f"attending is {attending}, expected 1 to {T}, the queries of one chunk")
@@ -105,20 +119,53 @@ def reattention(
         _check_lengths(T, chunk_size, seq_len, k_cache_GND.shape[1], config)
     longest = seq_len if isinstance(seq_len, int) else k_cache_GND.shape[1]
     _check_tables(cos, min(longest, config.max_scope + T - chunk_size))
-    tensors, options = (q_THD, k_cache_GND, v_cache_GND), (return_selection, chunk_size)
+    tensors, options = (q_THD, k_cache_GND, v_cache_GND), (return_selection, chunk_size, gather)
     if impl == "torch":
         from minirea.kernels.reference import reattention_reference
 
         with torch.autocast(q_THD.device.type, enabled=False):  # the caller's products may be; these are not
             out_THD, selection = reattention_reference(
-                *tensors, int(seq_len), cos, sin, config, *options, gather, attending
+                *tensors, int(seq_len), cos, sin, config, *options, sketch=sketch, attending=attending
             )
     else:
         from minirea.kernels.fused.launch import reattention_triton
 
-        out_THD, selection = reattention_triton(*tensors, seq_len, cos, sin, config, *options, gather)
+        out_THD, selection = reattention_triton(*tensors, seq_len, cos, sin, config, *options, sketch=sketch)
         out_THD = out_THD[T - attending :] if attending else out_THD
     return (out_THD, selection) if return_selection else out_THD
+
+
+def sketch_keys(
+    k_cache_GND: torch.Tensor, sketch: Sketch, start: int, stop: int, new_mean: bool = False, impl: str = "auto"
+) -> None:
+    """Write the sketches of cached keys [start, stop), for `reattention`.
+
+    Args:
+        k_cache_GND: cached keys without RoPE, [G, N, D], at least the first `stop` of them filled.
+        sketch: of a cache of N tokens; see `new_sketch`.
+        new_mean: take the mean key anew, of the first `stop` keys. Sketches made before are of no use then. Without it
+            the mean is what it was: zero in a new sketch, which is correct and lets more keys survive.
+        impl: as for `reattention`.
+
+    Raises:
+        InputError: shapes, dtypes, devices or bounds that do not fit together.
+    """
+    _check_sketch(sketch, k_cache_GND)
+    N = k_cache_GND.shape[1]
+    if not 0 <= start <= stop <= N:
+        raise InputError(f"the keys to sketch are {start} to {stop}, expected a range within the cache's {N}")
+    if start == stop:
+        return
+    from minirea.kernels import reference
+
+    if new_mean:
+        reference.set_mean(k_cache_GND, sketch, stop)
+    if resolve_impl(impl, k_cache_GND.device) == "torch":
+        reference.sketch_keys(k_cache_GND, sketch, start, stop)
+    else:
+        from minirea.kernels.fused import launch
+
+        launch.sketch_keys(k_cache_GND, sketch, start, stop)
 
 
 def resolve_impl(impl: str, device: torch.device) -> str:
@@ -153,6 +200,7 @@ def scratch_bytes(
     steps: Iterable[tuple[int, int]],
     device: torch.device,
     ranks: int = 1,
+    sketched: bool = False,
 ) -> int:
     """Bytes that impl "triton" keeps for the life of the process once steps of all these sizes have run on one stream.
 
@@ -164,12 +212,20 @@ def scratch_bytes(
         steps: for every chunk_size that is used, queries of the longest step and chunk_size; shorter ones count too.
         device: a CUDA device; its number of multiprocessors counts.
         ranks: processes with so many heads each.
+        sketched: decode steps are called with sketches and without.
     """
     from minirea.kernels.fused import launch
 
     together = ranks > 1 and config.span_scope == "layer" and config.max_selected > 0
     layer = launch.Layer(num_heads, num_kv_heads, head_dim, dtype, config, ranks if together else 1)
-    return launch.scratch_bytes(layer, capacity, steps, device)
+    return launch.scratch_bytes(layer, capacity, steps, device, sketched)
+
+
+def check_sketched(num_heads: int, num_kv_heads: int, head_dim: int, config: ReAttentionConfig) -> None:
+    """Raises InputError where impl "triton" takes no sketch for steps of one query."""
+    from minirea.kernels.fused import launch
+
+    launch.Layer(num_heads, num_kv_heads, head_dim, torch.bfloat16, config).check_sketched()
 
 
 def decode_kernels() -> ModuleType:
@@ -225,6 +281,17 @@ def _check_tensors(
     devices = {x.device for x in (q_THD, k_cache_GND, v_cache_GND, cos, sin)}
     if len(devices) > 1:
         raise InputError(f"the tensors are on {', '.join(sorted(map(str, devices)))}, expected one device")
+
+
+def _check_sketch(sketch: Sketch, k_cache_GND: torch.Tensor) -> None:
+    (G, N, _), C = k_cache_GND.shape, width(k_cache_GND.shape[2])
+    expected = ((torch.int8, [G, N, C]), (torch.int32, [G, N, 1]), (torch.float32, [G, C]))
+    for name, tensor, (dtype, shape) in zip(Sketch._fields, sketch, expected, strict=True):
+        if tensor.dtype != dtype or list(tensor.shape) != shape or not tensor.is_contiguous():
+            found = f"{tensor.dtype} {_shape(tensor)}{'' if tensor.is_contiguous() else ', not contiguous'}"
+            raise InputError(f"sketch.{name} is {found}, expected {dtype} {shape}, contiguous, for k_cache_GND")
+        if tensor.device != k_cache_GND.device:
+            raise InputError(f"sketch.{name} is on {tensor.device}, expected {k_cache_GND.device} like k_cache_GND")
 
 
 def _check_seq_len(seq_len: int | torch.Tensor) -> None:

@@ -16,6 +16,7 @@ r is query r // (H / G)), K winners per row, B ballots (sets of rows that vote t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Final
 
@@ -23,6 +24,20 @@ import torch
 import torch.nn.functional as F
 
 from minirea.config import ReAttentionConfig
+from minirea.kernels.sketch import (
+    LARGEST_KEY,
+    LARGEST_QUERY,
+    LEVELS,
+    MEAN_KEYS,
+    SLACK,
+    SMALLEST,
+    SMALLEST_KEY,
+    SMALLEST_QUERY,
+    Sketch,
+    query_error,
+    sum_error,
+    width,
+)
 
 # Keys whose scores share one maximum in `score`. Only the K blocks with the largest maxima can hold winners.
 BLOCK: Final = 64
@@ -35,6 +50,12 @@ TILE_ROWS: Final = {"cpu": 128, "cuda": 1 << 14}
 # equal scores the lower index is the larger number. NO_KEY loses to every key.
 INDEX_MASK: Final = 0xFFFFFFFF
 NO_KEY: Final = -(1 << 63)
+# Keys of a row that `score_by_sketch` scores exactly at most.
+SURVIVORS: Final = 1024
+# Keys whose sketches `sketch_keys` makes at a time, which bounds the memory that it takes.
+SKETCHED_AT_ONCE: Final = 4096
+
+ScoreFunction = Callable[..., torch.Tensor]  # with the arguments and the result of `score_rows`
 
 
 def reattention_reference(
@@ -48,6 +69,7 @@ def reattention_reference(
     return_selection: bool = False,
     chunk_size: int | None = None,
     gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    sketch: Sketch | None = None,
     attending: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
     """ReAttention, phase by phase. Arguments and results are those of `minirea.kernels.reattention`."""
@@ -62,11 +84,15 @@ def reattention_reference(
     q_GRD = q_THD.unflatten(1, (G, H // G)).transpose(0, 1).reshape(G, -1, D)
     B = G if config.span_scope == "kv_head" else 1
 
+    score_function: ScoreFunction | None = None
+    if sketch is not None and T == 1:
+        sketch_keys(k_cache_GND, sketch, seq_len - 1, seq_len)
+        score_function = functools.partial(score_by_sketch, sketch=sketch)
     if seq_len <= config.dense_size:
         lengths, source_BS = [seq_len] * B, None
         k_GSD, v_GSD = k_cache_GND[:, :seq_len].clone(), v_cache_GND[:, :seq_len]
     else:
-        start_BP, offset_BP, length_B = choose_scope(q_GRD, k_cache_GND, seq_len, config, gather=gather)
+        start_BP, offset_BP, length_B = choose_scope(q_GRD, k_cache_GND, seq_len, config, score_function, gather)
         lengths = length_B.tolist()  # on a GPU the one wait of the step: the scope's length decides the shapes below
         offs_s = torch.arange(max(lengths), device=q_THD.device)
         source_BS = locate(offs_s, start_BP, offset_BP).clamp_(max=seq_len - 1)
@@ -96,18 +122,20 @@ def choose_scope(
     k_cache_GND: torch.Tensor,
     seq_len: int,
     config: ReAttentionConfig,
-    score: Callable[[torch.Tensor, torch.Tensor, int, int, int], torch.Tensor] | None = None,
+    score: ScoreFunction | None = None,
     gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Score, vote and select. Where nothing may be selected (streaming), the scope has two parts, global and local.
 
-    `score` takes the place of this module's, for a device that has its own. `gather` adds the winners of heads that are
-    elsewhere, where all heads vote together.
+    `score` takes the place of this module's, for a sketch or for a device that has its own. `gather` adds the winners
+    of heads that are elsewhere, where all heads vote together.
     """
     mid_lo, mid_hi = config.global_size, seq_len - config.local_size
     B = k_cache_GND.shape[0] if config.span_scope == "kv_head" else 1
     if config.max_selected:
-        winner_GRK = (score or score_rows)(q_GRD, k_cache_GND, mid_lo, mid_hi, config.span_top_k)
+        winner_GRK = (score or score_rows)(
+            q_GRD, k_cache_GND, mid_lo=mid_lo, mid_hi=mid_hi, span_top_k=config.span_top_k
+        )
         if gather is not None and config.span_scope == "layer":
             winner_GRK = gather(winner_GRK)
         winner_BW = pool(winner_GRK.view(B, -1), config.vote_size, mid_lo, mid_hi)
@@ -209,6 +237,115 @@ def pool(winner_BW: torch.Tensor, vote_size: int, mid_lo: int, mid_hi: int) -> t
     if vote_size == 1:
         return winner_BW
     return (winner_BW // vote_size * vote_size + vote_size // 2).clamp_(mid_lo, mid_hi - 1)
+
+
+def hadamard(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """The first `rows` of a Hadamard matrix, float32 [rows, columns], of 1 and -1; `columns` is a power of two."""
+    both = torch.arange(rows, device=device)[:, None] & torch.arange(columns, device=device)
+    for shift in (8, 4, 2, 1):
+        both = both ^ (both >> shift)
+    return (1 - 2 * (both & 1)).float()
+
+
+def rotate_for_sketch(x: torch.Tensor) -> torch.Tensor:
+    """R x: float32 [..., C] from x [..., D]."""
+    D, C = x.shape[-1], width(x.shape[-1])
+    return x.float() @ hadamard(D, C, x.device) * C**-0.5
+
+
+def set_mean(k_cache_GND: torch.Tensor, sketch: Sketch, num_keys: int) -> None:
+    """The mean of up to MEAN_KEYS of the first num_keys keys. It has to stay as long as any sketch made with it."""
+    sample_GND = k_cache_GND[:, : num_keys : -(-num_keys // MEAN_KEYS)]
+    sketch.mean.copy_(rotate_for_sketch(sample_GND.float().mean(1)).nan_to_num_(0.0, 0.0, 0.0))
+
+
+def sketch_keys(k_cache_GND: torch.Tensor, sketch: Sketch, start: int, stop: int) -> None:
+    """Write the sketches of keys [start, stop). minirea.kernels.sketch says what they are."""
+    for lo in range(start, stop, SKETCHED_AT_ONCE):
+        part = slice(lo, min(lo + SKETCHED_AT_ONCE, stop))
+        sketch.codes[:, part], sketch.scales[:, part] = sketch_of(k_cache_GND[:, part].float(), sketch.mean)
+
+
+def sketch_of(k_GND: torch.Tensor, mean_GC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 [G, N, C] and scales int32 [G, N, 1] of keys."""
+    D = k_GND.shape[-1]
+    y_GNC = rotate_for_sketch(k_GND) - mean_GC[:, None]
+    top_GN1 = y_GNC.abs().amax(-1, keepdim=True)
+    scale_GN1 = torch.where((top_GN1 > SMALLEST_KEY) & (top_GN1 < LARGEST_KEY), _round_up(top_GN1 / 127), 0.0)
+    code_GNC = torch.where(scale_GN1 > 0, torch.floor(y_GNC / scale_GN1 + 0.5), 0.0)
+    rest_GNC = y_GNC - scale_GN1 * code_GNC
+    error_GN1 = SLACK * _norm(rest_GNC) + query_error(D) * _norm(y_GNC) + SMALLEST
+    error_GN1 += sum_error(D) * (k_GND.abs().sum(-1, keepdim=True) + _norm(k_GND))
+    error_GN1 = torch.where(error_GN1 < torch.inf, _round_up(error_GN1), torch.inf)
+    return code_GNC.to(torch.int8), scale_GN1.view(torch.int32) | (error_GN1.view(torch.int32) >> 16)
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+def _round_up(x: torch.Tensor) -> torch.Tensor:
+    """Positive float32 numbers to the next bfloat16 that is no smaller."""
+    return ((x.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
+
+
+def quantize_queries(q_GRD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rq as integers, float32 [G, R, C] of at most LEVELS, and |q| in the same units, [G, R, 1]: infinite where the
+    integers are no use, since the query is too small, too large or not finite.
+    """
+    z_GRC, norm_GR1 = rotate_for_sketch(q_GRD), _norm(q_GRD.float())
+    top_GR1 = z_GRC.abs().amax(-1, keepdim=True)
+    usable_GR1 = (top_GR1 > SMALLEST_QUERY) & (norm_GR1 < LARGEST_QUERY)
+    inverse_GR1 = torch.where(usable_GR1, LEVELS / top_GR1, 0.0)
+    x_GRC = torch.where(usable_GR1, torch.floor(z_GRC * inverse_GR1 + 0.5), 0.0)
+    return x_GRC, torch.where(usable_GR1, SLACK * norm_GR1 * inverse_GR1, torch.inf)
+
+
+def score_bounds(
+    x_GRC: torch.Tensor, norm_GR1: torch.Tensor, sketch: Sketch, lo: int, hi: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lower and upper bounds of the scores of keys [lo, hi), float32 [G, R, N], up to what all keys of a row share.
+
+    x_GRC and norm_GR1 are those of `quantize_queries`. Sums of the integers exceed float32, not float64.
+    """
+    scale_GN, error_GN = scales_of(sketch, lo, hi)
+    total_GRN = x_GRC.double() @ sketch.codes[:, lo:hi].double().mT
+    base_GRN = total_GRN.float() * scale_GN[:, None]
+    margin_GRN = norm_GR1 * error_GN[:, None]
+    return base_GRN - margin_GRN, base_GRN + margin_GRN
+
+
+def scales_of(sketch: Sketch, lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and errors of keys [lo, hi), float32 [G, N]."""
+    both = sketch.scales[:, lo:hi, 0]
+    return (both & ~0xFFFF).view(torch.float32), (both << 16).view(torch.float32)
+
+
+def score_by_sketch(
+    q_GRD: torch.Tensor, k_cache_GND: torch.Tensor, sketch: Sketch, mid_lo: int, mid_hi: int, span_top_k: int
+) -> torch.Tensor:
+    """`score` with only the keys read that can win by their sketches; all of them if a row has more than SURVIVORS."""
+    (G, R, _), K = q_GRD.shape, min(span_top_k, mid_hi - mid_lo)
+    tile = max(BLOCK, TILE_SCORES[q_GRD.device.type] // (G * R) // BLOCK * BLOCK)
+    queries, device = quantize_queries(q_GRD), q_GRD.device
+    lower_GRK = torch.empty(G, R, 0, device=device)
+    upper_GRS, index_GRS = lower_GRK, torch.empty(G, R, 0, dtype=torch.int64, device=device)
+    for lo in range(mid_lo, mid_hi, tile):
+        hi = min(lo + tile, mid_hi)
+        lower_GRN, upper_GRN = score_bounds(*queries, sketch, lo, hi)
+        lower_GRK = torch.cat([lower_GRK, lower_GRN], -1)
+        lower_GRK = lower_GRK.topk(min(K, lower_GRK.shape[-1])).values
+        upper_GRS = torch.cat([upper_GRS, upper_GRN], -1)
+        index_GRS = torch.cat([index_GRS, torch.arange(lo, hi, device=device).expand(G, R, -1)], -1)
+        upper_GRS, best_GRS = upper_GRS.topk(min(SURVIVORS + 1, upper_GRS.shape[-1]))
+        index_GRS = index_GRS.gather(-1, best_GRS)
+    survives_GRS = upper_GRS >= lower_GRK[..., -1:]
+    if bool((survives_GRS.sum(-1) > SURVIVORS).any()):
+        return score_rows(q_GRD, k_cache_GND, mid_lo, mid_hi, span_top_k)
+    rows_GRSD = k_cache_GND[torch.arange(G, device=device)[:, None, None], index_GRS].float()
+    score_GRS = torch.matmul(rows_GRSD, q_GRD.float()[..., None])[..., 0]
+    packed_GRS = pack_score(score_GRS, index_GRS).masked_fill_(~survives_GRS, NO_KEY)
+    return unpack_index(packed_GRS.topk(K).values)
 
 
 def vote(winner_BW: torch.Tensor, max_spans: int) -> torch.Tensor:

@@ -20,7 +20,17 @@ from minirea.attention import Attention
 from minirea.cache import KVCache
 from minirea.checkpoint_config import load_config
 from minirea.checks import integer, shown
-from minirea.config import DEVICES, DTYPES, IMPLS, MODES, QUANTIZE, SCOPE_FIELDS, ModelConfig, ReAttentionConfig
+from minirea.config import (
+    DEVICES,
+    DTYPES,
+    IMPLS,
+    MODES,
+    QUANTIZE,
+    SCOPE_FIELDS,
+    SKETCHES,
+    ModelConfig,
+    ReAttentionConfig,
+)
 from minirea.context import Origin, StoredContext, context_bytes, save_context
 from minirea.errors import InputError, MissingFileError
 from minirea.files import is_there, read_start
@@ -63,6 +73,7 @@ def load(
     progress: bool = False,
     gpus: int = 1,
     quantize: str | None = None,
+    sketch: str = "auto",
     **reattention_fields: Any,
 ) -> LLM:
     """Load a Hugging Face or Mistral model directory.
@@ -80,15 +91,17 @@ def load(
             processes, of which only the first returns from here: the others serve it and end with it.
         quantize: "int8" or "int4" rounds the matrices while they are read, all but the embedding; with "int4" the
             output head to 8 bits. None leaves them as they are. Not with several devices.
+        sketch: "int8": decode steps look at int8 copies of the keys, and read only those that can
+            be selected: half as many bytes, and exactly the same selection. The copies take half as much memory as the
+            keys, besides them. "auto" is "off" until that has been measured on a GPU.
         reattention_fields: fields of ReAttentionConfig; None or absent means its default for this model. An attention
             mode ignores those it does not use.
 
     Raises:
         MissingFileError, InputError, MemoryLimitError, RankError: with one line that says what to fix.
     """
-    files = read_model(
-        path, device, dtype, attention, impl, allow_out_of_distribution, gpus, quantize, **reattention_fields
-    )
+    options: dict[str, Any] = {"gpus": gpus, "quantize": quantize, "sketch": sketch}
+    files = read_model(path, device, dtype, attention, impl, allow_out_of_distribution, **options, **reattention_fields)
     return files.load(progress)
 
 
@@ -101,6 +114,7 @@ def read_model(
     allow_out_of_distribution: bool = False,
     gpus: int = 1,
     quantize: str | None = None,
+    sketch: str = "auto",
     **reattention_fields: Any,
 ) -> ModelFiles:
     """The first half of `load`: everything but the weights, so that a prompt can be counted before they are read.
@@ -110,6 +124,7 @@ def read_model(
     _choice("attention", attention, MODES)
     _choice("impl", impl, IMPLS)
     _choice("dtype", dtype, ("auto", *DTYPES))
+    _choice("sketch", sketch, SKETCHES)
     gpus = integer("gpus", gpus, 1)
     if quantize is not None:
         _choice("quantize", quantize, QUANTIZE)
@@ -130,7 +145,10 @@ def read_model(
     tokenizer = _tokenizer(path)
     torch_dtype = _dtype(path, config, dtype, target)
     part = config.of_rank(0, gpus)
-    made = Attention(part, attention, scope, impl, target)
+    sketched = sketch == "int8"
+    if sketched:
+        _check_one_device(part, "sketches")
+    made = Attention(part, attention, scope, impl, target, sketch=sketched)
     return ModelFiles(path, config, tokenizer, made, torch_dtype, quantize)
 
 
@@ -326,7 +344,8 @@ class LLM(_Encoder):
         config, old = self.model.config, self.model.attention
         scope = _scope(config, attention, reattention_fields, allow_out_of_distribution)
         model = copy.copy(self.model)
-        model.attention = Attention(config, attention, scope, old.impl, old.device, model.gather)
+        gather, sketch = model.gather, old.asks_for_sketch
+        model.attention = Attention(config, attention, scope, old.impl, old.device, gather, sketch)
         if isinstance(model.ranks, Leader):
             number = model.ranks.new_id()
             with model.ranks.asking("vary", number, self.model.id, (attention, scope, old.impl)):
@@ -585,11 +604,13 @@ class Session:
 
 def new_cache(model: Model, capacity: int) -> KVCache:
     """A cache for a model's steps; on all its ranks, if it has several and this is the first."""
-    workspace = functools.partial(workspace_bytes, model.attention, model.dtype, quantize=model.quantize)
     attention = model.attention
+    workspace = functools.partial(workspace_bytes, attention, model.dtype, quantize=model.quantize)
     sizes = model.config, capacity, attention.dense_limit
     arguments = *sizes, model.device, model.dtype, workspace, attention.recent_size
-    return SharedCache(model.ranks, model, *arguments) if isinstance(model.ranks, Leader) else KVCache(*arguments)
+    if isinstance(model.ranks, Leader):
+        return SharedCache(model.ranks, model, *arguments)
+    return KVCache(*arguments, sketched=attention.sketched)
 
 
 def generation_config(options: dict[str, Any]) -> GenerationConfig:

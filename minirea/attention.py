@@ -11,7 +11,8 @@ from torch import Tensor
 from minirea import cpu
 from minirea.cache import ALL_TOKENS, KVCache
 from minirea.config import ModelConfig, ReAttentionConfig
-from minirea.kernels import Gather, prefill_kernels, reattention, resolve_impl
+from minirea.errors import InputError
+from minirea.kernels import Gather, check_sketched, prefill_kernels, reattention, resolve_impl, sketch_keys
 from minirea.rope import apply_rope, for_whole_heads, inverse_frequencies, rope_table
 
 # Chunks of a prompt in a step on a GPU. Their matrix products are one, which reads the weights once and has enough rows
@@ -34,12 +35,14 @@ class Step(NamedTuple):
         chunk_size: how many of them share a scope. T is one chunk unless the device counts.
         cos: of the true positions of those that lie below dense_limit, [at most T, 1, D].
         sin: like cos.
+        sketched: all keys before this step's have sketches, where the device counts and nobody else knows.
     """
 
     seq_len: int | Tensor
     chunk_size: int
     cos: Tensor = _NO_ROWS
     sin: Tensor = _NO_ROWS
+    sketched: bool = False
 
 
 class Attention:
@@ -55,6 +58,10 @@ class Attention:
         config: scope sizes; with "full" only chunk_size matters.
         impl: "auto", "triton" or "torch", as minirea.kernels.reattention takes it.
         gather: of several ranks, each of which has some of the heads.
+        sketch: decode steps look at int8 sketches of the keys, if they have any to look for; see KVCache.sketches.
+
+    Raises:
+        InputError: sketches do not work with this config or model.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class Attention:
         impl: str,
         device: torch.device,
         gather: Gather | None = None,
+        sketch: bool = False,
     ) -> None:
         self.model = model
         self.mode = mode
@@ -72,10 +80,22 @@ class Attention:
         self.impl = resolve_impl(impl, device)
         self.device = device
         self.gather = gather
+        self.asks_for_sketch = sketch
+        self.sketched = sketch and mode == "reattention" and config.max_selected > 0
+        if self.sketched:
+            self._check_sketched()
         self.sliding_window = model.sliding_window if mode == "full" else None
         self.dense_size = ALL_TOKENS if mode == "full" else config.dense_size
         self.dense_limit = 0 if self.impl == "triton" and mode != "full" else self.dense_size
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _check_sketched(self) -> None:
+        """Sketches are for steps of one query, which votes alone."""
+        c, window = self.model, self.config.vote_window
+        if window > 1:
+            raise InputError(f"vote_window is {window}, expected 1: sketches do not work with votes of earlier tokens")
+        if self.impl == "triton":
+            check_sketched(c.num_heads, c.num_kv_heads, c.head_dim, self.config)
 
     @property
     def recent_size(self) -> int:
@@ -219,6 +239,20 @@ class Attention:
                 k_TGD = apply_rope(k_GND[:, part].transpose(0, 1), *for_whole_heads(cos, sin))
                 k_rotated_GND[:, part] = k_TGD.transpose(0, 1)
 
+    def sketch_keys(self, cache: KVCache) -> None:
+        """Bring the sketches up to date, before decode steps; chunks of a prompt do not look at them.
+
+        A sketch is made from its key and a mean key, which stays as long as any sketch does. What a decode step has
+        sketched itself is sketched once more.
+        """
+        if not cache.sketched or cache.sketched_len == cache.seq_len:
+            return
+        for k_GND, sketch in zip(cache.k, cache.sketches, strict=True):
+            if sketch is not None:
+                new_mean = cache.sketched_len == 0
+                sketch_keys(k_GND, sketch, cache.sketched_len, cache.seq_len, new_mean, self.impl)
+        cache.sketched_len = cache.seq_len
+
     def over_cache(self, layer: int, q_THD: Tensor, cache: KVCache, step: Step, attending: int | None = None) -> Tensor:
         """ReAttention of a step whose keys and values the cache already holds. Not for mode "full".
 
@@ -228,11 +262,20 @@ class Attention:
         config = self.config.of_decode_step if step.chunk_size == 1 else self.config
         chunk_size = len(q_THD) if attending else min(step.chunk_size, len(q_THD))
         k_GND, v_GND, (cos, sin) = cache.k[layer], cache.v[layer], self.scope_tables(cache.capacity)
-        if isinstance(step.seq_len, int) and step.seq_len > self.dense_size and self._on_cpu(q_THD):
+        sketch = (
+            cache.sketches[layer] if chunk_size == step.chunk_size == 1 and self._is_sketched(cache, step) else None
+        )
+        if sketch is None and isinstance(step.seq_len, int) and step.seq_len > self.dense_size and self._on_cpu(q_THD):
             return cpu.reattention(q_THD, k_GND, v_GND, step.seq_len, cos, sin, config, self.gather, attending)
-        arguments = (q_THD, k_GND, v_GND, step.seq_len, cos, sin, config, self.impl)
-        out_THD: Tensor = reattention(*arguments, chunk_size=chunk_size, gather=self.gather, attending=attending)
+        arguments = (q_THD, k_GND, v_GND, step.seq_len, cos, sin, config, self.impl, False, chunk_size)
+        out_THD: Tensor = reattention(*arguments, gather=self.gather, attending=attending, sketch=sketch)
         return out_THD
+
+    def _is_sketched(self, cache: KVCache, step: Step) -> bool:
+        """Whether every key that the step can select has its sketch."""
+        if isinstance(step.seq_len, Tensor):
+            return step.sketched
+        return cache.sketched_len >= step.seq_len - self.config.local_size
 
     def scope(self, cache: KVCache, q_1HD: Tensor) -> dict[str, int]:
         """What the last step could see: tokens in the global, selected and local part, of how many.

@@ -11,17 +11,35 @@ from torch import Tensor
 
 from minirea.config import ModelConfig
 from minirea.errors import memory_limit_of
+from minirea.kernels.sketch import Sketch, new_sketch, sketch_bytes
 from minirea.memory import MemoryPlan
 
 ALL_TOKENS: Final = sys.maxsize
+# A key of the first layer follows from its token alone. A text repeats its tokens, so that hundreds of keys are equal
+# to a winner there, and a sketch cannot tell them apart.
+FIRST_SKETCHED_LAYER: Final = 1
 
 
-def cache_bytes(config: ModelConfig, capacity: int, dense_limit: int, dtype: torch.dtype, recent_size: int = 0) -> int:
+def cache_bytes(
+    config: ModelConfig,
+    capacity: int,
+    dense_limit: int,
+    dtype: torch.dtype,
+    recent_size: int = 0,
+    sketched: bool = False,
+) -> int:
     """How many bytes a KVCache of `capacity` tokens allocates."""
     values, keys = capacity, capacity if dense_limit < ALL_TOKENS else 0
     tokens = values + keys + min(capacity, dense_limit)
     heads = tokens * config.num_kv_heads + recent_size * config.num_heads
-    return heads * config.num_layers * config.head_dim * dtype.itemsize
+    sketches = all_sketch_bytes(config, capacity) if sketched else 0
+    return heads * config.num_layers * config.head_dim * dtype.itemsize + sketches
+
+
+def all_sketch_bytes(config: ModelConfig, capacity: int) -> int:
+    """Of the sketches of all layers that have one."""
+    layers = max(0, config.num_layers - FIRST_SKETCHED_LAYER)
+    return layers * sketch_bytes(config.num_kv_heads, config.head_dim, capacity)
 
 
 class KVCache:
@@ -32,6 +50,8 @@ class KVCache:
     `k` and `v` of a layer share one tensor, so that one copy writes both.
     `q_recent` are the last R = `recent_size` queries without RoPE, [L, R, H, D], each at its position modulo R: those
     that a token which is read by itself votes together with.
+    `sketches` are int8 copies of `k` for decode steps to look at, None in layers without; those of the first
+    `sketched_len` tokens are filled.
 
     Args:
         config: gives L, G and D.
@@ -39,6 +59,7 @@ class KVCache:
         dense_limit: tokens up to which keys are also kept with RoPE.
         workspace: bytes that a step needs besides a cache of so many tokens, and that must stay free.
         recent_size: queries that are kept, see `recent`.
+        sketched: whether there are sketches; `k` must be kept.
 
     Raises:
         MemoryLimitError: the device cannot hold it.
@@ -53,12 +74,15 @@ class KVCache:
         dtype: torch.dtype,
         workspace: Callable[[int], int] = lambda _: 0,
         recent_size: int = 0,
+        sketched: bool = False,
     ) -> None:
         self.device = device
         self.dtype = dtype
         self.capacity = capacity
         self.dense_limit = dense_limit
         self.seq_len = 0
+        self.sketched_len = 0
+        self.sketched = sketched
         self._config = config
         self._workspace = workspace
         self.k: list[Tensor] = []
@@ -66,6 +90,7 @@ class KVCache:
         self.k_rotated: list[Tensor] = []
         self.recent_size = recent_size
         self._recent = [(0, 0)] * config.num_layers  # of which tokens q_recent was written: first, last + 1
+        self.sketches: list[Sketch | None] = [None] * config.num_layers
         self._kv: list[Tensor] = []  # k and v of each layer, [2, G, N, D], or [1, G, N, D] where k is not kept
         self._kv_rows: list[Tensor] = []  # the same by tokens, as steps write them: [N, Y, D], Y = 2G or G
         self._k_rotated_rows: list[Tensor] = []  # [N, G, D]
@@ -73,14 +98,23 @@ class KVCache:
         for tensors, shape in self._parts(capacity):
             tensors += [self._allocate(shape) for _ in range(config.num_layers)]
         self.q_recent = self._allocate((config.num_layers, recent_size, config.num_heads, config.head_dim))
+        if sketched:
+            for layer in range(FIRST_SKETCHED_LAYER, config.num_layers):
+                self.sketches[layer] = self._allocate_sketch(capacity)
         self._name_views()
 
     @property
     def nbytes(self) -> int:
-        return cache_bytes(self._config, self.capacity, self.dense_limit, self.dtype, self.recent_size)
+        return cache_bytes(self._config, self.capacity, self.dense_limit, self.dtype, self.recent_size, self.sketched)
+
+    @property
+    def sketch_nbytes(self) -> int:
+        """Those of `nbytes` that are sketches'."""
+        return all_sketch_bytes(self._config, self.capacity) if self.sketched else 0
 
     @property
     def tensors(self) -> list[Tensor]:
+        """What steps read, but for sketches, which follow from it."""
         return [*self._kv, *self.k_rotated]
 
     def stored(self, layer: int) -> dict[str, Tensor]:
@@ -107,6 +141,12 @@ class KVCache:
                     filled = min(self.seq_len, old.shape[-2])
                     tensors[layer] = self._allocate(shape)
                     tensors[layer][..., :filled, :] = old[..., :filled, :]
+            for layer, sketch in enumerate(self.sketches):
+                if sketch is not None:
+                    self.sketches[layer] = grown = self._allocate_sketch(capacity)
+                    for new, old in zip(grown[:2], sketch[:2], strict=True):
+                        new[:, : self.seq_len] = old[:, : self.seq_len]
+                    grown.mean.copy_(sketch.mean)
         finally:
             self._name_views()
         self.capacity = capacity
@@ -171,6 +211,7 @@ class KVCache:
         if not 0 <= seq_len <= self.seq_len:
             raise ValueError(f"cannot rewind to {seq_len}: the cache holds {self.seq_len} tokens")
         self.seq_len = seq_len
+        self.sketched_len = min(self.sketched_len, seq_len)
 
     def _parts(self, capacity: int) -> list[tuple[list[Tensor], tuple[int, ...]]]:
         """Each kind of tensor that is kept, with its shape at `capacity`."""
@@ -193,9 +234,16 @@ class KVCache:
         except RuntimeError as error:
             raise memory_limit_of(error) or error from None
 
+    def _allocate_sketch(self, capacity: int) -> Sketch:
+        try:
+            return new_sketch(self._config.num_kv_heads, self._config.head_dim, capacity, self.device)
+        except RuntimeError as error:
+            raise memory_limit_of(error) or error from None
+
     def _plan(self, capacity: int, held: int) -> MemoryPlan:
         """What it takes to go from `held` tokens to `capacity`: the difference, and a layer that is there twice."""
-        old, new = (cache_bytes(self._config, tokens, self.dense_limit, self.dtype) for tokens in (held, capacity))
+        sizes = (self.dense_limit, self.dtype, self.recent_size, self.sketched)
+        old, new = (cache_bytes(self._config, tokens, *sizes) for tokens in (held, capacity))
         twice = old // self._config.num_layers
         workspace = self._workspace(capacity)
         return MemoryPlan(cache=new - old + twice, workspace=workspace, num_tokens=capacity, held_tokens=held)

@@ -16,6 +16,7 @@ IMPLS: Final = ("auto", "triton", "torch")
 DEVICES: Final = ("auto", "cpu", "cuda")
 ROPE_TYPES: Final = ("default", "linear", "dynamic", "llama3", "yarn")
 SPAN_SCOPES: Final = ("layer", "kv_head")
+SKETCHES: Final = ("auto", "off", "int8")
 DTYPES: Final = ("float32", "float16", "bfloat16")
 QUANTIZE: Final = ("int8", "int4")
 # Defaults of ReAttentionConfig that hold for every trained context.

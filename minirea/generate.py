@@ -71,6 +71,8 @@ class Stats:
         gpus: devices that share the model; bytes are those of the first.
         trained_context: the longest distance between two tokens that training has shown the model.
         scope: what the last step saw: tokens in the "global", "selected" and "local" part, of "seq_len".
+        cache_bytes: of keys and values, and of sketches, if there are any.
+        sketch_bytes: those of them that are sketches'.
     """
 
     prompt_tokens: int
@@ -90,6 +92,7 @@ class Stats:
     scope: dict[str, int] = field(default_factory=dict)
     weight_bytes: int = 0
     cache_bytes: int = 0
+    sketch_bytes: int = 0
     peak_bytes: int = 0
 
     @classmethod
@@ -319,6 +322,7 @@ def decode_one_by_one(
     """`decode` by the model's ordinary forward pass, each token read before the next step begins."""
     ids_T = torch.tensor([last_id], dtype=torch.long, device=model.device)
     for _ in range(limit):
+        model.attention.sketch_keys(cache)
         ids_T = sampler(model.logits(model.forward(ids_T, cache))[-1])
         yield int(ids_T)
 
@@ -375,7 +379,8 @@ def _complete(stats: Stats, model: Model, cache: KVCache, ids: list[int]) -> Non
     """Statistics that are known once the last step is done."""
     with contextlib.closing(together(_last_scope, model, cache, ids[cache.seq_len - 1])) as scopes:
         stats.scope = next(scopes)
-    stats.cache_bytes, stats.peak_bytes = cache.nbytes, peak_bytes(model.device)
+    stats.cache_bytes, stats.sketch_bytes = cache.nbytes, cache.sketch_nbytes
+    stats.peak_bytes = peak_bytes(model.device)
 
 
 def _last_scope(model: Model, cache: KVCache, last_id: int) -> Iterator[dict[str, int]]:

@@ -47,7 +47,8 @@ def plan_run(
         weights, loading = _model_bytes(path, attention.model, dtype, attention.device)
     if not num_tokens:
         return MemoryPlan(weights, loading)
-    cache = cache_bytes(attention.model, num_tokens, attention.dense_limit, dtype, attention.recent_size)
+    recent_size, sketched = attention.recent_size, attention.sketched
+    cache = cache_bytes(attention.model, num_tokens, attention.dense_limit, dtype, recent_size, sketched)
     workspace = workspace_bytes(attention, dtype, num_tokens, quantize)
     return MemoryPlan(weights, loading, cache, workspace, num_tokens)
 
@@ -122,10 +123,12 @@ def _scratch_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) ->
     sizes = {scope.chunk_size, scope.tail_chunk_size}
     steps = [(min(attention.step_tokens(size), num_tokens), size) for size in sizes]
     sizes_of_model = c.num_heads, c.num_kv_heads, c.head_dim, dtype
-    ranks, decode = c.part.ranks if c.part else 1, scope.of_decode_step
-    scratch = scratch_bytes(*sizes_of_model, scope, num_tokens, steps, attention.device, ranks)
-    if decode is scope and not attention.recent_size:
+    ranks, decode, sketched = c.part.ranks if c.part else 1, scope.of_decode_step, attention.sketched
+    all_alike = decode is scope and not attention.recent_size
+    sketched_here = sketched and all_alike
+    scratch = scratch_bytes(*sizes_of_model, scope, num_tokens, steps, attention.device, ranks, sketched_here)
+    if all_alike:
         return scratch
     voting = scope.vote_window if attention.recent_size else 1
-    own = scratch_bytes(*sizes_of_model, decode, num_tokens, [(voting, voting)], attention.device, ranks)
+    own = scratch_bytes(*sizes_of_model, decode, num_tokens, [(voting, voting)], attention.device, ranks, sketched)
     return scratch + own

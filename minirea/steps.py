@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minirea.attention import Attention
-from minirea.cache import KVCache
+from minirea.cache import FIRST_SKETCHED_LAYER, KVCache
 from minirea.kernels import decode_kernels, peer_kernels
 from minirea.linear import Matrix
 from minirea.model import Model
@@ -118,7 +118,8 @@ class DecodeStep:
         # Filled there: a copy from the host would wait for the prompt, and the first step's launches with it.
         self.token = torch.full((1,), last_id, dtype=torch.int64, device=device)
         self.seq_len = torch.full((1,), cache.seq_len, dtype=torch.int32, device=device)
-        self.step = model.attention.step(self.seq_len, 1)
+        model.attention.sketch_keys(cache)
+        self.step = model.attention.step(self.seq_len, 1)._replace(sketched=cache.sketched)
         self.x_E = torch.empty(c.hidden_size, dtype=model.dtype, device=device)
         # The queries that vote in each layer, this step's behind those before it. One layer's after the other's where
         # a token votes alone.
@@ -204,14 +205,19 @@ class RankSums:
 
 @torch.inference_mode()
 def compile_decode_step(model: Model) -> None:
-    """Compile what a step over one layer and one token launches, all at the same time; nothing is launched."""
+    """Compile what a step over one token launches, all at the same time; nothing is launched. Its layers are as many
+    as there are kinds: with sketches the first one and those after it.
+    """
     from minirea.kernels.driver import compiling  # imports triton
 
-    first_layer = copy.copy(model)
-    first_layer.layers = model.layers[:1]
-    config = dataclasses.replace(model.config, num_layers=1)
+    sketched = model.attention.sketched
+    first_layers = copy.copy(model)
+    first_layers.layers = model.layers[: FIRST_SKETCHED_LAYER + 1 if sketched else 1]
+    config = dataclasses.replace(model.config, num_layers=len(first_layers.layers))
     with contextlib.suppress(Exception), compiling():  # the step itself will raise it
         sizes = config, 16, model.attention.dense_limit
-        cache = KVCache(*sizes, model.device, model.dtype, recent_size=model.attention.recent_size)
+        recent_size = model.attention.recent_size
+        cache = KVCache(*sizes, model.device, model.dtype, recent_size=recent_size, sketched=sketched)
+        cache.seq_len = 1  # a key to sketch
         sampler = Sampler(SamplingConfig(), [], config.vocab_size, model.device)
-        DecodeStep(first_layer, cache, 0, sampler).run()
+        DecodeStep(first_layers, cache, 0, sampler).run()

@@ -33,7 +33,7 @@ ALLOWED = {
     "minirea.rope": {"config"},
     "minirea.tokenizer": {"tokenizer", "checks", "json_object", "errors", "files", "memory"},
     "minirea.sampling": {"checks"},
-    "minirea.cache": {"config", "memory", "errors"},
+    "minirea.cache": {"config", "memory", "errors", "kernels"},
     "minirea.attention": {"kernels", "cache", "config", "cpu", "rope", "errors"},
     "minirea.cpu": {"quantize", "config", "kernels", "threads"},
     "minirea.plan": {"quantize", "linear", "attention", "cache", "config", "cpu", "kernels", "memory", "weights"},

@@ -4,7 +4,8 @@ Every time is the median of replays of a CUDA graph that holds one launch for ea
 caches in turn, so that nothing lies in the L2 cache when a launch needs it. Decode's floor is the bytes that a step
 must read (keys that are scored, keys and values of the scope) over the measured copy bandwidth; prefill is given in
 TFLOP/s. A phase alone runs with the tiles and the grid of the fused launch, in which phases overlap: their times do not
-add up to the launch's, and each holds the price of a launch of its own.
+add up to the launch's, and each holds the price of a launch of its own. A decode step is also timed with int8 sketches
+of the keys; its output must be the same.
 
 Full attention is torch's scaled_dot_product_attention by each fused backend that takes it, fastest first. Left to
 itself, torch chooses by what a backend can do, not by its speed: a decode step is fast only where the keys of one head
@@ -29,8 +30,10 @@ from bench_machine import Lengths, describe_machine, lengths, print_machine, pri
 from minirea.attention import STEP_CHUNKS
 from minirea.config import DTYPES, SPAN_SCOPES, ReAttentionConfig, RopeConfig
 from minirea.errors import InputError
+from minirea.kernels.sketch import width
 
-Step = Callable[[torch.Tensor, torch.Tensor], Any]  # something to do with one pair of caches
+Step = Callable[..., Any]  # something to do with one pair of caches, and its sketch
+Caches = tuple[Any, ...]
 
 CONTEXTS = {"decode": lengths("8k,16k,32k,128k,1m"), "prefill": lengths("32k,128k")}
 MAX_PAIRS = 16
@@ -139,10 +142,11 @@ class Layer:
         """Of one token's keys; its values have as many."""
         return self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
-    def decode_bytes(self, seq_len: int, scope: float) -> dict[str, float]:
-        """What a decode step must read: keys of the middle once, keys and values of the scope once."""
+    def decode_bytes(self, seq_len: int, scope: float, sketch_bytes: int | None = None) -> dict[str, float]:
+        """What a decode step must read: keys of the middle or their sketches, keys and values of the scope."""
+        looked_at = self.num_kv_heads * sketch_bytes if sketch_bytes else self.key_bytes
         return {
-            "score, pick": (seq_len - self.edge) * self.key_bytes,
+            "score, pick": (seq_len - self.edge) * looked_at,
             "attend, local part": 2 * self.config.local_size * self.key_bytes,
             "attend, far part": 2 * (scope - self.config.local_size) * self.key_bytes,
         }
@@ -157,7 +161,7 @@ class Layer:
     def queries(self, num_queries: int) -> torch.Tensor:
         return torch.randn(num_queries, self.num_heads, self.head_dim, device="cuda", dtype=self.dtype)
 
-    def cache_pairs(self, seq_len: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def cache_pairs(self, seq_len: int) -> list[Caches]:
         """Random keys and values, as many pairs as fit into less than half of the memory that is free."""
         torch.cuda.empty_cache()
         room = 0.45 * torch.cuda.mem_get_info()[0]
@@ -197,7 +201,7 @@ def launches_row(layer: Layer, kind: str, queries: int) -> dict[str, Any]:
 
 
 def decode_row(layer: Layer, seq_len: int) -> dict[str, Any]:
-    """Times and bytes of one decode step."""
+    """Times and bytes of one decode step, without sketches and with them."""
     from kernel_phases import phases_of, recorded
 
     pairs, q_1HD = layer.cache_pairs(seq_len), layer.queries(1)
@@ -211,8 +215,39 @@ def decode_row(layer: Layer, seq_len: int) -> dict[str, Any]:
         "bytes": layer.decode_bytes(seq_len, scope),
         "phase_us": {name: graph_us(phase, pairs) for name, phase in phases_of(launch).items()},
         "launch_us": launch_us,
+        "sketched": sketched(layer, step, pairs, seq_len, scope),
         "sdpa_bytes": 2 * seq_len * layer.key_bytes,
         "sdpa_us": sdpa_times(decode_forms(layer, q_1HD), pairs),
+    }
+
+
+def sketched(layer: Layer, step: Step, pairs: list[Caches], seq_len: int, scope: float) -> dict[str, Any]:
+    """Times and bytes of a decode step with sketches, how many keys of a slice survive, of how many slices all keys are
+    scored, and what it takes to make the sketches of all keys.
+    """
+    from kernel_phases import recorded
+
+    from minirea.kernels import new_sketch, sketch_keys
+
+    shape = layer.num_kv_heads, layer.head_dim, seq_len
+    caches = [(k, v, new_sketch(*shape, k.device)) for k, v in pairs]
+
+    def make(k_GND: torch.Tensor, _v: torch.Tensor, sketch: Any) -> None:
+        sketch_keys(k_GND, sketch, 0, seq_len, impl="triton")
+
+    for k, v, sketch in caches:
+        make(k, v, sketch)
+        if not torch.equal(step(k, v, sketch), step(k, v)):
+            raise SystemExit(f"bench.py kernel: with a sketch of {seq_len:,} keys the output is another one")
+    launch = recorded(functools.partial(step, *caches[-1]))
+    found, most = launch.arguments["scratch"].found.flatten(), launch.arguments["c"].SURVIVORS
+    return {
+        "launch_us": graph_us(step, caches),
+        "bytes": layer.decode_bytes(seq_len, scope, width(layer.head_dim) + 4),
+        "make_us": graph_us(make, caches),
+        "survivors": int(found[found <= most].max()) if bool((found <= most).any()) else 0,
+        "slices": len(found),
+        "scored_slices": int((found > most).sum()),
     }
 
 
@@ -257,14 +292,14 @@ def attention_step(
     cos, sin = (x.cuda() for x in table)
     length = seq_len if len(q_THD) > 1 else torch.tensor([seq_len], dtype=torch.int32, device="cuda")
 
-    def step(k_GND: torch.Tensor, v_GND: torch.Tensor, return_selection: bool = False) -> Any:
+    def step(k_GND: torch.Tensor, v_GND: torch.Tensor, sketch: Any = None, return_selection: bool = False) -> Any:
         arguments = (q_THD, k_GND, v_GND, length, cos, sin, layer.config, "triton", return_selection)
-        return reattention(*arguments, chunk_size=chunk_size)
+        return reattention(*arguments, chunk_size=chunk_size, sketch=sketch)
 
     return step
 
 
-def scope_length(step: Callable[..., Any], pair: tuple[torch.Tensor, torch.Tensor]) -> float:
+def scope_length(step: Callable[..., Any], pair: Caches) -> float:
     """Rows of the scope; with a scope for each key/value head their mean."""
     _, selection = step(*pair, return_selection=True)
     scopes = selection if isinstance(selection, list) else [selection]
@@ -321,7 +356,7 @@ def prefill_forms(q_THD: torch.Tensor, seq_len: int) -> list[Form]:
 # ---------------------------------------------------------------------------------------------------- how it is timed
 
 
-def graph_us(step: Step, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+def graph_us(step: Step, pairs: list[Caches]) -> float:
     """Median microseconds of `step` on one pair, all pairs captured one after the other in one CUDA graph."""
     stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
     for pair in pairs:  # compiles, and makes workspaces, which a capture could not
@@ -344,7 +379,7 @@ def replay_ms(graph: torch.cuda.CUDAGraph) -> float:
     return start.elapsed_time(end)
 
 
-def sdpa_times(forms: list[Form], pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+def sdpa_times(forms: list[Form], pairs: list[Caches]) -> dict[str, float]:
     """Microseconds by form and backend, fastest first; a backend that refuses a form is left out."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -396,10 +431,21 @@ def decode_lines(row: dict[str, Any], bytes_per_us: float) -> list[str]:
     for name, us in row["phase_us"].items():
         lines.append(line(name + ", alone", us, f"floor {floors[name]:,.1f}" if name in floors else ""))
     lines.append(line("whole launch", row["launch_us"], f"{row['launch_us'] / floor:.2f} x floor"))
+    lines += sketch_lines(row["sketched"], row["launch_us"], bytes_per_us) if "sketched" in row else []
     for name, us in row["sdpa_us"].items():
         ratio = us / row["launch_us"]
         lines.append(line(f"all keys, SDPA {name}", us, f"{ratio:.2f} x the launch, floor {sdpa_floor:,.1f}"))
     return lines
+
+
+def sketch_lines(sketched: dict[str, Any], without_us: float, bytes_per_us: float) -> list[str]:
+    us, floor = sketched["launch_us"], sum(sketched["bytes"].values()) / bytes_per_us
+    where = f"{sketched['scored_slices']} of {sketched['slices']} slices scored whole"
+    note = f"{us / floor:.2f} x floor {floor:,.1f}, {us / without_us:.2f} x without"
+    return [
+        line("whole launch with sketches", us, f"{note}, at most {sketched['survivors']} survivors, {where}"),
+        line("sketches of all keys", sketched["make_us"]),
+    ]
 
 
 def prefill_lines(row: dict[str, Any]) -> list[str]:

@@ -2,8 +2,9 @@
 
 Each engine runs in a process of its own, so that its memory is its own, and goes through the contexts in ascending
 order. A decode step is timed over a cache of random keys and values, so that no prompt has to be read first (--no-fill
-reads one). The floor of a step is what it must read (weights, the keys that are scored, keys and values of the scope)
-over the machine's measured copy bandwidth.
+reads one). With --sketch the first of the steps that are not timed makes the sketches. The floor of a step is what it
+must read (weights, the keys that are scored or their sketches, keys and values of the scope) over the machine's
+measured copy bandwidth.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from typing import Any
 import torch
 from bench_machine import Lengths, add_device, describe_machine, lengths, print_machine, print_result, synchronize
 from shapes import SHAPES, named
+
+from minirea.cache import FIRST_SKETCHED_LAYER, all_sketch_bytes
+from minirea.config import SKETCHES
 
 ENGINES = ("minirea", "transformers")
 WARMUP_STEPS = 8
@@ -54,6 +58,8 @@ def add_command(subparsers: Any) -> argparse.ArgumentParser:
         help="read only the last N chunks of those prompts, over random keys and values: the speed at that depth",
     )
     parser.add_argument("--chunk-size", type=int, metavar="N", help="prompt tokens per step of minirea")
+    sketch = "decode steps of minirea look at int8 copies of the keys"
+    parser.add_argument("--sketch", choices=SKETCHES, default="auto", help=sketch)
     quantize = "of minirea's matrices; transformers keeps its own"
     parser.add_argument("--quantize", choices=("int8", "int4"), help=quantize)
     parser.add_argument("--attention", default="reattention", help="of minirea; transformers always attends to all")
@@ -210,7 +216,7 @@ class Minirea:
         from minirea import api
 
         options = {"device": arguments.device, "dtype": arguments.dtype, "attention": arguments.attention}
-        options["gpus"] = arguments.gpus
+        options["gpus"], options["sketch"] = arguments.gpus, arguments.sketch
         if arguments.chunk_size is not None:
             options["chunk_size"] = arguments.chunk_size
         if arguments.quantize is not None:
@@ -247,17 +253,22 @@ class Minirea:
         return decode(model, self.session.cache, 3, Sampler(SamplingConfig(), [], self.vocab_size, model.device))
 
     def step_bytes(self, context: int) -> int:
-        """Weights but for an embedding that is not the head, keys that are scored, keys and values of the scope."""
+        """Weights but for an embedding that is not the head, keys that are scored or their sketches, keys and values of
+        the scope.
+        """
         model = self.llm.model
         c, scope = model.config, model.attention.config
         weights = model.nbytes - (model.embed.nbytes if model.embed is not model.head else 0)
-        key_bytes = c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
+        key_bytes = looked_at = c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
+        if model.attention.sketched:
+            looked_at = key_bytes // c.num_layers * FIRST_SKETCHED_LAYER
+            looked_at += all_sketch_bytes(c, 2) - all_sketch_bytes(c, 1)
         if context <= model.attention.dense_size:
             middle, seen = 0, context
         else:
             middle = context - scope.global_size - scope.local_size if scope.span_top_k else 0
             seen = min(context, scope.max_scope)
-        return weights + (middle + 2 * seen) * key_bytes
+        return weights + middle * looked_at + 2 * seen * key_bytes
 
 
 @torch.inference_mode()
@@ -266,7 +277,7 @@ def fill_randomly(model: Any, cache: Any, context: int) -> Iterator[None]:
     del model
     for tensor in cache.tensors:
         tensor.normal_()
-    cache.seq_len = context
+    cache.seq_len, cache.sketched_len = context, 0
     yield
 
 

@@ -25,6 +25,7 @@ from minirea.config import ReAttentionConfig
 from minirea.kernels import driver
 from minirea.kernels.fused import launch
 from minirea.kernels.fused.arguments import Rope
+from minirea.kernels.sketch import new_sketch
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "kernels" / "machine_code.json"
@@ -41,6 +42,7 @@ class Shape(NamedTuple):
     head_dim: int
     num_queries: int
     chunk_size: int
+    sketch: bool = False
 
 
 SHAPES = {
@@ -48,6 +50,8 @@ SHAPES = {
     "four chunks of 512, 32/8 heads of 128": Shape(32, 8, 128, 2048, 512),
     "decode, 9/3 heads of 64": Shape(9, 3, 64, 1, 1),
     "four chunks of 512, 9/3 heads of 64": Shape(9, 3, 64, 2048, 512),
+    "decode with a sketch, 32/8 heads of 128": Shape(32, 8, 128, 1, 1, sketch=True),
+    "decode with a sketch, 9/3 heads of 64": Shape(9, 3, 64, 1, 1, sketch=True),
 }
 
 
@@ -67,13 +71,14 @@ def compiled(shape: Shape) -> driver.Variant:
     q_THD, out_THD = (tensor(shape.num_queries, shape.num_heads, shape.head_dim) for _ in range(2))
     k_GND, v_GND = (tensor(shape.num_kv_heads, 131072, shape.head_dim) for _ in range(2))
     seq_len = tensor(1, dtype=torch.int32)
+    sketch = new_sketch(shape.num_kv_heads, shape.head_dim, 131072, q_THD.device) if shape.sketch else None
     rope = Rope(*(tensor(config.max_scope + 2048, shape.head_dim // 2, dtype=torch.float32) for _ in range(2)))
     with (
         mock.patch.object(launch, "launch_cooperatively", record),
         mock.patch.object(launch, "num_programs", return_value=PROCESSORS),
     ):
         if shape.num_queries == 1:
-            launch.launch_decode(q_THD, k_GND, v_GND, out_THD, seq_len, rope, config)
+            launch.launch_decode(q_THD, k_GND, v_GND, out_THD, seq_len, rope, config, sketch=sketch)
         else:
             launch.launch_chunks(q_THD, k_GND, v_GND, out_THD, seq_len, rope, config, None, shape.chunk_size)
     return found[0]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from minirea.kernels.launching import next_power_of_2 as pad
+from minirea.kernels.sketch import query_error, sum_error, width
 
 # Arguments that change from model to model or from step to step; without this every other value compiles anew.
 VARYING: Final = (
@@ -37,6 +38,18 @@ class Heads(NamedTuple):
     stride_h: Any
     stride_n: Any
     stride_d: Any
+
+
+class SketchRows(NamedTuple):
+    """Sketches by head and token: minirea.kernels.sketch says what they are. A head's lie side by side.
+
+    The stride is that of the codes, a multiple of C, so that caches of all lengths have one kernel.
+    """
+
+    codes_ptr: Any  # int8 [C] each
+    scales_ptr: Any  # int32
+    mean_ptr: Any  # float32 [G, C]
+    stride_h: Any  # C times tokens
 
 
 class Rope(NamedTuple):
@@ -68,6 +81,14 @@ class DecodeScratch(NamedTuple):
     partial_sum: Any  # float32 [H, SLICES]
     selection: Any  # int64 [ballots, max_scope]
     num_far: Any  # int32 [ballots]
+    # With a sketch:
+    upper: Any = None  # float32 [programs, GROUP, ROOM, SKETCH_N]: upper bounds in the kept tiles
+    tile: Any = None  # int32 [programs, GROUP, ROOM]
+    tile_upper: Any = None  # float32 [programs, GROUP, ROOM]: the largest of each tile
+    live: Any = None  # int32 [programs, GROUP, ROOM]: which of the kept tiles the last threshold leaves
+    threshold: Any = None  # float32 [programs, P]
+    survivor: Any = None  # int32 [programs, 2, SURVIVORS]: positions and rows
+    found: Any = None  # int32 [G, SLICES]: survivors; more than SURVIVORS where all keys were scored
 
 
 class ChunkScratch(NamedTuple):
@@ -98,6 +119,17 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
     programs_per_sm: int
+
+
+class SketchTiles(NamedTuple):
+    """Sizes for decoding with a sketch."""
+
+    BLOCK_N: int  # keys of a tile
+    ROOM: int  # tiles that are kept for a row of a slice
+    SURVIVORS: int  # of a slice, of all rows together
+    LEAST: int  # keys of a slice; shorter ones are scored without the sketch
+    num_stages: int
+    LIVE_M: int = 16  # kept tiles whose bounds a program holds in registers
 
 
 @dataclass(frozen=True)
@@ -174,6 +206,24 @@ class Sizes:
         """Of one step or chunk."""
         return self.G if self.BY_HEAD else 1
 
+    @property
+    def SKETCH_D(self) -> int:
+        """Elements of a sketch, C."""
+        return width(self.D)
+
+    @property
+    def ROTATION(self) -> float:
+        """What makes an orthonormal matrix of one of 1 and -1."""
+        return float(self.SKETCH_D**-0.5)
+
+    @property
+    def QUERY_ERROR(self) -> float:
+        return query_error(self.D)
+
+    @property
+    def SUM_ERROR(self) -> float:
+        return sum_error(self.D)
+
 
 @dataclass(frozen=True)
 class DecodeSizes(Sizes):
@@ -181,6 +231,45 @@ class DecodeSizes(Sizes):
 
     VOTES: bool  # whether there may be more winners than are kept
     ALONE: bool  # one program does everything
+    sketch: SketchTiles | None = None
+
+    @property
+    def SKETCH(self) -> bool:
+        return self.sketch is not None
+
+    @property
+    def _sketch(self) -> SketchTiles:
+        assert self.sketch is not None
+        return self.sketch
+
+    @property
+    def SKETCH_M(self) -> int:
+        """Query heads of a key/value head, P: the matrix unit takes 16 rows, and each head has two."""
+        return max(8, pad(self.GROUP))
+
+    @property
+    def SKETCH_N(self) -> int:
+        return self._sketch.BLOCK_N
+
+    @property
+    def SKETCH_STAGES(self) -> int:
+        return self._sketch.num_stages
+
+    @property
+    def ROOM(self) -> int:
+        return self._sketch.ROOM
+
+    @property
+    def SURVIVORS(self) -> int:
+        return self._sketch.SURVIVORS
+
+    @property
+    def LEAST(self) -> int:
+        return self._sketch.LEAST
+
+    @property
+    def LIVE_M(self) -> int:
+        return self._sketch.LIVE_M
 
     @property
     def BALLOT_ROWS(self) -> int:
@@ -214,6 +303,13 @@ class DecodeSizes(Sizes):
         """Query heads that `combine` joins at a time."""
         most = MAX_PARTIALS // (self.SLICES_PAD * self.BLOCK_D)
         return max(1, min(max(pad(self.GROUP), self.tiles.num_warps), most))
+
+
+@dataclass(frozen=True)
+class SketchSizes(Sizes):
+    """What the kernel that makes sketches is compiled for."""
+
+    SKETCHED: int = 64  # keys of a program
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,14 @@ from minirea.kernels.fused.attend import attend, combine, store_partial
 from minirea.kernels.fused.memory import load_rows, of_head, prefetch_rows, prefetch_spans, slice_of
 from minirea.kernels.fused.scope import locate, select
 from minirea.kernels.fused.score import pick, score_slice, store_winners
+from minirea.kernels.fused.sketch import (
+    live_tiles,
+    quantize_queries,
+    scan,
+    score_survivors,
+    sketch_newest,
+    survivors,
+)
 from minirea.kernels.fused.sync import arrive, wait
 from minirea.kernels.fused.vote import sort_winners
 
@@ -45,11 +53,11 @@ class Step(NamedTuple):
 
 @triton.jit(do_not_specialize=[*VARYING, "workers"])
 def decode_kernel(
-    q, k, v, out_ptr, rope, scratch,
+    q, k, v, sketch, out_ptr, rope, scratch,
     seq_len, workers, global_size, local_size, dense_size, span_size, max_spans, max_scope, num_positions,
     c: tl.constexpr,
 ):  # fmt: skip
-    """One step of one query per head: q [1, H, D] against k and v [G, N, D], to out [1, H, D].
+    """One step of one query per head: q [1, H, D] against k and v [G, N, D], to out [1, H, D]. sketch is None without.
 
     A worker's unit of work is one slice of one key/value head: first of the middle to score, then of the local part to
     attend to, then of the far part. Attending to the local part needs no selection, so it fills the time until the last
@@ -73,14 +81,18 @@ def decode_kernel(
         # The programs after the workers select; a program that is alone does both.
         selectors=1 if c.ALONE else tl.num_programs(0) - workers,
     )
-    tile_rope = rope_of_a_tile(rope, num_positions, c)
+    if not c.SKETCH:
+        tile_rope = rope_of_a_tile(rope, num_positions, c)  # while this program has nothing else to wait for
     all_arrived = tl.cast(0, tl.int64)
 
+    if c.SKETCH:
+        if program == tl.num_programs(0) - 1:  # which selects, and has nothing to do yet
+            sketch_newest(k, sketch, n, c)
     if c.SELECTS:
         if not dense:
             if c.SEARCHES:
                 if program < workers:
-                    score_slices(q, k, v, scratch, step, c)
+                    score_slices(q, k, v, sketch, scratch, step, c)
             all_arrived = arrive(scratch.counters)
             if c.ALONE and c.ATTENDS:
                 sort_winners(scratch, 0, 1, step.mid_lo, step.mid_hi, max_spans, c)
@@ -90,6 +102,8 @@ def decode_kernel(
                     wait(scratch.counters, all_arrived)
                     store_winners(scratch.candidate, out_ptr, 0, c.G * c.GROUP, c.BALLOT_ROWS_PAD, c)
 
+    if c.SKETCH:
+        tile_rope = rope_of_a_tile(rope, num_positions, c)  # looking at sketches takes the registers
     if c.ATTENDS and program < workers:
         for unit in range(program, c.G * c.SLICES, workers):
             attend_slice(q, k, v, out_ptr, rope, tile_rope, scratch, step, unit % c.G, unit // c.G, all_arrived, c)
@@ -116,7 +130,7 @@ def rope_of_a_tile(rope, num_positions, c: tl.constexpr):
 
 
 @triton.jit
-def score_slices(q, k, v, scratch, step, c: tl.constexpr):
+def score_slices(q, k, v, sketch, scratch, step, c: tl.constexpr):
     """Steps 3 and 4: the candidates of this program's slices of the middle."""
     # This scratch is the program's own and stays in its cache.
     block_ptr = scratch.block + step.program * (c.BLOCK_M * c.K_PAD * c.BLOCK_N)
@@ -126,12 +140,44 @@ def score_slices(q, k, v, scratch, step, c: tl.constexpr):
         part = unit // c.G
         k_head = of_head(k, g)
         lo, hi = slice_of(step.mid_lo, step.mid_hi, part, c.SLICES)
-        score_slice(q, k_head, block_ptr, tag_ptr, g, 0, c.GROUP, lo, hi, c)
-        # The memory would be idle from here until this program attends to its local slice.
-        local_first, local_last = slice_of(step.local_lo, step.n, part, c.SLICES)
-        prefetch_rows(k_head.ptr, k.stride_n, local_first, local_last, c.D, c.BLOCK_N)
-        prefetch_rows(of_head(v, g).ptr, v.stride_n, local_first, local_last, c.D, c.BLOCK_N)
-        candidate_ptr = scratch.candidate + (g * c.GROUP * c.SLICES + part) * c.K_PAD
+        if c.SKETCH:
+            score_with_sketch(q, k_head, v, sketch, block_ptr, tag_ptr, scratch, step, g, part, c)
+        else:
+            score_slice(q, k_head, block_ptr, tag_ptr, g, 0, c.GROUP, lo, hi, c)
+            prefetch_local(k_head, v, step, g, part, c)
+            candidate_ptr = scratch.candidate + (g * c.GROUP * c.SLICES + part) * c.K_PAD
+            pick(block_ptr, tag_ptr, candidate_ptr, c.GROUP, lo, c)
+
+
+@triton.jit
+def prefetch_local(k_head, v, step, g, part, c: tl.constexpr):
+    """The memory would be idle from the end of scoring until this program attends to its local slice."""
+    first, last = slice_of(step.local_lo, step.n, part, c.SLICES)
+    prefetch_rows(k_head.ptr, k_head.stride_n, first, last, c.D, c.BLOCK_N)
+    prefetch_rows(of_head(v, g).ptr, v.stride_n, first, last, c.D, c.BLOCK_N)
+
+
+@triton.jit
+def score_with_sketch(
+    q, k, v, sketch, block_ptr, tag_ptr, scratch, step, g, part, c: tl.constexpr,
+):  # fmt: skip
+    """The candidates of slice `part` of head g, k: of its survivors, or of all keys if there are too many of those."""
+    lo, hi = slice_of(step.mid_lo, step.mid_hi, part, c.SLICES)
+    candidate_ptr = scratch.candidate + (g * c.GROUP * c.SLICES + part) * c.K_PAD
+    found = tl.cast(c.SURVIVORS + 1, tl.int32)
+    if hi - lo >= c.LEAST:
+        parts, length = quantize_queries(q, g, c)
+        kept, threshold = scan(parts, length, sketch, g, lo, hi, scratch, step.program, c)
+        prefetch_local(k, v, step, g, part, c)
+        if tl.max(kept, axis=0) <= c.ROOM:
+            num_live = live_tiles(kept, threshold, scratch, step.program, c)
+            found = survivors(num_live, lo, scratch, step.program, c)
+    tl.store(scratch.found + g * c.SLICES + part, found)
+    if found <= c.SURVIVORS:
+        survivor_ptr = scratch.survivor + step.program * (2 * c.SURVIVORS)
+        score_survivors(q, k, g, found, survivor_ptr, candidate_ptr, c)
+    else:
+        score_slice(q, k, block_ptr, tag_ptr, g, 0, c.GROUP, lo, hi, c)
         pick(block_ptr, tag_ptr, candidate_ptr, c.GROUP, lo, c)
 
 

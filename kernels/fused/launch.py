@@ -14,7 +14,7 @@ import triton
 
 from minirea.config import ReAttentionConfig
 from minirea.errors import InputError
-from minirea.kernels import Gather
+from minirea.kernels import Gather, launching
 from minirea.kernels.fused.arguments import (
     MAX_CANDIDATES,
     ChunkScratch,
@@ -23,12 +23,17 @@ from minirea.kernels.fused.arguments import (
     DecodeSizes,
     Heads,
     Rope,
+    SketchRows,
+    SketchSizes,
+    SketchTiles,
     Tiles,
 )
 from minirea.kernels.fused.chunks import chunk_kernel
 from minirea.kernels.fused.decode import decode_kernel
+from minirea.kernels.fused.sketch import sketch_kernel
 from minirea.kernels.launching import cdiv, launch_cooperatively
 from minirea.kernels.launching import next_power_of_2 as pad
+from minirea.kernels.sketch import Sketch, width
 
 # Under TRITON_INTERPRET=1 programs run one after another, so there may be only one: a second could never arrive.
 INTERPRETED: Final = not isinstance(decode_kernel, triton.JITFunction)
@@ -45,7 +50,7 @@ MAX_WINNERS_IN_REGISTERS: Final = 128
 # programs over 131,072 keys: with 4 slices they take 9 % longer than with 2.
 SLICE_COST: Final = 1 / 8
 # Scratch that holds nothing from one launch to the next and is the same for many kinds of launch.
-PASSING: Final = ("block", "tag")
+PASSING: Final = ("block", "tag", "upper", "tile", "tile_upper", "live", "threshold", "survivor")
 # Chunks of a launch, with which its scratch grows.
 MAX_CHUNKS: Final = 8
 
@@ -56,6 +61,12 @@ def decode_tiles(group: int, block_d: int, itemsize: int) -> Tiles:
     """A key tile of 32 KiB, three of which are in flight while one is used; the matrix unit takes 16 rows."""
     block_n = max(16, min(128, 32768 // (block_d * itemsize)))
     return Tiles(max(16, pad(group)), block_n, max(16, block_n // 2), num_warps=8, num_stages=3, programs_per_sm=1)
+
+
+def sketch_tiles(head_dim: int) -> SketchTiles:
+    """A tile of 32 KiB as in `decode_tiles`. Room for several times what real keys need; see kernels/NOTEBOOK.md."""
+    block_n = max(32, min(256, 32768 // width(head_dim)))
+    return SketchTiles(block_n, ROOM=128, SURVIVORS=512, LEAST=16 * block_n, num_stages=3)
 
 
 def chunk_tiles(block_d: int, itemsize: int) -> Tiles:
@@ -118,6 +129,15 @@ class Layer(NamedTuple):
         in_registers = pad(rows) * pad(self.config.span_top_k) <= MAX_WINNERS_IN_REGISTERS
         return num_queries == 1 and (in_registers or not self.config.max_selected)
 
+    def check_sketched(self) -> None:
+        """Raises InputError where one query has no decode kernel, which is the one that looks at sketches."""
+        if not self.decodes(1):
+            rows, K = self.group if self.by_head else self.num_heads, self.config.span_top_k
+            raise InputError(
+                f"{rows} heads vote with {K} winners each, expected at most {MAX_WINNERS_IN_REGISTERS} winners with"
+                " sketches (both numbers count as the next power of two); lower span_top_k or use span_scope kv_head"
+            )
+
     def winners(self, num_rows: int, device: torch.device) -> torch.Tensor:
         """Room for those of a launch that searches: int32 [rows, K_PAD]."""
         return torch.empty(num_rows, pad(max(1, self.config.span_top_k)), dtype=torch.int32, device=device)
@@ -163,7 +183,14 @@ class ChunkPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def plan_decode(layer: Layer, tiles: Tiles, processors: int, seq_len_in_memory: bool, work: Work = WHOLE) -> DecodePlan:
+def plan_decode(
+    layer: Layer,
+    tiles: Tiles,
+    processors: int,
+    seq_len_in_memory: bool,
+    work: Work = WHOLE,
+    sketch: SketchTiles | None = None,
+) -> DecodePlan:
     """Workers with a slice of one key/value head each, and a program for each ballot besides."""
     H, G, D, _, config, _ = layer
     constants = layer.constants(seq_len_in_memory, work)
@@ -172,7 +199,7 @@ def plan_decode(layer: Layer, tiles: Tiles, processors: int, seq_len_in_memory: 
     workers = max(1, min(processors - 1, G * slices))
     programs = min(processors, workers + ballots)
     votes = ballot_rows * config.span_top_k > config.max_spans
-    c = DecodeSizes(tiles, **constants, SLICES=slices, VOTES=votes, ALONE=programs == 1)
+    c = DecodeSizes(tiles, **constants, SLICES=slices, VOTES=votes, ALONE=programs == 1, sketch=sketch)
     shapes: Shapes = {
         "counters": (torch.int64, (2 + G,)),
         "block": (torch.float32, (programs, c.BLOCK_M, c.K_PAD, c.BLOCK_N)),
@@ -186,6 +213,17 @@ def plan_decode(layer: Layer, tiles: Tiles, processors: int, seq_len_in_memory: 
         "selection": (torch.int64, (ballots, config.max_scope)),
         "num_far": (torch.int32, (ballots,)),
     }
+    if sketch:
+        rooms = (programs, c.GROUP, sketch.ROOM)
+        shapes |= {
+            "upper": (torch.float32, (*rooms, sketch.BLOCK_N)),
+            "tile": (torch.int32, rooms),
+            "tile_upper": (torch.float32, rooms),
+            "live": (torch.int32, rooms),
+            "threshold": (torch.float32, (programs, c.SKETCH_M)),
+            "survivor": (torch.int32, (programs, 2, sketch.SURVIVORS)),
+            "found": (torch.int32, (G, slices)),
+        }
     return DecodePlan(c, programs, workers, _needed(shapes, work))
 
 
@@ -260,6 +298,7 @@ def reattention_triton(
     return_selection: bool = False,
     chunk_size: int | None = None,
     gather: Gather | None = None,
+    sketch: Sketch | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
     """Arguments and results are those of `minirea.kernels.reattention`. A token or a chunk is one launch, and in half
@@ -281,8 +320,13 @@ def reattention_triton(
     scratch: DecodeScratch | ChunkScratch
     # A workspace belongs to the current stream of the tensors' device.
     with torch.cuda.device(q_THD.device) if q_THD.is_cuda else contextlib.nullcontext():
-        if Layer.of(q_THD, k_cache_GND, config, gather).decodes(T):
-            scratch = launch_decode(q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, rope, config, tiles, gather)
+        layer = Layer.of(q_THD, k_cache_GND, config, gather)
+        if sketch is not None and T == 1:
+            layer.check_sketched()
+        if layer.decodes(T):
+            scratch = launch_decode(
+                q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, rope, config, tiles, gather, sketch
+            )
         else:
             for start, stop, size in cut(T, chunk_size or T, q_THD.dtype):
                 n = seq_len - (T - stop) if stop < T else seq_len
@@ -317,15 +361,21 @@ def launch_decode(
     config: ReAttentionConfig,
     tiles: Tiles | None = None,
     gather: Gather | None = None,
+    sketch: Sketch | None = None,
+    sketch_sizes: SketchTiles | None = None,
 ) -> DecodeScratch:
     """One decode step; returns the scratch that it used."""
     layer = Layer.of(q_1HD, k_cache_GND, config, gather)
     tiles = tiles or decode_tiles(layer.group, layer.block_d, layer.dtype.itemsize)
+    if sketch is not None:
+        sketch_sizes = sketch_sizes or sketch_tiles(layer.head_dim)
     in_memory, device = isinstance(seq_len, torch.Tensor), q_1HD.device
 
     def do(work: Work, out: torch.Tensor, winners: torch.Tensor | None = None) -> DecodeScratch:
-        c, programs, workers, shapes = plan_decode(layer, tiles, num_programs(device, tiles), in_memory, work)
-        scratch: DecodeScratch = scratch_of(DecodeScratch, ("decode", tiles, layer, *work), shapes, device)
+        plan = plan_decode(layer, tiles, num_programs(device, tiles), in_memory, work, sketch_sizes)
+        c, programs, workers, shapes = plan
+        key = ("decode", tiles, layer, *work, sketch_sizes)
+        scratch: DecodeScratch = scratch_of(DecodeScratch, key, shapes, device)
         launch(
             decode_kernel,
             programs,
@@ -333,6 +383,7 @@ def launch_decode(
             q=queries(q_1HD),
             k=Heads(k_cache_GND, *k_cache_GND.stride()),
             v=Heads(v_cache_GND, *v_cache_GND.stride()),
+            sketch=None if sketch is None else sketch_rows(sketch),
             out_ptr=out,
             rope=rope,
             scratch=scratch if winners is None else scratch._replace(candidate=winners),
@@ -412,6 +463,21 @@ def launch_chunks(
     return in_parts(do, layer, chunks * chunk_size * H, out_THD, gather)
 
 
+def sketch_rows(sketch: Sketch) -> SketchRows:
+    return SketchRows(sketch.codes, sketch.scales, sketch.mean, sketch.codes.stride(0))
+
+
+def sketch_keys(k_cache_GND: torch.Tensor, sketch: Sketch, first: int, last: int) -> None:
+    """Write the sketches of keys [first, last), on the current stream."""
+    config = ReAttentionConfig()
+    layer = Layer(len(k_cache_GND), len(k_cache_GND), k_cache_GND.shape[2], k_cache_GND.dtype, config)
+    tiles = decode_tiles(layer.group, layer.block_d, layer.dtype.itemsize)
+    c = SketchSizes(tiles, **layer.constants(False, WHOLE), SLICES=1)
+    programs = c.G * cdiv(last - first, c.SKETCHED)
+    arguments = (Heads(k_cache_GND, *k_cache_GND.stride()), sketch_rows(sketch), first, last)
+    launching.start(sketch_kernel, programs, k_cache_GND.device, arguments, {"c": c, "num_warps": tiles.num_warps})
+
+
 def queries(q_THD: torch.Tensor) -> Heads:
     stride_t, stride_h, stride_d = q_THD.stride()
     return Heads(q_THD, stride_h, stride_t, stride_d)
@@ -480,7 +546,9 @@ def scopes_of(scratch: DecodeScratch | ChunkScratch, seq_len: int, config: ReAtt
     return [torch.cat([positions[:rows], local]) for positions, rows in zip(selection, far, strict=True)]
 
 
-def scratch_bytes(layer: Layer, capacity: int, steps: Iterable[tuple[int, int]], device: torch.device) -> int:
+def scratch_bytes(
+    layer: Layer, capacity: int, steps: Iterable[tuple[int, int]], device: torch.device, sketched: bool = False
+) -> int:
     """Bytes of scratch that steps keep on one stream; see `minirea.kernels`."""
     lengths = [(T, chunk_size) for longest, chunk_size in steps for T in range(1, longest + 1)]
     scratches = []
@@ -488,7 +556,10 @@ def scratch_bytes(layer: Layer, capacity: int, steps: Iterable[tuple[int, int]],
     if any(layer.decodes(T) for T, _ in lengths):
         tiles = decode_tiles(layer.group, layer.block_d, layer.dtype.itemsize)
         programs = num_programs(device, tiles)
-        scratches += [plan_decode(layer, tiles, programs, True, work).scratch for work in works]
+        plans = [plan_decode(layer, tiles, programs, True, work) for work in works]
+        if sketched:  # beside the layers that have no sketch
+            plans.append(plan_decode(layer, tiles, programs, True, sketch=sketch_tiles(layer.head_dim)))
+        scratches += [plan.scratch for plan in plans]
     tiles = chunk_tiles(layer.block_d, layer.dtype.itemsize)
     launches = {
         (pad(cdiv(stop - start, size)), pad(size))

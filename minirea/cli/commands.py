@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from minirea.context import StoredContext
     from minirea.evaluation import Evaluation
 
-_LOAD_OPTIONS: Final = ("device", "dtype", "attention", "impl", "allow_out_of_distribution", "gpus", "quantize")
+_LOAD_OPTIONS: Final = (
+    "device",
+    "dtype",
+    "attention",
+    "impl",
+    "allow_out_of_distribution",
+    "gpus",
+    "quantize",
+    "sketch",
+)
 
 
 def run_generate(arguments: argparse.Namespace, interrupts: Interrupts) -> int:

@@ -8,7 +8,17 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
-from minirea.config import DEVICES, DTYPES, IMPLS, MODES, QUANTIZE, SPAN_SCOPES, TAIL_CHUNK_SIZE, TAIL_SIZE
+from minirea.config import (
+    DEVICES,
+    DTYPES,
+    IMPLS,
+    MODES,
+    QUANTIZE,
+    SKETCHES,
+    SPAN_SCOPES,
+    TAIL_CHUNK_SIZE,
+    TAIL_SIZE,
+)
 from minirea.errors import MinireaError
 from minirea.terminal import discard_output, put
 
@@ -134,6 +144,8 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     add("--impl", choices=IMPLS, default="auto", help="the fused kernel or the torch path")
     gpus = "devices that share the model, a divisor of its key/value heads; on a CPU: processes"
     add("--gpus", type=int, default=1, metavar="N", help=gpus)
+    sketch = "decode from int8 copies of the keys: half the bytes, the same selection (auto: off)"
+    add("--sketch", choices=SKETCHES, default="auto", help=sketch)
     add("--threads", type=int, metavar="N", help="of the CPU's arithmetic (default: the cores, or OMP_NUM_THREADS)")
     add("--quiet", action="store_true", help="no progress bar, no statistics")
     add("--debug", action="store_true", help="show tracebacks")

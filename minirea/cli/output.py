@@ -113,7 +113,9 @@ def footer(stats: Stats, finish_reason: str | None) -> str:
     ]
     if scope:
         lines += [f"scope       {' + '.join(parts)} = {s.seen_tokens:,} of {scope['seq_len']:,} tokens{beyond}"]
-    lines += [f"memory      weights {human(s.weight_bytes)}, cache {human(s.cache_bytes)}, peak {human(s.peak_bytes)}"]
+    sketches = f" ({human(s.sketch_bytes)} of it int8 sketches)" if s.sketch_bytes else ""
+    cache = f"cache {human(s.cache_bytes)}{sketches}"
+    lines += [f"memory      weights {human(s.weight_bytes)}, {cache}, peak {human(s.peak_bytes)}"]
     return "\n".join(lines)
 
 

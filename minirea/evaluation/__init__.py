@@ -60,6 +60,7 @@ def evaluate(
     allow_out_of_distribution: bool = False,
     gpus: int = 1,
     quantize: str | None = None,
+    sketch: str = "auto",
     progress: bool = False,
     **options: Any,
 ) -> Evaluation:
@@ -73,7 +74,7 @@ def evaluate(
         out: directory for settings.json, records.jsonl and summary.json. Answers that it holds are not asked for again.
             None keeps everything in memory.
         at_most: the longest length by attention mode; longer ones are recorded as skipped.
-        device, dtype, impl, allow_out_of_distribution, gpus, quantize: as for minirea.load.
+        device, dtype, impl, allow_out_of_distribution, gpus, quantize, sketch: as for minirea.load.
         progress: show a bar on stderr.
         options: fields of the task (lengths, samples, seed, ...) and of ReAttentionConfig.
 
@@ -106,7 +107,9 @@ def evaluate(
         fields = scope | {name: value for name, value in fields.items() if value is not None}
         cells = chosen.cells(llm.tokenizer)
     else:
-        files = api.read_model(model, device, dtype, modes[0], impl, gpus=gpus, quantize=quantize, **fields)
+        files = api.read_model(
+            model, device, dtype, modes[0], impl, gpus=gpus, quantize=quantize, sketch=sketch, **fields
+        )
         cells = chosen.cells(files.tokenizer)
         if out is not None:
             check_settings(Path(out), known_settings(chosen, files), some=True)

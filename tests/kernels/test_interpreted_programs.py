@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import Case, check_chunks, error, make_case, plain_attention
+from sketch_cases import real_case, sketch_of
 from triton.runtime import interpreter
 
 from minirea.kernels import ReAttentionConfig
 from minirea.kernels.fused import launch as launching
-from minirea.kernels.fused.arguments import Rope
+from minirea.kernels.fused.arguments import Rope, SketchTiles
 
 CONTEXT = multiprocessing.get_context("fork")
 
@@ -44,7 +45,8 @@ def launch(monkeypatch: pytest.MonkeyPatch, step: Any, programs: int, arguments:
         patch.setattr(launching, "launch", lambda *_, **__: None)
         workspace = step(*arguments)
     for tensor in workspace:
-        tensor.share_memory_()
+        if tensor is not None:  # of a sketch that there is not
+            tensor.share_memory_()
     running = [CONTEXT.Process(target=run_program, args=(i, programs, step, arguments)) for i in range(programs)]
     for process in running:
         process.start()
@@ -66,11 +68,15 @@ def tensors(case: Case) -> tuple[torch.Tensor, ...]:
     return case.q, case.k_cache, case.v_cache
 
 
-def check_growing(monkeypatch: pytest.MonkeyPatch, case: Case, programs: int, seq_lens: tuple[int, ...]) -> None:
-    """Launches with more and more keys find the right scope and output, whatever the one before left behind."""
+def check_growing(
+    monkeypatch: pytest.MonkeyPatch, case: Case, programs: int, seq_lens: tuple[int, ...], *options: Any
+) -> Any:
+    """Launches with more and more keys find the right scope and output, whatever the one before left behind. Returns
+    the last workspace; `options` follow launch_decode's tiles.
+    """
     launching._workspaces.clear()  # whose counters have counted to another number of programs
     T = case.q.shape[0]
-    step, sizes = (launching.launch_decode, ()) if T == 1 else (launching.launch_chunks, (T,))
+    step, sizes = (launching.launch_decode, options) if T == 1 else (launching.launch_chunks, (T,))
     for seq_len in seq_lens:
         case = replace(case, seq_len=seq_len)
         out_THD = torch.full_like(case.q, torch.nan).share_memory_()
@@ -81,6 +87,7 @@ def check_growing(monkeypatch: pytest.MonkeyPatch, case: Case, programs: int, se
         assert [s.tolist() for s in found] == [s.tolist() for s in scopes]
         assert error(out_THD, exact_THD) <= 2 * error(plain_attention(case, scopes), exact_THD) + 1e-7
         assert not torch.equal(workspace.counters, torch.zeros_like(workspace.counters))
+    return workspace
 
 
 @pytest.mark.parametrize(("span_scope", "programs"), [("layer", 5), ("kv_head", 6), ("kv_head", 5), ("kv_head", 3)])
@@ -92,6 +99,21 @@ def test_decode_workers_and_selectors(monkeypatch: pytest.MonkeyPatch, span_scop
         config = ReAttentionConfig(2, 8, 3, 4, max_spans, span_scope=span_scope)
         case = make_case(config, 200, T=1, H=6, G=2, D=16, largest=2, seed=max_spans)
         check_growing(monkeypatch, case, programs, (60, 61, 9, 150, 200))
+
+
+@pytest.mark.parametrize(("span_scope", "programs"), [("layer", 5), ("kv_head", 3)])
+def test_decode_with_sketches(monkeypatch: pytest.MonkeyPatch, span_scope: str, programs: int) -> None:
+    """Two slices of each head, or one worker for both heads. The last program adds the sketch of the newest key."""
+    for ROOM, seq_lens in ((32, (9, 150, 151)), (1, (150,))):
+        tiles = SketchTiles(BLOCK_N=32, ROOM=ROOM, SURVIVORS=512, LEAST=64, num_stages=2, LIVE_M=4)
+        case = real_case(ReAttentionConfig(2, 8, 3, 4, 5, span_scope=span_scope), 300, 3, H=6, G=2, D=16)
+        sketch = sketch_of(case, "torch", 149)
+        for tensor in sketch:
+            tensor.share_memory_()
+        workspace = check_growing(monkeypatch, case, programs, seq_lens, None, sketch, tiles)
+        last = seq_lens[-1]
+        assert torch.all(sketch.scales[:, :last] != -1) and torch.all(sketch.scales[:, last:] == -1)
+        assert torch.all((workspace.found > tiles.SURVIVORS) == (ROOM == 1))
 
 
 @pytest.mark.parametrize("span_scope", ["layer", "kv_head"])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from minirea.kernels import ReAttentionConfig, scratch_bytes
+from minirea.errors import InputError
+from minirea.kernels import ReAttentionConfig, check_sketched, new_sketch, scratch_bytes
 from minirea.kernels.fused import launch  # (which imports triton)
 
 
@@ -56,12 +58,22 @@ CONFIGS = [
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("steps", [[(1, 512)], [(70, 16), (13, 4)], [(2048, 512)], [(5000, 512), (31, 8)]])
+@pytest.mark.parametrize(
+    ("steps", "sketched"),
+    [
+        ([(1, 512)], False),
+        ([(1, 512)], True),
+        ([(70, 16), (13, 4)], True),
+        ([(2048, 512)], False),
+        ([(5000, 512), (31, 8)], False),
+    ],
+)
 def test_scratch_bytes_are_those_of_all_steps(
     monkeypatch: pytest.MonkeyPatch,
     heads: tuple[int, int, int, torch.dtype],
     config: ReAttentionConfig,
     steps: Iterable[tuple[int, int]],
+    sketched: bool,
 ) -> None:
     num_heads, num_kv_heads, head_dim, dtype = heads
     monkeypatch.setattr(launch, "_workspaces", {})
@@ -74,8 +86,22 @@ def test_scratch_bytes_are_those_of_all_steps(
         for T in {*range(1, min(longest, 80) + 1), *range(1, longest + 1, 256), *range(256, longest + 1, 256)}:
             q_THD = torch.empty(T, num_heads, head_dim, dtype=dtype, device=META)
             launch.reattention_triton(q_THD, k_cache, k_cache, 9_000, table, table, config, chunk_size=chunk_size)
+            if sketched and launch.Layer.of(q_THD, k_cache, config).decodes(T):
+                sketch = new_sketch(num_kv_heads, head_dim, 10_000, META)
+                launch.reattention_triton(q_THD, k_cache, k_cache, 9_000, table, table, config, sketch=sketch)
     kept = [x for x in launch._workspaces.values() if isinstance(x, torch.Tensor)]
-    expected = scratch_bytes(num_heads, num_kv_heads, head_dim, dtype, config, 10_000, steps, META)
+    expected = scratch_bytes(num_heads, num_kv_heads, head_dim, dtype, config, 10_000, steps, META, sketched=sketched)
     assert expected == sum(x.nbytes for x in kept)
     stored = {id(x) for workspace in launch._workspaces.values() for x in workspace if isinstance(workspace, tuple)}
+    stored.discard(id(None))  # of a sketch that there is not
     assert stored == {id(x) for x in kept}
+
+
+def test_more_winners_than_a_decode_step_sorts_take_no_sketch() -> None:
+    """40 heads count as 64, which with 4 winners each are 256."""
+    config = ReAttentionConfig(32, 512, 4, 32, 64)
+    check_sketched(32, 8, 128, config)
+    check_sketched(40, 8, 128, replace(config, span_scope="kv_head"))
+    message = "40 heads vote with 4 winners each, expected at most 128 winners with sketches"
+    with pytest.raises(InputError, match=message):
+        check_sketched(40, 8, 128, config)

@@ -13,6 +13,7 @@ from testing import random_ids, tiny_model, write_checkpoint
 
 import minirea
 from minirea.attention import Attention, full_attention
+from minirea.evaluation.text.diary import generate_text
 from minirea.generate import decode, decode_one_by_one, read_one_by_one
 from minirea.graph import WORTH_CAPTURING, DecodeGraph, compiling_decode_step, read_captured
 from minirea.sampling import Sampler, SamplingConfig
@@ -244,17 +245,26 @@ def test_a_chat_outgrows_its_cache_and_its_graph(tmp_path: Path) -> None:
     assert endless == [next(tokens) for _ in endless]
 
 
-def test_a_decode_step_is_compiled_while_a_prompt_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("sketch", "head_dim", "kernels"),
+    [
+        ("off", 16, {"norm_qkv_kernel", "decode_kernel", "best_token_kernel"}),
+        ("int8", 24, {"decode_kernel", "sketch_kernel"}),
+    ],
+)
+def test_a_decode_step_is_compiled_while_a_prompt_is_read(
+    sketch: str, head_dim: int, kernels: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is compiled, or fetched from the disk, after the prompt but a norm that asks for the scope at the end.
     Of a shape that no other test has."""
     triton = pytest.importorskip("triton")
     compiled: list[str] = []
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda src, **_: compiled.append(src.name))
-    shape = tiny_model(hidden_size=48, intermediate_size=72, num_key_value_heads=1, head_dim=16, vocab_size=110)
-    llm = minirea.load(write_checkpoint(tmp_path, shape), **SCOPE)
+    shape = tiny_model(hidden_size=48, intermediate_size=72, num_key_value_heads=1, head_dim=head_dim, vocab_size=110)
+    llm = minirea.load(write_checkpoint(tmp_path, shape), sketch=sketch, **SCOPE)
     with compiling_decode_step(llm.model):
         pass
-    assert {"norm_qkv_kernel", "decode_kernel", "best_token_kernel"} <= set(compiled)
+    assert kernels <= set(compiled)
     compiled.clear()
     llm.generate([5], max_tokens=8, ignore_eos=True)
     assert set(compiled) <= {"rms_norm_kernel"}
@@ -306,3 +316,34 @@ def test_the_quantized_demo_generates(quantize: str) -> None:
     assert out.stats.quantize == quantize
     if quantize == "int8":
         assert "604218" in out.text
+
+
+def test_the_demo_computes_the_same_with_sketches() -> None:
+    """50 questions behind 275,000 to 300,000 tokens, whose slices are long enough for sketches. Every key and value of
+    their answers is the same bit for bit: it depends on what the layers before have selected.
+    """
+    from minirea.kernels.fused import launch
+
+    without, with_sketches = (minirea.load(DEMO, sketch=sketch).session(301_000) for sketch in ("off", "int8"))
+    ids = without.llm.encode(generate_text(0, 1_500_000))[:300_000]
+    assert len(ids) == 300_000
+    for session in (without, with_sketches):
+        session.prefill(ids)
+    for prompt in range(50):
+        question = ids[5000 * prompt : 5000 * prompt + 20]
+        for session in (without, with_sketches):
+            session.rewind(300_000 - 500 * prompt)
+            session.generate(question, max_tokens=24, ignore_eos=True)
+        assert with_sketches.ids == without.ids
+        new = slice(300_000 - 500 * prompt, with_sketches.cache.seq_len)
+        for ours, theirs in zip(with_sketches.cache.tensors, without.cache.tensors, strict=True):
+            assert torch.equal(ours[..., new, :], theirs[..., new, :])
+    config = with_sketches.llm.model.attention.config
+    found = [
+        scratch.found.flatten()
+        for key, scratch in launch._workspaces.items()
+        if getattr(scratch, "found", None) is not None and any(getattr(part, "config", None) == config for part in key)
+    ]
+    survivors = torch.cat(found)
+    survivors = survivors[survivors > 0]
+    assert float((survivors <= launch.sketch_tiles(64).SURVIVORS).float().mean()) > 0.5

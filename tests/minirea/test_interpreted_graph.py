@@ -18,6 +18,9 @@ from minirea.attention import Attention
 from minirea.cache import KVCache
 from minirea.generate import prefill
 from minirea.graph import StepGraph
+from minirea.kernels import Sketch
+from minirea.kernels.fused import launch
+from minirea.kernels.fused.arguments import SketchTiles
 from minirea.model import Model, _layer
 from minirea.sampling import Sampler, SamplingConfig
 from minirea.steps import DecodeStep, PromptStep
@@ -77,6 +80,39 @@ def test_steps_give_the_tokens_of_the_torch_path(
     assert found == expected
     assert int(step.seq_len) == cache.seq_len == prompt_tokens + 3
     assert attention.scope(cache, model.first_query(expected[-2])) == out.stats.scope
+
+
+@torch.inference_mode()
+def test_steps_with_sketches_compute_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, and they go on making sketches of the keys that they write."""
+    tiles = SketchTiles(BLOCK_N=16, ROOM=16, SURVIVORS=64, LEAST=32, num_stages=2, LIVE_M=4)
+    monkeypatch.setattr(launch, "sketch_tiles", lambda _: tiles)
+    monkeypatch.setattr(launch, "_workspaces", {})
+    directory = write_checkpoint(tmp_path, tiny_model(**SMALL))
+    llm, ids, caches, tokens = minirea.load(directory, **SCOPE), random_ids(90, 40), [], []
+    for sketch in (False, True):
+        model = triton_model(directory, llm)
+        config, scope, cpu = model.config, llm.model.attention.config, model.device
+        model.attention = Attention(config, "reattention", scope, "triton", cpu, sketch=sketch)
+        cache = KVCache(config, 91, model.attention.dense_limit, cpu, torch.float32, sketched=sketch)
+        model.attention.impl = "torch"
+        prefill(model, cache, ids[:-1], 1)
+        model.attention.impl = "triton"
+        step = DecodeStep(model, cache, ids[-1], Sampler(SamplingConfig(), ids, config.vocab_size, cpu))
+        for _ in range(2):
+            step.run()
+            cache.seq_len += 1
+            tokens.append(int(step.token))
+        caches.append(cache)
+    assert tokens[:2] == tokens[2:]
+    check_equal(*caches, 0)
+    (found,) = (scratch.found for scratch in launch._workspaces.values() if getattr(scratch, "found", None) is not None)
+    assert torch.all((found >= 2) & (found <= tiles.SURVIVORS))
+    made = caches[1].sketches[1]
+    assert made is not None and caches[1].sketched_len == 89
+    again = Sketch(*(tensor.clone() for tensor in made))
+    model.attention.sketch_keys(caches[1])
+    assert all(map(torch.equal, made, again))
 
 
 @torch.inference_mode()

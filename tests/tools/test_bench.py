@@ -139,6 +139,7 @@ def test_floor_counts_what_a_step_reads() -> None:
         config=argparse.Namespace(num_layers=32, num_kv_heads=8, head_dim=128),
         attention=argparse.Namespace(
             dense_size=16416,
+            sketched=False,
             config=argparse.Namespace(global_size=32, local_size=8192, span_top_k=4, max_scope=32 + 8192 + 8192),
         ),
     )
@@ -149,6 +150,9 @@ def test_floor_counts_what_a_step_reads() -> None:
     assert engine.step_bytes(16416) == 15_009_849_344 + 2 * 16416 * key  # all of them, and nothing is scored
     assert engine.step_bytes(16417) == 15_009_849_344 + (16417 - 8224 + 2 * 16416) * key
     assert engine.step_bytes(131072) == 15_009_849_344 + (131072 - 8224 + 2 * 16416) * key
+    model.attention.sketched = True  # in all layers but the first
+    looked_at = key // 32 + 31 * 8 * (128 + 4)
+    assert engine.step_bytes(131072) == 15_009_849_344 + (131072 - 8224) * looked_at + 2 * 16416 * key
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -30,6 +30,8 @@ def test_floors_and_operations_by_hand() -> None:
     nbytes = layer.decode_bytes(131072, 8147)
     assert sum(nbytes.values()) == (131072 - 4128) * 2048 + 8147 * 4096
     assert nbytes["attend, local part"] == 4096 * 4096
+    sketched = layer.decode_bytes(131072, 8147, 132)
+    assert sketched == nbytes | {"score, pick": (131072 - 4128) * 8 * 132}
     assert layer.score_flops(131072, 512) == 2 * 32 * 512 * (131072 - 4128) * 128
     # Three queries at the end of five keys see 3, 4 and 5 of them; a key costs a product with q and one with v.
     assert Layer.of(parse("--heads", "1", "--kv-heads", "1")).attend_flops(5, 3) == (3 + 4 + 5) * 4 * 128
@@ -72,6 +74,19 @@ def test_rows_are_readable() -> None:
     assert lines[4] == line("combine, alone", "7.0")
     assert lines[5] == line("whole launch", "8,256.0", "2.00 x floor")
     assert lines[6] == line("all keys, SDPA heads as rows, flash", "16,512.0", "2.00 x the launch, floor 6,000.0")
+    sketched = {
+        "launch_us": 4128.0,
+        "bytes": {"score, pick": 1.5e6, "attend, local part": 5.64e5},
+        "make_us": 70.0,
+        "survivors": 44,
+        "slices": 128,
+        "scored_slices": 2,
+    }
+    with_sketches = row_text(decode | {"sketched": sketched}, 1000.0).splitlines()
+    note = "2.00 x floor 2,064.0, 0.50 x without, at most 44 survivors, 2 of 128 slices scored whole"
+    assert with_sketches[6] == line("whole launch with sketches", "4,128.0", note)
+    assert with_sketches[7] == line("sketches of all keys", "70.0")
+    assert with_sketches[:6] + with_sketches[8:] == lines
     prefill = {
         "kind": "prefill",
         "context": 8192,
@@ -128,6 +143,7 @@ def test_every_row_on_a_gpu() -> None:
     timed = [row for row in rows if "launch_us" in row]
     assert len(timed) == 4 and all(row["launch_us"] > 0 and row["sdpa_us"] for row in timed)
     assert [len(row["phase_us"]) for row in timed] == [7, 7, 1, 1]
+    assert all(row["sketched"]["launch_us"] > 0 and row["sketched"]["make_us"] > 0 for row in timed[:2])
     assert [row.get("chunks") for row in timed] == [None, None, 4, 4] and timed[-1]["chunk_us"] > 0
     assert all(us > 0 for row in timed for us in [*row["phase_us"].values(), *row["sdpa_us"].values()])
 
