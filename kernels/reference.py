@@ -52,7 +52,7 @@ INDEX_MASK: Final = 0xFFFFFFFF
 NO_KEY: Final = -(1 << 63)
 # Keys of a row that `score_by_sketch` scores exactly at most.
 SURVIVORS: Final = 1024
-# Keys whose sketches `sketch_keys` makes at a time, which bounds the memory that it takes.
+# Keys whose sketches are made, or looked at, at a time, which bounds the memory that it takes.
 SKETCHED_AT_ONCE: Final = 4096
 
 ScoreFunction = Callable[..., torch.Tensor]  # with the arguments and the result of `score_rows`
@@ -326,7 +326,7 @@ def score_by_sketch(
 ) -> torch.Tensor:
     """`score` with only the keys read that can win by their sketches; all of them if a row has more than SURVIVORS."""
     (G, R, _), K = q_GRD.shape, min(span_top_k, mid_hi - mid_lo)
-    tile = max(BLOCK, TILE_SCORES[q_GRD.device.type] // (G * R) // BLOCK * BLOCK)
+    tile = min(SKETCHED_AT_ONCE, max(BLOCK, TILE_SCORES[q_GRD.device.type] // (G * R) // BLOCK * BLOCK))
     queries, device = quantize_queries(q_GRD), q_GRD.device
     lower_GRK = torch.empty(G, R, 0, device=device)
     upper_GRS, index_GRS = lower_GRK, torch.empty(G, R, 0, dtype=torch.int64, device=device)

@@ -35,7 +35,7 @@ class Step(NamedTuple):
         chunk_size: how many of them share a scope. T is one chunk unless the device counts.
         cos: of the true positions of those that lie below dense_limit, [at most T, 1, D].
         sin: like cos.
-        sketched: all keys before this step's have sketches, where the device counts and nobody else knows.
+        sketched: all keys before this step's have sketches; only where the device counts, otherwise the cache tells.
     """
 
     seq_len: int | Tensor

@@ -112,6 +112,15 @@ def test_queries_that_integers_cannot_hold_read_all_keys(value: float) -> None:
     assert torch.all(x_GRC == 0) and torch.all(norm_GR1 == torch.inf)
 
 
+@pytest.mark.parametrize("at_once", [1, 7, 60])
+def test_keys_are_sketched_some_at_a_time(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(CONFIG, 60)
+    expected = sketch_of(case, "torch")
+    monkeypatch.setattr(reference, "SKETCHED_AT_ONCE", at_once)
+    assert all(map(torch.equal, sketch_of(case, "torch"), expected))
+    check_selection(case, expected)
+
+
 def test_a_chunk_needs_no_sketch() -> None:
     case = make_case(CONFIG, 200, T=3)
     sketch = sketch_of(case, "torch")
