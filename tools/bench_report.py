@@ -113,6 +113,7 @@ def kernel_tables(rows: list[Row], machine: Row) -> list[str]:
             ),
             (decode_cells(row, bytes_per_us) for row in decode),
         ),
+        *sketch_table(decode, bytes_per_us),
         *phase_table(decode, bytes_per_us),
         *table(
             ("prefill, keys", "queries", "score and pick", "one chunk's launch", "each of several", "SDPA"),
@@ -126,6 +127,22 @@ def decode_cells(row: Row, bytes_per_us: float) -> list[str]:
     name, us = min(row["sdpa_us"].items(), key=lambda item: item[1])
     cells = [f"{row['context']:,}", f"{row['scope']:,.0f}", f"{floor:,.1f} us", f"{launch:,.1f} us"]
     return [*cells, f"{launch / floor:.2f}", f"{us:,.1f} us ({name})", f"{us / launch:.2f}"]
+
+
+def sketch_table(decode: list[Row], bytes_per_us: float) -> list[str]:
+    """The same steps with sketches, in results that have them."""
+
+    def cells(row: Row) -> list[str]:
+        sketched = row["sketched"]
+        floor, us = sum(sketched["bytes"].values()) / bytes_per_us, sketched["launch_us"]
+        times = f"{floor:,.1f} us", f"{us:,.1f} us", f"{us / floor:.2f}", f"{row['launch_us'] / us:.2f}"
+        slices = f"{sketched['scored_slices']} of {sketched['slices']}"
+        return [f"{row['context']:,}", *times, str(sketched["survivors"]), slices, f"{sketched['make_us']:,.0f} us"]
+
+    times = "floor", "launch", "times the floor", "faster than without by"
+    counts = "survivors of a slice, at most", "slices of which all keys are scored"
+    head = "decode with sketches, keys", *times, *counts, "sketches of all keys"
+    return table(head, (cells(row) for row in decode if "sketched" in row))
 
 
 def phase_table(decode: list[Row], bytes_per_us: float) -> list[str]:

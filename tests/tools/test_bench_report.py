@@ -55,9 +55,20 @@ def test_kernel(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "One decode step launches: `decode_kernel`." in text
     assert "| 8,192 | 5,000 | 4.0 us | 8.0 us | 2.00 | 16.0 us (a) | 2.00 |" in text
+    assert "with sketches" not in text
     assert "| score, pick | 6.0 us (3.0) | 9.0 us (3.0) |\n| combine | 7.0 us | - |" in text
     assert "| 9,000 | 512 | 40 us, 100 TFLOP/s | 100 us | 90 us (4) | 200 us (causal, flash) |" in text
     assert "Skipped: prefill 10000 out of memory." in text
+    rows[2]["sketched"] = {
+        "launch_us": 5.0,
+        "bytes": {"score, pick": 3e6, "attend, local part": 2e6},
+        "make_us": 70.0,
+        "survivors": 44,
+        "slices": 128,
+        "scored_slices": 2,
+    }
+    text = bench_report.section(keep(tmp_path, "kernel-x", "kernel", rows))
+    assert "\n| 16,384 | 2.5 us | 5.0 us | 2.00 | 1.60 | 44 | 2 of 128 | 70 us |\n" in text
 
 
 def test_model_launch_and_load(tmp_path: Path) -> None:
