@@ -60,55 +60,60 @@ class PackedMatrix:
 class PackedPlanes:
     """A QuantizedMatrix [N, K] in the layout of torch's product with 4-bit weights. Made by `pack_planes`.
 
-    8 bits are two matrices of 4: their high halves with sixteen times the scale and no offset, and their low halves.
-    torch rounds x to bfloat16, and each product, whose sum is of float32. More rows than a few are multiplied by the
-    wide matrix, a part at a time: in bfloat16 where the processor has tiles for it, three times as fast, else float32.
+    8 bits are two matrices of 4 side by side, by which x is multiplied twice: their high halves with sixteen times the
+    scale and no offset, and their low halves. torch rounds x and the product to bfloat16; its sum is of float32. More
+    rows than a few are multiplied by the wide matrix, a part at a time: in bfloat16 where the processor has tiles for
+    it, three times as fast, else in float32.
 
     Attributes:
-        planes: of each 4 bits, highest first: bytes, uint8 [N / block, columns, block / 2], and scale and offset,
-            bfloat16 [groups, N, 2]. Rows and columns are filled up to blocks and groups.
+        packed: uint8 [N / block, planes * columns, block / 2]. Rows and columns are filled up to blocks and groups.
+        scale_offset: bfloat16 [planes * groups, rows, 2].
     """
 
-    def __init__(self, planes: list[tuple[Tensor, Tensor]], shape: tuple[int, int], bits: int) -> None:
-        self.planes, self.shape, self.bits = planes, shape, bits
+    def __init__(self, packed: Tensor, scale_offset: Tensor, shape: tuple[int, int], bits: int) -> None:
+        self.packed, self.scale_offset, self.shape, self.bits = packed, scale_offset, shape, bits
+        self.columns = packed.shape[1] // (bits // 4)
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for plane in self.planes for part in plane)
+        return self.packed.nbytes + self.scale_offset.nbytes
 
     def multiply(self, x_TK: Tensor) -> Tensor:
         """x_TK times the matrix transposed, float32 [T, N]."""
-        (N, K), (blocks, columns, half) = self.shape, self.planes[0][0].shape
-        if columns > K:
-            x_TK = F.pad(x_TK, (0, columns - K))
         if len(x_TK) <= _FEW_ROWS:
-            return self._multiply_few(x_TK.bfloat16())[:, :N].contiguous()
+            return self._multiply_few(x_TK)
+        (N, K), (blocks, _, half) = self.shape, self.packed.shape
         dtype = torch.bfloat16 if _has_tiles() else torch.float32
-        x_TK = x_TK.to(dtype)
+        x_TC = F.pad(x_TK, (0, self.columns - K)).to(dtype)
         out_TN = torch.empty(len(x_TK), N)
-        step = max(1, PLANES_WIDENED_AT_ONCE // (columns * 2 * half))
+        step = max(1, PLANES_WIDENED_AT_ONCE // (self.columns * 2 * half))
         for first in range(0, blocks, step):
             rows = slice(first * 2 * half, min(N, (first + step) * 2 * half))
-            wide_KN = self._widen(first, min(blocks, first + step)).to(dtype)
-            out_TN[:, rows] = (x_TK @ wide_KN)[:, : rows.stop - rows.start]
+            wide_CN = self._widen(first, min(blocks, first + step)).to(dtype)
+            out_TN[:, rows] = (x_TC @ wide_CN)[:, : rows.stop - rows.start]
         return out_TN
 
     def _multiply_few(self, x_TK: Tensor) -> Tensor:
+        """Of rows up to _FEW_ROWS; x_TK once for each plane, rounded on the way."""
+        (N, K), T = self.shape, len(x_TK)
+        planes = self.bits // 4
+        make = torch.empty if self.columns == K else torch.zeros
+        x_TPC = make(T, planes, self.columns, dtype=torch.bfloat16)
+        x_TPC[:, :, :K] = x_TK[:, None]
+        packed_NC = self.packed.view(-1, planes * self.columns // 2)
         size = GROUP_SIZE[self.bits]
-        products = [
-            torch.ops.aten._weight_int4pack_mm_for_cpu(x_TK, plane.view(-1, plane.shape[1] // 2), size, scale_offset)
-            for plane, scale_offset in self.planes
-        ]
-        return sum((out.float() for out in products[1:]), products[0].float())
+        out_TR = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TPC.flatten(1), packed_NC, size, self.scale_offset)
+        return out_TR[:, :N].float()
 
     def _widen(self, first: int, stop: int) -> Tensor:
         """Blocks [first, stop) of rows as columns, float32 [columns, rows]."""
-        planes = [_unpack_plane(plane[first:stop]) for plane, _ in self.planes]
-        q_KN = planes[0].float() if self.bits == 4 else (planes[0] * 16 + planes[1]).float()
-        scale_offset = self.planes[-1][1][:, first * 2 * self.planes[0][0].shape[2] :][:, : q_KN.shape[1]].float()
+        q_KN = _unpack_plane(self.packed[first:stop])
+        q_CN = q_KN.float() if self.bits == 4 else (q_KN[: self.columns] * 16 + q_KN[self.columns :]).float()
+        groups, block = num_groups(self.shape[1], self.bits), 2 * self.packed.shape[2]
+        scale_offset = self.scale_offset[-groups:, first * block : stop * block].float()
         scale_G1N, offset_G1N = scale_offset.permute(2, 0, 1)[:, :, None]
-        q_GCN = q_KN.view(len(scale_G1N), -1, q_KN.shape[1]).sub_(ZERO[self.bits])
-        return torch.addcmul(offset_G1N, q_GCN, scale_G1N).view(q_KN.shape)
+        q_GSN = q_CN.view(groups, -1, q_CN.shape[1]).sub_(ZERO[self.bits])
+        return torch.addcmul(offset_G1N, q_GSN, scale_G1N).view(q_CN.shape)
 
 
 def can_pack_planes() -> bool:
@@ -119,20 +124,18 @@ def can_pack_planes() -> bool:
 def pack_planes(matrix: QuantizedMatrix) -> PackedPlanes:
     """Rearrange a quantized matrix, some rows at a time."""
     (N, K), bits, block = matrix.shape, matrix.bits, _block()
-    columns = num_groups(K, bits) * GROUP_SIZE[bits]
+    columns = bits // 4 * num_groups(K, bits) * GROUP_SIZE[bits]
     blocks = -(-N // block)
-    planes = [torch.empty(blocks, columns, block // 2, dtype=torch.uint8) for _ in range(bits // 4)]
+    packed = torch.empty(blocks, columns, block // 2, dtype=torch.uint8)
     step = max(1, PLANES_WIDENED_AT_ONCE // 4 // (columns * block))
     for first in range(0, blocks, step):
-        q_NK = matrix.rows(first * block, min(N, (first + step) * block)).unpack()
-        q_NK = F.pad(q_NK, (0, 0, 0, -len(q_NK) % block))
-        for plane, q in zip(planes, [q_NK >> 4, q_NK & 15] if bits == 8 else [q_NK], strict=True):
-            plane[first : first + step] = _pack_plane(q).view(-1, columns, block // 2)
-    scale_offset = F.pad(matrix.scale_offset, (0, 0, 0, 0, 0, blocks * block - N)).transpose(0, 1).contiguous()
-    scales = [scale_offset]
+        q_NC = matrix.rows(first * block, min(N, (first + step) * block)).unpack()
+        q_NC = F.pad(torch.cat([q_NC >> 4, q_NC & 15], 1) if bits == 8 else q_NC, (0, 0, 0, -len(q_NC) % block))
+        packed[first : first + step] = _pack_plane(q_NC).view(-1, columns, block // 2)
+    scale_offset = F.pad(matrix.scale_offset, (0, 0, 0, 0, 0, blocks * block - N)).transpose(0, 1)
     if bits == 8:
-        scales.insert(0, scale_offset * torch.tensor([16, 0], dtype=torch.bfloat16))
-    return PackedPlanes(list(zip(planes, scales, strict=True)), matrix.shape, bits)
+        scale_offset = torch.cat([scale_offset * torch.tensor([16, 0], dtype=torch.bfloat16), scale_offset])
+    return PackedPlanes(packed, scale_offset.contiguous(), matrix.shape, bits)
 
 
 def plane_bytes(N: int, K: int, bits: int) -> int:

@@ -100,7 +100,7 @@ class Model:
     @property
     def quantize(self) -> str | None:
         """What its matrices are rounded to, of config.QUANTIZE."""
-        bits = getattr(self.layers[0].qkv, "bits", None)
+        bits = getattr(self.layers[-1].qkv, "bits", None)  # the first ones may have more
         return None if bits is None else f"int{bits}"
 
     @property

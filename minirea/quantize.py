@@ -87,12 +87,15 @@ class QuantizedMatrix:
         return torch.addcmul(offset_NG1, q_NGC, scale_NG1).flatten(1)[:, : self.num_columns].to(dtype)
 
 
-def bits_of(quantize: str, name: str) -> int:
+def bits_of(quantize: str, name: str, num_layers: int) -> int:
     """How a matrix of a model is stored under a choice of config.QUANTIZE, by its name.
 
-    The output head has 8 bits in any case: it is a small part of a large model, and its errors are those of the logits.
+    With "int4" the output head and the first two layers (one of three to five, none of fewer) have 8 bits: their
+    errors are those of the logits, and of all that the other layers make of them, and in a large model they are small
+    parts. What they cost in a small one is in kernels/NOTEBOOK.md.
     """
-    return 8 if quantize == "int8" or name == "head.weight" else 4
+    layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
+    return 4 if quantize == "int4" and layer >= min(2, num_layers // 3) else 8
 
 
 def num_groups(K: int, bits: int) -> int:

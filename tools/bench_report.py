@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench_model import named_engine
+
 KERNELS = Path(__file__).parent.parent / "kernels"
 HEAD = """\
 # Benchmarks
@@ -174,7 +176,7 @@ def model_tables(rows: list[Row], machine: Row) -> list[str]:
         return f"{row['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in row else "-"
 
     def decode_row(row: Row) -> list[str]:
-        cells = [f"{row['context']:,}", row["engine"], f"{row['decode_ms']:.3f} ms"]
+        cells = [f"{row['context']:,}", named_engine(row), f"{row['decode_ms']:.3f} ms"]
         if "step_bytes" not in row:
             return [*cells, "-", "-", peak(row)]
         floor = row["step_bytes"] / bytes_per_ms
@@ -183,7 +185,7 @@ def model_tables(rows: list[Row], machine: Row) -> list[str]:
     def prefill_row(row: Row) -> list[str]:
         read, seconds = row["prefill_tokens"], row["prefill_seconds"]
         part = "" if read == row["context"] else f", the last {read:,}"
-        return [f"{row['context']:,}{part}", row["engine"], f"{read / seconds:,.0f}", f"{seconds:.3f} s", peak(row)]
+        return [f"{row['context']:,}{part}", named_engine(row), f"{read / seconds:,.0f}", f"{seconds:.3f} s", peak(row)]
 
     by_context = sorted(rows, key=lambda row: row.get("context", 0))  # stable: engines stay in order
     return [

@@ -178,14 +178,14 @@ def empty_weights(
     """What load_weights returns, not filled. `other_dtypes`: name -> an exception."""
     other_dtypes = other_dtypes or {}
     weights: dict[str, Any] = {
-        name: QuantizedMatrix.empty(shape[0], shape[1], bits_of(quantize, name), device)
+        name: QuantizedMatrix.empty(shape[0], shape[1], bits_of(quantize, name, config.num_layers), device)
         if quantize and _is_quantized(name, shape)
         else torch.empty(shape, dtype=other_dtypes.get(name, dtype), device=device)
         for name, shape in _shapes(config)
     }
     if config.tie_word_embeddings and quantize:
         V, E = weights["embed.weight"].shape
-        weights["head.weight"] = QuantizedMatrix.empty(V, E, bits_of(quantize, "head.weight"), device)
+        weights["head.weight"] = QuantizedMatrix.empty(V, E, bits_of(quantize, "head.weight", config.num_layers), device)
     elif config.tie_word_embeddings:
         rows = config.head_rows
         embedding = weights["embed.weight"]
@@ -248,7 +248,7 @@ def quantized_weight_bytes(
     if config.tie_word_embeddings:
         shapes["head.weight"] = shapes["embed.weight"]
     return sum(
-        matrix_bytes(shape[0], shape[1], bits_of(quantize, name))
+        matrix_bytes(shape[0], shape[1], bits_of(quantize, name, config.num_layers))
         if _is_quantized(name, shape)
         else math.prod(shape) * kept.get(name, dtype).itemsize
         for name, shape in shapes.items()

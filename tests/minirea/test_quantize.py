@@ -19,7 +19,7 @@ from minirea.cli import main
 from minirea.errors import InputError
 from minirea.linear import add_linear, linear
 from minirea.model import Model
-from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix, quantized_bytes
+from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix, bits_of, quantized_bytes
 from minirea.weights import load_weights, loader
 
 CPU = torch.device("cpu")
@@ -122,7 +122,7 @@ def test_packed_planes_hold_the_matrix(
     packed, wide_NK = cpu.pack_planes(matrix), matrix.widen(torch.float32)
     assert packed.nbytes == cpu.plane_bytes(*shape, bits)
     N, K = shape
-    assert torch.equal(packed._widen(0, len(packed.planes[0][0]))[:K, :N].t(), wide_NK)
+    assert torch.equal(packed._widen(0, len(packed.packed))[:K, :N].t(), wide_NK)
     for rows in (1, 7, 16, 17, 40):
         x = random(rows, K, seed=rows).bfloat16().float()  # x is rounded to bfloat16: here that changes nothing
         found = linear(x, packed)
@@ -137,6 +137,16 @@ def checkpoint(directory: Path, dtype: torch.dtype = torch.bfloat16, **fields: A
     return directory
 
 
+@pytest.mark.parametrize(("num_layers", "first"), [(1, 0), (2, 0), (3, 1), (5, 1), (6, 2), (32, 2), (80, 2)])
+def test_the_first_layers_and_the_head_keep_8_bits(num_layers: int, first: int) -> None:
+    def bits(choice: str) -> list[int]:
+        return [bits_of(choice, f"layers.{layer}.down.weight", num_layers) for layer in range(num_layers)]
+
+    assert bits("int4") == [8] * first + [4] * (num_layers - first)
+    assert bits("int8") == [8] * num_layers
+    assert bits_of("int4", "head.weight", num_layers) == bits_of("int8", "head.weight", num_layers) == 8
+
+
 @pytest.mark.parametrize("choice", ["int8", "int4"])
 @pytest.mark.parametrize(("tied", "mistral"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("block_bytes", [1000, loader.STAGING_BYTES])
@@ -145,7 +155,7 @@ def test_loading_rounds_what_the_wide_weights_are(
 ) -> None:
     """Block by block, and with rows that change their order."""
     monkeypatch.setattr(loader, "STAGING_BYTES", block_bytes)
-    model = tiny_model(tie_word_embeddings=tied, mistral=mistral)
+    model = tiny_model(tie_word_embeddings=tied, mistral=mistral, num_hidden_layers=3)
     write_mistral(tmp_path, model) if mistral else write_checkpoint(tmp_path, model)
     config = load_config(tmp_path)
     wide = load_weights(tmp_path, config, CPU, torch.float32)
@@ -155,7 +165,7 @@ def test_loading_rounds_what_the_wide_weights_are(
         if tensor.dim() == 1 or name == "embed.weight":
             assert torch.equal(found[name], tensor), name
         else:
-            expected = quantized(tensor, 8 if choice == "int8" or name == "head.weight" else 4)
+            expected = quantized(tensor, 4 if choice == "int4" and name.startswith(("layers.1.", "layers.2.")) else 8)
             assert found[name].bits == expected.bits
             assert torch.equal(found[name].words, expected.words), name
             assert torch.equal(found[name].scale_offset, expected.scale_offset), name
@@ -170,7 +180,7 @@ def test_a_quantized_model_is_that_of_its_wide_weights(
 ) -> None:
     if not planes:
         monkeypatch.setattr(cpu, "can_pack_planes", lambda: False)
-    directory = checkpoint(tmp_path, tie_word_embeddings=tied)
+    directory = checkpoint(tmp_path, tie_word_embeddings=tied, num_hidden_layers=3)
     files = api.read_model(directory, device="cpu", dtype=dtype, quantize=choice, attention="full")
     llm = files.load(num_tokens=77)
     assert llm.model.quantize == choice

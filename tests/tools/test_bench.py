@@ -103,6 +103,31 @@ def test_model_directory_beside_transformers(tmp_path: Path) -> None:
     assert rows[1]["step_bytes"] < rows[4]["step_bytes"]
 
 
+def test_engines_in_turn_on_some_threads(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path, tiny_model())
+    options = ["--contexts", "2000", "--tokens", "2", "--threads", "2", "1"]
+    result = measure("--model", str(model), *options, "--engines", "minirea", "minirea-full")
+    rows = result["rows"]
+    cells = [(threads, engine) for threads in (2, 1) for engine in ("minirea", "minirea-full")]
+    assert [(row["threads"], row["engine"]) for row in rows] == cells
+    assert rows[0]["step_bytes"] == rows[2]["step_bytes"] < rows[1]["step_bytes"]
+    assert result["options"]["threads"] == [2, 1]
+
+
+def test_the_fastest_of_several_rounds_counts() -> None:
+    def row(engine: str, threads: int, **rest: Any) -> dict[str, Any]:
+        return {"engine": engine, "threads": threads, "context": 7, **rest}
+
+    kept = [row("minirea", 1, decode_ms=2.0), row("minirea", 1, prefill_seconds=0.5), row("minirea", 2, decode_ms=3.0)]
+    skipped = {"engine": "transformers", "threads": 1, "skipped": "not there"}
+    slower = [row("minirea", 1, prefill_seconds=0.6), row("minirea", 1, decode_ms=2.5), row("minirea", 2, decode_ms=4.0)]
+    assert bench_model.fastest([slower[0], kept[0], kept[2], skipped, kept[1], slower[1], slower[2], skipped]) == [
+        kept[1], kept[0], kept[2], skipped,
+    ]  # fmt: skip
+    assert bench_model.named_engine(kept[0]) == "minirea, 1 thread"
+    assert bench_model.named_engine(kept[2]) == "minirea, 2 threads"
+
+
 def test_shape_without_transformers(tmp_path: Path) -> None:
     """Random weights need no files; an engine that is not there is skipped with the reason."""
     (tmp_path / "transformers.py").write_text("raise ModuleNotFoundError('no transformers here')")
@@ -120,7 +145,7 @@ def test_out_of_memory_is_a_row(error: Exception) -> None:
     def fail() -> dict[str, Any]:
         raise error
 
-    row = bench_model.measure_one(argparse.Namespace(engine="minirea", device="cpu"), 7, fail)
+    row = bench_model.measure_one(argparse.Namespace(engine="minirea", device="cpu", threads=None), 7, fail)
     assert row == {"engine": "minirea", "context": 7, "skipped": "out of memory: needs 1 GB"}
     assert bench_model.row_text(row, [row], 1.0).endswith("minirea       skipped: out of memory: needs 1 GB")
 
