@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -348,23 +349,25 @@ def score(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top
 
     A row's scores lie side by side here: maxima of blocks are then reduced, and the best blocks copied, in whole runs.
     """
-    G, R, _ = q_GRD.shape
+    (G, R, _), K = q_GRD.shape, min(span_top_k, mid_hi - mid_lo)
     rows = min(R, _SCORE_ROWS)
-    keys = max(_SCORES // rows // BLOCK, 1) * BLOCK
-    K = min(span_top_k, mid_hi - mid_lo)
+    heads = min(G, _SCORE_ROWS // rows)  # of a decode step all: their operations are then one
+    keys = max(_SCORES // (heads * rows) // BLOCK, 1) * BLOCK
     best_GRK = torch.full((G, R, K), NO_KEY)
-    buffer = torch.empty(rows * (min(keys, mid_hi - mid_lo) + BLOCK), dtype=torch.float32)
-    for q_RD, k_ND, best_RK in zip(q_GRD, k_cache_GND, best_GRK, strict=True):
-        for first in range(0, R, rows):
-            q_tile, best_tile = q_RD[first : first + rows], best_RK[first : first + rows]
-            for lo in range(mid_lo, mid_hi, keys):
-                k_tile = k_ND[lo : min(lo + keys, mid_hi)]
-                blocks = -(-len(k_tile) // BLOCK)
-                score_RN = buffer[: len(q_tile) * blocks * BLOCK].view(len(q_tile), -1)
-                torch.mm(q_tile, k_tile.t(), out=score_RN[:, : len(k_tile)])
-                score_RN[:, len(k_tile) :] = -torch.inf
-                found = _best_of_tile(score_RN.view(len(q_tile), blocks, BLOCK), lo, K)
-                best_tile.copy_(torch.cat([best_tile, found], 1).topk(K).values)
+    buffer = torch.empty(heads * rows * (min(keys, mid_hi - mid_lo) + BLOCK), dtype=torch.float32)
+    for g, first in itertools.product(range(0, G, heads), range(0, R, rows)):
+        part = slice(g, g + heads), slice(first, first + rows)
+        q_HRD, best_HRK = q_GRD[part], best_GRK[part]
+        num_rows = q_HRD[..., 0].numel()
+        for lo in range(mid_lo, mid_hi, keys):
+            k_HND = k_cache_GND[part[0], lo : min(lo + keys, mid_hi)]
+            N = k_HND.shape[1]
+            blocks = -(-N // BLOCK)
+            score_HRN = buffer[: num_rows * blocks * BLOCK].view(*q_HRD.shape[:2], -1)
+            torch.bmm(q_HRD, k_HND.mT, out=score_HRN[..., :N])
+            score_HRN[..., N:] = -torch.inf
+            found = _best_of_tile(score_HRN.view(num_rows, blocks, BLOCK), lo, K).view(*q_HRD.shape[:2], -1)
+            best_HRK.copy_(torch.cat([best_HRK, found], -1).topk(K).values)
     return unpack_index(best_GRK)
 
 

@@ -147,8 +147,8 @@ def row_text(row: dict[str, Any], rows: list[dict[str, Any]], copy_gb_per_s: flo
             f"first token after {row['prefill_seconds']:.3f} s" if whole else f"of the last {read:,} tokens only"
         )
     kind = "decode_ms" if "decode_ms" in row else "prefill_seconds"
-    where = ENGINES[0], row["context"], row.get("threads")
-    same = [r for r in rows if kind in r and (r["engine"], r["context"], r.get("threads")) == where]
+    cell = ENGINES[0], row["context"], row.get("threads")
+    same = [r for r in rows if kind in r and (r["engine"], r["context"], r.get("threads")) == cell]
     if same and row["engine"] != ENGINES[0]:
         parts.append(f"{row[kind] / same[0][kind]:.2f}x minirea's time")
     what = f"{row['context']:>9,} tokens  {named_engine(row):<12}"

@@ -185,7 +185,9 @@ def empty_weights(
     }
     if config.tie_word_embeddings and quantize:
         V, E = weights["embed.weight"].shape
-        weights["head.weight"] = QuantizedMatrix.empty(V, E, bits_of(quantize, "head.weight", config.num_layers), device)
+        weights["head.weight"] = QuantizedMatrix.empty(
+            V, E, bits_of(quantize, "head.weight", config.num_layers), device
+        )
     elif config.tie_word_embeddings:
         rows = config.head_rows
         embedding = weights["embed.weight"]

@@ -120,7 +120,11 @@ def test_the_fastest_of_several_rounds_counts() -> None:
 
     kept = [row("minirea", 1, decode_ms=2.0), row("minirea", 1, prefill_seconds=0.5), row("minirea", 2, decode_ms=3.0)]
     skipped = {"engine": "transformers", "threads": 1, "skipped": "not there"}
-    slower = [row("minirea", 1, prefill_seconds=0.6), row("minirea", 1, decode_ms=2.5), row("minirea", 2, decode_ms=4.0)]
+    slower = [
+        row("minirea", 1, prefill_seconds=0.6),
+        row("minirea", 1, decode_ms=2.5),
+        row("minirea", 2, decode_ms=4.0),
+    ]
     assert bench_model.fastest([slower[0], kept[0], kept[2], skipped, kept[1], slower[1], slower[2], skipped]) == [
         kept[1], kept[0], kept[2], skipped,
     ]  # fmt: skip
