@@ -18,14 +18,17 @@ import torch
 from minirea.config import IMPLS, ReAttentionConfig
 from minirea.errors import InputError
 from minirea.kernels.sketch import Sketch, new_sketch, width
+from minirea.kernels.votes import Votes, new_votes
 
 __all__ = [
     "Gather",
     "ReAttentionConfig",
     "Sketch",
+    "Votes",
     "check_sketched",
     "decode_kernels",
     "new_sketch",
+    "new_votes",
     "peer_kernels",
     "prefill_kernels",
     "reattention",
@@ -66,6 +69,7 @@ def reattention(
     gather: Gather | None = None,
     attending: int | None = None,
     sketch: Sketch | None = None,
+    votes: Votes | None = None,
 ) -> Any:
     """Attention of T new queries over a finite scope of a cache of any length (arXiv 2407.15176, section 3).
 
@@ -91,8 +95,12 @@ def reattention(
         attending: of one chunk, only its last so many queries attend; those before them only vote. All T without.
         sketch: for T = 1, int8 copies of the keys, which `sketch_keys` has made of all keys before
             seq_len - local_size. The step looks at them instead of the keys, adds the sketch of its own key, and
-            selects exactly the same. For T > 1 it is ignored. Not with gather, nor in impl "triton" where more than
-            128 winners vote together.
+            selects exactly the same. For T > 1 it is ignored. Not with gather or votes, nor in impl "triton" where
+            more than 128 winners vote together.
+        votes: of one chunk, those that the layers before cast in the same step, over caches of as many tokens. This
+            layer's are added, and the sums decide what is elected. `new_votes` makes those of a first layer; they must
+            be zero again before the next step's, and have levels enough for all layers. Up to dense_size cached tokens
+            there is no vote.
 
     Returns:
         out_THD, [T, H, D] in q's dtype, of the queries that attend; with return_selection the pair (out_THD,
@@ -110,9 +118,13 @@ def reattention(
         _check_sketch(sketch, k_cache_GND)
         if gather is not None:
             raise InputError("both sketch and gather are given, expected one: steps of several processes read all keys")
+        if votes is not None:
+            raise InputError("both sketch and votes are given, expected one: steps with votes read all keys")
     chunk_size = T if chunk_size is None else _checked_chunk_size(chunk_size, T, return_selection)
     if attending is not None and not (chunk_size == T and 1 <= attending <= T):
         raise InputError(f"attending is {attending}, expected 1 to {T}, the queries of one chunk")
+    if votes is not None:
+        _check_votes(votes, q_THD, k_cache_GND, chunk_size, config, gather)
     impl = resolve_impl(impl, q_THD.device)
     if impl == "torch" or not isinstance(seq_len, torch.Tensor) or seq_len.device != q_THD.device:
         seq_len = int(seq_len)
@@ -125,12 +137,12 @@ def reattention(
 
         with torch.autocast(q_THD.device.type, enabled=False):  # the caller's products may be; these are not
             out_THD, selection = reattention_reference(
-                *tensors, int(seq_len), cos, sin, config, *options, sketch=sketch, attending=attending
+                *tensors, int(seq_len), cos, sin, config, *options, sketch, attending, votes
             )
     else:
         from minirea.kernels.fused.launch import reattention_triton
 
-        out_THD, selection = reattention_triton(*tensors, seq_len, cos, sin, config, *options, sketch=sketch)
+        out_THD, selection = reattention_triton(*tensors, seq_len, cos, sin, config, *options, sketch, votes)
         out_THD = out_THD[T - attending :] if attending else out_THD
     return (out_THD, selection) if return_selection else out_THD
 
@@ -201,6 +213,7 @@ def scratch_bytes(
     device: torch.device,
     ranks: int = 1,
     sketched: bool = False,
+    carries: bool = False,
 ) -> int:
     """Bytes that impl "triton" keeps for the life of the process once steps of all these sizes have run on one stream.
 
@@ -213,12 +226,13 @@ def scratch_bytes(
         device: a CUDA device; its number of multiprocessors counts.
         ranks: processes with so many heads each.
         sketched: decode steps are called with sketches and without.
+        carries: the steps, of one chunk each, are called with votes, whose own bytes do not count.
     """
     from minirea.kernels.fused import launch
 
     together = ranks > 1 and config.span_scope == "layer" and config.max_selected > 0
     layer = launch.Layer(num_heads, num_kv_heads, head_dim, dtype, config, ranks if together else 1)
-    return launch.scratch_bytes(layer, capacity, steps, device, sketched)
+    return launch.scratch_bytes(layer, capacity, steps, device, sketched, carries)
 
 
 def check_sketched(num_heads: int, num_kv_heads: int, head_dim: int, config: ReAttentionConfig) -> None:
@@ -292,6 +306,28 @@ def _check_sketch(sketch: Sketch, k_cache_GND: torch.Tensor) -> None:
             raise InputError(f"sketch.{name} is {found}, expected {dtype} {shape}, contiguous, for k_cache_GND")
         if tensor.device != k_cache_GND.device:
             raise InputError(f"sketch.{name} is on {tensor.device}, expected {k_cache_GND.device} like k_cache_GND")
+
+
+def _check_votes(
+    votes: Votes,
+    q_THD: torch.Tensor,
+    k_cache_GND: torch.Tensor,
+    chunk_size: int,
+    config: ReAttentionConfig,
+    gather: Gather | None,
+) -> None:
+    (T, H, _), (G, N, _) = q_THD.shape, k_cache_GND.shape
+    if chunk_size < T:
+        raise InputError(f"chunk_size is {chunk_size}, expected at least the {T} queries of a step with votes")
+    heads = H * gather.ranks if gather is not None and config.span_scope == "layer" else H
+    least = new_votes(heads, G, config, T, 1, N, torch.device("meta"))
+    for name, tensor, expected in zip(Votes._fields, votes, least, strict=True):
+        fits = tensor.dim() == 2 and len(tensor) == len(expected) and tensor.shape[1] >= expected.shape[1]
+        if tensor.dtype != torch.int32 or not fits or not tensor.is_contiguous():
+            found = f"{tensor.dtype} {_shape(tensor)}{'' if tensor.is_contiguous() else ', not contiguous'}"
+            raise InputError(f"votes.{name} is {found}, expected torch.int32 {_shape(expected)} or longer, contiguous")
+        if tensor.device != q_THD.device:
+            raise InputError(f"votes.{name} is on {tensor.device}, expected {q_THD.device} like q_THD")
 
 
 def _check_seq_len(seq_len: int | torch.Tensor) -> None:

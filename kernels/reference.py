@@ -4,6 +4,7 @@
     score   -> the span_top_k best keys of the middle for every query row (a bounded tile of keys at a time)
     pool    -> winners as the middles of their blocks
     vote    -> the max_spans positions that most rows chose
+    elect   -> the same, of the rows of earlier layers too
     select  -> where each part of the scope starts, in the cache and in the scope
     locate  -> row of the scope -> cache position
     rotate  -> RoPE with positions inside the scope
@@ -38,6 +39,7 @@ from minirea.kernels.sketch import (
     sum_error,
     width,
 )
+from minirea.kernels.votes import Votes
 
 # Keys whose scores share one maximum in `score`. Only the K blocks with the largest maxima can hold winners.
 BLOCK: Final = 64
@@ -71,6 +73,7 @@ def reattention_reference(
     gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
     sketch: Sketch | None = None,
     attending: int | None = None,
+    votes: Votes | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
     """ReAttention, phase by phase. Arguments and results are those of `minirea.kernels.reattention`."""
     T, H, D = q_THD.shape
@@ -92,7 +95,7 @@ def reattention_reference(
         lengths, source_BS = [seq_len] * B, None
         k_GSD, v_GSD = k_cache_GND[:, :seq_len].clone(), v_cache_GND[:, :seq_len]
     else:
-        start_BP, offset_BP, length_B = choose_scope(q_GRD, k_cache_GND, seq_len, config, score_function, gather)
+        start_BP, offset_BP, length_B = choose_scope(q_GRD, k_cache_GND, seq_len, config, score_function, gather, votes)
         lengths = length_B.tolist()  # on a GPU the one wait of the step: the scope's length decides the shapes below
         offs_s = torch.arange(max(lengths), device=q_THD.device)
         source_BS = locate(offs_s, start_BP, offset_BP).clamp_(max=seq_len - 1)
@@ -124,11 +127,13 @@ def choose_scope(
     config: ReAttentionConfig,
     score: ScoreFunction | None = None,
     gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    votes: Votes | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Score, vote and select. Where nothing may be selected (streaming), the scope has two parts, global and local.
 
     `score` takes the place of this module's, for a sketch or for a device that has its own. `gather` adds the winners
-    of heads that are elsewhere, where all heads vote together.
+    of heads that are elsewhere, where all heads vote together. `votes` are those of earlier layers, to which these are
+    added.
     """
     mid_lo, mid_hi = config.global_size, seq_len - config.local_size
     B = k_cache_GND.shape[0] if config.span_scope == "kv_head" else 1
@@ -139,7 +144,11 @@ def choose_scope(
         if gather is not None and config.span_scope == "layer":
             winner_GRK = gather(winner_GRK)
         winner_BW = pool(winner_GRK.view(B, -1), config.vote_size, mid_lo, mid_hi)
-        kept_BP = vote(winner_BW, config.max_spans)
+        if votes is None:
+            kept_BP = vote(winner_BW, config.max_spans)
+        else:
+            votes.counts.scatter_add_(1, winner_BW, torch.ones_like(winner_BW, dtype=torch.int32))
+            kept_BP = elect(votes.counts[:, :mid_hi], config.max_spans)
     else:
         kept_BP = torch.empty(B, 0, dtype=torch.int64, device=q_GRD.device)
     return select(kept_BP, mid_lo, mid_hi, seq_len, config.span_size)
@@ -362,6 +371,16 @@ def vote(winner_BW: torch.Tensor, max_spans: int) -> torch.Tensor:
     ranked_BW = ((votes_BW << 32) | (INDEX_MASK - winner_BW)).masked_fill_(repeated_BW, NO_KEY)
     elected_BP = ranked_BW.topk(max_spans).values
     return unpack_index(torch.where(elected_BP == NO_KEY, elected_BP[:, :1], elected_BP))
+
+
+def elect(counts_BN: torch.Tensor, max_spans: int) -> torch.Tensor:
+    """The max_spans positions with most votes, at least one, the lowest position first among equals.
+
+    Returns int64 [B, min(N, max_spans)] like `vote`.
+    """
+    ranked_BN = (counts_BN.long() << 32) | (INDEX_MASK - torch.arange(counts_BN.shape[1], device=counts_BN.device))
+    elected_BP = ranked_BN.topk(min(max_spans, counts_BN.shape[1])).values
+    return unpack_index(torch.where(elected_BP >> 32 == 0, elected_BP[:, :1], elected_BP))
 
 
 def select(

@@ -12,7 +12,16 @@ from minirea import cpu
 from minirea.cache import ALL_TOKENS, KVCache
 from minirea.config import ModelConfig, ReAttentionConfig
 from minirea.errors import InputError
-from minirea.kernels import Gather, check_sketched, prefill_kernels, reattention, resolve_impl, sketch_keys
+from minirea.kernels import (
+    Gather,
+    Votes,
+    check_sketched,
+    new_votes,
+    prefill_kernels,
+    reattention,
+    resolve_impl,
+    sketch_keys,
+)
 from minirea.rope import apply_rope, for_whole_heads, inverse_frequencies, rope_table
 
 # Chunks of a prompt in a step on a GPU. Their matrix products are one, which reads the weights once and has enough rows
@@ -36,6 +45,7 @@ class Step(NamedTuple):
         cos: of the true positions of those that lie below dense_limit, [at most T, 1, D].
         sin: like cos.
         sketched: all keys before this step's have sketches; only where the device counts, otherwise the cache tells.
+        votes: what its layers' votes add up in, where they do; see `Attention.with_votes`.
     """
 
     seq_len: int | Tensor
@@ -43,6 +53,7 @@ class Step(NamedTuple):
     cos: Tensor = _NO_ROWS
     sin: Tensor = _NO_ROWS
     sketched: bool = False
+    votes: Votes | None = None
 
 
 class Attention:
@@ -81,7 +92,7 @@ class Attention:
         self.device = device
         self.gather = gather
         self.asks_for_sketch = sketch
-        self.sketched = sketch and mode == "reattention" and config.max_selected > 0
+        self.sketched = sketch and self._selects
         if self.sketched:
             self._check_sketched()
         self.sliding_window = model.sliding_window if mode == "full" else None
@@ -94,14 +105,38 @@ class Attention:
         c, window = self.model, self.config.vote_window
         if window > 1:
             raise InputError(f"vote_window is {window}, expected 1: sketches do not work with votes of earlier tokens")
+        if self.carries_votes:
+            raise InputError("carry_votes is True, expected False: sketches do not work with votes of earlier layers")
         if self.impl == "triton":
             check_sketched(c.num_heads, c.num_kv_heads, c.head_dim, self.config)
 
     @property
     def recent_size(self) -> int:
         """How many queries a cache keeps for `vote_window`: twice as many, so that a step may be taken back."""
-        selects = self.mode == "reattention" and self.config.max_selected > 0
-        return 2 * self.config.vote_window if selects and self.config.vote_window > 1 else 0
+        return 2 * self.config.vote_window if self._selects and self.config.vote_window > 1 else 0
+
+    @property
+    def carries_votes(self) -> bool:
+        """Whether the votes of a decode step's layers add up."""
+        return self._selects and self.config.carry_votes
+
+    @property
+    def _selects(self) -> bool:
+        return self.mode == "reattention" and self.config.max_selected > 0
+
+    def new_votes(self, capacity: int, device: torch.device | None = None) -> Votes:
+        """For a decode step over a cache of `capacity` tokens, before its first layer: all zero."""
+        c, config = self.model, self.config.of_decode_step
+        together = self.gather is not None and config.span_scope == "layer"
+        heads = c.num_heads * self.gather.ranks if self.gather is not None and together else c.num_heads
+        sizes = config.vote_window, c.num_layers, capacity
+        return new_votes(heads, c.num_kv_heads, config, *sizes, device or self.device)
+
+    def with_votes(self, step: Step, capacity: int) -> Step:
+        """A step that begins, over a cache of `capacity` tokens, with what its layers' votes add up in, if they do."""
+        if self.carries_votes and step.chunk_size == 1:
+            return step._replace(votes=self.new_votes(capacity))
+        return step
 
     def table_rows(self, capacity: int) -> int:
         """Positions in the tables that serve a cache of `capacity` tokens.
@@ -266,9 +301,10 @@ class Attention:
             cache.sketches[layer] if chunk_size == step.chunk_size == 1 and self._is_sketched(cache, step) else None
         )
         if sketch is None and isinstance(step.seq_len, int) and step.seq_len > self.dense_size and self._on_cpu(q_THD):
-            return cpu.reattention(q_THD, k_GND, v_GND, step.seq_len, cos, sin, config, self.gather, attending)
-        arguments = (q_THD, k_GND, v_GND, step.seq_len, cos, sin, config, self.impl, False, chunk_size)
-        out_THD: Tensor = reattention(*arguments, gather=self.gather, attending=attending, sketch=sketch)
+            arguments = (q_THD, k_GND, v_GND, step.seq_len, cos, sin, config)
+            return cpu.reattention(*arguments, self.gather, attending, step.votes)
+        options = (self.impl, False, chunk_size, self.gather, attending, sketch, step.votes)
+        out_THD: Tensor = reattention(q_THD, k_GND, v_GND, step.seq_len, cos, sin, config, *options)
         return out_THD
 
     def _is_sketched(self, cache: KVCache, step: Step) -> bool:
@@ -301,7 +337,9 @@ class Attention:
         tables = self.scope_tables(cache.capacity)
         q_CHD = cache.recent(0, self.config.vote_window) if cache.recent_size else q_1HD
         arguments = (q_CHD, cache.k[0], cache.v[0], seq_len, *tables, self.config.of_decode_step, self.impl)
-        _, selection = reattention(*arguments, return_selection=True, gather=self.gather)
+        # Those of the first layer; with them the kernel is the one that the step took.
+        votes = self.new_votes(cache.capacity) if self.carries_votes else None
+        _, selection = reattention(*arguments, return_selection=True, gather=self.gather, votes=votes)
         lengths = torch.tensor(list(map(len, selection if isinstance(selection, list) else [selection])))
         if self.gather is not None and self.config.span_scope == "kv_head":
             lengths = self.gather(lengths.to(self.device))

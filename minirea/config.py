@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from minirea.checks import integer
+from minirea.checks import integer, shown
 from minirea.errors import InputError
 
 MODES: Final = ("reattention", "streaming", "full")
@@ -154,6 +154,8 @@ class ReAttentionConfig:
         vote_size: so many neighbouring keys are one to the vote: a winner counts as the key in the middle of its block;
             1 counts every key by itself, as the paper does.
         decode_spans: winners kept after the vote of such a token; None means max_spans, which is the most it can be.
+        carry_votes: in such a token each layer adds its votes to those of the layers before it, and keeps the winners
+            by the sums; False lets every layer vote alone, as the paper does.
         dense_size: up to so many cached tokens a step attends to all of them, at least global_size + local_size, which
             is what None means. `for_context` sets it to what the scope can hold (`max_scope`).
 
@@ -173,6 +175,7 @@ class ReAttentionConfig:
     vote_window: int = 1
     vote_size: int = 1
     decode_spans: int = None  # type: ignore[assignment]
+    carry_votes: bool = False
     dense_size: int = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -198,6 +201,8 @@ class ReAttentionConfig:
             )
         if self.span_scope not in SPAN_SCOPES:
             raise InputError(f"span_scope is {self.span_scope!r}, expected one of {', '.join(SPAN_SCOPES)}")
+        if not isinstance(self.carry_votes, bool):
+            raise InputError(f"carry_votes is {shown(self.carry_votes)}, expected True or False")
         if self.max_scope > LARGEST_SIZE:
             raise InputError(f"{self._reach()}, expected at most {LARGEST_SIZE}")
 
@@ -205,9 +210,9 @@ class ReAttentionConfig:
     def for_context(cls, trained_context: int, **fields: Any) -> ReAttentionConfig:
         """The defaults for a model trained on `trained_context` tokens; `fields` that are not None override them."""
         given = {name: value for name, value in fields.items() if value is not None}
-        unknown = sorted(set(given) - set(_LOWEST) - {"span_scope"})
+        unknown = sorted(set(given) - set(SCOPE_FIELDS))
         if unknown:
-            raise InputError(f"unknown option {unknown[0]!r}, expected one of {', '.join([*_LOWEST, 'span_scope'])}")
+            raise InputError(f"unknown option {unknown[0]!r}, expected one of {', '.join(SCOPE_FIELDS)}")
         large = trained_context >= 32768
         # Few local tokens, few winners and half of the room that is left: see kernels/NOTEBOOK.md, 2026-11-26.
         values = {

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from minirea.config import ReAttentionConfig
 from minirea.kernels.reference import BLOCK, NO_KEY, choose_scope, locate, pack_score, rotate, unpack_index
+from minirea.kernels.votes import Votes
 from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix, num_groups, quantized_bytes
 from minirea.threads import thread_pool
 
@@ -313,6 +314,7 @@ def reattention(
     config: ReAttentionConfig,
     gather: Callable[[Tensor], Tensor] | None = None,
     attending: int | None = None,
+    votes: Votes | None = None,
 ) -> Tensor:
     """`minirea.kernels.reattention` of one chunk, beyond global_size + local_size tokens, with one vote for all heads.
 
@@ -322,7 +324,7 @@ def reattention(
     T, H, D = q_THD.shape
     G = len(k_cache_GND)
     q_GRD = q_THD.unflatten(1, (G, H // G)).transpose(0, 1).reshape(G, -1, D)
-    start_1P, offset_1P, length_1 = choose_scope(q_GRD, k_cache_GND, seq_len, config, score, gather)
+    start_1P, offset_1P, length_1 = choose_scope(q_GRD, k_cache_GND, seq_len, config, score, gather, votes)
     S = int(length_1)
     if attending is not None:
         T, q_THD = attending, q_THD[T - attending :]

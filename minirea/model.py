@@ -151,7 +151,8 @@ class Model:
         """Make room for a step of one chunk."""
         seq_len = cache.seq_len + len(ids_T)
         cache.reserve(seq_len)
-        return self.attention.step(seq_len, len(ids_T), chunk_size, horizon)
+        step = self.attention.step(seq_len, len(ids_T), chunk_size, horizon)
+        return self.attention.with_votes(step, cache.capacity)
 
     def _embed(self, ids_T: Tensor) -> Tensor:
         return F.embedding(ids_T, self.embed).to(self.dtype)

@@ -85,9 +85,9 @@ def _quantized_model_bytes(
 def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int, quantize: str | None = None) -> int:
     """What the largest step holds besides weights and cache: T tokens of a context of `num_tokens`.
 
-    An estimate, rather too high: activations as if none were freed within a block, twice where a graph of the step has
-    its own, logits, a part of a quantized matrix made wide, and the scratch of the fused kernel, or a scope's keys and
-    values, gathered and rotated, and a causal mask.
+    An estimate, rather too high: activations as if none were freed within a block and votes that add up, twice where a
+    graph of the step has its own, logits, a part of a quantized matrix made wide, and the scratch of the fused kernel,
+    or a scope's keys and values, gathered and rotated, and a causal mask.
     """
     c, scope = attention.model, attention.config
     T = min(max(map(attention.step_tokens, (scope.chunk_size, scope.tail_chunk_size))), num_tokens)
@@ -107,7 +107,9 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int, q
     # cos and sin, and those of a cache that grew to this one: all of them together have at most as many rows.
     tables = 2 * 2 * attention.table_rows(num_tokens) * c.head_dim // 2 * torch.float32.itemsize
     wide = _wide_bytes(attention, dtype, copies) if quantize else 0
-    return RESERVED[attention.device.type] + activations + logits + gathered + mask + tables + wide
+    votes = attention.new_votes(num_tokens, torch.device("meta")) if attention.carries_votes else ()
+    voted = copies * sum(tensor.nbytes for tensor in votes)
+    return RESERVED[attention.device.type] + activations + logits + gathered + mask + tables + wide + voted
 
 
 def _wide_bytes(attention: Attention, dtype: torch.dtype, copies: int) -> int:
@@ -124,11 +126,12 @@ def _scratch_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) ->
     steps = [(min(attention.step_tokens(size), num_tokens), size) for size in sizes]
     sizes_of_model = c.num_heads, c.num_kv_heads, c.head_dim, dtype
     ranks, decode, sketched = c.part.ranks if c.part else 1, scope.of_decode_step, attention.sketched
-    all_alike = decode is scope and not attention.recent_size
+    all_alike = decode is scope and not attention.recent_size and not attention.carries_votes
     sketched_here = sketched and all_alike
     scratch = scratch_bytes(*sizes_of_model, scope, num_tokens, steps, attention.device, ranks, sketched_here)
     if all_alike:
         return scratch
     voting = scope.vote_window if attention.recent_size else 1
-    own = scratch_bytes(*sizes_of_model, decode, num_tokens, [(voting, voting)], attention.device, ranks, sketched)
+    options = ranks, sketched, attention.carries_votes
+    own = scratch_bytes(*sizes_of_model, decode, num_tokens, [(voting, voting)], attention.device, *options)
     return scratch + own

@@ -140,6 +140,7 @@ class DecodeStep:
         if self.window > 1:
             recent_W = self.cache.recent_rows_at(self.seq_len, self.window)
             torch.index_select(self.cache.q_recent, 1, recent_W, out=self.q_LWHD)
+        step = model.attention.with_votes(self.step, self.cache.capacity)
         for i, layer in enumerate(model.layers):
             k_GND, v_GND = self.cache.k[i], self.cache.v[i]
             q_WHD = self.q_LWHD[i if self.window > 1 else 0]
@@ -147,7 +148,7 @@ class DecodeStep:
                 x_E, layer.attn_norm, layer.qkv, layer.qkv_bias, eps, self.seq_len, q_WHD[-1], k_GND, v_GND
             )
             attending = 1 if self.window > 1 else None
-            out_1HD = model.attention.over_cache(i, q_WHD, self.cache, self.step, attending)
+            out_1HD = model.attention.over_cache(i, q_WHD, self.cache, step, attending)
             self._add_product(out_1HD.view(-1), layer.o, layer.o_bias)
             kernels.norm_gate_up(x_E, layer.mlp_norm, layer.gate_up, layer.gate_up_bias, eps, self.act_F)
             self._add_product(self.act_F, layer.down, layer.down_bias)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from oracle import reattention_oracle
 
-from minirea.kernels import ReAttentionConfig
+from minirea.kernels import ReAttentionConfig, Votes, new_votes, reattention
 
 
 @dataclass
@@ -108,6 +108,34 @@ def random_case(seed: int, head_dims: tuple[int, ...] = (2, 8, 16, 20), longest_
         largest=r.choice([1, 2, 5]),
         seed=seed,
     )
+
+
+def votes_of(case: Case, num_layers: int) -> Votes:
+    """Before the first of so many layers."""
+    (T, H, _), (G, N, _) = case.q.shape, case.k_cache.shape
+    return new_votes(H, G, case.config, T, num_layers, N, case.q.device)
+
+
+def check_layers(case: Case, impl: str, num_layers: int = 3, attending: int = 1) -> None:
+    """Layers with other queries, each of which selects by the votes of those before it too."""
+    votes, eps = votes_of(case, num_layers), torch.finfo(case.q.dtype).eps
+    cast: list[dict[int, int]] = [{} for _ in votes.counts]
+    for layer in range(num_layers):
+        this = replace(case, q=case.q.roll(layer, -1))
+        out_THD, selection = reattention(
+            *this.arguments(), impl=impl, return_selection=True, attending=attending, votes=votes
+        )
+        exact_THD, scopes = reattention_oracle(*this.arguments(), attending=attending, votes=cast)
+        scopes = as_list(scopes)
+        assert [s.tolist() for s in as_list(selection)] == [s.tolist() for s in scopes]
+        limit = 2 * error(plain_attention(this, scopes)[-attending:], exact_THD) + eps
+        assert out_THD.shape == exact_THD.shape and error(out_THD, exact_THD) <= limit
+    for counts, num_votes, ballot in zip(votes.counts.tolist(), votes.num_votes.tolist(), cast, strict=True):
+        ballot = ballot if case.config.max_selected else {}
+        assert {j: count for j, count in enumerate(counts) if count} == ballot
+        if impl == "triton":
+            reached = [sum(count >= level for count in ballot.values()) for level in range(1, len(num_votes))]
+            assert num_votes == [0, *reached]
 
 
 def popular_keys_case() -> Case:

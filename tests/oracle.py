@@ -16,17 +16,20 @@ def reattention_oracle(
     sin: torch.Tensor,
     config: ReAttentionConfig,
     attending: int | None = None,
+    votes: list[dict[int, int]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor]]:
     """Section 3 word for word in float64, one head at a time, with sets instead of layouts.
 
-    Arguments as for `minirea.kernels.reattention`. Returns float64 [T, H, D] and the selection.
+    Arguments as for `minirea.kernels.reattention`; `votes` are positions and how many votes they had before, by ballot,
+    to which new ones are added. Returns float64 [T, H, D] and the selection.
     """
     T, H, D = q_THD.shape
     group = H // k_cache_GND.shape[0]
     q, k, v, cos, sin = (x.double() for x in (q_THD, k_cache_GND[:, :seq_len], v_cache_GND[:, :seq_len], cos, sin))
     by_head = config.span_scope == "kv_head"
     ballots = [range(g * group, g * group + group) for g in range(H // group)] if by_head else [range(H)]
-    scopes = [_oracle_scope(q, k, seq_len, heads, config) for heads in ballots]
+    votes = votes or [{} for _ in ballots]
+    scopes = [_oracle_scope(q, k, seq_len, heads, config, cast) for heads, cast in zip(ballots, votes, strict=True)]
     T = attending or T
     q = q[len(q) - T :]
 
@@ -43,14 +46,13 @@ def reattention_oracle(
 
 
 def _oracle_scope(
-    q: torch.Tensor, k: torch.Tensor, seq_len: int, heads: range, config: ReAttentionConfig
+    q: torch.Tensor, k: torch.Tensor, seq_len: int, heads: range, config: ReAttentionConfig, votes: dict[int, int]
 ) -> torch.Tensor:
-    """Steps 1 to 7: the cache positions that one ballot attends to, ascending."""
+    """Steps 1 to 7: the cache positions that one ballot attends to, ascending. Adds to the votes that it had."""
     if seq_len <= config.dense_size:
         return torch.arange(seq_len, device=q.device)
     mid_lo, mid_hi = config.global_size, seq_len - config.local_size
     group = q.shape[1] // k.shape[0]
-    votes: dict[int, int] = {}
     for h in heads:
         for score_n in q[:, h] @ k[h // group, mid_lo:mid_hi].T:
             for j in score_n.sort(descending=True, stable=True).indices[: config.span_top_k].tolist():

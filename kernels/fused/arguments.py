@@ -318,6 +318,7 @@ class ChunkSizes(Sizes):
 
     P_PAD: int
     PROGRAMS_PAD: int
+    CARRIES: bool  # votes are the caller's, and add up from launch to launch
     BLOCK_R: int = 64  # rows of the scope that are gathered at a time
     BLOCK_C: int = 1024  # counts that are read at a time
 

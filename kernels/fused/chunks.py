@@ -232,12 +232,14 @@ def elect_ballots(scratch, step, share, c: tl.constexpr):
         needed = votes_needed(scratch.num_votes + ballot * step.stride_votes, step.levels, step.max_spans, c.BLOCK_C)
         elect(scratch.counts + ballot * step.stride_counts, scratch.tally + 2 * ballot * step.programs,
               scratch.kept + ballot * c.P_PAD, scratch.num_kept + ballot, lo, hi, needed, step.max_spans, share.part,
-              share.parts, c.PROGRAMS_PAD, c.BLOCK_C)  # fmt: skip
+              share.parts, c.PROGRAMS_PAD, c.BLOCK_C, c.CARRIES)  # fmt: skip
 
 
 @triton.jit
 def lay_out_scopes(scratch, step, share, c: tl.constexpr):
-    """Steps 6 and 7: where the far rows of every scope lie. Zeroes the numbers of votes."""
+    """Steps 6 and 7: where the far rows of every scope lie. Zeroes the numbers of votes, unless later layers add
+    to them.
+    """
     for ballot in range(share.first_ballot, step.ballots, share.stride):
         _, _, chunk_n = chunk_at(ballot // c.BALLOTS, step)
         mid_hi = chunk_n - step.local_size
@@ -249,9 +251,10 @@ def lay_out_scopes(scratch, step, share, c: tl.constexpr):
                step.span_size, c.P_PAD)  # fmt: skip
         if share.part == 0:
             tl.store(scratch.num_far + ballot, num_far)
-            for first in range(0, step.levels + 1, c.BLOCK_C):
-                level = first + tl.arange(0, c.BLOCK_C)
-                tl.store(scratch.num_votes + ballot * step.stride_votes + level, 0, mask=level <= step.levels)
+            if not c.CARRIES:
+                for first in range(0, step.levels + 1, c.BLOCK_C):
+                    level = first + tl.arange(0, c.BLOCK_C)
+                    tl.store(scratch.num_votes + ballot * step.stride_votes + level, 0, mask=level <= step.levels)
 
 
 @triton.jit

@@ -34,6 +34,7 @@ from minirea.kernels.fused.sketch import sketch_kernel
 from minirea.kernels.launching import cdiv, launch_cooperatively
 from minirea.kernels.launching import next_power_of_2 as pad
 from minirea.kernels.sketch import Sketch, width
+from minirea.kernels.votes import Votes
 
 # Under TRITON_INTERPRET=1 programs run one after another, so there may be only one: a second could never arrive.
 INTERPRETED: Final = not isinstance(decode_kernel, triton.JITFunction)
@@ -254,6 +255,7 @@ def plan_chunks(
     chunk_size: int,
     capacity: int,
     work: Work = WHOLE,
+    carries: bool = False,
 ) -> ChunkPlan:
     """Sizes by the next powers of two, so that prompts of all lengths share few workspaces and kernels."""
     _, G, D, dtype, config, _ = layer
@@ -263,7 +265,7 @@ def plan_chunks(
     units = chunks * G * cdiv(rows, tiles.BLOCK_M)
     slices = chunk_slices(units, programs, MAX_CANDIDATES // pad(constants["K"]))
     spans_pad = pad(max(1, config.max_spans))
-    c = ChunkSizes(tiles, **constants, SLICES=slices, P_PAD=spans_pad, PROGRAMS_PAD=pad(programs))
+    c = ChunkSizes(tiles, **constants, SLICES=slices, P_PAD=spans_pad, PROGRAMS_PAD=pad(programs), CARRIES=carries)
     ballots = chunks * c.BALLOTS
     levels = rows * (c.VOTING_HEADS // c.BALLOTS) * config.span_top_k // max(1, config.max_spans)
     local_rows = config.dense_size + (chunks - 1) * chunk_size  # a dense chunk's are all
@@ -284,6 +286,8 @@ def plan_chunks(
         "selection": (torch.int64, (ballots, config.max_scope)),
         "num_far": (torch.int32, (ballots,)),
     }
+    if carries:  # the caller's are used
+        shapes |= dict.fromkeys(Votes._fields, (torch.int32, (1,)))
     return ChunkPlan(c, programs, levels, local_rows, far_rows, _needed(shapes, work))
 
 
@@ -299,6 +303,7 @@ def reattention_triton(
     chunk_size: int | None = None,
     gather: Gather | None = None,
     sketch: Sketch | None = None,
+    votes: Votes | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
     """Arguments and results are those of `minirea.kernels.reattention`. A token or a chunk is one launch, and in half
@@ -323,7 +328,7 @@ def reattention_triton(
         layer = Layer.of(q_THD, k_cache_GND, config, gather)
         if sketch is not None and T == 1:
             layer.check_sketched()
-        if layer.decodes(T):
+        if layer.decodes(T) and votes is None:
             scratch = launch_decode(
                 q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, rope, config, tiles, gather, sketch
             )
@@ -332,7 +337,7 @@ def reattention_triton(
                 n = seq_len - (T - stop) if stop < T else seq_len
                 queries, outputs = q_THD[start:stop], out_THD[start:stop]
                 scratch = launch_chunks(
-                    queries, k_cache_GND, v_cache_GND, outputs, n, rope, config, tiles, size, gather
+                    queries, k_cache_GND, v_cache_GND, outputs, n, rope, config, tiles, size, gather, votes
                 )
     if not return_selection:
         return out_THD, None
@@ -424,17 +429,21 @@ def launch_chunks(
     tiles: Tiles | None,
     chunk_size: int,
     gather: Gather | None = None,
+    votes: Votes | None = None,
 ) -> ChunkScratch:
     """Chunks of chunk_size queries, the last of which may be shorter; returns the scratch that they used."""
     (T, H, _), N, device = q_THD.shape, k_cache_GND.shape[1], q_THD.device
     layer = Layer.of(q_THD, k_cache_GND, config, gather)
     tiles = tiles or chunk_tiles(layer.block_d, layer.dtype.itemsize)
-    chunks, in_memory = cdiv(T, chunk_size), isinstance(seq_len, torch.Tensor)
+    chunks, in_memory, carries = cdiv(T, chunk_size), isinstance(seq_len, torch.Tensor), votes is not None
 
     def do(work: Work, out: torch.Tensor, winners: torch.Tensor | None = None) -> ChunkScratch:
-        plan = plan_chunks(layer, tiles, num_programs(device, tiles), in_memory, chunks, chunk_size, N, work)
-        key = ("chunks", tiles, layer, pad(chunks), pad(chunk_size), pad(N), *work)
+        plan = plan_chunks(layer, tiles, num_programs(device, tiles), in_memory, chunks, chunk_size, N, work, carries)
+        key = ("chunks", tiles, layer, pad(chunks), pad(chunk_size), pad(N), *work, carries)
         scratch: ChunkScratch = scratch_of(ChunkScratch, key, plan.scratch, device)
+        levels = plan.levels
+        if votes is not None:
+            scratch, levels = scratch._replace(**votes._asdict()), votes.num_votes.shape[1] - 1
         launch(
             chunk_kernel,
             plan.programs,
@@ -451,7 +460,7 @@ def launch_chunks(
             T=T,
             chunks=chunks,
             chunk_size=chunk_size,
-            levels=plan.levels,
+            levels=levels,
             local_rows=plan.local_rows,
             far_rows=plan.far_rows,
             **varying_sizes(config),
@@ -547,13 +556,18 @@ def scopes_of(scratch: DecodeScratch | ChunkScratch, seq_len: int, config: ReAtt
 
 
 def scratch_bytes(
-    layer: Layer, capacity: int, steps: Iterable[tuple[int, int]], device: torch.device, sketched: bool = False
+    layer: Layer,
+    capacity: int,
+    steps: Iterable[tuple[int, int]],
+    device: torch.device,
+    sketched: bool = False,
+    carries: bool = False,
 ) -> int:
     """Bytes of scratch that steps keep on one stream; see `minirea.kernels`."""
     lengths = [(T, chunk_size) for longest, chunk_size in steps for T in range(1, longest + 1)]
     scratches = []
     works = (WHOLE,) if layer.ranks == 1 else (SEARCH, ATTEND)
-    if any(layer.decodes(T) for T, _ in lengths):
+    if any(layer.decodes(T) for T, _ in lengths) and not carries:
         tiles = decode_tiles(layer.group, layer.block_d, layer.dtype.itemsize)
         programs = num_programs(device, tiles)
         plans = [plan_decode(layer, tiles, programs, True, work) for work in works]
@@ -564,13 +578,13 @@ def scratch_bytes(
     launches = {
         (pad(cdiv(stop - start, size)), pad(size))
         for T, chunk_size in lengths
-        if not layer.decodes(T)
+        if carries or not layer.decodes(T)
         for start, stop, size in cut(T, chunk_size, layer.dtype)
     }
     for chunks, chunk_size in launches:
         sizes = chunks, chunk_size, capacity
         programs = num_programs(device, tiles)
-        scratches += [plan_chunks(layer, tiles, programs, True, *sizes, work).scratch for work in works]
+        scratches += [plan_chunks(layer, tiles, programs, True, *sizes, work, carries).scratch for work in works]
     own = [size for scratch in scratches for name, size in scratch.items() if name not in PASSING]
     shared = {(name, size) for scratch in scratches for name, size in scratch.items() if name in PASSING}
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in [*own, *(size for _, size in shared)])

@@ -119,12 +119,13 @@ def tally(counts_ptr, tally_ptr, lo, hi, needed, BLOCK_C: tl.constexpr):
 @triton.jit
 def elect(
     counts_ptr, tally_ptr, kept_ptr, num_kept_ptr, lo, hi, needed, max_spans, part, parts,
-    PARTS_PAD: tl.constexpr, BLOCK_C: tl.constexpr,
+    PARTS_PAD: tl.constexpr, BLOCK_C: tl.constexpr, CARRIES: tl.constexpr,
 ):  # fmt: skip
     """Write the kept positions of [lo, hi), which is one part of the middle, ascending, to their places in kept_ptr.
 
     All positions with more than the needed votes are kept, and of those with exactly the needed ones the lowest, as
-    many as there is room for. The tallies of the parts before this one tell where to go on. Zeroes the counts.
+    many as there is room for. The tallies of the parts before this one tell where to go on. Zeroes the counts, unless
+    later layers go on with them.
     """
     offs_part = tl.arange(0, PARTS_PAD)
     present = offs_part < parts
@@ -142,7 +143,10 @@ def elect(
         tied = ((votes == needed) & (votes > 0)).to(tl.int32)
         keep = (votes > needed) | ((tied > 0) & (exactly_before + tl.cumsum(tied, axis=0) <= room))
         index = place + tl.cumsum(keep.to(tl.int32), axis=0) - 1
-        tl.store(kept_ptr + index, position, mask=keep)
-        tl.store(counts_ptr + position, 0, mask=votes > 0)
+        if CARRIES:  # if the caller let more votes add up than there are levels, there is no room for all
+            tl.store(kept_ptr + index, position, mask=keep & (index >= 0))
+        else:
+            tl.store(kept_ptr + index, position, mask=keep)
+            tl.store(counts_ptr + position, 0, mask=votes > 0)
         exactly_before += tl.sum(tied, axis=0)
         place += tl.sum(keep.to(tl.int32), axis=0)

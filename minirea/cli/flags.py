@@ -130,6 +130,8 @@ def add_scope(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     add("--vote-window", type=int, metavar="N", help=window)
     add("--vote-size", type=int, metavar="N", help="neighbouring tokens that are one to a vote (default: 1)")
     add("--decode-spans", type=int, metavar="N", help="--max-spans of the answer's tokens (default: the same)")
+    carry = "votes of an answer's tokens add up from layer to layer (default: no)"
+    add("--carry-votes", action=argparse.BooleanOptionalAction, help=carry)
     add("--dense-size", type=int, metavar="N", help="see all of so many tokens (default: what the scope can hold)")
     add("--allow-out-of-distribution", action="store_true", help="let the scope exceed the trained context")
     return add

@@ -16,12 +16,14 @@ from kernel_cases import (
     Case,
     as_list,
     check_chunks,
+    check_layers,
     error,
     make_case,
     plain_attention,
     popular_keys_case,
     random_case,
     rope_table,
+    votes_of,
 )
 
 from minirea.errors import InputError
@@ -83,6 +85,32 @@ def test_queries_that_only_vote() -> None:
         assert out_THD.shape == (1, *case.q.shape[1:])
         limit = 2 * error(plain_attention(case, scopes), exact_THD) + torch.finfo(torch.float32).eps
         assert error(out_THD, exact_THD[-1:]) <= limit
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_votes_of_earlier_layers_count(seed: int) -> None:
+    """Whatever a decode step would be launched as, and dense or with nothing to select too."""
+    check_layers(random_case(seed, head_dims=(8, 16), longest_middle=120), "triton")
+    for span_scope in ("layer", "kv_head"):
+        config = ReAttentionConfig(3, 20, 2, 8, 3, span_scope=span_scope, vote_size=(1, 8)[seed % 2])
+        check_layers(make_case(config, 200, T=(1, 5)[seed // 2], seed=seed), "triton")
+
+
+def test_votes_that_were_not_zeroed_stay_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More votes than there are levels: still max_spans spans, of the middle, and nothing is written beside them."""
+    monkeypatch.setattr(launch, "_workspaces", {})
+    guarded, scratch_of = torch.full((50,), -7, dtype=torch.int32), launch.scratch_of
+    kept = guarded[20:22].view(1, 2)
+    monkeypatch.setattr(launch, "scratch_of", lambda *args: scratch_of(*args)._replace(kept=kept))
+    case = make_case(ReAttentionConfig(3, 50, 4, 2, 2), 60, T=4)
+    votes = votes_of(case, 1)
+    for layer in range(9):
+        case.q = case.q.roll(layer, -1)
+        _, selection = reattention(*case.arguments(), impl="triton", return_selection=True, votes=votes)
+        assert torch.equal(selection[:3], torch.arange(3)) and torch.equal(selection[-50:], torch.arange(10, 60))
+        assert torch.all(selection.diff() > 0) and 55 <= len(selection) <= 57
+    assert votes.num_votes[0, -1] > 2
+    assert torch.all(guarded[:20] == -7) and torch.all(guarded[22:] == -7)
 
 
 @pytest.mark.parametrize("head_dim", [80, 96, 256])

@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import as_list, error, make_case, plain_attention, random_case
+from kernel_cases import as_list, check_layers, error, make_case, plain_attention, random_case, votes_of
 from oracle import reattention_oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minirea.errors import InputError
-from minirea.kernels import ReAttentionConfig, reattention, reference
+from minirea.kernels import ReAttentionConfig, new_sketch, reattention, reference
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +127,53 @@ def test_more_attending_queries_than_there_are(attending: int) -> None:
     case = make_case(ReAttentionConfig(2, 4, 4, 8, 5), 80, T=3)
     with pytest.raises(InputError, match=f"attending is {attending}, expected 1 to 3"):
         reattention(*case.arguments(), impl="torch", attending=attending)
+
+
+def test_votes_of_earlier_layers_count() -> None:
+    for seed in range(80):
+        case = random_case(seed)
+        for attending in {1, len(case.q)}:
+            check_layers(case, "torch", attending=attending)
+
+
+def test_a_key_of_several_layers_wins_against_one_of_the_last() -> None:
+    """Two heads of the second layer agree on a key that none wanted before; one of each layer wants another."""
+    config = ReAttentionConfig(1, 4, 1, 2, 1)
+    case = make_case(config, 90, H=3, G=3, D=16)
+    case.k_cache[:, :90] = 0.0
+    votes, selected = votes_of(case, 2), []
+    for wanted in ((40, 50, 60), (70, 70, 60)):
+        case.k_cache[:, 5:86] = 0.0
+        for g, j in enumerate(wanted):
+            case.k_cache[g, j] = case.q[0, g]
+        for one in (None, votes):
+            _, selection = reattention(*case.arguments(), impl="torch", return_selection=True, votes=one)
+            selected.append(selection[1:-4].tolist())
+    assert selected == [[39, 40], [39, 40], [69, 70], [59, 60]]
+
+
+def test_votes_that_do_not_fit() -> None:
+    case = make_case(ReAttentionConfig(2, 4, 4, 8, 5), 80, T=3, capacity=90)
+    votes = votes_of(case, 1)
+    for impl in ("torch", "triton"):
+        for bad, message in (
+            (votes._replace(counts=votes.counts[:, :89]), r"votes.counts is torch.int32 \[1, 89\], .* \[1, 96\] or"),
+            (votes._replace(counts=votes.counts.long()), "votes.counts is torch.int64"),
+            (votes._replace(counts=votes.counts.expand(2, -1)), r"votes.counts is torch.int32 \[2, 96\], not contig"),
+            (votes._replace(counts=votes.counts[0]), r"votes.counts is torch.int32 \[96\]"),
+            (
+                votes._replace(num_votes=votes.num_votes[:, 1:]),
+                r"num_votes is .*\[1, 9\], expected .* \[1, 10\] or longer",
+            ),
+            (votes._replace(num_votes=votes.num_votes.to("meta")), "votes.num_votes is on meta, expected cpu"),
+        ):
+            with pytest.raises(InputError, match=message):
+                reattention(*case.arguments(), impl=impl, votes=bad)
+        with pytest.raises(InputError, match="chunk_size is 2, expected at least the 3 queries of a step with votes"):
+            reattention(*case.arguments(), impl=impl, chunk_size=2, votes=votes)
+        sketch = new_sketch(2, 16, 90, case.q.device)
+        with pytest.raises(InputError, match="both sketch and votes are given, expected one"):
+            reattention(*case.arguments(), impl=impl, sketch=sketch, votes=votes)
 
 
 @pytest.mark.parametrize("vote_size", [2, 16, 1000])

@@ -29,6 +29,7 @@ from minirea.weights import load_weights
 SCOPE = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5, "chunk_size": 16}
 SCOPE |= {"dense_size": 28}
 VOTES = {"vote_window": 3, "vote_size": 4, "decode_spans": 2}
+CARRIED = {"carry_votes": True}
 # Programs are slow to interpret: the fewer rows, the better.
 SMALL = {"hidden_size": 32, "intermediate_size": 20, "vocab_size": 40, "head_dim": 8}
 VARIANTS: list[dict[str, Any]] = [
@@ -51,7 +52,11 @@ def triton_model(directory: Path, llm: minirea.LLM, dtype: torch.dtype = torch.f
 
 @pytest.mark.parametrize(
     ("fields", "prompt_tokens", "votes"),
-    [*zip(VARIANTS, (1, 26, 60), ({}, {}, {}), strict=True), ({}, 26, VOTES), ({}, 60, VOTES)],
+    [
+        *zip(VARIANTS, (1, 26, 60), ({}, {}, {}), strict=True),
+        *(({}, 26, VOTES), ({}, 60, VOTES)),
+        *(({}, 26, CARRIED), ({}, 60, VOTES | CARRIED)),
+    ],
 )
 @torch.inference_mode()
 def test_steps_give_the_tokens_of_the_torch_path(
