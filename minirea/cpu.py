@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minirea.config import ReAttentionConfig
-from minirea.kernels.reference import BLOCK, NO_KEY, choose_scope, locate, pack_score, rotate, unpack_index
+from minirea.kernels.reference import BLOCK, choose_scope, locate, rotate
 from minirea.kernels.votes import Votes
 from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix, num_groups, quantized_bytes
 from minirea.threads import thread_pool
@@ -39,6 +39,7 @@ _ZERO: Final = torch.zeros((), dtype=torch.float32, device="cpu")
 _TILE: Final = 1024  # keys that are rotated and multiplied by while they are in the processor's cache
 _SCORES: Final = 1 << 21  # held at a time
 _SCORE_ROWS: Final = 128  # in so many rows at most
+_FEW_WINNERS: Final = 8  # of a row, up to which a search for each is faster than a sort
 _LARGEST: Final = torch.finfo(torch.float32).max
 _FLASH: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # also gives the sums of exponentials
 
@@ -75,18 +76,21 @@ class PackedPlanes:
     def __init__(self, packed: Tensor, scale_offset: Tensor, shape: tuple[int, int], bits: int) -> None:
         self.packed, self.scale_offset, self.shape, self.bits = packed, scale_offset, shape, bits
         self.columns = packed.shape[1] // (bits // 4)
+        self._rows = packed.view(-1, packed.shape[1] // 2)  # the shape that the product takes
 
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes + self.scale_offset.nbytes
 
     def multiply(self, x_TK: Tensor) -> Tensor:
-        """x_TK times the matrix transposed, float32 [T, N]."""
+        """x_TK times the matrix transposed, [T, N]: of few rows in bfloat16, of more in float32."""
+        (N, K), (blocks, _, half) = self.shape, self.packed.shape
+        if self.columns > K:
+            x_TK = F.pad(x_TK, (0, self.columns - K))
         if len(x_TK) <= _FEW_ROWS:
             return self._multiply_few(x_TK)
-        (N, K), (blocks, _, half) = self.shape, self.packed.shape
         dtype = torch.bfloat16 if _has_tiles() else torch.float32
-        x_TC = F.pad(x_TK, (0, self.columns - K)).to(dtype)
+        x_TC = x_TK.to(dtype)
         out_TN = torch.empty(len(x_TK), N)
         step = max(1, PLANES_WIDENED_AT_ONCE // (self.columns * 2 * half))
         for first in range(0, blocks, step):
@@ -95,17 +99,13 @@ class PackedPlanes:
             out_TN[:, rows] = (x_TC @ wide_CN)[:, : rows.stop - rows.start]
         return out_TN
 
-    def _multiply_few(self, x_TK: Tensor) -> Tensor:
-        """Of rows up to _FEW_ROWS; x_TK once for each plane, rounded on the way."""
-        (N, K), T = self.shape, len(x_TK)
-        planes = self.bits // 4
-        make = torch.empty if self.columns == K else torch.zeros
-        x_TPC = make(T, planes, self.columns, dtype=torch.bfloat16)
-        x_TPC[:, :, :K] = x_TK[:, None]
-        packed_NC = self.packed.view(-1, planes * self.columns // 2)
-        size = GROUP_SIZE[self.bits]
-        out_TR = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TPC.flatten(1), packed_NC, size, self.scale_offset)
-        return out_TR[:, :N].float()
+    def _multiply_few(self, x_TC: Tensor) -> Tensor:
+        """Of up to _FEW_ROWS rows. As few operations as can be: a small matrix takes hardly longer than they do."""
+        if self.bits == 8:
+            x_TC = torch.cat((x_TC, x_TC), 1)
+        size, N = GROUP_SIZE[self.bits], self.shape[0]
+        out_TR = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TC.bfloat16(), self._rows, size, self.scale_offset)
+        return out_TR if out_TR.shape[1] == N else out_TR[:, :N].contiguous()
 
     def _widen(self, first: int, stop: int) -> Tensor:
         """Blocks [first, stop) of rows as columns, float32 [columns, rows]."""
@@ -355,11 +355,11 @@ def score(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top
     rows = min(R, _SCORE_ROWS)
     heads = min(G, _SCORE_ROWS // rows)  # of a decode step all: their operations are then one
     keys = max(_SCORES // (heads * rows) // BLOCK, 1) * BLOCK
-    best_GRK = torch.full((G, R, K), NO_KEY)
+    best_GRK = torch.empty(G, R, K, dtype=torch.int64)
     buffer = torch.empty(heads * rows * (min(keys, mid_hi - mid_lo) + BLOCK), dtype=torch.float32)
     for g, first in itertools.product(range(0, G, heads), range(0, R, rows)):
         part = slice(g, g + heads), slice(first, first + rows)
-        q_HRD, best_HRK = q_GRD[part], best_GRK[part]
+        q_HRD, tiles = q_GRD[part], []
         num_rows = q_HRD[..., 0].numel()
         for lo in range(mid_lo, mid_hi, keys):
             k_HND = k_cache_GND[part[0], lo : min(lo + keys, mid_hi)]
@@ -368,22 +368,38 @@ def score(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top
             score_HRN = buffer[: num_rows * blocks * BLOCK].view(*q_HRD.shape[:2], -1)
             torch.bmm(q_HRD, k_HND.mT, out=score_HRN[..., :N])
             score_HRN[..., N:] = -torch.inf
-            found = _best_of_tile(score_HRN.view(num_rows, blocks, BLOCK), lo, K).view(*q_HRD.shape[:2], -1)
-            best_HRK.copy_(torch.cat([best_HRK, found], -1).topk(K).values)
-    return unpack_index(best_GRK)
+            tiles.append(_best_of_tile(score_HRN.view(num_rows, blocks, BLOCK), lo, K))
+        score_PC, offs_PC = (torch.cat(parts, 1) for parts in zip(*tiles, strict=True))
+        if len(tiles) > 1:
+            offs_PC = offs_PC.gather(1, _largest(score_PC, K)[1])
+        best_GRK[part] = offs_PC.view(*q_HRD.shape[:2], K)
+    return best_GRK
 
 
-def _best_of_tile(score_RNM: Tensor, lo: int, num_winners: int) -> Tensor:
-    """The packed best scores of each row, int64 [R, at most K blocks of M]; the K best are among them.
+def _best_of_tile(score_RNM: Tensor, lo: int, num_winners: int) -> tuple[Tensor, Tensor]:
+    """The best scores of each row and their cache positions, [R, up to K]: the lower position first among equals.
 
     A winner outside the K blocks with the largest maxima would have K better keys before it.
     """
     R, N, M = score_RNM.shape
-    block_RK = unpack_index(pack_score(score_RNM.amax(-1), torch.arange(N)).topk(min(num_winners, N)).values)
+    block_RK = _largest(score_RNM.amax(-1), num_winners)[1].sort(1).values
     rows = (block_RK + torch.arange(0, R * N, N)[:, None]).flatten()
     score_RC = score_RNM.view(R * N, M).index_select(0, rows).view(R, -1)
-    offs_RC = (block_RK[..., None] * M + torch.arange(lo, lo + M)).flatten(1)
-    return pack_score(score_RC, offs_RC)
+    best_RK, at_RK = _largest(score_RC, num_winners)
+    return best_RK, block_RK.gather(1, at_RK // M).mul_(M).add_(at_RK % M).add_(lo)
+
+
+def _largest(x_RN: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row, or all, and where they are: the first of equals first. Overwrites x."""
+    count = min(count, x_RN.shape[1])
+    if count > _FEW_WINNERS:
+        values_RN, index_RN = x_RN.sort(dim=1, descending=True, stable=True)
+        return values_RN[:, :count], index_RN[:, :count]
+    found = []
+    for _ in range(count):
+        found.append(x_RN.max(1, keepdim=True))  # the first of equals
+        x_RN.scatter_(1, found[-1].indices, -torch.inf)
+    return torch.cat([best.values for best in found], 1), torch.cat([best.indices for best in found], 1)
 
 
 def _rotated(x_GND: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
@@ -398,12 +414,16 @@ def _rotated(x_GND: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
 def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, factor: float = 1.0) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight * factor per row.
 
-    torch composes its own of nine operations on a CPU. One float32 row takes two: its mean square as a number, which
-    costs no wait where there is no device to wait for, and 0 + x * weight * number as one operation.
+    torch composes its own of nine operations on a CPU, twice as slow. One float32 row takes two: its mean square as a
+    number, which costs no wait where there is no device to wait for, and 0 + x * weight * number as one operation.
     """
-    if x_TE.shape[0] > 1 or x_TE.dtype != torch.float32:
+    if x_TE.dtype != torch.float32:
         out_TE = F.rms_norm(x_TE, weight_E.shape, weight_E, eps)
         return out_TE if factor == 1 else out_TE.mul_(factor)
+    T, E = x_TE.shape
+    if T > 1:
+        mean_T1 = torch.linalg.vector_norm(x_TE, dim=1, keepdim=True).square_().div_(E)
+        return x_TE.mul(mean_T1.add_(eps).rsqrt_().mul_(factor).clamp_(max=_LARGEST)).mul_(weight_E)
     x_E = x_TE[0]
-    inverse = (torch.dot(x_E, x_E).item() / len(x_E) + eps) ** -0.5
+    inverse = (torch.dot(x_E, x_E).item() / E + eps) ** -0.5
     return torch.addcmul(_ZERO, x_TE, weight_E, value=min(inverse * factor, _LARGEST))

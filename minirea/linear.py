@@ -38,8 +38,10 @@ def add_linear(
     sum_TN: Tensor, x_TK: Tensor, matrix_NK: Matrix, bias_N: Tensor | None = None, kernels: ModuleType = twins
 ) -> None:
     """sum_TN += linear(...), by a product that ends in the sum where there is one: one rounding, no pass of its own."""
-    if bias_N is not None or isinstance(matrix_NK, PackedPlanes | QuantizedMatrix):
+    if bias_N is not None or isinstance(matrix_NK, QuantizedMatrix):
         sum_TN += linear(x_TK, matrix_NK, bias_N, kernels)
+    elif isinstance(matrix_NK, PackedPlanes):
+        sum_TN += matrix_NK.multiply(x_TK)
     elif isinstance(matrix_NK, PackedMatrix):
         sum_TN.add_(matrix_NK.multiply(x_TK), alpha=matrix_NK.inverse_scale)
     else:

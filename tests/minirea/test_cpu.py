@@ -209,7 +209,7 @@ def test_winners_of_integers_are_the_reference_s(
     generator = torch.Generator().manual_seed(hi + rows)
     q = torch.randint(-1, 2, (2, rows, 4), generator=generator).float()
     k = torch.randint(-1, 2, (2, 1100, 4), generator=generator).float()
-    for span_top_k in (1, 4, 7):
+    for span_top_k in (1, 4, 7, 12):
         assert torch.equal(cpu.score(q, k, lo, hi, span_top_k), score_rows(q, k, lo, hi, span_top_k))
 
 
@@ -249,9 +249,10 @@ def test_the_norm_of_zeros_is_zeros_whatever_the_scale_of_the_matrix(rows: int) 
     assert torch.equal(norm_linear(torch.zeros(rows, 8), torch.ones(8), 1e-20, matrix), torch.zeros(rows, 4))
 
 
-def test_rms_norm_passes_on_what_is_not_finite() -> None:
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rms_norm_passes_on_what_is_not_finite(rows: int) -> None:
     for value in (torch.nan, torch.inf):
-        x = torch.ones(1, 8)
+        x = torch.ones(rows, 8)
         x[0, 3] = value
         assert rms_norm(x, torch.ones(8), 1e-5).isnan().any()
 
