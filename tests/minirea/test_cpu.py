@@ -199,7 +199,7 @@ def test_attend_causal(queries: int, keys: int, scale: float, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("scores_at_a_time", [1, 2000, 1 << 21])
-@pytest.mark.parametrize("rows", [1, 3, 130])
+@pytest.mark.parametrize("rows", [1, 3, 50, 130])
 @pytest.mark.parametrize(("lo", "hi"), [(5, 6), (5, 8), (4, 68), (3, 400), (64, 1000)])
 def test_winners_of_integers_are_the_reference_s(
     lo: int, hi: int, rows: int, scores_at_a_time: int, monkeypatch: pytest.MonkeyPatch
@@ -207,8 +207,8 @@ def test_winners_of_integers_are_the_reference_s(
     """Scores of few values: nearly all tie, within blocks, across them and across tiles, and the lowest key wins."""
     monkeypatch.setattr(cpu, "_SCORES", scores_at_a_time)
     generator = torch.Generator().manual_seed(hi + rows)
-    q = torch.randint(-1, 2, (2, rows, 4), generator=generator).float()
-    k = torch.randint(-1, 2, (2, 1100, 4), generator=generator).float()
+    q = torch.randint(-1, 2, (3, rows, 4), generator=generator).float()
+    k = torch.randint(-1, 2, (3, 1100, 4), generator=generator).float()
     for span_top_k in (1, 4, 7, 12):
         assert torch.equal(cpu.score(q, k, lo, hi, span_top_k), score_rows(q, k, lo, hi, span_top_k))
 
