@@ -213,12 +213,12 @@ class ReAttentionConfig:
         unknown = sorted(set(given) - set(SCOPE_FIELDS))
         if unknown:
             raise InputError(f"unknown option {unknown[0]!r}, expected one of {', '.join(SCOPE_FIELDS)}")
-        large = trained_context >= 32768
+        large, medium = trained_context >= 32768, 4096 <= trained_context < 32768
         # Few local tokens, few winners and half of the room that is left: see kernels/NOTEBOOK.md, 2026-11-26.
         values = {
             "global_size": 32 if large else min(32, trained_context // 64),
             "local_size": 8192 if large else max(1, min(trained_context // 4, max(512, trained_context // 8))),
-            "span_top_k": 2 if 4096 <= trained_context < 32768 else 4,
+            "span_top_k": 2 if medium else 4,
             "span_size": 32,
         } | given
         # Names a bad value before it is used in arithmetic.
@@ -227,6 +227,9 @@ class ReAttentionConfig:
         values.setdefault(
             "max_spans", (min(room, 256 * values["span_size"]) if large else room // 2) // values["span_size"]
         )
+        if medium:  # an answer's tokens vote together, over all layers, for few spans (the same entry)
+            votes = {"vote_window": min(8, values["local_size"]), "vote_size": values["span_size"], "carry_votes": True}
+            values = votes | {"decode_spans": min(16, values["max_spans"])} | values
         sparse = cls(**values)
         return sparse if "dense_size" in given else dataclasses.replace(sparse, dense_size=sparse.max_scope)
 

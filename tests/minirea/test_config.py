@@ -26,6 +26,15 @@ def test_defaults_follow_the_trained_context(trained: int, expected: tuple[int, 
     assert (c.span_top_k, c.span_size, c.span_scope) == (2 if trained == 8192 else 4, 32, "layer")
     assert c.max_scope == c.dense_size == bound <= trained
     assert (c.tail_size, c.tail_chunk_size) == (TAIL_SIZE, TAIL_CHUNK_SIZE)
+    votes = (8, 32, 16, True) if trained == 8192 else (1, 1, c.max_spans, False)
+    assert (c.vote_window, c.vote_size, c.decode_spans, c.carry_votes) == votes
+
+
+def test_defaults_of_votes_follow_the_sizes_that_are_given() -> None:
+    c = ReAttentionConfig.for_context(8192, local_size=4, span_size=16, max_spans=3)
+    assert (c.vote_window, c.vote_size, c.decode_spans, c.carry_votes) == (4, 16, 3, True)
+    c = ReAttentionConfig.for_context(8192, vote_window=1, vote_size=1, decode_spans=111, carry_votes=False)
+    assert (c.vote_window, c.vote_size, c.decode_spans, c.carry_votes) == (1, 1, 111, False)
 
 
 def test_fields_that_follow_from_others() -> None:
