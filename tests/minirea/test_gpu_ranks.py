@@ -42,11 +42,15 @@ def test_the_demo_models_text_is_that_of_one_gpu() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_mode_and_sampling(tmp_path: Path, dtype: str) -> None:
-    """Half precision rounds partial sums elsewhere, so there only runs of the same kind are compared."""
-    path = write_checkpoint(tmp_path, tiny_model(attention_bias=True, mlp_bias=True))
+    """Half precision rounds partial sums elsewhere, so there only runs of the same kind are compared.
+
+    No token is in the prompt twice: the keys of equal ones are equal in the first layer but for rounding, which
+    depends on how many rows a product has, and so on the number of ranks.
+    """
+    path = write_checkpoint(tmp_path, tiny_model(attention_bias=True, mlp_bias=True, vocab_size=1000))
     one, two = (minirea.load(path, dtype=dtype, gpus=gpus, **SCOPE) for gpus in (1, 2))
     expected_of = one if dtype == "float32" else two
-    ids = random_ids(150)
+    ids = (torch.randperm(997, generator=torch.Generator().manual_seed(0)) + 3)[:150].tolist()
     for mode, span_scope in (("reattention", "layer"), ("reattention", "kv_head"), ("streaming", None), ("full", None)):
         for options in ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}):
             scope = SCOPE | {"span_scope": span_scope}
