@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import Case, check_chunks, error, make_case, plain_attention
+from kernel_cases import Case, as_list, check_chunks, error, make_case, plain_attention, votes_of
+from oracle import reattention_oracle
 from sketch_cases import real_case, sketch_of
 from triton.runtime import interpreter
 
@@ -121,6 +122,28 @@ def test_chunk_barriers(monkeypatch: pytest.MonkeyPatch, span_scope: str) -> Non
     config = ReAttentionConfig(2, 8, 3, 4, 5, span_scope=span_scope)
     case = make_case(config, 200, T=6, H=4, G=2, D=16, largest=2)
     check_growing(monkeypatch, case, 5, (60, 66, 9, 200))
+
+
+@pytest.mark.parametrize(("span_scope", "T", "programs"), [("layer", 1, 5), ("layer", 5, 4), ("kv_head", 5, 3)])
+def test_votes_that_add_up(monkeypatch: pytest.MonkeyPatch, span_scope: str, T: int, programs: int) -> None:
+    """From layer to layer of a step; the next one begins with zeros again. One query, as a decode step has, or more."""
+    launching._workspaces.clear()
+    config = ReAttentionConfig(2, 8, 3, 4, 4, span_scope=span_scope, vote_size=4)
+    case = make_case(config, 170, T=T, H=6, G=2, D=16, largest=2)
+    votes = votes_of(case, 3)
+    for seq_len in (170, 150):
+        cast: list[dict[int, int]] = [{} for _ in votes.counts]
+        for tensor in votes:
+            tensor.zero_()
+        for layer in range(3):
+            this = replace(case, q=case.q.roll(layer, -1), seq_len=seq_len)
+            out_THD = torch.full_like(case.q, torch.nan).share_memory_()
+            arguments = (*tensors(this), out_THD, seq_len, Rope(case.cos, case.sin), config, None, T, None, votes)
+            workspace = launch(monkeypatch, launching.launch_chunks, programs, arguments)
+            exact_THD, selection = reattention_oracle(*this.arguments(), votes=cast)
+            found, scopes = launching.scopes_of(workspace, seq_len, config), as_list(selection)
+            assert [s.tolist() for s in found] == [s.tolist() for s in scopes]
+            assert error(out_THD, exact_THD) <= 2 * error(plain_attention(this, scopes), exact_THD) + 1e-7
 
 
 @pytest.mark.parametrize(("span_scope", "programs"), [("layer", 5), ("kv_head", 7), ("kv_head", 4)])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from kernel_cases import Case, as_list, make_case, random_case, rope_table
+from kernel_cases import Case, as_list, make_case, random_case, rope_table, votes_of
 
-from minirea.kernels import Gather, ReAttentionConfig, reattention
+from minirea.kernels import Gather, ReAttentionConfig, Votes, new_votes, reattention
 from minirea.kernels.fused import launch
 
 
@@ -17,8 +18,11 @@ class _NotYetGathered(Exception):  # noqa: N818
     pass
 
 
-def on_ranks(case: Case, ranks: int, impl: str, **options: Any) -> list[Any]:
-    """What `reattention` returns on each rank. All go up to where they gather, then all go on from there."""
+def on_ranks(case: Case, ranks: int, impl: str, votes: Sequence[Votes] = (), **options: Any) -> list[Any]:
+    """What `reattention` returns on each rank. All go up to where they gather, then all go on from there.
+
+    `votes` are those of each rank, if any.
+    """
     gathered: list[torch.Tensor] = []
     while True:
         found, given = [], []
@@ -33,6 +37,7 @@ def on_ranks(case: Case, ranks: int, impl: str, **options: Any) -> list[Any]:
 
             q, k, v = (x.chunk(ranks, dim)[rank] for x, dim in ((case.q, 1), (case.k_cache, 0), (case.v_cache, 0)))
             part = replace(case, q=q, k_cache=k, v_cache=v)
+            options["votes"] = votes[rank] if votes else None
             try:
                 found.append(reattention(*part.arguments(), impl=impl, gather=Gather(rows, ranks), **options))
             except _NotYetGathered:
@@ -43,17 +48,27 @@ def on_ranks(case: Case, ranks: int, impl: str, **options: Any) -> list[Any]:
         gathered.append(torch.cat(given))
 
 
-def check(case: Case, ranks: int, impls: tuple[str, ...] = ("triton", "torch")) -> None:
-    """Output and selection are those of one launch for all heads, bit for bit."""
+def check(case: Case, ranks: int, impls: tuple[str, ...] = ("triton", "torch"), layers: int = 0) -> None:
+    """Output and selection are those of one launch for all heads, bit for bit; of layers whose votes add up, if any."""
+    by_head, (T, H, _), (G, N, _) = case.config.span_scope == "kv_head", case.q.shape, case.k_cache.shape
+    part = (H // ranks if by_head else H, G // ranks, case.config, T, layers, N, case.q.device)
     for impl in impls:
-        expected_THD, expected = reattention(*case.arguments(), impl=impl, return_selection=True)
-        found = on_ranks(case, ranks, impl, return_selection=True)
-        assert torch.equal(torch.cat([out for out, _ in found], 1), expected_THD)
-        scopes = [as_list(selection) for _, selection in found]
-        if case.config.span_scope == "kv_head":
-            scopes = [[scope for part in scopes for scope in part]]
-        for selection in scopes:
-            assert [s.tolist() for s in selection] == [s.tolist() for s in as_list(expected)]
+        votes, parts = (votes_of(case, layers), [new_votes(*part) for _ in range(ranks)]) if layers else (None, [])
+        for layer in range(max(1, layers)):
+            this = replace(case, q=case.q.roll(layer, -1))
+            check_layer(this, ranks, impl, votes, parts)
+
+
+def check_layer(case: Case, ranks: int, impl: str, votes: Votes | None, parts: Sequence[Votes]) -> None:
+    """`votes` are one launch's, `parts` those of the ranks."""
+    expected_THD, expected = reattention(*case.arguments(), impl=impl, return_selection=True, votes=votes)
+    found = on_ranks(case, ranks, impl, parts, return_selection=True)
+    assert torch.equal(torch.cat([out for out, _ in found], 1), expected_THD)
+    scopes = [as_list(selection) for _, selection in found]
+    if case.config.span_scope == "kv_head":
+        scopes = [[scope for part in scopes for scope in part]]
+    for selection in scopes:
+        assert [s.tolist() for s in selection] == [s.tolist() for s in as_list(expected)]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -77,6 +92,12 @@ def test_lengths_around_dense_size() -> None:
         (torch.float16, 2, 100, 3),
     ):
         check(make_case(config, n, T=T, H=8, G=4, dtype=dtype, seed=n + T), ranks, ("triton",))
+
+
+@pytest.mark.parametrize("span_scope", ["layer", "kv_head"])
+def test_votes_of_earlier_layers_are_those_of_all_ranks(span_scope: str) -> None:
+    for T in (1, 4):
+        check(make_case(ReAttentionConfig(3, 8, 4, 4, 3, span_scope=span_scope), 100, T=T, H=8, G=4), 2, layers=3)
 
 
 def test_heads_that_vote_alone_gather_nothing() -> None:

@@ -61,6 +61,8 @@ def test_fields_that_follow_from_others() -> None:
         {"chunk_size": 0},
         {"chunk_size": 2000},
         {"span_scope": "head"},
+        {"carry_votes": 1},
+        {"carry_votes": "no"},
         {"tail_size": -1},
         {"tail_size": True},
         {"tail_chunk_size": 0},

@@ -166,6 +166,7 @@ def resaved(saved: Path, edit: Callable[[dict[str, str]], object]) -> None:
 def test_each_mismatch_names_both_values(directory: Path, saved: Path, tmp_path: Path) -> None:
     for change, named in (
         ({"local_size": 25}, ("local_size=24", "local_size=25")),
+        ({"carry_votes": True}, ("carry_votes=False", "carry_votes=True")),
         ({"span_scope": "kv_head"}, ("span_scope='layer'", "span_scope=kv_head")),
         ({"dtype": "bfloat16"}, ("dtype='float32'", "dtype=bfloat16")),
         ({"attention": "full"}, ("attention='reattention'", "attention=full")),

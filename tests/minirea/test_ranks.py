@@ -90,8 +90,8 @@ def test_draws_are_those_of_one_process(directory: Path) -> None:
 
 
 def test_votes_with_earlier_tokens_are_those_of_one_process(directory: Path) -> None:
-    """Also after tokens that were taken back."""
-    fields = SCOPE | {"vote_window": 4, "vote_size": 4, "decode_spans": 3}
+    """Also after tokens that were taken back, and those of earlier layers too."""
+    fields = SCOPE | {"vote_window": 4, "vote_size": 4, "decode_spans": 3, "carry_votes": True}
     found = []
     for gpus in (1, 2):
         session = minirea.load(directory, device="cpu", gpus=gpus, **fields).session()

@@ -170,4 +170,6 @@ def test_what_cannot_be_is_refused_in_one_line(directory: Path) -> None:
             InputError, match="vote_window is 4, expected 1: sketches do not work with votes of earlier"
         ):
             load(attention="reattention", vote_window=4, **SCOPE)
-        load(attention="streaming", vote_window=4, **SCOPE)
+        with pytest.raises(InputError, match="carry_votes is True, expected False: sketches do not work with votes of"):
+            load(attention="reattention", carry_votes=True, **SCOPE)
+        load(attention="streaming", vote_window=4, carry_votes=True, **SCOPE)
