@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from minirea.errors import InputError
-from minirea.kernels import ReAttentionConfig, check_sketched, new_sketch, scratch_bytes
+from minirea.kernels import ReAttentionConfig, check_sketched, new_sketch, new_votes, scratch_bytes
 from minirea.kernels.fused import launch  # (which imports triton)
 
 
@@ -59,13 +59,15 @@ CONFIGS = [
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(
-    ("steps", "sketched"),
+    ("steps", "sketched", "carries"),
     [
-        ([(1, 512)], False),
-        ([(1, 512)], True),
-        ([(70, 16), (13, 4)], True),
-        ([(2048, 512)], False),
-        ([(5000, 512), (31, 8)], False),
+        ([(1, 512)], False, False),
+        ([(1, 512)], True, False),
+        ([(70, 16), (13, 4)], True, False),
+        ([(2048, 512)], False, False),
+        ([(5000, 512), (31, 8)], False, False),
+        ([(1, 1)], False, True),
+        ([(9, 9)], False, True),
     ],
 )
 def test_scratch_bytes_are_those_of_all_steps(
@@ -74,6 +76,7 @@ def test_scratch_bytes_are_those_of_all_steps(
     config: ReAttentionConfig,
     steps: Iterable[tuple[int, int]],
     sketched: bool,
+    carries: bool,
 ) -> None:
     num_heads, num_kv_heads, head_dim, dtype = heads
     monkeypatch.setattr(launch, "_workspaces", {})
@@ -85,12 +88,16 @@ def test_scratch_bytes_are_those_of_all_steps(
     for longest, chunk_size in steps:
         for T in {*range(1, min(longest, 80) + 1), *range(1, longest + 1, 256), *range(256, longest + 1, 256)}:
             q_THD = torch.empty(T, num_heads, head_dim, dtype=dtype, device=META)
-            launch.reattention_triton(q_THD, k_cache, k_cache, 9_000, table, table, config, chunk_size=chunk_size)
+            votes = new_votes(num_heads, num_kv_heads, config, T, 2, 10_000, META) if carries else None
+            launch.reattention_triton(
+                q_THD, k_cache, k_cache, 9_000, table, table, config, chunk_size=chunk_size, votes=votes
+            )
             if sketched and launch.Layer.of(q_THD, k_cache, config).decodes(T):
                 sketch = new_sketch(num_kv_heads, head_dim, 10_000, META)
                 launch.reattention_triton(q_THD, k_cache, k_cache, 9_000, table, table, config, sketch=sketch)
     kept = [x for x in launch._workspaces.values() if isinstance(x, torch.Tensor)]
-    expected = scratch_bytes(num_heads, num_kv_heads, head_dim, dtype, config, 10_000, steps, META, sketched=sketched)
+    kinds = {"sketched": sketched, "carries": carries}
+    expected = scratch_bytes(num_heads, num_kv_heads, head_dim, dtype, config, 10_000, steps, META, **kinds)
     assert expected == sum(x.nbytes for x in kept)
     stored = {id(x) for workspace in launch._workspaces.values() for x in workspace if isinstance(workspace, tuple)}
     stored.discard(id(None))  # of a sketch that there is not

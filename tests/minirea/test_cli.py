@@ -59,6 +59,14 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(model: Path, capsys: pytes
     assert "peak " in err
 
 
+def test_a_flag_that_is_yes_or_no(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--text", PROMPT, "--max-tokens", "12", "--span-size", "4", "--dense-size", "28")
+    outs = [run(capsys, model, *flags, *carry)[1] for carry in ((), ("--no-carry-votes",), ("--carry-votes",))]
+    fields = {"local_size": 24, "global_size": 4, "max_spans": 4, "chunk_size": 16, "span_size": 4, "dense_size": 28}
+    expected = minirea.load(model, **fields, carry_votes=True).generate(PROMPT, max_tokens=12, ignore_eos=True)
+    assert outs[0] == outs[1] != outs[2] == expected.text + "\n"
+
+
 def test_quiet_prints_no_statistics(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, model, "--text", PROMPT, "--max-tokens", "2", "--quiet")[2] == ""
 

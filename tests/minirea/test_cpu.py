@@ -28,6 +28,7 @@ from minirea.cpu import (
     preparing_bytes,
     rms_norm,
 )
+from minirea.kernels import new_votes
 from minirea.kernels.reference import reattention_reference, score_rows
 from minirea.linear import add_linear, linear, norm_linear
 from minirea.model import Model
@@ -227,6 +228,14 @@ def test_reattention_is_the_reference_s(seq_len: int, queries: int, span_top_k: 
     arguments = (q, k, v, seq_len, angles.cos(), angles.sin(), config)
     before = q.clone(), k.clone(), v.clone()
     torch.testing.assert_close(cpu.reattention(*arguments), reattention_reference(*arguments)[0])
+    ours, theirs = (new_votes(6, 2, config, queries, 2, 2100, q.device) for _ in range(2))
+    for layer in range(2):
+        arguments = (q.roll(layer, -1), *arguments[1:])
+        expected, _ = reattention_reference(*arguments, attending=1, votes=theirs)
+        torch.testing.assert_close(cpu.reattention(*arguments, attending=1, votes=ours), expected)
+    assert torch.equal(ours.counts, theirs.counts) and int(ours.counts.sum()) == 2 * queries * 6 * min(
+        span_top_k, seq_len - 104
+    )
     for tensor, old in zip((q, k, v), before, strict=True):
         assert torch.equal(tensor.nan_to_num(9), old.nan_to_num(9))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from testing import random_ids, tiny_model, write_checkpoint, write_tokenizer
+from testing import TINY, random_ids, tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
 from minirea import api, memory
@@ -42,6 +42,18 @@ def test_weights_and_cache_are_what_is_allocated(tmp_path: Path, tied: bool, dty
     assert plan.weights == llm.model.nbytes
     assert plan.cache == llm.session(77).cache.nbytes
     assert plan.num_tokens == 77
+
+
+def test_votes_that_add_up_are_in_the_plan(directory: Path) -> None:
+    """int32 of each token of the context, for every ballot."""
+    for scope, ballots in (("layer", 1), ("kv_head", TINY["num_key_value_heads"])):
+        without, carrying = (
+            api.read_model(directory, device="cpu", span_scope=scope, carry_votes=carry, **SCOPE).attention
+            for carry in (False, True)
+        )
+        for num_tokens in (10**6, 2 * 10**6):
+            sizes = [workspace_bytes(attention, torch.float32, num_tokens) for attention in (without, carrying)]
+            assert 0 <= sizes[1] - sizes[0] - 4 * ballots * num_tokens < 10_000
 
 
 def test_what_does_not_fit_is_refused_before_weights_are_read(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,40 @@ def test_a_token_votes_together_with_those_before_it(directory: Path, monkeypatc
         torch.testing.assert_close(called[-2][1], voters_5HD)
 
 
+@pytest.mark.parametrize(("span_scope", "window"), [("layer", 1), ("layer", 3), ("kv_head", 1), ("kv_head", 3)])
+def test_votes_of_an_answer_add_up_from_layer_to_layer(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, span_scope: str, window: int
+) -> None:
+    """Each token's begin with zeros. Chunks of a prompt, and its dense part, have none."""
+    seen: list[tuple[int, int, int | None]] = []
+
+    def spy(q_GRD: torch.Tensor, k: torch.Tensor, seq_len: int, *rest: Any) -> Any:
+        votes = rest[-1]
+        seen.append((seq_len, q_GRD.shape[1] // 2, None if votes is None else int(votes.counts.sum())))
+        return choose_scope(q_GRD, k, seq_len, *rest)
+
+    choose_scope = minirea.kernels.reference.choose_scope
+    for module in ("kernels.reference", "cpu"):
+        monkeypatch.setattr(f"minirea.{module}.choose_scope", spy)
+    fields = SCOPE | {"span_scope": span_scope, "vote_window": window, "tail_size": 7}
+    alone, carrying = (minirea.load(directory, **fields, carry_votes=carry) for carry in (False, True))
+    ids = random_ids(100)
+    logits_TV = carrying.logits(ids)
+    of_chunks, of_the_end = [x for x in seen if x[0] < 100], [x for x in seen if x[0] == 100]
+    num_layers, cast = carrying.config.num_layers, window * 4 * SCOPE["span_top_k"]  # in a layer
+    expected = [(window, cast * layer) for layer in range(num_layers)]
+    assert of_chunks and all(votes is None and queries > 1 for _, queries, votes in of_chunks)
+    assert [x[1:] for x in of_the_end] == expected
+    differs_V = (logits_TV - alone.logits(ids)).abs().amax(1) > 1e-3
+    assert differs_V.tolist() == [False] * 99 + [True]
+
+    seen.clear()
+    out = carrying.generate(ids, max_tokens=3, ignore_eos=True)
+    assert out.token_ids[0] == int(logits_TV[-1].argmax())
+    steps = [x for x in seen if x[0] >= 100][: 3 * num_layers]  # the selection of the last one is made again
+    assert steps == [(100 + step, *counts) for step in range(3) for counts in expected]
+
+
 def test_an_answer_keeps_fewer_spans(directory: Path) -> None:
     scope = {"vote_window": 6, "vote_size": 4}
     for decode_spans in (0, 1, 3, 5):
