@@ -186,9 +186,9 @@ class Attention:
         """How many tokens of a prompt a step reads: a chunk, or where steps can be captured, several of them.
 
         Every chunk has a scope of its own in either case, so that a step is only how the work is divided. The chunks
-        of a tail, which are small, make one step.
+        of a tail, which are small, make one step. A token that votes with those before it is one by itself.
         """
-        if not self.can_capture:
+        if not self.can_capture or (chunk_size == 1 and (self.recent_size or self.carries_votes)):
             return chunk_size
         chunks = STEP_CHUNKS
         if chunk_size == self.config.tail_chunk_size:

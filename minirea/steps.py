@@ -100,7 +100,8 @@ class PromptStep:
 
     def run(self) -> None:
         """One step, without waiting for the device and without a value from it."""
-        self.model.read_at(self.ids_T, self.cache, self.step)
+        step = self.model.attention.with_votes(self.step, self.cache.capacity)
+        self.model.read_at(self.ids_T, self.cache, step)
 
 
 class DecodeStep:

@@ -195,17 +195,35 @@ class Event:
         pass
 
 
-@pytest.mark.parametrize("tail_size", [0, 6])
-def test_a_prompt_is_read_in_captured_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail_size: int) -> None:
-    """All but a GPU: the first two steps launched, the next three replayed, the last, which are shorter, launched."""
-    directory = write_checkpoint(tmp_path, tiny_model(**SMALL | {"vocab_size": 64}))
-    model = triton_model(
-        directory,
-        minirea.load(directory, **SCOPE | {"chunk_size": 4, "local_size": 8, "dense_size": 12, "tail_size": tail_size}),
+@pytest.mark.parametrize(
+    ("fields", "cached", "launched"),
+    [
+        ({"tail_size": 0}, 0, [16, 16, 7]),
+        ({"tail_size": 6}, 0, [16, 16, 1, 5, 1]),
+        (CARRIED | {"vote_window": 2, "max_spans": 1, "tail_size": 9, "tail_chunk_size": 1}, 60, [1] * 6),
+    ],
+)
+def test_a_prompt_is_read_in_captured_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], cached: int, launched: list[int]
+) -> None:
+    """All but a GPU: the first two steps launched, the next three replayed, the last, which are shorter, launched.
+    Tokens that vote with others are steps of their own, which are not replayed.
+    """
+    directory = write_checkpoint(
+        tmp_path, tiny_model(**SMALL | {"vocab_size": 64, "num_hidden_layers": 3 if cached else 2})
     )
-    ids = list(range(3, 60)) + list(range(30))
-    caches = [KVCache(model.config, 90, model.attention.dense_limit, model.device, torch.float32) for _ in range(2)]
-    prefill(model, caches[0], ids)
+    model = triton_model(
+        directory, minirea.load(directory, **SCOPE | {"chunk_size": 4, "local_size": 8, "dense_size": 12} | fields)
+    )
+    ids, sizes = [*range(3, 60), *range(30)], (model.config, 90, model.attention.dense_limit)
+    ids = ids[: cached + sum(launched)] if cached else ids
+    recent_size = model.attention.recent_size
+    caches = [KVCache(*sizes, model.device, torch.float32, recent_size=recent_size) for _ in range(2)]
+    model.attention.impl = "torch"
+    for cache in caches:
+        prefill(model, cache, ids[:cached])
+    model.attention.impl = "triton"
+    prefill(model, caches[0], ids[cached:])
     captured, replayed = [], []
 
     def capture(graph: StepGraph) -> SimpleNamespace:
@@ -214,12 +232,12 @@ def test_a_prompt_is_read_in_captured_steps(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Attention, "can_capture", True)
     monkeypatch.setattr(StepGraph, "_capture", capture)
-    launched: list[int] = []
-    monkeypatch.setattr("minirea.graph.run_aside", lambda run, _: (launched.append(len(run.__self__.ids_T)), run()))
+    found: list[int] = []
+    monkeypatch.setattr("minirea.graph.run_aside", lambda run, _: (found.append(len(run.__self__.ids_T)), run()))
     monkeypatch.setattr("minirea.graph.in_order", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    prefill(model, caches[1], ids)
-    assert (len(captured), len(replayed)) == (1, 3)
-    assert launched == ([16, 16, 7] if tail_size == 0 else [16, 16, 1, 5, 1])
+    prefill(model, caches[1], ids[cached:])
+    assert (len(captured), len(replayed)) == ((0, 0) if cached else (1, 3))
+    assert found == launched
     assert caches[0].seq_len == len(ids)
     check_equal(*caches)
