@@ -55,7 +55,7 @@ def triton_model(directory: Path, llm: minirea.LLM, dtype: torch.dtype = torch.f
     [
         *zip(VARIANTS, (1, 26, 60), ({}, {}, {}), strict=True),
         *(({}, 26, VOTES), ({}, 60, VOTES)),
-        *(({}, 26, CARRIED), ({}, 60, VOTES | CARRIED)),
+        *(({"num_hidden_layers": 3}, n, votes | CARRIED) for n, votes in ((26, {}), (60, {"vote_window": 3}))),
     ],
 )
 @torch.inference_mode()
@@ -63,12 +63,12 @@ def test_steps_give_the_tokens_of_the_torch_path(
     tmp_path: Path, fields: dict[str, Any], prompt_tokens: int, votes: dict[str, int]
 ) -> None:
     directory = write_checkpoint(tmp_path, tiny_model(**SMALL | fields))
-    llm, ids = minirea.load(directory, **SCOPE | votes), random_ids(prompt_tokens, 40)
+    session, ids = minirea.load(directory, **SCOPE | votes).session(), random_ids(prompt_tokens, 40)
     options = {"repetition_penalty": 1.3 if prompt_tokens == 26 else 1.0}
-    out = llm.generate(ids, max_tokens=4, ignore_eos=True, **options)
+    out = session.generate(ids, max_tokens=4, ignore_eos=True, **options)
     expected = out.token_ids
 
-    model = triton_model(directory, llm)
+    model = triton_model(directory, session.llm)
     config, attention, cpu = model.config, model.attention, model.device
     sizes = config, prompt_tokens + 3, attention.dense_limit
     cache = KVCache(*sizes, cpu, torch.float32, recent_size=attention.recent_size)
@@ -84,6 +84,7 @@ def test_steps_give_the_tokens_of_the_torch_path(
         found.append(int(step.token))
     assert found == expected
     assert int(step.seq_len) == cache.seq_len == prompt_tokens + 3
+    check_equal(session.cache, cache, 1e-3)
     assert attention.scope(cache, model.first_query(expected[-2])) == out.stats.scope
 
 
@@ -200,7 +201,7 @@ class Event:
     [
         ({"tail_size": 0}, 0, [16, 16, 7]),
         ({"tail_size": 6}, 0, [16, 16, 1, 5, 1]),
-        (CARRIED | {"vote_window": 2, "max_spans": 1, "tail_size": 9, "tail_chunk_size": 1}, 60, [1] * 6),
+        (CARRIED | {"vote_window": 2, "tail_size": 9, "tail_chunk_size": 1}, 60, [1] * 6),
     ],
 )
 def test_a_prompt_is_read_in_captured_steps(
