@@ -172,24 +172,31 @@ def test_graph_gives_the_text_of_the_torch_path(context: int) -> None:
     assert differ <= (0 if context + 500 <= model.attention.dense_size else 5)
 
 
-VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    ("reattention", {}),
-    ("reattention", {"attention_bias": True, "mlp_bias": True, "head_dim": 24}),
-    ("reattention", {"family": "Qwen2"}),
-    ("reattention", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
-    ("reattention", {"hidden_size": 80, "intermediate_size": 5000, "num_key_value_heads": 1, "head_dim": 20}),
-    ("streaming", {}),
+VOTES = {"vote_window": 3, "vote_size": 4, "decode_spans": 3}
+VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("reattention", {}, {}),
+    ("reattention", {"attention_bias": True, "mlp_bias": True, "head_dim": 24}, {}),
+    ("reattention", {"family": "Qwen2"}, {}),
+    ("reattention", {"tie_word_embeddings": True, "num_key_value_heads": 4}, {}),
+    ("reattention", {"hidden_size": 80, "intermediate_size": 5000, "num_key_value_heads": 1, "head_dim": 20}, {}),
+    ("reattention", {}, VOTES),
+    ("reattention", {"num_hidden_layers": 4}, {"carry_votes": True}),
+    ("reattention", {"num_hidden_layers": 4}, VOTES | {"carry_votes": True}),
+    ("reattention", {"num_hidden_layers": 4}, VOTES | {"carry_votes": True, "span_scope": "kv_head"}),
+    ("streaming", {}, {}),
 ]
 
 
-@pytest.mark.parametrize(("attention", "fields"), VARIANTS)
+@pytest.mark.parametrize(("attention", "fields", "votes"), VARIANTS)
 @torch.inference_mode()
-def test_graph_gives_the_logits_of_the_torch_path(attention: str, fields: dict[str, Any], tmp_path: Path) -> None:
+def test_graph_gives_the_logits_of_the_torch_path(
+    attention: str, fields: dict[str, Any], votes: dict[str, Any], tmp_path: Path
+) -> None:
     """Fed the same tokens, none of them twice: equal tokens have equal keys in the first layer, and rounding would
     choose between them."""
     directory = write_checkpoint(tmp_path, tiny_model(vocab_size=200, **fields))
     fused, plain = (
-        minirea.load(directory, impl=impl, dtype="float32", attention=attention, **SCOPE)
+        minirea.load(directory, impl=impl, dtype="float32", attention=attention, **SCOPE | votes)
         for impl in ("triton", "torch")
     )
     ids = torch.randperm(197, generator=torch.Generator().manual_seed(0)).add(3).tolist()
