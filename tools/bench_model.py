@@ -4,8 +4,8 @@ Each engine runs in a process of its own, so that its memory is its own, and goe
 order. A decode step is timed over a cache of random keys and values, so that no prompt has to be read first (--no-fill
 reads one). With --sketch the first of the steps that are not timed makes the sketches. The floor of a step is what it
 must read (weights, the keys that are scored or their sketches, keys and values of the scope) over the machine's
-measured copy bandwidth. --rounds measures engines several times in turn and keeps the fastest of each, so that other
-load on the machine hits all alike.
+measured copy bandwidth. With several --rounds engines take turns at each length, in processes that load the model
+anew, and the fastest of each counts: so other load on the machine hits all alike.
 
     python tools/bench.py model --model DIR --device cpu --dtype float32 --threads 1 2 --rounds 3 \\
         --engines minirea minirea-full transformers --contexts 512,8k,32k --prefill 512,2k,4k,8k,16k
@@ -77,6 +77,7 @@ def add_command(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, default=600, metavar="S", help="seconds that an engine may take")
     add_device(parser)
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)  # the process that measures one of them
+    parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)  # and nothing else
     return parser
 
 
@@ -90,16 +91,24 @@ def run(arguments: argparse.Namespace) -> None:
     machine = describe_machine(arguments.device)
     print_machine(machine)
     rows: list[dict[str, Any]] = []
-    for _ in range(arguments.rounds):
-        for threads, engine in itertools.product(arguments.threads or [None], arguments.engines):
-            for row in run_engine(engine, threads, arguments.limit):
-                rows.append(row)
-                print(row_text(row, rows, machine["copy_gb_per_s"]), flush=True)
+    turns = [["--cell", *cell] for cell in cells(arguments)] * arguments.rounds if arguments.rounds > 1 else [[]]
+    for turn, threads, engine in itertools.product(turns, arguments.threads or [None], arguments.engines):
+        own = ["--engine", engine, *turn, *(["--threads", str(threads)] if threads else [])]
+        for row in run_engine(own, arguments.limit):
+            found = {"engine": engine} | ({"threads": threads} if threads else {}) | row
+            rows.append(found)
+            print(row_text(found, rows, machine["copy_gb_per_s"]), flush=True)
     print_result(machine, arguments, fastest(rows))
 
 
+def cells(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """What is measured of an engine, in order: the kind, of MEASURES, and the tokens."""
+    decode, prefill = arguments.contexts, arguments.prefill
+    return [("decode", str(count)) for count in decode] + [("prefill", str(count)) for count in prefill]
+
+
 def fastest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the rows of several rounds those with the least time, in the order of the first; skipped ones if all are."""
+    """Of the rows of several rounds those with the least time, in the order of the first."""
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         key = row["engine"], row.get("threads"), row.get("context"), "prefill_seconds" in row, "skipped" in row
@@ -113,11 +122,9 @@ def seconds_of(row: dict[str, Any]) -> float:
     return row.get("prefill_seconds") or row.get("decode_ms", math.inf) / 1e3
 
 
-def run_engine(engine: str, threads: int | None, limit: int) -> Iterator[dict[str, Any]]:
-    """The rows of one engine, measured by this program in another process, as they come."""
-    command = [sys.executable, str(Path(__file__).with_name("bench.py")), *sys.argv[1:], "--engine", engine]
-    if threads:
-        command += ["--threads", str(threads)]
+def run_engine(own: list[str], limit: int) -> Iterator[dict[str, Any]]:
+    """The rows of one engine, measured by this program in another process with flags of its own, as they come."""
+    command = [sys.executable, str(Path(__file__).with_name("bench.py")), *sys.argv[1:], *own]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(["timeout", str(limit), *command], stdout=subprocess.PIPE, stderr=errors, text=True)
         assert process.stdout is not None
@@ -127,7 +134,7 @@ def run_engine(engine: str, threads: int | None, limit: int) -> Iterator[dict[st
             errors.seek(0)
             last = (errors.read().strip().splitlines() or ["no message"])[-1]
             reason = f"took more than {limit} s" if process.returncode == 124 else last
-            yield {"engine": engine} | ({"threads": threads} if threads else {}) | {"skipped": reason}
+            yield {"skipped": reason}
 
 
 def row_text(row: dict[str, Any], rows: list[dict[str, Any]], copy_gb_per_s: float) -> str:
@@ -162,15 +169,13 @@ def named_engine(row: dict[str, Any]) -> str:
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All rows of one engine: decode at every context, then prefill of every length."""
+    """The rows of one engine: decode at every context, then prefill of every length, or one of them."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads[0])
     with model_directory(arguments) as directory:
         engine = (Transformers if arguments.engine == "transformers" else Minirea)(arguments, directory)
-    for context in arguments.contexts:
-        yield measure_one(arguments, context, functools.partial(measure_decode, arguments, engine, context))
-    for context in arguments.prefill:
-        yield measure_one(arguments, context, functools.partial(measure_prefill, arguments, engine, context))
+    for kind, length in [arguments.cell] if arguments.cell else cells(arguments):
+        yield measure_one(arguments, int(length), functools.partial(MEASURES[kind], arguments, engine, int(length)))
 
 
 def measure_one(arguments: argparse.Namespace, context: int, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -178,9 +183,7 @@ def measure_one(arguments: argparse.Namespace, context: int, run: Callable[[], d
     from minirea.errors import MemoryLimitError
     from minirea.memory import peak_bytes
 
-    row = {"engine": arguments.engine, "context": context}
-    if arguments.threads:
-        row["threads"] = arguments.threads[0]
+    row: dict[str, Any] = {"context": context}
     try:
         row |= run()
     except (MemoryLimitError, torch.OutOfMemoryError) as error:
@@ -227,6 +230,9 @@ def measure_prefill(arguments: argparse.Namespace, engine: Engine, context: int)
         synchronize(arguments.device)
         seconds = engine.read(ids[context - read :])
     return {"prefill_seconds": seconds, "prefill_tokens": read}
+
+
+MEASURES = {"decode": measure_decode, "prefill": measure_prefill}
 
 
 @contextlib.contextmanager

@@ -104,14 +104,15 @@ def test_model_directory_beside_transformers(tmp_path: Path) -> None:
 
 
 def test_engines_in_turn_on_some_threads(tmp_path: Path) -> None:
-    model = write_checkpoint(tmp_path, tiny_model())
-    options = ["--contexts", "2000", "--tokens", "2", "--threads", "2", "1"]
-    result = measure("--model", str(model), *options, "--engines", "minirea", "minirea-full")
-    rows = result["rows"]
-    cells = [(threads, engine) for threads in (2, 1) for engine in ("minirea", "minirea-full")]
-    assert [(row["threads"], row["engine"]) for row in rows] == cells
-    assert rows[0]["step_bytes"] == rows[2]["step_bytes"] < rows[1]["step_bytes"]
-    assert result["options"]["threads"] == [2, 1]
+    """Each length in a process of its own, twice; and full attention reads more."""
+    model = ["--model", str(write_checkpoint(tmp_path, tiny_model())), "--contexts", "2000", "--tokens", "2"]
+    turns = ["--prefill", "20", "--threads", "2", "--rounds", "2", "--engines", "minirea-full"]
+    full = measure(*model, *turns)["rows"]
+    cells = [(row["engine"], row["threads"], row["context"], "decode_ms" in row) for row in full]
+    assert cells == [("minirea-full", 2, 2000, True), ("minirea-full", 2, 20, False)]
+    found = measure(*model, "--engines", "minirea")["rows"]
+    assert found[0]["step_bytes"] < full[0]["step_bytes"]
+    assert "threads" not in found[0]
 
 
 def test_the_fastest_of_several_rounds_counts() -> None:
@@ -149,8 +150,9 @@ def test_out_of_memory_is_a_row(error: Exception) -> None:
     def fail() -> dict[str, Any]:
         raise error
 
-    row = bench_model.measure_one(argparse.Namespace(engine="minirea", device="cpu", threads=None), 7, fail)
-    assert row == {"engine": "minirea", "context": 7, "skipped": "out of memory: needs 1 GB"}
+    row = bench_model.measure_one(argparse.Namespace(device="cpu"), 7, fail)
+    assert row == {"context": 7, "skipped": "out of memory: needs 1 GB"}
+    row["engine"] = "minirea"
     assert bench_model.row_text(row, [row], 1.0).endswith("minirea       skipped: out of memory: needs 1 GB")
 
 
