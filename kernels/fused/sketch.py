@@ -25,7 +25,7 @@ LARGEST_KEY: tl.constexpr = tl.constexpr(bounds.LARGEST_KEY)
 SMALLEST_QUERY: tl.constexpr = tl.constexpr(bounds.SMALLEST_QUERY)
 LARGEST_QUERY: tl.constexpr = tl.constexpr(bounds.LARGEST_QUERY)
 SLACK: tl.constexpr = tl.constexpr(bounds.SLACK)
-FULL: tl.constexpr = tl.constexpr((1 << 63) - 1)  # in the place of a winner that there is not to be
+FULL: tl.constexpr = tl.constexpr((1 << 63) - 1)  # above every packed score: it fills the places beyond K
 
 
 # ---------------------------------------------------------------------------------------------------- keys to sketches
@@ -212,7 +212,7 @@ def survivors(num_live, lo, scratch, program, c: tl.constexpr):
         limit = tl.load(scratch.threshold + program * c.SKETCH_M + row)
         upper_ptrs = scratch.upper + (first_slot + slot).to(tl.int64)[:, None] * c.SKETCH_N + offs_n[None, :]
         upper = tl.load(upper_ptrs, mask=mask_l[:, None], other=float("-inf"))
-        survives = (upper >= limit[:, None]) & (upper > float("-inf"))  # which is what lies beyond the slice
+        survives = (upper >= limit[:, None]) & (upper > float("-inf"))  # beyond the slice it is -inf
         survives = tl.reshape(survives.to(tl.int32), [KEYS])
         position = tl.reshape((lo + tile * c.SKETCH_N)[:, None] + offs_n[None, :], [KEYS])
         row = tl.reshape(tl.broadcast_to(row[:, None], [c.LIVE_M, c.SKETCH_N]), [KEYS])
