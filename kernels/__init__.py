@@ -94,9 +94,8 @@ def reattention(
             called before the one vote over all heads, in every process or in none.
         attending: of one chunk, only its last so many queries attend; those before them only vote. All T without.
         sketch: for T = 1, int8 copies of the keys, which `sketch_keys` has made of all keys before
-            seq_len - local_size. The step looks at them instead of the keys, adds the sketch of its own key, and
-            selects exactly the same. For T > 1 it is ignored. Not with gather or votes, nor in impl "triton" where
-            more than 128 winners vote together.
+            seq_len - local_size. The step looks at them instead of the keys, and selects exactly the same. For T > 1 it
+            is ignored. Not with gather or votes, nor in impl "triton" where more than 128 winners vote together.
         votes: of one chunk, those that the layers before cast in the same step, over caches of as many tokens. This
             layer's are added, and the sums decide what is elected. `new_votes` makes those of a first layer; they must
             be zero again before the next step's, and have levels enough for all layers. Up to dense_size cached tokens

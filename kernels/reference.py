@@ -35,6 +35,7 @@ from minirea.kernels.sketch import (
     SMALLEST_KEY,
     SMALLEST_QUERY,
     Sketch,
+    hadamard,
     query_error,
     sum_error,
     width,
@@ -89,7 +90,6 @@ def reattention_reference(
 
     score_function: ScoreFunction | None = None
     if sketch is not None and T == 1:
-        sketch_keys(k_cache_GND, sketch, seq_len - 1, seq_len)
         score_function = functools.partial(score_by_sketch, sketch=sketch)
     if seq_len <= config.dense_size:
         lengths, source_BS = [seq_len] * B, None
@@ -246,14 +246,6 @@ def pool(winner_BW: torch.Tensor, vote_size: int, mid_lo: int, mid_hi: int) -> t
     if vote_size == 1:
         return winner_BW
     return (winner_BW // vote_size * vote_size + vote_size // 2).clamp_(mid_lo, mid_hi - 1)
-
-
-def hadamard(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """The first `rows` of a Hadamard matrix, float32 [rows, columns], of 1 and -1; `columns` is a power of two."""
-    both = torch.arange(rows, device=device)[:, None] & torch.arange(columns, device=device)
-    for shift in (8, 4, 2, 1):
-        both = both ^ (both >> shift)
-    return (1 - 2 * (both & 1)).float()
 
 
 def rotate_for_sketch(x: torch.Tensor) -> torch.Tensor:

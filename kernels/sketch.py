@@ -56,6 +56,14 @@ def width(head_dim: int) -> int:
     return max(32, 1 << (head_dim - 1).bit_length())
 
 
+def hadamard(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """The first `rows` of a Hadamard matrix, float32 [rows, columns], of 1 and -1; `columns` is a power of two."""
+    both = torch.arange(rows, device=device)[:, None] & torch.arange(columns, device=device)
+    for shift in (8, 4, 2, 1):
+        both = both ^ (both >> shift)
+    return (1 - 2 * (both & 1)).float()
+
+
 def query_error(head_dim: int) -> float:
     """Bound on |Rq - rounded Rq| / |q|, in units of |Rk - m|, which |s c| may exceed by a tenth."""
     rounded = 0.52 * math.sqrt(width(head_dim)) / LEVELS

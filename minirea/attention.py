@@ -44,7 +44,7 @@ class Step(NamedTuple):
         chunk_size: how many of them share a scope. T is one chunk unless the device counts.
         cos: of the true positions of those that lie below dense_limit, [at most T, 1, D].
         sin: like cos.
-        sketched: all keys before this step's have sketches; only where the device counts, otherwise the cache tells.
+        sketched: every key that the step can select has a sketch; only where the device counts, else the cache tells.
         votes: what its layers' votes add up in, where they do; see `Attention.with_votes`.
     """
 
@@ -275,18 +275,24 @@ class Attention:
                 k_rotated_GND[:, part] = k_TGD.transpose(0, 1)
 
     def sketch_keys(self, cache: KVCache) -> None:
-        """Bring the sketches up to date, before decode steps; chunks of a prompt do not look at them.
+        """Before a decode step: sketches of all cached keys, if the step looks at one that has none.
 
-        A sketch is made from its key and a mean key, which stays as long as any sketch does. What a decode step has
-        sketched itself is sketched once more.
+        That is once for every local_size steps, since a step does not search its local part; chunks of a prompt do not
+        look at sketches.
         """
-        if not cache.sketched or cache.sketched_len == cache.seq_len:
-            return
+        searches = cache.seq_len >= self.dense_size  # with the step's own token it is more than dense_size
+        if cache.sketched and searches and cache.sketched_len + self.config.local_size <= cache.seq_len:
+            self.write_sketches(cache, cache.seq_len)
+
+    def write_sketches(self, cache: KVCache, stop: int) -> None:
+        """Sketches of the first `stop` keys, where they have none. They are made from a key and a mean key, which stays
+        as long as any sketch does.
+        """
         for k_GND, sketch in zip(cache.k, cache.sketches, strict=True):
             if sketch is not None:
                 new_mean = cache.sketched_len == 0
-                sketch_keys(k_GND, sketch, cache.sketched_len, cache.seq_len, new_mean, self.impl)
-        cache.sketched_len = cache.seq_len
+                sketch_keys(k_GND, sketch, cache.sketched_len, stop, new_mean, self.impl)
+        cache.sketched_len = stop
 
     def over_cache(self, layer: int, q_THD: Tensor, cache: KVCache, step: Step, attending: int | None = None) -> Tensor:
         """ReAttention of a step whose keys and values the cache already holds. Not for mode "full".

@@ -163,6 +163,7 @@ class DecodeGraph:
         """Start a step on the current stream. The cache counts its token from now on."""
         self.cache.reserve(self.cache.seq_len + 1)
         self.cache.expect_recent(1)
+        self.step.model.attention.sketch_keys(self.cache)
         self.graph.launch()
         slot = self.launched % 2
         self.token_ids[slot : slot + 1].copy_(self.step.token, non_blocking=True)

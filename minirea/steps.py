@@ -119,7 +119,6 @@ class DecodeStep:
         # Filled there: a copy from the host would wait for the prompt, and the first step's launches with it.
         self.token = torch.full((1,), last_id, dtype=torch.int64, device=device)
         self.seq_len = torch.full((1,), cache.seq_len, dtype=torch.int32, device=device)
-        model.attention.sketch_keys(cache)
         self.step = model.attention.step(self.seq_len, 1)._replace(sketched=cache.sketched)
         self.x_E = torch.empty(c.hidden_size, dtype=model.dtype, device=device)
         # The queries that vote in each layer, this step's behind those before it. One layer's after the other's where
@@ -220,6 +219,6 @@ def compile_decode_step(model: Model) -> None:
         sizes = config, 16, model.attention.dense_limit
         recent_size = model.attention.recent_size
         cache = KVCache(*sizes, model.device, model.dtype, recent_size=recent_size, sketched=sketched)
-        cache.seq_len = 1  # a key to sketch
+        model.attention.write_sketches(cache, 1)
         sampler = Sampler(SamplingConfig(), [], config.vocab_size, model.device)
         DecodeStep(first_layers, cache, 0, sampler).run()

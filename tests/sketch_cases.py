@@ -15,11 +15,14 @@ Change = Callable[[torch.Tensor, torch.Generator], Any]  # of keys [G, N, D] in 
 
 
 def sketch_of(case: Case, impl: str, stop: int | None = None) -> Sketch:
-    """The sketch of the first `stop` keys, or of all but the newest, which a step adds itself; garbage beyond."""
+    """The sketch of the first `stop` keys, or of those before the local part, which a step does not search; beyond it
+    garbage.
+    """
     sketch = new_sketch(case.k_cache.shape[0], case.k_cache.shape[2], case.k_cache.shape[1], case.k_cache.device)
     sketch.codes.fill_(127)
     sketch.scales.fill_(-1)  # NaN, NaN
-    sketch_keys(case.k_cache, sketch, 0, case.seq_len - 1 if stop is None else stop, new_mean=True, impl=impl)
+    stop = max(0, case.seq_len - case.config.local_size) if stop is None else stop
+    sketch_keys(case.k_cache, sketch, 0, stop, new_mean=True, impl=impl)
     return sketch
 
 
@@ -59,7 +62,7 @@ def one_huge_channel(k: torch.Tensor, _: torch.Generator) -> None:
 
 
 def one_huge_channel_of_either_sign(k: torch.Tensor, generator: torch.Generator) -> None:
-    k[..., 1] = 200.0 * (2 * torch.randint(0, 2, k.shape[:2], generator=generator) - 1)
+    k[..., 1] = 200.0 * (2 * torch.randint(0, 2, k.shape[:2], generator=generator, device=k.device) - 1)
 
 
 def all_equal(k: torch.Tensor, _: torch.Generator) -> None:
@@ -68,23 +71,23 @@ def all_equal(k: torch.Tensor, _: torch.Generator) -> None:
 
 def many_equal(k: torch.Tensor, generator: torch.Generator) -> None:
     """As layer 0 has of a text's few thousand tokens."""
-    k[:] = k[:, torch.randint(0, 9, (k.shape[1],), generator=generator)].clone()
+    k[:] = k[:, torch.randint(0, 9, (k.shape[1],), generator=generator, device=k.device)].clone()
 
 
 def barely_different(k: torch.Tensor, generator: torch.Generator) -> None:
     """By much less than int8 can tell: every key lies within the bounds of every other."""
-    k[:] = k[:, :1] + 1e-3 * torch.randn(k.shape, generator=generator).to(k.dtype)
+    k[:] = k[:, :1] + 1e-3 * torch.randn(k.shape, generator=generator, device=k.device).to(k.dtype)
 
 
 def few_stand_out(k: torch.Tensor, generator: torch.Generator) -> None:
     """Winners beyond the bounds of all others, which are nothing but noise."""
     k *= 1e-2
-    k[:, torch.randint(0, k.shape[1], (12,), generator=generator)] *= 500
+    k[:, torch.randint(0, k.shape[1], (12,), generator=generator, device=k.device)] *= 500
 
 
 def ladder(k: torch.Tensor, _: torch.Generator) -> None:
     """Keys that grow by half a step of int8 each: just within a bound of their neighbours, beyond that of others."""
-    k[:] = k[:, :1] * (1 + torch.arange(k.shape[1]) / 254)[:, None].to(k.dtype)
+    k[:] = k[:, :1] * (1 + torch.arange(k.shape[1], device=k.device) / 254)[:, None].to(k.dtype)
 
 
 def zero(k: torch.Tensor, _: torch.Generator) -> None:
@@ -97,7 +100,7 @@ def tiny(k: torch.Tensor, _: torch.Generator) -> None:
 
 
 def of_all_sizes(k: torch.Tensor, generator: torch.Generator) -> None:
-    k *= (10.0 ** (8 * torch.rand(*k.shape[:2], 1, generator=generator) - 5)).to(k.dtype)
+    k *= (10.0 ** (8 * torch.rand(*k.shape[:2], 1, generator=generator, device=k.device) - 5)).to(k.dtype)
 
 
 CHANGES: tuple[Change, ...] = (
@@ -109,5 +112,5 @@ CHANGES: tuple[Change, ...] = (
 def changed(case: Case, change: Change, seed: int = 0) -> Case:
     """The case with its keys changed; what lies beyond seq_len stays."""
     k_cache = case.k_cache.clone()
-    change(k_cache[:, : case.seq_len], torch.Generator().manual_seed(seed))
+    change(k_cache[:, : case.seq_len], torch.Generator(k_cache.device).manual_seed(seed))
     return replace(case, k_cache=k_cache)

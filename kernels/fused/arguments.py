@@ -49,6 +49,7 @@ class SketchRows(NamedTuple):
     codes_ptr: Any  # int8 [C] each
     scales_ptr: Any  # int32
     mean_ptr: Any  # float32 [G, C]
+    signs_ptr: Any  # of the rotation, 1 and -1 in the keys' dtype, [BLOCK_D, C]
     stride_h: Any  # C times tokens
 
 
@@ -88,6 +89,7 @@ class DecodeScratch(NamedTuple):
     live: Any = None  # int32 [programs, GROUP, ROOM]: which of the kept tiles the last threshold leaves
     threshold: Any = None  # float32 [programs, P]
     survivor: Any = None  # int32 [programs, 2, SURVIVORS]: positions and rows
+    count: Any = None  # int32 [programs, 2]: of live tiles and of survivors
     found: Any = None  # int32 [G, SLICES]: survivors; more than SURVIVORS where all keys were scored
 
 

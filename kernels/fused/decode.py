@@ -21,10 +21,10 @@ from minirea.kernels.fused.scope import locate, select
 from minirea.kernels.fused.score import pick, score_slice, store_winners
 from minirea.kernels.fused.sketch import (
     live_tiles,
+    prefetch_sketches,
     quantize_queries,
     scan,
     score_survivors,
-    sketch_newest,
     survivors,
 )
 from minirea.kernels.fused.sync import arrive, wait
@@ -85,9 +85,6 @@ def decode_kernel(
         tile_rope = rope_of_a_tile(rope, num_positions, c)  # while this program has nothing else to wait for
     all_arrived = tl.cast(0, tl.int64)
 
-    if c.SKETCH:
-        if program == tl.num_programs(0) - 1:  # which selects, and has nothing to do yet
-            sketch_newest(k, sketch, n, c)
     if c.SELECTS:
         if not dense:
             if c.SEARCHES:
@@ -166,7 +163,8 @@ def score_with_sketch(
     candidate_ptr = scratch.candidate + (g * c.GROUP * c.SLICES + part) * c.K_PAD
     found = tl.cast(c.SURVIVORS + 1, tl.int32)
     if hi - lo >= c.LEAST:
-        parts, length = quantize_queries(q, g, c)
+        prefetch_sketches(sketch, g, lo, hi, c)
+        parts, length = quantize_queries(q, g, sketch, c)
         kept, threshold = scan(parts, length, sketch, g, lo, hi, scratch, step.program, c)
         prefetch_local(k, v, step, g, part, c)
         if tl.max(kept, axis=0) <= c.ROOM:

@@ -33,7 +33,7 @@ from minirea.kernels.fused.decode import decode_kernel
 from minirea.kernels.fused.sketch import sketch_kernel
 from minirea.kernels.launching import cdiv, launch_cooperatively
 from minirea.kernels.launching import next_power_of_2 as pad
-from minirea.kernels.sketch import Sketch, width
+from minirea.kernels.sketch import Sketch, hadamard, width
 from minirea.kernels.votes import Votes
 
 # Under TRITON_INTERPRET=1 programs run one after another, so there may be only one: a second could never arrive.
@@ -51,7 +51,7 @@ MAX_WINNERS_IN_REGISTERS: Final = 128
 # programs over 131,072 keys: with 4 slices they take 9 % longer than with 2.
 SLICE_COST: Final = 1 / 8
 # Scratch that holds nothing from one launch to the next and is the same for many kinds of launch.
-PASSING: Final = ("block", "tag", "upper", "tile", "tile_upper", "live", "threshold", "survivor")
+PASSING: Final = ("block", "tag", "upper", "tile", "tile_upper", "live", "threshold", "survivor", "count")
 # Chunks of a launch, with which its scratch grows.
 MAX_CHUNKS: Final = 8
 
@@ -223,6 +223,7 @@ def plan_decode(
             "live": (torch.int32, rooms),
             "threshold": (torch.float32, (programs, c.SKETCH_M)),
             "survivor": (torch.int32, (programs, 2, sketch.SURVIVORS)),
+            "count": (torch.int32, (programs, 2)),
             "found": (torch.int32, (G, slices)),
         }
     return DecodePlan(c, programs, workers, _needed(shapes, work))
@@ -388,7 +389,7 @@ def launch_decode(
             q=queries(q_1HD),
             k=Heads(k_cache_GND, *k_cache_GND.stride()),
             v=Heads(v_cache_GND, *v_cache_GND.stride()),
-            sketch=None if sketch is None else sketch_rows(sketch),
+            sketch=None if sketch is None else sketch_rows(sketch, layer),
             out_ptr=out,
             rope=rope,
             scratch=scratch if winners is None else scratch._replace(candidate=winners),
@@ -472,8 +473,17 @@ def launch_chunks(
     return in_parts(do, layer, chunks * chunk_size * H, out_THD, gather)
 
 
-def sketch_rows(sketch: Sketch) -> SketchRows:
-    return SketchRows(sketch.codes, sketch.scales, sketch.mean, sketch.codes.stride(0))
+def sketch_rows(sketch: Sketch, layer: Layer) -> SketchRows:
+    signs = _signs(layer.block_d, sketch.codes.shape[2], layer.dtype, sketch.codes.device)
+    return SketchRows(sketch.codes, sketch.scales, sketch.mean, signs, sketch.codes.stride(0))
+
+
+@functools.cache
+def _signs(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    signs = hadamard(rows, columns, device).to(dtype)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # other streams will read them
+    return signs
 
 
 def sketch_keys(k_cache_GND: torch.Tensor, sketch: Sketch, first: int, last: int) -> None:
@@ -483,7 +493,7 @@ def sketch_keys(k_cache_GND: torch.Tensor, sketch: Sketch, first: int, last: int
     tiles = decode_tiles(layer.group, layer.block_d, layer.dtype.itemsize)
     c = SketchSizes(tiles, **layer.constants(False, WHOLE), SLICES=1)
     programs = c.G * cdiv(last - first, c.SKETCHED)
-    arguments = (Heads(k_cache_GND, *k_cache_GND.stride()), sketch_rows(sketch), first, last)
+    arguments = (Heads(k_cache_GND, *k_cache_GND.stride()), sketch_rows(sketch, layer), first, last)
     launching.start(sketch_kernel, programs, k_cache_GND.device, arguments, {"c": c, "num_warps": tiles.num_warps})
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from minirea.kernels import sketch as bounds
-from minirea.kernels.fused.memory import load_rows, of_head, store_in_place
+from minirea.kernels.fused.memory import load_rows, of_head, prefetch_rows, store_in_place
 from minirea.kernels.fused.order import NO_KEY, NO_SCORE, TAKEN, pack, to_order
 
 LEVELS: tl.constexpr = tl.constexpr(float(bounds.LEVELS))
@@ -32,14 +32,11 @@ FULL: tl.constexpr = tl.constexpr((1 << 63) - 1)  # above every packed score: it
 
 
 @triton.jit
-def rotate_for_sketch(x, c: tl.constexpr):
+def rotate_for_sketch(x, sketch, c: tl.constexpr):
     """R x of each row: float32 [M, SKETCH_D] from x [M, BLOCK_D]."""
-    both = tl.arange(0, c.BLOCK_D)[:, None] & tl.arange(0, c.SKETCH_D)[None, :]
-    both = both ^ (both >> 4)
-    both = both ^ (both >> 2)
-    both = both ^ (both >> 1)
-    hadamard = (1 - 2 * (both & 1)).to(x.dtype)
-    return tl.dot(x, hadamard, input_precision=c.PRECISION) * c.ROTATION
+    offs_d = tl.arange(0, c.BLOCK_D)[:, None]
+    signs = tl.load(sketch.signs_ptr + offs_d * c.SKETCH_D + tl.arange(0, c.SKETCH_D)[None, :])
+    return tl.dot(x, signs, input_precision=c.PRECISION) * c.ROTATION
 
 
 @triton.jit
@@ -54,9 +51,10 @@ def norm(x):
 
 
 @triton.jit
-def sketch_of(keys, mean, c: tl.constexpr):
-    """Codes int8 [M, SKETCH_D] and scales int32 [M] of keys [M, BLOCK_D]; mean has one row, or one for each."""
-    y = rotate_for_sketch(keys, c) - mean
+def sketch_of(keys, g, sketch, c: tl.constexpr):
+    """Codes int8 [M, SKETCH_D] and scales int32 [M] of keys [M, BLOCK_D] of head g."""
+    mean = tl.load(sketch.mean_ptr + g * c.SKETCH_D + tl.arange(0, c.SKETCH_D))
+    y = rotate_for_sketch(keys, sketch, c) - mean[None, :]
     top = tl.max(tl.abs(y), axis=1)
     scale = tl.where((top > SMALLEST_KEY) & (top < LARGEST_KEY), round_up(top / 127), 0.0)
     inverse = 1 / tl.where(scale > 0, scale, 1.0)
@@ -78,35 +76,17 @@ def sketch_kernel(k, sketch, start, stop, c: tl.constexpr):
     mask_n = offs_n < stop
     k_head = of_head(k, g)
     keys = load_rows(k_head.ptr, offs_n, k.stride_n, mask_n, tl.arange(0, c.BLOCK_D), k.stride_d, c.D)
-    mean = tl.load(sketch.mean_ptr + g * c.SKETCH_D + offs_c)[None, :]
-    code, scale = sketch_of(keys, mean, c)
+    code, scale = sketch_of(keys, g, sketch, c)
     rows = tl.cast(g, tl.int64) * (sketch.stride_h // c.SKETCH_D) + offs_n
     tl.store(sketch.codes_ptr + rows[:, None] * c.SKETCH_D + offs_c[None, :], code, mask=mask_n[:, None])
     tl.store(sketch.scales_ptr + rows, scale, mask=mask_n)
-
-
-@triton.jit
-def sketch_newest(k, sketch, n, c: tl.constexpr):
-    """The sketches of key n - 1 of all heads. No launch needs them before a later one has appended local_size keys."""
-    offs_d = tl.arange(0, c.BLOCK_D)
-    offs_c = tl.arange(0, c.SKETCH_D)
-    for first in range(0, c.G, 16):
-        heads = first + tl.arange(0, 16)
-        mask_g = heads < c.G
-        keys = load_rows(k.ptr + tl.cast(n - 1, tl.int64) * k.stride_n, heads, k.stride_h, mask_g, offs_d, k.stride_d,
-                         c.D)  # fmt: skip
-        mean_ptrs = sketch.mean_ptr + heads[:, None] * c.SKETCH_D + offs_c[None, :]
-        code, scale = sketch_of(keys, tl.load(mean_ptrs, mask=mask_g[:, None], other=0.0), c)
-        rows = heads.to(tl.int64) * (sketch.stride_h // c.SKETCH_D) + tl.cast(n - 1, tl.int64)
-        tl.store(sketch.codes_ptr + rows[:, None] * c.SKETCH_D + offs_c[None, :], code, mask=mask_g[:, None])
-        tl.store(sketch.scales_ptr + rows, scale, mask=mask_g)
 
 
 # --------------------------------------------------------------------------------------------------------------- scores
 
 
 @triton.jit
-def quantize_queries(q, g, c: tl.constexpr):
+def quantize_queries(q, g, sketch, c: tl.constexpr):
     """The queries of head g as two int8 parts, [2 P, SKETCH_D], of integers high * 256 + low, and |q| in their units.
 
     The norm, float32 [P], is infinite where the integers are no use: the query is too small, too large or not finite.
@@ -115,7 +95,7 @@ def quantize_queries(q, g, c: tl.constexpr):
     rows = tl.arange(0, 2 * c.SKETCH_M)
     row = rows % c.SKETCH_M
     queries = load_rows(q.ptr, g * c.GROUP + row, q.stride_h, row < c.GROUP, tl.arange(0, c.BLOCK_D), q.stride_d, c.D)
-    z = rotate_for_sketch(queries, c)
+    z = rotate_for_sketch(queries, sketch, c)
     top = tl.max(tl.abs(z), axis=1)
     length = norm(queries.to(tl.float32))
     usable = (top > SMALLEST_QUERY) & (length < LARGEST_QUERY)
@@ -125,6 +105,13 @@ def quantize_queries(q, g, c: tl.constexpr):
     parts = tl.where((rows < c.SKETCH_M)[:, None], high, x - (high << 8)).to(tl.int8)
     length = tl.where(usable, SLACK * length * inverse, tl.where(row < c.GROUP, float("inf"), 0.0))
     return parts, tl.max(tl.reshape(length, [2, c.SKETCH_M]), axis=0)
+
+
+@triton.jit
+def prefetch_sketches(sketch, g, lo, hi, c: tl.constexpr):
+    """The first tiles of [lo, hi) of head g, while queries are loaded and rotated."""
+    codes_ptr = sketch.codes_ptr + tl.cast(g, tl.int64) * sketch.stride_h
+    prefetch_rows(codes_ptr, c.SKETCH_D, lo, tl.minimum(lo + 2 * c.SKETCH_N, hi), c.SKETCH_D, c.SKETCH_N)
 
 
 @triton.jit
@@ -177,31 +164,36 @@ def scan(parts, length, sketch, g, lo, hi, scratch, program, c: tl.constexpr):
 
 @triton.jit
 def live_tiles(kept, threshold, scratch, program, c: tl.constexpr):
-    """Which of the kept tiles the last threshold leaves: writes their places in scratch.live, returns how many."""
+    """Which of the kept tiles the last threshold leaves: writes their places in scratch.live, in any order, and returns
+    how many there are.
+    """
     first_slot = program * (c.GROUP * c.ROOM)
+    count_ptr = scratch.count + program * 2
     offs_m = tl.arange(0, c.SKETCH_M)
     offs_r = tl.arange(0, c.ROOM)[None, :]
+    slot = offs_m[:, None] * c.ROOM + offs_r
     tl.store(scratch.threshold + program * c.SKETCH_M + offs_m, threshold)
+    tl.store(count_ptr + tl.arange(0, 2), tl.zeros([2], tl.int32))
     tl.debug_barrier()  # other threads of this program wrote what is read here
-    tile_ptrs = scratch.tile_upper + first_slot + offs_m[:, None] * c.ROOM + offs_r
-    upper = tl.load(tile_ptrs, mask=offs_r < kept[:, None], other=float("-inf"))
-    SLOTS: tl.constexpr = c.SKETCH_M * c.ROOM
-    live = tl.reshape(((offs_r < kept[:, None]) & (upper >= threshold[:, None])).to(tl.int32), [SLOTS])
-    tl.store(scratch.live + first_slot + tl.cumsum(live, axis=0) - 1, tl.arange(0, SLOTS), mask=live > 0)
+    upper = tl.load(scratch.tile_upper + first_slot + slot, mask=offs_r < kept[:, None], other=float("-inf"))
+    live = (offs_r < kept[:, None]) & (upper >= threshold[:, None])
+    place = tl.atomic_add(count_ptr + tl.zeros_like(slot), 1, mask=live, sem="relaxed", scope="cta")
+    tl.store(scratch.live + first_slot + place, slot, mask=live)
     tl.debug_barrier()  # before other threads of this program read them
-    return tl.sum(live, axis=0)
+    return tl.atomic_add(count_ptr, 0, sem="relaxed", scope="cta")
 
 
 @triton.jit
 def survivors(num_live, lo, scratch, program, c: tl.constexpr):
     """The keys of the live tiles whose upper bounds reach their row's threshold.
 
-    Writes the first SURVIVORS of them to scratch.survivor, positions and then rows; returns how many there are.
+    Writes them to scratch.survivor, positions and then rows, in any order, unless there are more than SURVIVORS;
+    returns how many there are. A prefix sum would have an order, and four times as many instructions.
     """
-    KEYS: tl.constexpr = c.LIVE_M * c.SKETCH_N
     first_slot = program * (c.GROUP * c.ROOM)
+    count_ptr = scratch.count + program * 2 + 1
     survivor_ptr = scratch.survivor + program * (2 * c.SURVIVORS)
-    offs_n = tl.arange(0, c.SKETCH_N)
+    offs_n = tl.arange(0, c.SKETCH_N)[None, :]
     found = 0
     for first in range(0, num_live, c.LIVE_M):
         offs_l = first + tl.arange(0, c.LIVE_M)
@@ -210,17 +202,15 @@ def survivors(num_live, lo, scratch, program, c: tl.constexpr):
         row = slot // c.ROOM
         tile = tl.load(scratch.tile + first_slot + slot)
         limit = tl.load(scratch.threshold + program * c.SKETCH_M + row)
-        upper_ptrs = scratch.upper + (first_slot + slot).to(tl.int64)[:, None] * c.SKETCH_N + offs_n[None, :]
+        upper_ptrs = scratch.upper + (first_slot + slot).to(tl.int64)[:, None] * c.SKETCH_N + offs_n
         upper = tl.load(upper_ptrs, mask=mask_l[:, None], other=float("-inf"))
         survives = (upper >= limit[:, None]) & (upper > float("-inf"))  # beyond the slice it is -inf
-        survives = tl.reshape(survives.to(tl.int32), [KEYS])
-        position = tl.reshape((lo + tile * c.SKETCH_N)[:, None] + offs_n[None, :], [KEYS])
-        row = tl.reshape(tl.broadcast_to(row[:, None], [c.LIVE_M, c.SKETCH_N]), [KEYS])
-        place = found + tl.cumsum(survives, axis=0) - 1
-        fits = (survives > 0) & (place < c.SURVIVORS)
-        tl.store(survivor_ptr + place, position, mask=fits)
-        tl.store(survivor_ptr + c.SURVIVORS + place, row, mask=fits)
-        found += tl.sum(survives, axis=0)
+        survives = survives.to(tl.int32)
+        found += tl.sum(tl.sum(survives, axis=1), axis=0)
+        fits = tl.where(found <= c.SURVIVORS, survives, 0) > 0
+        place = tl.atomic_add(count_ptr + tl.zeros_like(survives), 1, mask=fits, sem="relaxed", scope="cta")
+        tl.store(survivor_ptr + place, (lo + tile * c.SKETCH_N)[:, None] + offs_n, mask=fits)
+        tl.store(survivor_ptr + c.SURVIVORS + place, tl.broadcast_to(row[:, None], upper.shape), mask=fits)
     tl.debug_barrier()  # before other threads of this program read them
     return found
 

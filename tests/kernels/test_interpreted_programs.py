@@ -104,16 +104,12 @@ def test_decode_workers_and_selectors(monkeypatch: pytest.MonkeyPatch, span_scop
 
 @pytest.mark.parametrize(("span_scope", "programs"), [("layer", 5), ("kv_head", 3)])
 def test_decode_with_sketches(monkeypatch: pytest.MonkeyPatch, span_scope: str, programs: int) -> None:
-    """Two slices of each head, or one worker for both heads. The last program adds the sketch of the newest key."""
+    """Two slices of each head, or one worker for both heads."""
     for ROOM, seq_lens in ((32, (9, 150, 151)), (1, (150,))):
         tiles = SketchTiles(BLOCK_N=32, ROOM=ROOM, SURVIVORS=512, LEAST=64, num_stages=2, LIVE_M=4)
         case = real_case(ReAttentionConfig(2, 8, 3, 4, 5, span_scope=span_scope), 300, 3, H=6, G=2, D=16)
-        sketch = sketch_of(case, "torch", 149)
-        for tensor in sketch:
-            tensor.share_memory_()
+        sketch = sketch_of(case, "torch", 143)
         workspace = check_growing(monkeypatch, case, programs, seq_lens, None, sketch, tiles)
-        last = seq_lens[-1]
-        assert torch.all(sketch.scales[:, :last] != -1) and torch.all(sketch.scales[:, last:] == -1)
         assert torch.all((workspace.found > tiles.SURVIVORS) == (ROOM == 1))
 
 

@@ -266,7 +266,7 @@ def test_a_chat_outgrows_its_cache_and_its_graph(tmp_path: Path) -> None:
     ("sketch", "head_dim", "kernels"),
     [
         ("off", 16, {"norm_qkv_kernel", "decode_kernel", "best_token_kernel"}),
-        ("int8", 24, {"decode_kernel", "sketch_kernel"}),
+        ("int8", 32, {"decode_kernel", "sketch_kernel"}),
     ],
 )
 def test_a_decode_step_is_compiled_while_a_prompt_is_read(
