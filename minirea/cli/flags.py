@@ -126,11 +126,13 @@ def add_scope(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     tail = f"last tokens of a prompt, read in smaller chunks; 0: none (default: {TAIL_SIZE})"
     add("--tail-size", type=int, metavar="N", help=tail)
     add("--tail-chunk-size", type=int, metavar="N", help=f"prompt tokens per scope there (default: {TAIL_CHUNK_SIZE})")
-    window = "queries that vote for a token of the answer: its own and those before it (default: 1)"
+    window = "queries that vote for a token of the answer: its own and those before it (default: 1; 8 for C from 4096)"
     add("--vote-window", type=int, metavar="N", help=window)
-    add("--vote-size", type=int, metavar="N", help="neighbouring tokens that are one to a vote (default: 1)")
-    add("--decode-spans", type=int, metavar="N", help="--max-spans of the answer's tokens (default: the same)")
-    carry = "votes of an answer's tokens add up from layer to layer (default: no)"
+    size = "neighbouring tokens that are one to a vote (default: 1; --span-size for C from 4096)"
+    add("--vote-size", type=int, metavar="N", help=size)
+    spans = "--max-spans of the answer's tokens (default: the same; at most 16 for C from 4096)"
+    add("--decode-spans", type=int, metavar="N", help=spans)
+    carry = "votes of an answer's tokens add up from layer to layer (default: no; yes for C from 4096)"
     add("--carry-votes", action=argparse.BooleanOptionalAction, help=carry)
     add("--dense-size", type=int, metavar="N", help="see all of so many tokens (default: what the scope can hold)")
     add("--allow-out-of-distribution", action="store_true", help="let the scope exceed the trained context")
