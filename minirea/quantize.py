@@ -5,9 +5,9 @@ row. Only weights are rounded, from their own values alone. Scale and offset min
 best for given q follow by linear regression, the best q for given scale and offset by rounding, in turns. They are
 bfloat16 numbers before weights are rounded with them, so that their own rounding costs nothing.
 
-The q of a group lie in the fields of 32-bit words. Field i of word j has column i * W + j of a group of W words: so a
-program that has loaded words in a row finds columns in a row in each field, and unpacks them by a shift and a mask,
-beside values of x that it loads in a row as well.
+The q of a row lie in the fields of 32-bit words, which come in fours, 16 bytes: what a thread of a GPU loads at a time.
+Four words have columns in a row: field i of word j has column 4 * i + j of them, so that a thread needs x of these
+columns alone, and one scale.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 GROUP_SIZE: Final = {8: 64, 4: 32}
 # 136 = 16 * 8 + 8: the high and the low halves of 8 bits are 4-bit matrices of their own, with exact scales.
 ZERO: Final = {8: 136, 4: 8}
+UNIT: Final = 4  # words with columns in a row
 _ROUNDS: Final = {8: 1, 4: 4}
 # Weights that are rounded at a time. A CPU's stay in its caches; a GPU's make up for the launches.
 _AT_ONCE: Final = {"cpu": 1 << 17, "cuda": 1 << 21}
@@ -74,10 +75,10 @@ class QuantizedMatrix:
 
     def unpack(self) -> Tensor:
         """q, uint8 [N, groups * columns of a group]."""
-        bytes_RWB = self.words.view(torch.uint8).view(-1, GROUP_SIZE[self.bits] * self.bits // 32, 4)
+        bytes_UWB = self.words.view(torch.uint8).view(-1, UNIT, 4)
         if self.bits == 4:
-            bytes_RWB = torch.stack([bytes_RWB & 15, bytes_RWB >> 4], -1).flatten(2)
-        return bytes_RWB.transpose(1, 2).reshape(len(self.words), -1)
+            bytes_UWB = torch.stack([bytes_UWB & 15, bytes_UWB >> 4], -1).flatten(2)
+        return bytes_UWB.transpose(1, 2).reshape(len(self.words), -1)
 
     def widen(self, dtype: torch.dtype) -> Tensor:
         """[N, K] in `dtype`, rounded once."""
@@ -137,9 +138,9 @@ def _rounded(wide_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     scale_R, offset_R = scale_R.bfloat16(), (offset_R + mean_R).bfloat16()
     q_CR = _nearest(wide_CR, scale_R.float(), offset_R.float() - mean_R, bits).add_(ZERO[bits]).to(torch.uint8)
     if bits == 4:
-        q_FWR = q_CR.view(8, -1, N * groups)
+        q_FWR = q_CR.view(8, UNIT, N * groups)
         q_CR = (q_FWR[0::2] | (q_FWR[1::2] << 4)).flatten(0, 1)
-    words = q_CR.view(4, -1, N * groups).permute(2, 1, 0).contiguous().view(torch.int32).view(N, -1)
+    words = q_CR.view(-1, 4, UNIT, N * groups).permute(3, 0, 2, 1).contiguous().view(torch.int32).view(N, -1)
     return words, torch.stack([scale_R, offset_R], 1).view(N, groups, 2)
 
 

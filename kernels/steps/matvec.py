@@ -44,6 +44,7 @@ GROUP_8: tl.constexpr = tl.constexpr(GROUP_SIZE[8])
 GROUP_4: tl.constexpr = tl.constexpr(GROUP_SIZE[4])
 ZERO_8: tl.constexpr = tl.constexpr(ZERO[8])
 ZERO_4: tl.constexpr = tl.constexpr(ZERO[4])
+LOWERED: tl.constexpr = tl.constexpr(69)  # x may be 2^48, far above any activation, and 2^-57 with all its bits
 
 
 @triton.jit
@@ -98,11 +99,103 @@ def product_of_values(
 
 
 @triton.jit
-def load_words(w_ptrs, scale_ptrs, offs_w, W: tl.constexpr, WORDS: tl.constexpr):
-    """A tile of words, and scale and offset of the group of each as the halves of a word; zero beyond W."""
-    mask = (offs_w < W)[None, :]
-    scale = tl.load(scale_ptrs + (offs_w // WORDS)[None, :], mask=mask, other=0)
-    return tl.load(w_ptrs + offs_w[None, :], mask=mask, other=0, eviction_policy="evict_first"), scale
+def load_words(
+    w_ptrs, scale_ptrs, first, BLOCK_U: tl.constexpr, W: tl.constexpr, UNITS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_U units from `first` on: words [rows, 4 units], and a word of scale and offset of each [rows, units].
+
+    Zero beyond W, which EVEN tiles do not reach.
+    """
+    offs_w = first * 4 + tl.arange(0, 4 * BLOCK_U)
+    offs_u = first + tl.arange(0, BLOCK_U)
+    # Units first, and as if none had its neighbour's next: so a thread loads the scales of the unit that it has.
+    scale_ptrs = tl.max_contiguous(tl.trans(scale_ptrs) + (offs_u // UNITS)[:, None], [1, 1])
+    if EVEN:
+        w = tl.load(w_ptrs + offs_w[None, :], eviction_policy="evict_first")
+        scale = tl.load(scale_ptrs)
+    else:
+        w = tl.load(w_ptrs + offs_w[None, :], mask=(offs_w < W)[None, :], other=0, eviction_policy="evict_first")
+        scale = tl.load(scale_ptrs, mask=(offs_u < W // 4)[:, None], other=0)
+    return w, tl.trans(scale)
+
+
+@triton.jit
+def quarters(tile, M: tl.constexpr, N: tl.constexpr):
+    """Of [M, 4 N] four tensors [M, N]: elements 4 n, 4 n + 1, 4 n + 2 and 4 n + 3 of each row."""
+    even, odd = tl.split(tl.reshape(tile, [M, N, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def add_field(dot, w, x, field: tl.constexpr, BITS: tl.constexpr, EXACT: tl.constexpr):
+    """dot + (q - ZERO) x for one field of words [rows, units] and x [units] of its columns, or unless EXACT, lowered.
+
+    Lowered is dot + 2^-LOWERED q x. Converting q to a number is slow, but where q lies in the 23 lowest bits, they
+    alone already are one: q times a power of two far below 1, which a product takes exactly and at full speed. To make
+    up for that x is raised, once for all rows.
+    """
+    MASK: tl.constexpr = (1 << BITS) - 1
+    ZERO: tl.constexpr = ZERO_8 if BITS == 8 else ZERO_4
+    RIGHT: tl.constexpr = 0 if BITS * (field + 1) <= 23 else 16
+    BIT: tl.constexpr = BITS * field - RIGHT
+    RAISED: tl.constexpr = 2.0 ** (149 - BIT - LOWERED)
+    if EXACT:
+        q = (((w >> BITS * field) & MASK) - ZERO).to(tl.float32)
+    else:
+        q = ((w >> RIGHT) & (MASK << BIT)).to(tl.float32, bitcast=True)
+        x *= RAISED
+    return dot + q * x[None, :]
+
+
+@triton.jit
+def add_tile(
+    acc, squares, w, scale, offs_u, x_ptr, norm_ptr, K: tl.constexpr, NORM: tl.constexpr, BITS: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """acc [rows, units] and squares [units] with a tile's share of the products and of the squares of x.
+
+    A group's scale is multiplied by the sum of a unit's (q - ZERO) x, its offset by the sum of their x. Products are
+    rounded no more than those of (q - ZERO) up to float32's last bits, which count if x is float32.
+    """
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    R: tl.constexpr = acc.shape[0]
+    U: tl.constexpr = acc.shape[1]
+    FIELDS: tl.constexpr = 32 // BITS
+    ZERO: tl.constexpr = ZERO_8 if BITS == 8 else ZERO_4
+    w0, w1, w2, w3 = quarters(w, R, U)
+    dot = tl.zeros([R, U], tl.float32)
+    sum_x = tl.zeros([U], tl.float32)
+    for pair in tl.static_range(0, FIELDS, 2):
+        offs_k = (offs_u * (4 * FIELDS) + 4 * pair)[:, None] + tl.arange(0, 8)[None, :]
+        mask_k = None if EVEN else offs_k < K
+        x = tl.load(x_ptr + offs_k, mask=mask_k, other=None if EVEN else 0.0).to(tl.float32)
+        if NORM:
+            squares += tl.sum(x * x, axis=1)
+            x *= tl.load(norm_ptr + offs_k, mask=mask_k, other=None if EVEN else 0.0).to(tl.float32)
+        sum_x += tl.sum(x, axis=1)
+        x0, x1, x2, x3 = quarters(x, U, 2)
+        x00, x01 = tl.split(x0)
+        x10, x11 = tl.split(x1)
+        x20, x21 = tl.split(x2)
+        x30, x31 = tl.split(x3)
+        part = tl.zeros([R, U], tl.float32) if EXACT else dot
+        part = add_field(part, w0, x00, pair, BITS, EXACT)
+        part = add_field(part, w1, x10, pair, BITS, EXACT)
+        part = add_field(part, w2, x20, pair, BITS, EXACT)
+        part = add_field(part, w3, x30, pair, BITS, EXACT)
+        part = add_field(part, w0, x01, pair + 1, BITS, EXACT)
+        part = add_field(part, w1, x11, pair + 1, BITS, EXACT)
+        part = add_field(part, w2, x21, pair + 1, BITS, EXACT)
+        part = add_field(part, w3, x31, pair + 1, BITS, EXACT)
+        dot = dot + part if EXACT else part
+    if not EXACT:
+        LIFT: tl.constexpr = 2.0**LOWERED
+        dot = dot * LIFT - (sum_x * ZERO)[None, :]
+    acc += (scale << 16).to(tl.float32, bitcast=True) * dot
+    acc += (scale & -65536).to(tl.float32, bitcast=True) * sum_x[None, :]
+    return acc, squares
 
 
 @triton.jit
@@ -110,46 +203,30 @@ def product_of_words(
     w_ptr, scale_ptr, rows, x_ptr, norm_ptr, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr,
     BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """product_of_values of a QuantizedMatrix, words with BLOCK_K columns at a time.
-
-    A field becomes a number without a conversion, which is slow: 2^23 + q has q as its last bits. A group's scale is
-    multiplied by the sum of a word's products, its offset by the sum of their x.
-    """
+    """product_of_values of a QuantizedMatrix, words with BLOCK_K columns at a time."""
     if EARLY:
         gdc_launch_dependents()
-    FIELDS: tl.constexpr = 32 // BITS
     GROUP: tl.constexpr = GROUP_8 if BITS == 8 else GROUP_4
-    ZERO: tl.constexpr = ZERO_8 if BITS == 8 else ZERO_4
-    WORDS: tl.constexpr = GROUP // FIELDS  # of a group
+    COLUMNS: tl.constexpr = 4 * 32 // BITS  # of a unit of four words, which a thread loads at once
+    UNITS: tl.constexpr = GROUP // COLUMNS  # of a group
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
-    W: tl.constexpr = GROUPS * WORDS
-    BLOCK_W: tl.constexpr = BLOCK_K // FIELDS
-    offs_w = tl.arange(0, BLOCK_W)
+    W: tl.constexpr = GROUPS * UNITS * 4
+    BLOCK_U: tl.constexpr = BLOCK_K // COLUMNS
+    EVEN: tl.constexpr = K % BLOCK_K == 0
+    offs_u = tl.arange(0, BLOCK_U)
     w_ptrs = w_ptr + rows.to(tl.int64)[:, None] * W
     scale_ptrs = scale_ptr + rows.to(tl.int64)[:, None] * GROUPS
-    w, scale = load_words(w_ptrs, scale_ptrs, offs_w, W, WORDS)
+    w, scale = load_words(w_ptrs, scale_ptrs, 0, BLOCK_U, W, UNITS, EVEN)
     if EARLY:
         gdc_wait()
-    acc = tl.zeros([rows.shape[0], BLOCK_W], tl.float32)
-    squares = tl.zeros([BLOCK_W], tl.float32)
-    for _ in range(0, W, BLOCK_W):
-        following, following_scale = load_words(w_ptrs, scale_ptrs, offs_w + BLOCK_W, W, WORDS)
-        dot = tl.zeros([rows.shape[0], BLOCK_W], tl.float32)
-        sum_x = tl.zeros([BLOCK_W], tl.float32)
-        for field in tl.static_range(FIELDS):
-            offs_k = offs_w // WORDS * GROUP + field * WORDS + offs_w % WORDS
-            mask_k = offs_k < K
-            x = tl.load(x_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-            if NORM:
-                squares += x * x
-                x *= tl.load(norm_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-            sum_x += x
-            q = ((w >> BITS * field) & ((1 << BITS) - 1)) | 0x4B000000
-            dot += (q.to(tl.float32, bitcast=True) - (8388608.0 + ZERO)) * x[None, :]
-        acc += (scale << 16).to(tl.float32, bitcast=True) * dot
-        acc += (scale & -65536).to(tl.float32, bitcast=True) * sum_x[None, :]
-        w, scale = following, following_scale
-        offs_w += BLOCK_W
+    acc = tl.zeros([rows.shape[0], BLOCK_U], tl.float32)
+    squares = tl.zeros([BLOCK_U], tl.float32)
+    first = 0
+    for following in range(BLOCK_U, W // 4, BLOCK_U):
+        next_w, next_scale = load_words(w_ptrs, scale_ptrs, following, BLOCK_U, W, UNITS, EVEN)
+        acc, squares = add_tile(acc, squares, w, scale, first + offs_u, x_ptr, norm_ptr, K, NORM, BITS, EVEN)
+        w, scale, first = next_w, next_scale, following
+    acc, squares = add_tile(acc, squares, w, scale, first + offs_u, x_ptr, norm_ptr, K, NORM, BITS, EVEN)
     return tl.sum(acc, axis=1), tl.sum(squares, axis=0)
 
 
@@ -293,18 +370,27 @@ class Tile(NamedTuple):
 def tile(matrix: Matrix, piece: int = 4096) -> Tile:
     """Two rows in pieces of up to `piece` bytes, of which two are in flight: 16 or 32 bytes per thread and row.
 
-    Rows of 16 KiB and more are taken eight at a time: there reading x costs as much as a row, and eight share it. Where
-    weights are smaller than x, that holds for rows of any length: four of 8 bits or eight of 4, in pieces of 2048.
+    Rows of 16 KiB and more are taken eight at a time: there reading x costs as much as a row, and eight share it.
     """
     K = matrix.shape[1]
     if isinstance(matrix, QuantizedMatrix):
-        block_k = min(2048, max(16 * 32 // matrix.bits, next_power_of_2(K)))
-        return Tile(32 // matrix.bits, block_k, max(1, min(4, block_k // 512)), matrix.bits)
+        return tile_of_words(matrix)
     itemsize = matrix.element_size()
     if K * itemsize >= 16384:
         return Tile(8, 2048 // itemsize, 8)
     block_k = min(piece // itemsize, max(16, next_power_of_2(K)))
     return Tile(2, block_k, max(1, min(8, block_k * itemsize // 512)))
+
+
+def tile_of_words(matrix: QuantizedMatrix) -> Tile:
+    """Four words per thread and row, in the widest pieces of up to four warps that fill rows best.
+
+    What x takes is shared by four rows; by eight, if that leaves every multiprocessor many programs.
+    """
+    N, K = matrix.shape
+    columns = 4 * 32 // matrix.bits * 32  # of a warp
+    num_warps = min((4, 2, 1), key=lambda warps: cdiv(K, columns * warps) * warps)
+    return Tile(8 if N >= 16384 else 4, columns * num_warps, num_warps, matrix.bits)
 
 
 def operands(matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:

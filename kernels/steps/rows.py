@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from minirea.kernels.launching import cdiv, launch, next_power_of_2
-from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix
+from minirea.quantize import GROUP_SIZE, UNIT, ZERO, QuantizedMatrix
 
 # ------------------------------------------------------------------------------------------------------------- device
 
@@ -83,30 +83,37 @@ def swiglu_kernel(gate_up_ptr, out_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr, 
 
 @triton.jit
 def widen_kernel(
-    words_ptr, scale_offset_ptr, out_ptr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
-    BLOCK_W: tl.constexpr, EARLY: tl.constexpr,
+    words_ptr, scale_ptr, out_ptr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    BLOCK_U: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A program widens BLOCK_W words of a row."""
+    """A program widens BLOCK_U units of four words of a row, whose columns lie in a row."""
     if EARLY:
         gdc_launch_dependents()
     FIELDS: tl.constexpr = 32 // BITS
-    WORDS: tl.constexpr = GROUP // FIELDS  # of a group
+    COLUMNS: tl.constexpr = 4 * FIELDS  # of a unit
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
-    W: tl.constexpr = GROUPS * WORDS
-    pieces: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
+    U: tl.constexpr = GROUPS * (GROUP // COLUMNS)
+    EVEN: tl.constexpr = K % (COLUMNS * BLOCK_U) == 0
+    pieces: tl.constexpr = (U + BLOCK_U - 1) // BLOCK_U
     row = (tl.program_id(0) // pieces).to(tl.int64)
-    offs_w = tl.program_id(0) % pieces * BLOCK_W + tl.arange(0, BLOCK_W)
-    mask_w = offs_w < W
-    w = tl.load(words_ptr + row * W + offs_w, mask=mask_w, other=0)
-    scale_ptrs = scale_offset_ptr + (row * GROUPS + offs_w // WORDS) * 2
-    scale = tl.load(scale_ptrs, mask=mask_w, other=0.0).to(tl.float32)
-    offset = tl.load(scale_ptrs + 1, mask=mask_w, other=0.0).to(tl.float32)
+    first = tl.program_id(0) % pieces * BLOCK_U
+    offs_u = first + tl.arange(0, BLOCK_U)
+    offs_w = first * 4 + tl.arange(0, 4 * BLOCK_U)
+    offs_k = first * COLUMNS + tl.arange(0, COLUMNS * BLOCK_U)
+    mask_u, mask_w, mask_k = None, None, None
+    if not EVEN:
+        mask_u, mask_w, mask_k = offs_u < U, offs_w < 4 * U, offs_k < K
+    w = tl.load(words_ptr + row * (4 * U) + offs_w, mask=mask_w, eviction_policy="evict_first")
+    scale = tl.load(scale_ptr + row * GROUPS + offs_u // (GROUP // COLUMNS), mask=mask_u)
+    offset = (scale & -65536).to(tl.float32, bitcast=True)
+    scale = (scale << 16).to(tl.float32, bitcast=True)
+    shift = tl.arange(0, FIELDS) * BITS
+    q = (tl.reshape(w, [BLOCK_U, 1, 4]) >> shift[None, :, None]) & ((1 << BITS) - 1)
+    out = (q - ZERO).to(tl.float32) * scale[:, None, None] + offset[:, None, None]
+    out = tl.reshape(out.to(out_ptr.dtype.element_ty), [COLUMNS * BLOCK_U])
     if EARLY:
         gdc_wait()  # a product before it may still read what is overwritten
-    for field in tl.static_range(FIELDS):
-        offs_k = offs_w // WORDS * GROUP + field * WORDS + offs_w % WORDS
-        out = (((w >> BITS * field) & ((1 << BITS) - 1)) - ZERO).to(tl.float32) * scale + offset
-        tl.store(out_ptr + row * K + offs_k, out.to(out_ptr.dtype.element_ty), mask=mask_w & (offs_k < K))
+    tl.store(out_ptr + row * K + offs_k, out, mask=mask_k)
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
@@ -153,8 +160,8 @@ def swiglu(gate_up_TM: torch.Tensor) -> torch.Tensor:
 
 def widen(matrix_NK: QuantizedMatrix, out_NK: torch.Tensor) -> None:
     """out = the matrix, rounded once from float32. Both are contiguous."""
-    (N, K), W, bits = matrix_NK.shape, matrix_NK.words.shape[1], matrix_NK.bits
-    block_w = min(512, next_power_of_2(W))
-    constants = {"K": K, "BITS": bits, "GROUP": GROUP_SIZE[bits], "ZERO": ZERO[bits], "BLOCK_W": block_w}
-    pointers = matrix_NK.words, matrix_NK.scale_offset, out_NK
-    launch(widen_kernel, N * cdiv(W, block_w), out_NK.device, *pointers, **constants, num_warps=NUM_WARPS)
+    (N, K), U, bits = matrix_NK.shape, matrix_NK.words.shape[1] // UNIT, matrix_NK.bits
+    block_u = min((256, 128, 64), key=lambda units: cdiv(U, units) * units)
+    constants = {"K": K, "BITS": bits, "GROUP": GROUP_SIZE[bits], "ZERO": ZERO[bits], "BLOCK_U": block_u}
+    pointers = matrix_NK.words, matrix_NK.scale_offset.view(torch.int32), out_NK
+    launch(widen_kernel, N * cdiv(U, block_u), out_NK.device, *pointers, **constants, num_warps=NUM_WARPS)

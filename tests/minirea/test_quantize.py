@@ -72,11 +72,10 @@ def test_a_row_of_fields_is_where_the_layout_says(bits: int) -> None:
     matrix = quantized(wide_NK, bits)
     assert torch.equal(matrix.unpack().long(), q_NK)
     torch.testing.assert_close(matrix.widen(torch.float32), wide_NK, rtol=0, atol=1e-4)  # an offset of nearly zero
-    fields, words = 32 // bits, size * bits // 32
-    for k in (0, 1, words, size - 1, 2 * size + 5):
-        word = matrix.words[:, k // size * words + k % size % words].long()
-        assert torch.equal(word >> bits * (k % size // words) & (2**bits - 1), q_NK[:, k])
-    assert fields * words == size
+    four = 4 * 32 // bits  # columns of four words
+    for k in (0, 1, 5, four - 1, four, size - 1, 2 * size + 5):
+        word = matrix.words[:, k // four * 4 + k % 4].long()
+        assert torch.equal(word >> bits * (k % four // 4) & (2**bits - 1), q_NK[:, k])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
