@@ -300,7 +300,7 @@ class Attention:
         Args:
             attending: of queries that are one chunk, only the last so many are the step's, the others vote with them.
         """
-        config = self.config.of_decode_step if step.chunk_size == 1 else self.config
+        config = self.config_of(step)
         chunk_size = len(q_THD) if attending else min(step.chunk_size, len(q_THD))
         k_GND, v_GND, (cos, sin) = cache.k[layer], cache.v[layer], self.scope_tables(cache.capacity)
         sketch = (
@@ -312,6 +312,9 @@ class Attention:
         options = (self.impl, False, chunk_size, self.gather, attending, sketch, step.votes)
         out_THD: Tensor = reattention(q_THD, k_GND, v_GND, step.seq_len, cos, sin, config, *options)
         return out_THD
+
+    def config_of(self, step: Step) -> ReAttentionConfig:
+        return self.config.of_decode_step if step.chunk_size == 1 else self.config
 
     def _is_sketched(self, cache: KVCache, step: Step) -> bool:
         """Whether every key that the step can select has its sketch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from minirea.attention import Attention
 from minirea.attention import Step as AttentionStep
 from minirea.cache import KVCache
-from minirea.kernels import reattention
+from minirea.kernels import ReAttentionConfig, Votes, reattention
 from minirea.model import Model
 from minirea.rope import apply_rope, for_whole_heads
 
@@ -25,7 +25,9 @@ class Step:
         k_GND: the keys of all seq_len tokens without RoPE; empty where the cache keeps none (mode "full").
     """
 
-    def __init__(self, attention: ObservedAttention, layer: int, q_THD: Tensor, cache: KVCache) -> None:
+    def __init__(
+        self, attention: ObservedAttention, layer: int, q_THD: Tensor, cache: KVCache, selected_by: Selection | None
+    ) -> None:
         self.attention = attention
         self.layer = layer
         self.q_THD = q_THD
@@ -33,6 +35,7 @@ class Step:
         self.k_GND = cache.k[layer][:, : self.seq_len] if cache.k else cache.v[layer][:, :0]
         self.q_GRD = q_THD[-1].unflatten(0, (len(self.k_GND), -1))
         self._cache = cache
+        self._selected_by = selected_by
 
     @property
     def is_decode(self) -> bool:
@@ -52,8 +55,10 @@ class Step:
         k_GND, v_GND = self._cache.k[self.layer], self._cache.v[self.layer]
         # On the device: as a number, each value would be compiled anew by the fused kernel.
         seq_len = torch.tensor([self.seq_len], dtype=torch.int32, device=self.q_THD.device)
-        arguments = (self.q_THD, k_GND, v_GND, seq_len, *attention.scope_tables(self._cache.capacity))
-        _, selection = reattention(*arguments, attention.config, attention.impl, return_selection=True)
+        assert self._selected_by is not None
+        voters, config, votes = self._selected_by
+        arguments = (voters, k_GND, v_GND, seq_len, *attention.scope_tables(self._cache.capacity), config)
+        _, selection = reattention(*arguments, attention.impl, return_selection=True, votes=copy_of(votes))
         return selection if isinstance(selection, list) else [selection] * G
 
     def last_position(self, scope: Tensor) -> int:
@@ -92,6 +97,18 @@ class Step:
         return score_TRS.masked_fill_(hidden_TS[:, None], -torch.inf).softmax(-1)
 
 
+class Selection(NamedTuple):
+    """What a scope was selected by."""
+
+    voters: Tensor  # queries, this step's last, [at least T, H, D]
+    config: ReAttentionConfig
+    votes: Votes | None  # of the layers before
+
+
+def copy_of(votes: Votes | None) -> Votes | None:
+    return None if votes is None else Votes(*(tensor.clone() for tensor in votes))
+
+
 class Observer(Protocol):
     """Called after each layer of each observed step."""
 
@@ -105,12 +122,19 @@ class ObservedAttention(Attention):
         super().__init__(attention.model, attention.mode, attention.config, attention.impl, attention.device)
         self.horizon = horizon  # tokens in context once the whole prompt is read
         self.observer = observer
+        self._selected_by: Selection | None = None
         self._last_tables: tuple[int, tuple[Tensor, Tensor]] = (0, self.true_tables(0, 0, 0))
 
     def __call__(self, layer: int, qkv_TXD: Tensor, cache: KVCache, step: AttentionStep) -> Tensor:
         out_THD = super().__call__(layer, qkv_TXD, cache, step)
-        self.observer(Step(self, layer, qkv_TXD[:, : self.model.num_heads], cache))
+        self.observer(Step(self, layer, qkv_TXD[:, : self.model.num_heads], cache, self._selected_by))
         return out_THD
+
+    def over_cache(
+        self, layer: int, q_THD: Tensor, cache: KVCache, step: AttentionStep, attending: int | None = None
+    ) -> Tensor:
+        self._selected_by = Selection(q_THD, self.config_of(step), copy_of(step.votes))
+        return super().over_cache(layer, q_THD, cache, step, attending)
 
     def all_tables(self, seq_len: int) -> tuple[Tensor, Tensor]:
         """cos and sin of the true positions 0..seq_len-1, [seq_len, D/2], made once for all layers of a step."""

@@ -140,13 +140,16 @@ def _written_over(cache: KVCache, start: int) -> Iterator[None]:
     """Within it the tokens from `start` on are to be read again; afterwards they are what they were, to the bit."""
     seq_len = cache.seq_len
     kept = [tensor[..., start:seq_len, :].clone() for tensor in cache.tensors]
+    q_recent, recent_from = cache.q_recent.clone(), cache.recent_from
     try:
         cache.rewind(start)
         yield
     finally:
         for tensor, old in zip(cache.tensors, kept, strict=True):
             tensor[..., start : start + old.shape[-2], :] = old
+        cache.q_recent.copy_(q_recent)
         cache.seq_len = seq_len
+        cache.recent_from = recent_from
 
 
 def passages(votes: Votes, most: int) -> list[tuple[int, int, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,14 +109,17 @@ def test_sources_of_a_session_leave_it_as_it_was(demo: minirea.LLM) -> None:
 
 
 @pytest.mark.parametrize("attention", ["full", "streaming", "reattention"])
-@pytest.mark.parametrize("span_scope", ["layer", "kv_head"])
-def test_looking_changes_no_later_token(tiny: minirea.LLM, attention: str, span_scope: str) -> None:
-    llm, ids = tiny.with_attention(attention, **SCOPE | {"span_scope": span_scope}), random_ids(150)
+@pytest.mark.parametrize("fields", [{}, {"span_scope": "kv_head"}, {"vote_window": 6, "carry_votes": True}])
+def test_looking_changes_no_later_token(tiny: minirea.LLM, attention: str, fields: dict[str, Any]) -> None:
+    """Nor the queries that later ones vote with, to the bit."""
+    llm, ids = tiny.with_attention(attention, **SCOPE | fields), random_ids(150)
     session, other = llm.session(), llm.session()
     for _ in range(2):
         out = session.generate(ids, 12, ignore_eos=True, sources=3)
         assert out.token_ids == other.generate(ids, 12, ignore_eos=True).token_ids
         assert all(0 <= s.start < s.end <= len(session.ids) - 12 - 32 for s in out.sources)
+        for layer in range(llm.config.num_layers):
+            assert torch.equal(*(one.cache.recent(layer, 99) for one in (session, other)))
     assert session.ids == other.ids
 
 

@@ -67,6 +67,7 @@ def test_shared_winners() -> None:
 MODES = {
     "layer": {"attention": "reattention", **SCOPE},
     "kv_head": {"attention": "reattention", **SCOPE, "span_scope": "kv_head"},
+    "votes": {"attention": "reattention", **SCOPE, "vote_window": 4, "decode_spans": 2, "carry_votes": True},
     "streaming": {"attention": "streaming", **SCOPE},
     "full": {"attention": "full"},
 }
