@@ -366,12 +366,13 @@ def vote(winner_BW: torch.Tensor, max_spans: int) -> torch.Tensor:
 
 
 def elect(counts_BN: torch.Tensor, max_spans: int) -> torch.Tensor:
-    """The max_spans positions with most votes, at least one, the lowest position first among equals.
+    """The max_spans positions with most votes, the lowest position first among equals; every ballot has some votes.
 
-    Returns int64 [B, min(N, max_spans)] like `vote`.
+    Returns int64 [B, at most max_spans] like `vote`. Of N positions few, U, have any vote.
     """
-    ranked_BN = (counts_BN.long() << 32) | (INDEX_MASK - torch.arange(counts_BN.shape[1], device=counts_BN.device))
-    elected_BP = ranked_BN.topk(min(max_spans, counts_BN.shape[1])).values
+    voted_U = (counts_BN > 0).any(0).nonzero()[:, 0]
+    ranked_BU = (counts_BN[:, voted_U].long() << 32) | (INDEX_MASK - voted_U)
+    elected_BP = ranked_BU.topk(min(max_spans, len(voted_U))).values
     return unpack_index(torch.where(elected_BP >> 32 == 0, elected_BP[:, :1], elected_BP))
 
 

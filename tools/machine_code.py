@@ -26,6 +26,7 @@ from minirea.kernels import driver
 from minirea.kernels.fused import launch
 from minirea.kernels.fused.arguments import Rope
 from minirea.kernels.sketch import new_sketch
+from minirea.kernels.votes import new_votes
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "kernels" / "machine_code.json"
@@ -43,6 +44,7 @@ class Shape(NamedTuple):
     num_queries: int
     chunk_size: int
     sketch: bool = False
+    votes: bool = False  # which add up from layer to layer
 
 
 SHAPES = {
@@ -50,6 +52,7 @@ SHAPES = {
     "four chunks of 512, 32/8 heads of 128": Shape(32, 8, 128, 2048, 512),
     "decode, 9/3 heads of 64": Shape(9, 3, 64, 1, 1),
     "four chunks of 512, 9/3 heads of 64": Shape(9, 3, 64, 2048, 512),
+    "decode with votes of 8 tokens, 9/3 heads of 64": Shape(9, 3, 64, 8, 8, votes=True),
     "decode with a sketch, 32/8 heads of 128": Shape(32, 8, 128, 1, 1, sketch=True),
     "decode with a sketch, 9/3 heads of 64": Shape(9, 3, 64, 1, 1, sketch=True),
 }
@@ -72,6 +75,8 @@ def compiled(shape: Shape) -> driver.Variant:
     k_GND, v_GND = (tensor(shape.num_kv_heads, 131072, shape.head_dim) for _ in range(2))
     seq_len = tensor(1, dtype=torch.int32)
     sketch = new_sketch(shape.num_kv_heads, shape.head_dim, 131072, q_THD.device) if shape.sketch else None
+    voters = shape.num_heads, shape.num_kv_heads, config, shape.num_queries
+    votes = new_votes(*voters, 32, 131072, q_THD.device) if shape.votes else None
     rope = Rope(*(tensor(config.max_scope + 2048, shape.head_dim // 2, dtype=torch.float32) for _ in range(2)))
     with (
         mock.patch.object(launch, "launch_cooperatively", record),
@@ -80,7 +85,8 @@ def compiled(shape: Shape) -> driver.Variant:
         if shape.num_queries == 1:
             launch.launch_decode(q_THD, k_GND, v_GND, out_THD, seq_len, rope, config, sketch=sketch)
         else:
-            launch.launch_chunks(q_THD, k_GND, v_GND, out_THD, seq_len, rope, config, None, shape.chunk_size)
+            arguments = (q_THD, k_GND, v_GND, out_THD, seq_len, rope, config, None, shape.chunk_size)
+            launch.launch_chunks(*arguments, votes=votes)
     return found[0]
 
 

@@ -51,12 +51,15 @@ def test_every_mode_and_sampling(tmp_path: Path, dtype: str) -> None:
     one, two = (minirea.load(path, dtype=dtype, gpus=gpus, **SCOPE) for gpus in (1, 2))
     expected_of = one if dtype == "float32" else two
     ids = (torch.randperm(997, generator=torch.Generator().manual_seed(0)) + 3)[:150].tolist()
-    for mode, span_scope in (("reattention", "layer"), ("reattention", "kv_head"), ("streaming", None), ("full", None)):
+    votes = {"vote_window": 4, "decode_spans": 3, "carry_votes": True}
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        ("reattention", fields) for fields in ({}, {"span_scope": "kv_head"}, votes)
+    ]
+    for mode, fields in (*kinds, ("streaming", {}), ("full", {})):
         for options in ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}):
-            scope = SCOPE | {"span_scope": span_scope}
-            out = [llm.with_attention(mode, **scope).generate(ids, max_tokens=30, ignore_eos=True, **options)
+            out = [llm.with_attention(mode, **SCOPE | fields).generate(ids, max_tokens=30, ignore_eos=True, **options)
                    for llm in (expected_of, two)]  # fmt: skip
-            assert out[0].token_ids == out[1].token_ids, (mode, span_scope, options)
+            assert out[0].token_ids == out[1].token_ids, (mode, fields, options)
 
 
 def test_sessions_take_turns_with_graphs(tmp_path: Path) -> None:

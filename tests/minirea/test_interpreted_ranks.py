@@ -83,14 +83,17 @@ def part_of_model(directory: Path, llm: minirea.LLM, ranks: ThreadRanks, rank: i
     return model
 
 
-def test_ranks_decode_what_one_process_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("votes", [{}, {"vote_window": 2, "carry_votes": True}])
+def test_ranks_decode_what_one_process_does(tmp_path: Path, votes: dict[str, Any]) -> None:
     """A prompt in a step of chunks, then tokens, in launches that are split around the vote; biases are added once."""
-    directory = write_checkpoint(tmp_path, tiny_model(**SMALL | {"attention_bias": True, "mlp_bias": True}))
-    llm, ids, ranks = minirea.load(directory, **SCOPE, tail_size=0), random_ids(41, 41), ThreadRanks(2)
+    fields = SMALL | {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 3 if votes else 2}
+    directory = write_checkpoint(tmp_path, tiny_model(**fields))
+    llm, ids, ranks = minirea.load(directory, **SCOPE | votes, tail_size=0), random_ids(41, 41), ThreadRanks(2)
 
     def decode(rank: int) -> list[int]:
         model = part_of_model(directory, llm, ranks, rank)
-        cache = KVCache(model.config, 44, model.attention.dense_limit, CPU, torch.float32)
+        sizes, recent_size = (model.config, 44, model.attention.dense_limit), model.attention.recent_size
+        cache = KVCache(*sizes, CPU, torch.float32, recent_size=recent_size)
         prompt = PromptStep(model, cache, 40, 16)
         prompt.set(torch.tensor(ids[:-1]))
         prompt.run()
@@ -98,7 +101,9 @@ def test_ranks_decode_what_one_process_does(tmp_path: Path) -> None:
         step = DecodeStep(model, cache, ids[-1], Sampler(SamplingConfig(), ids, 41, CPU))
         found = []
         for _ in range(3):
+            cache.expect_recent(1)
             step.run()
+            cache.seq_len += 1
             found.append(int(step.token))
         return found
 
