@@ -108,15 +108,15 @@ def load_words(
     """
     offs_w = first * 4 + tl.arange(0, 4 * BLOCK_U)
     offs_u = first + tl.arange(0, BLOCK_U)
-    # Units first, and as if none had its neighbour's next: so a thread loads the scales of the unit that it has.
-    scale_ptrs = tl.max_contiguous(tl.trans(scale_ptrs) + (offs_u // UNITS)[:, None], [1, 1])
+    # For the layout: threads side by side take units of one row, and of scales one each, as they do of units.
+    scale_ptrs = tl.multiple_of(tl.max_contiguous(scale_ptrs + (offs_u // UNITS)[None, :], [1, 2]), [4, 4])
     if EVEN:
         w = tl.load(w_ptrs + offs_w[None, :], eviction_policy="evict_first")
         scale = tl.load(scale_ptrs)
     else:
         w = tl.load(w_ptrs + offs_w[None, :], mask=(offs_w < W)[None, :], other=0, eviction_policy="evict_first")
-        scale = tl.load(scale_ptrs, mask=(offs_u < W // 4)[:, None], other=0)
-    return w, tl.trans(scale)
+        scale = tl.load(scale_ptrs, mask=(offs_u < W // 4)[None, :], other=0)
+    return w, scale
 
 
 @triton.jit
