@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Final
 
@@ -38,8 +39,11 @@ def add_linear(
     sum_TN: Tensor, x_TK: Tensor, matrix_NK: Matrix, bias_N: Tensor | None = None, kernels: ModuleType = twins
 ) -> None:
     """sum_TN += linear(...), by a product that ends in the sum where there is one: one rounding, no pass of its own."""
-    if bias_N is not None or isinstance(matrix_NK, QuantizedMatrix):
+    if bias_N is not None:
         sum_TN += linear(x_TK, matrix_NK, bias_N, kernels)
+    elif isinstance(matrix_NK, QuantizedMatrix):
+        for columns, wide_NK in _widened(matrix_NK, x_TK, kernels):
+            sum_TN[:, columns].addmm_(x_TK, wide_NK.t())
     elif isinstance(matrix_NK, PackedPlanes):
         sum_TN += matrix_NK.multiply(x_TK)
     elif isinstance(matrix_NK, PackedMatrix):
@@ -68,11 +72,17 @@ def norm_linear(
 
 
 def _widened_product(x_TK: Tensor, matrix_NK: QuantizedMatrix, kernels: ModuleType) -> Tensor:
-    """[T, N], by parts of the matrix that are made wide just before their product."""
-    N, K = matrix_NK.shape
-    out_TN = x_TK.new_empty(len(x_TK), N)
-    for start, stop in parts(N, K, WIDENED_AT_ONCE):
-        wide_NK = x_TK.new_empty(stop - start, K)
-        kernels.widen(matrix_NK.rows(start, stop), wide_NK)
-        torch.mm(x_TK, wide_NK.t(), out=out_TN[:, start:stop])
+    """[T, N]."""
+    out_TN = x_TK.new_empty(len(x_TK), matrix_NK.shape[0])
+    for columns, wide_NK in _widened(matrix_NK, x_TK, kernels):
+        torch.mm(x_TK, wide_NK.t(), out=out_TN[:, columns])
     return out_TN
+
+
+def _widened(matrix_NK: QuantizedMatrix, like: Tensor, kernels: ModuleType) -> Iterator[tuple[slice, Tensor]]:
+    """Parts of the matrix, each made wide just before its product, and the columns of the product that are theirs."""
+    N, K = matrix_NK.shape
+    for start, stop in parts(N, K, WIDENED_AT_ONCE):
+        wide_NK = like.new_empty(stop - start, K)
+        kernels.widen(matrix_NK.rows(start, stop), wide_NK)
+        yield slice(start, stop), wide_NK
