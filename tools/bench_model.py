@@ -300,7 +300,7 @@ class Minirea:
         the scope.
         """
         model = self.llm.model
-        c, scope = model.config, model.attention.config
+        c, scope = model.config, model.attention.config.of_decode_step
         weights = model.nbytes - (model.embed.nbytes if model.embed is not model.head else 0)
         key_bytes = looked_at = c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
         if model.attention.sketched:
@@ -310,7 +310,7 @@ class Minirea:
             middle, seen = 0, context
         else:
             middle = context - scope.global_size - scope.local_size if scope.span_top_k else 0
-            seen = min(context, scope.max_scope)
+            seen = min(context, scope.global_size + scope.max_selected + scope.local_size)
         return weights + middle * looked_at + 2 * seen * key_bytes
 
 
@@ -321,6 +321,9 @@ def fill_randomly(model: Any, cache: Any, context: int) -> Iterator[None]:
     for tensor in cache.tensors:
         tensor.normal_()
     cache.seq_len, cache.sketched_len = context, 0
+    if cache.recent_size:  # without queries to vote with, a step would not be a graph
+        cache.q_recent.normal_()
+        cache.recent_from = max(0, context - cache.recent_size)
     yield
 
 

@@ -21,6 +21,7 @@ from testing import tiny_model, write_checkpoint
 import minirea
 from minirea.checkpoint_config import load_config
 from minirea.errors import MemoryLimitError
+from minirea.generate import has_recent
 
 BENCH = Path(__file__).parents[2] / "tools" / "bench.py"
 ON_CPU = ["--device", "cpu", "--dtype", "float32"]
@@ -208,3 +209,12 @@ def test_help(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         bench.main()
     assert f"bench.py {command}" in capsys.readouterr().out
+
+
+def test_a_filled_cache_has_the_queries_that_vote_with_the_next(tmp_path: Path) -> None:
+    """So that what is timed is the step that `generate` runs, which on a GPU is a graph."""
+    llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), vote_window=3)
+    cache = llm.session(100).cache
+    assert cache.recent_size and not has_recent(llm.model, cache)
+    list(bench_model.fill_randomly(llm.model, cache, 90))
+    assert has_recent(llm.model, cache)
