@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from kernel_cases import error
@@ -94,6 +95,21 @@ def check_all(shape: tuple[int, ...], dtype: torch.dtype, device: str, bias: boo
     for N, K in ((min(E, 64), H * D), (5, F), (5, E), (11, 8500)):
         check(step.add_product, [3], r.normal(K), matrix(N, K), maybe(N), r.normal(N))
     check(step.norm_logits, [4], x_E, norm_E, matrix(V, E), EPS, torch.full((V,), torch.nan, device=device))
+
+
+def check_tiles(dtype: torch.dtype, device: str, bits: int) -> None:
+    """Products of quantized matrices, whatever their tiles: pieces that fill rows, that do not, and all of a row."""
+    from minirea.kernels.steps import matvec as step
+
+    K, warp = 3072, 32 * 4 * 32 // bits
+    r = Inputs(dtype, device, seed=bits)
+    x_K, norm_K, gate_up, w = r.normal(K), r.normal(K), r.matrix(22, K, bits), r.matrix(19, K, bits)
+    for rows, warps in ((2, 1), (8, 1), (16, 2), (4, 4), (8, 8)):
+        with mock.patch.object(step, "tile_of_words", return_value=step.Tile(rows, warp * warps, warps, bits)):
+            check(step.norm_gate_up, [5], x_K, norm_K, gate_up, None, EPS, r.poison(11))
+            check(step.add_product, [3], x_K, w, None, r.normal(19))
+    for size in (2**-12, 2**12) if dtype == torch.float16 else (2**-50, 2**40):
+        check(step.add_product, [3], x_K * size, w, None, torch.zeros_like(x_K[:19]))
 
 
 def check_best_token(device: str) -> None:

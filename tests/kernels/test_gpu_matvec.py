@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matvec_cases import EPS, SMALL, Inputs, check_all, check_best_token
+from matvec_cases import EPS, SMALL, Inputs, check_all, check_best_token, check_tiles
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,6 +27,12 @@ def test_every_kernel_equals_its_twin_with_quantized_matrices(
     shape: tuple[int, ...], dtype: torch.dtype, bits: int
 ) -> None:
     check_all(shape, dtype, "cuda", dtype == torch.float16, bits)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_quantized_matrices_with_any_tile(dtype: torch.dtype, bits: int) -> None:
+    check_tiles(dtype, "cuda", bits)
 
 
 def test_best_token_is_the_lowest_of_the_best() -> None:
