@@ -17,9 +17,12 @@ from minirea.quantize import QuantizedMatrix, parts
 
 Matrix = Tensor | PackedMatrix | PackedPlanes | QuantizedMatrix
 
-# Weights of a quantized matrix that are made wide at a time: in half precision 32 MB, which a GPU's cache holds until
-# the product reads them.
+# Weights of a quantized matrix that are made wide at a time, by torch and by a GPU's kernels.
 WIDENED_AT_ONCE: Final = 1 << 24
+WIDENED_BY_KERNELS: Final = 1 << 25
+# Rows of a part are a multiple of one of these: of the first so that the product of a step fills a large GPU's
+# multiprocessors evenly; of the last because cuBLAS is slow where columns of a product begin off 16 bytes.
+_ROWS_OF_PARTS: Final = (2048, 256, 8)
 
 
 def linear(x_TK: Tensor, matrix_NK: Matrix, bias_N: Tensor | None = None, kernels: ModuleType = twins) -> Tensor:
@@ -82,7 +85,9 @@ def _widened_product(x_TK: Tensor, matrix_NK: QuantizedMatrix, kernels: ModuleTy
 def _widened(matrix_NK: QuantizedMatrix, like: Tensor, kernels: ModuleType) -> Iterator[tuple[slice, Tensor]]:
     """Parts of the matrix, each made wide just before its product, and the columns of the product that are theirs."""
     N, K = matrix_NK.shape
-    for start, stop in parts(N, K, WIDENED_AT_ONCE):
+    most = max(1, (WIDENED_AT_ONCE if kernels is twins else WIDENED_BY_KERNELS) // K)
+    unit = next((rows for rows in _ROWS_OF_PARTS if rows <= most), 1)
+    for start, stop in parts(N, 1, most // unit * unit):
         wide_NK = like.new_empty(stop - start, K)
         kernels.widen(matrix_NK.rows(start, stop), wide_NK)
         yield slice(start, stop), wide_NK

@@ -20,7 +20,7 @@ from minirea.cpu import (
     preparing_bytes,
 )
 from minirea.kernels import scratch_bytes
-from minirea.linear import WIDENED_AT_ONCE
+from minirea.linear import WIDENED_AT_ONCE, WIDENED_BY_KERNELS
 from minirea.memory import MemoryPlan
 from minirea.quantize import quantized_bytes
 from minirea.weights import kept_weight_bytes, quantized_weight_bytes, quantizing_bytes, weight_bytes
@@ -116,7 +116,9 @@ def _wide_bytes(attention: Attention, dtype: torch.dtype, copies: int) -> int:
     """Of the part of a quantized matrix that is wide at a time; torch's own operations hold some copies of it."""
     if attention.device.type == "cpu" and can_pack_planes():
         return PLANES_WIDENED_AT_ONCE * 4 * torch.float32.itemsize
-    return copies * WIDENED_AT_ONCE * (dtype.itemsize if attention.impl == "triton" else 4 * torch.float32.itemsize)
+    if attention.impl == "triton":
+        return copies * WIDENED_BY_KERNELS * dtype.itemsize
+    return copies * WIDENED_AT_ONCE * 4 * torch.float32.itemsize
 
 
 def _scratch_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) -> int:

@@ -359,12 +359,16 @@ BEST_PROGRAMS: Final = 64
 
 
 class Tile(NamedTuple):
-    """Rows and columns of weights that a program multiplies at a time, its warps, and the bits of quantized weights."""
+    """Rows and columns of weights that a program multiplies at a time, its warps, and the bits of quantized weights.
+
+    Registers of a thread may be bounded, where one or two fewer let all programs run at once.
+    """
 
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int
     BITS: int = 0
+    maxnreg: int | None = None
 
 
 def tile(matrix: Matrix, piece: int = 4096) -> Tile:
@@ -383,14 +387,25 @@ def tile(matrix: Matrix, piece: int = 4096) -> Tile:
 
 
 def tile_of_words(matrix: QuantizedMatrix) -> Tile:
-    """Four words per thread and row, in the widest pieces of up to four warps that fill rows best.
+    """Four words per thread and row, in pieces of up to four warps that fill rows best.
 
-    What x takes is shared by four rows; by eight, if that leaves every multiprocessor many programs.
+    x takes a large part of the instructions, which more rows share: so many as leave a dozen programs to each
+    multiprocessor. A matrix of few rows should have all of its programs at once. Measured: kernels/NOTEBOOK.md.
     """
-    N, K = matrix.shape
-    columns = 4 * 32 // matrix.bits * 32  # of a warp
-    num_warps = min((4, 2, 1), key=lambda warps: cdiv(K, columns * warps) * warps)
-    return Tile(8 if N >= 16384 else 4, columns * num_warps, num_warps, matrix.bits)
+    (N, K), bits = matrix.shape, matrix.bits
+    columns = 4 * 32 // bits * 32  # of a warp
+    rows, most_warps = 4, 4
+    if bits == 4 and N >= 24576:
+        rows = 16
+    elif bits == 4 and N > 5120:
+        rows, most_warps = 8, 2
+    elif bits == 8 and N >= 12288 and cdiv(K, columns) <= most_warps:  # of one piece, whose programs are short
+        rows = 8
+    num_warps = min((4, 2, 1)[-most_warps.bit_length() :], key=lambda warps: cdiv(K, columns * warps) * warps)
+    pieces = cdiv(K, columns * num_warps)
+    # Long rows of 8 bits: 66 registers where nothing bounds them. With 64, none spilled, an eighth program has room.
+    maxnreg = 64 if bits == 8 and rows == 4 and pieces > 2 else None
+    return Tile(rows, columns * num_warps, num_warps, bits, maxnreg)
 
 
 def operands(matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from minirea import api, cpu, quantize
 from minirea.checkpoint_config import load_config
 from minirea.cli import main
 from minirea.errors import InputError
+from minirea.kernels.steps import reference as twins
 from minirea.linear import add_linear, linear
 from minirea.model import Model
 from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix, bits_of, quantized_bytes
@@ -107,6 +109,24 @@ def test_products_are_those_of_the_wide_matrix(bits: int, dtype: torch.dtype, mo
     add_linear(grown, x, matrix)
     exact = total.double() + F.linear(x.double(), matrix.widen(dtype).double())
     torch.testing.assert_close(grown, exact.to(dtype))  # rounded once
+
+
+@pytest.mark.parametrize(("at_once", "rows"), [(45 * 7, 7), (45 * 100, 96), (45 * 600, 512), (45 * 5000, 4096)])
+def test_a_part_that_kernels_widen_begins_where_cublas_is_fast(
+    at_once: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minirea.linear.WIDENED_BY_KERNELS", at_once)
+    found = []
+
+    def widen(part: QuantizedMatrix, wide_NK: torch.Tensor) -> None:
+        found.append(part.shape[0])
+        twins.widen(part, wide_NK)
+
+    kernels = ModuleType("kernels")
+    monkeypatch.setattr(kernels, "widen", widen, raising=False)
+    matrix, x = quantized(random(9001, 45), 8), random(3, 45)
+    torch.testing.assert_close(linear(x, matrix, kernels=kernels), linear(x, matrix))
+    assert found == [rows] * (9001 // rows) + [9001 % rows]
 
 
 @needs_planes
