@@ -243,7 +243,7 @@ class KVCache:
     def _plan(self, capacity: int, held: int) -> MemoryPlan:
         """What it takes to go from `held` tokens to `capacity`: the difference, and a layer that is there twice."""
         sizes = (self.dense_limit, self.dtype, self.recent_size, self.sketched)
-        old, new = (cache_bytes(self._config, tokens, *sizes) for tokens in (held, capacity))
+        old, new = (cache_bytes(self._config, tokens, *sizes) if tokens else 0 for tokens in (held, capacity))
         twice = old // self._config.num_layers
         workspace = self._workspace(capacity)
         return MemoryPlan(cache=new - old + twice, workspace=workspace, num_tokens=capacity, held_tokens=held)

@@ -74,7 +74,7 @@ def test_help_and_the_demo(tmp_path: Path) -> None:
 
 
 def test_a_part_of_the_suite(tmp_path: Path) -> None:
-    suite = ["tests/minirea/test_cache.py", "tests/kernels/test_reference.py", "tests/minirea/test_sampling.py"]
+    suite = ["tests/minirea/test_memory.py", "tests/kernels/test_reference.py", "tests/minirea/test_sampling.py"]
     suite = [name for name in suite if (ROOT / name).is_file()]
     run = bare(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not slow", *suite)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

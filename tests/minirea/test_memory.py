@@ -76,6 +76,17 @@ def test_cache_bytes_are_those_of_its_tensors(dense_limit: int) -> None:
     assert cache.nbytes == per_token * {0: 80, 10: 90, ALL_TOKENS: 80}[dense_limit]
 
 
+@pytest.mark.parametrize("recent_size", [0, 6])
+def test_a_cache_needs_the_room_that_it_takes(monkeypatch: pytest.MonkeyPatch, recent_size: int) -> None:
+    """With the queries that it keeps."""
+    nbytes = KVCache(CONFIG, 40, 10, CPU, torch.float16, recent_size=recent_size).nbytes
+    fake_free(monkeypatch, nbytes)
+    KVCache(CONFIG, 40, 10, CPU, torch.float16, recent_size=recent_size)
+    fake_free(monkeypatch, nbytes - 1)
+    with pytest.raises(MemoryLimitError):
+        KVCache(CONFIG, 40, 10, CPU, torch.float16, recent_size=recent_size)
+
+
 @pytest.mark.parametrize("dense_limit", [0, 50, ALL_TOKENS])
 def test_cache_doubles_and_keeps_its_tokens(dense_limit: int) -> None:
     cache = KVCache(CONFIG, 4, dense_limit, CPU, torch.float32)
