@@ -20,6 +20,7 @@ from testing import tiny_model, write_checkpoint
 
 import minirea
 from minirea.checkpoint_config import load_config
+from minirea.config import ReAttentionConfig
 from minirea.errors import MemoryLimitError
 from minirea.generate import has_recent
 
@@ -172,7 +173,7 @@ def test_floor_counts_what_a_step_reads() -> None:
         attention=argparse.Namespace(
             dense_size=16416,
             sketched=False,
-            config=argparse.Namespace(global_size=32, local_size=8192, span_top_k=4, max_scope=32 + 8192 + 8192),
+            config=ReAttentionConfig.for_context(131072),
         ),
     )
     engine = bench_model.Minirea.__new__(bench_model.Minirea)
