@@ -102,11 +102,12 @@ class Attention:
 
     def _check_sketched(self) -> None:
         """Sketches are for steps of one query, which votes alone."""
-        c, window = self.model, self.config.vote_window
-        if window > 1:
-            raise InputError(f"vote_window is {window}, expected 1: sketches do not work with votes of earlier tokens")
-        if self.carries_votes:
-            raise InputError("carry_votes is True, expected False: sketches do not work with votes of earlier layers")
+        c, window, carries = self.model, self.config.vote_window, self.carries_votes
+        if window > 1 or carries:
+            raise InputError(
+                f"sketch is 'int8', expected 'off' for tokens that vote together (vote_window {window}, carry_votes "
+                f"{carries}), or vote_window=1 and carry_votes=False"
+            )
         if self.impl == "triton":
             check_sketched(c.num_heads, c.num_kv_heads, c.head_dim, self.config)
 

@@ -350,13 +350,14 @@ def test_a_path_that_is_none() -> None:
 
 def test_errors_name_flags_on_the_command_line_and_fields_in_python(pristine: Path) -> None:
     """Anywhere in a message; a word that is a field's name too is left alone, and so are paths."""
-    names = {"max_tokens", "dtype", "local_size", "allow_out_of_distribution", "device", "seed"}
+    names = {"max_tokens", "dtype", "local_size", "carry_votes", "allow_out_of_distribution", "device", "seed"}
     for message, expected in (
         ("max_tokens is 0, expected more", "--max-tokens is 0, expected more"),
         ("seed is 1.5", "--seed is 1.5"),
         ("another device, a seed is planted", "another device, a seed is planted"),
         ('another `device` or dtype="float32"', "another --device or --dtype float32"),
         ("x (local_size 5), or allow_out_of_distribution=True", "x (--local-size 5), or --allow-out-of-distribution"),
+        ("x, or local_size=5 and carry_votes=False", "x, or --local-size 5 and --no-carry-votes"),
         ("lower max_tokens: 3 fit", "lower --max-tokens: 3 fit"),
         ("/home/max_tokens/x.max_tokens: my_max_tokens", "/home/max_tokens/x.max_tokens: my_max_tokens"),
     ):

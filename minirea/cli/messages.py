@@ -16,13 +16,15 @@ from minirea.terminal import say
 def as_flags(message: str, names: set[str]) -> str:
     """A message that names Python's fields, as the command line spells them.
 
-    `max_tokens` is --max-tokens wherever it stands, dtype="float32" is --dtype float32. A name of one word, which might
-    be a word, counts at the beginning of a message that says what it is, and in backquotes anywhere.
+    `max_tokens` is --max-tokens wherever it stands, dtype="float32" is --dtype float32, carry_votes=False is
+    --no-carry-votes. A name of one word, which might be a word, counts at the beginning of a message that says what it
+    is, and in backquotes anywhere.
     """
 
     def flag(match: re.Match[str]) -> str:
         name, value = match[1], match[2] if match.re.groups > 1 else "True"
-        return "--" + name.replace("_", "-") + ("" if value == "True" else " " + value.strip("\"'"))
+        flag = ("--no-" if value == "False" else "--") + name.replace("_", "-")
+        return flag + ("" if value in ("True", "False") else " " + value.strip("\"'"))
 
     known, several_words = ("|".join(group) or "(?!)" for group in (names, {name for name in names if "_" in name}))
     before = r"(?<![\w./-])"  # neither in a path nor in another name
