@@ -27,6 +27,7 @@ from minirea.config import (
     MODES,
     QUANTIZE,
     SCOPE_FIELDS,
+    SELECTING_FIELDS,
     SKETCHES,
     ModelConfig,
     ReAttentionConfig,
@@ -493,11 +494,16 @@ class Session:
             save_context(path, self.cache, self.ids, self.llm._origin(), self.notes, progress)
 
     def rewind(self, num_tokens: int) -> None:
-        """Keep the first `num_tokens` of the context and forget the rest."""
+        """Keep the first `num_tokens` of the context and forget the rest.
+
+        Where a piece has ended, at the last MARKS such places, what follows is what would have followed then. Elsewhere
+        the first tokens vote together with fewer before them (`vote_window`).
+        """
         if not 0 <= (keep := integer("num_tokens", num_tokens, 0)) <= len(self.ids):
             raise InputError(f"num_tokens is {keep}, expected 0 to {len(self.ids)}, the tokens in this session")
         with self._alone():
-            self.cache.rewind(min(keep, self.cache.seq_len))
+            if keep < self.cache.seq_len:
+                self.cache.rewind(self.cache.begin_before(keep))
             del self.ids[keep:]
             if self._answer and keep <= self._answer[1]:
                 self._answer = None
@@ -628,7 +634,7 @@ def _origin(
     """What a context is checked against: the settings that keys and values, or what is read next, depend on."""
     if path is None:
         raise InputError("this model has no directory, by which the files of its contexts are known")
-    ignored = {"full": SCOPE_FIELDS, "streaming": ("span_top_k", "span_size", "max_spans", "span_scope")}
+    ignored = {"full": SCOPE_FIELDS, "streaming": SELECTING_FIELDS}
     names = [name for name in SCOPE_FIELDS if name not in ignored.get(attention.mode, ())]
     settings: dict[str, int | str | None] = {"attention": attention.mode, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {name: getattr(attention.config, name) for name in names}

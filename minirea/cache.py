@@ -15,6 +15,7 @@ from minirea.kernels.sketch import Sketch, new_sketch, sketch_bytes
 from minirea.memory import MemoryPlan
 
 ALL_TOKENS: Final = sys.maxsize
+MARKS: Final = 8  # places that a cache can be rewound to with all the queries that were there
 # A key of the first layer follows from its token alone. A text repeats its tokens, so that hundreds of keys are equal
 # to a winner there, and a sketch cannot tell them apart.
 FIRST_SKETCHED_LAYER: Final = 1
@@ -28,10 +29,11 @@ def cache_bytes(
     recent_size: int = 0,
     sketched: bool = False,
 ) -> int:
-    """How many bytes a KVCache of `capacity` tokens allocates."""
+    """How many bytes a KVCache of `capacity` tokens allocates, with the queries of its marks."""
     values, keys = capacity, capacity if dense_limit < ALL_TOKENS else 0
     tokens = values + keys + min(capacity, dense_limit)
-    heads = tokens * config.num_kv_heads + recent_size * config.num_heads
+    recent = recent_size + MARKS * (recent_size // 2)
+    heads = tokens * config.num_kv_heads + recent * config.num_heads
     sketches = all_sketch_bytes(config, capacity) if sketched else 0
     return heads * config.num_layers * config.head_dim * dtype.itemsize + sketches
 
@@ -90,6 +92,8 @@ class KVCache:
         self.k_rotated: list[Tensor] = []
         self.recent_size = recent_size
         self._recent = [(0, 0)] * config.num_layers  # of which tokens q_recent was written: first, last + 1
+        # Queries of up to R / 2 tokens before a place, [L, C, H, D], and the first of these tokens, by places.
+        self.marks: dict[int, tuple[int, Tensor]] = {}
         self.sketches: list[Sketch | None] = [None] * config.num_layers
         self._kv: list[Tensor] = []  # k and v of each layer, [2, G, N, D], or [1, G, N, D] where k is not kept
         self._kv_rows: list[Tensor] = []  # the same by tokens, as steps write them: [N, Y, D], Y = 2G or G
@@ -206,11 +210,37 @@ class KVCache:
             return self.seq_len
         return min(self.seq_len, max(first, stop - self.recent_size))
 
+    def mark(self) -> None:
+        """A piece begins here, which writes over recent queries: keep them for a rewind, as the last of MARKS."""
+        if not self.recent_size:
+            return
+        first = max(self._first_recent(0), self.seq_len - self.recent_size // 2)
+        self.marks.pop(self.seq_len, None)
+        self.marks[self.seq_len] = first, self.q_recent[:, self._recent_rows(first, self.seq_len)]
+        while len(self.marks) > MARKS:
+            del self.marks[next(iter(self.marks))]
+
+    def begin_before(self, seq_len: int) -> int:
+        """Where to rewind to so that the next piece finds what it would have found had it been the first there.
+
+        That is seq_len, or the token before it if that one was read with a piece that began with it.
+        """
+        return seq_len - 1 if seq_len not in self.marks and seq_len - 1 in self.marks else seq_len
+
     def rewind(self, seq_len: int) -> None:
-        """Forget every token from `seq_len` on."""
+        """Forget every token from `seq_len` on.
+
+        The queries that vote with the next token come back where a piece has begun, at the last MARKS such places, or
+        where no more than recent_size / 2 tokens are forgotten. Elsewhere fewer vote, as where a context begins.
+        """
         if not 0 <= seq_len <= self.seq_len:
             raise ValueError(f"cannot rewind to {seq_len}: the cache holds {self.seq_len} tokens")
         self.seq_len = seq_len
+        self.marks = {place: mark for place, mark in self.marks.items() if place <= seq_len}
+        if seq_len in self.marks and self.marks[seq_len][0] < self._first_recent(0):
+            first, q_LCHD = self.marks[seq_len]
+            self.q_recent[:, self._recent_rows(first, seq_len)] = q_LCHD
+            self._recent = [(first, seq_len)] * len(self._recent)
         self.sketched_len = min(self.sketched_len, seq_len)
 
     def _parts(self, capacity: int) -> list[tuple[list[Tensor], tuple[int, ...]]]:

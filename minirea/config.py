@@ -288,3 +288,7 @@ _DERIVED: Final[dict[str, Callable[[ReAttentionConfig], int]]] = {
 }
 
 SCOPE_FIELDS: Final = tuple(field.name for field in dataclasses.fields(ReAttentionConfig))
+# Those that nothing depends on where nothing is selected.
+SELECTING_FIELDS: Final = (
+    *("span_top_k", "span_size", "max_spans", "span_scope", "vote_window", "vote_size", "carry_votes", "decode_spans"),
+)

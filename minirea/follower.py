@@ -184,6 +184,8 @@ class Follower:
         arguments: tuple[Any, ...],
     ) -> None:
         """A generator of steps, over a cache that holds what the leader's does."""
+        if seq_len <= self.caches[cache].seq_len:
+            self.caches[cache].rewind(seq_len)
         self.caches[cache].seq_len = seq_len
         self.steps[number] = iter(function(self.models[model], self.caches[cache], *arguments))
 

@@ -259,6 +259,7 @@ def read_one_by_one(
 
     `horizon` is that of Attention.step.
     """
+    cache.mark()
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
     for part in parts:
         for ids_C in ids_T[part.start : part.stop].split(part.chunk_size):

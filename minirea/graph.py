@@ -34,6 +34,7 @@ def read_captured(
     as a launch and gives the GPU nothing to do, so it comes third, when the CPU is ahead.
     """
     del horizon  # a dynamic RoPE is not captured
+    cache.mark()
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
     steps = [step for part in parts for step in part.split(model.attention.step_tokens(part.chunk_size))]
     sizes = [(part.stop - part.start, part.chunk_size) for part in steps]

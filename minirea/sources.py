@@ -140,7 +140,7 @@ def _written_over(cache: KVCache, start: int) -> Iterator[None]:
     """Within it the tokens from `start` on are to be read again; afterwards they are what they were, to the bit."""
     seq_len = cache.seq_len
     kept = [tensor[..., start:seq_len, :].clone() for tensor in cache.tensors]
-    q_recent, recent_from = cache.q_recent.clone(), cache.recent_from
+    q_recent, recent_from, marks = cache.q_recent.clone(), cache.recent_from, cache.marks
     try:
         cache.rewind(start)
         yield
@@ -150,6 +150,7 @@ def _written_over(cache: KVCache, start: int) -> Iterator[None]:
         cache.q_recent.copy_(q_recent)
         cache.seq_len = seq_len
         cache.recent_from = recent_from
+        cache.marks = marks
 
 
 def passages(votes: Votes, most: int) -> list[tuple[int, int, float]]:

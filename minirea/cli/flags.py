@@ -148,7 +148,8 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     add("--impl", choices=IMPLS, default="auto", help="the fused kernel or the torch path")
     gpus = "devices that share the model, a divisor of its key/value heads; on a CPU: processes"
     add("--gpus", type=int, default=1, metavar="N", help=gpus)
-    sketch = "decode from int8 copies of the keys: half the bytes, the same selection (auto: off)"
+    sketch = "decode from int8 copies of the keys: half the bytes on a GPU, the same selection; not where tokens vote "
+    sketch += "together (auto: off)"
     add("--sketch", choices=SKETCHES, default="auto", help=sketch)
     add("--threads", type=int, metavar="N", help="of the CPU's arithmetic (default: the cores, or OMP_NUM_THREADS)")
     add("--quiet", action="store_true", help="no progress bar, no statistics")

@@ -425,3 +425,40 @@ def test_stats_say_what_a_run_ran_on(demo: minirea.LLM) -> None:
     again = demo.generate("It", 12, temperature=1.0, seed=stats.seed)
     assert again.token_ids == demo.generate("It", 12, temperature=1.0, seed=stats.seed).token_ids
     assert demo.generate("It", 1, seed=5).stats.seed is None  # nothing is drawn
+
+
+VOTES = {"vote_window": 5, "vote_size": 4, "decode_spans": 2, "carry_votes": True}
+VOTES |= {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5, "dense_size": 28}
+
+
+@pytest.mark.parametrize("question_tokens", [1, 3, 30])
+def test_rewound_sessions_answer_as_if_nothing_had_been_forgotten(tmp_path: Path, question_tokens: int) -> None:
+    """Where tokens vote together: queries that what is forgotten has written over come back with the rewind."""
+    llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), device="cpu", **VOTES)
+    question = random_ids(question_tokens, seed=1)
+
+    def after(*detours: tuple[int, int]) -> list[list[int]]:
+        """The answer after the text, and one after that answer, each after detours of so many tokens and answers."""
+        session = llm.session()
+        session.prefill(random_ids(90))
+        answers = []
+        for _ in range(2):
+            tokens = len(session.ids)
+            for read, answered in detours:
+                session.generate(random_ids(read, seed=read), max_tokens=answered, ignore_eos=True)
+                session.rewind(tokens)
+            answers.append(session.generate(question, max_tokens=8, ignore_eos=True).token_ids)
+        return answers
+
+    expected = after()
+    for detours in ([(40, 20)], [(1, 1)], [(3, 3), (30, 2)], [(2, 12)]):
+        assert after(*detours) == expected, detours
+
+
+def test_a_context_of_streaming_opens_whatever_would_select(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model", tiny_model())
+    session = minirea.load(path, device="cpu", attention="streaming", local_size=24, vote_window=4).session()
+    session.prefill(random_ids(50))
+    session.save(tmp_path / "kept")
+    opened = minirea.load(path, device="cpu", attention="streaming", local_size=24, max_spans=1, span_size=8)
+    assert opened.open_session(tmp_path / "kept").ids == session.ids
