@@ -239,7 +239,8 @@ class KVCache:
         self.marks = {place: mark for place, mark in self.marks.items() if place <= seq_len}
         if seq_len in self.marks and self.marks[seq_len][0] < self._first_recent(0):
             first, q_LCHD = self.marks[seq_len]
-            self.q_recent[:, self._recent_rows(first, seq_len)] = q_LCHD
+            with torch.inference_mode():  # in which the cache may have been made
+                self.q_recent[:, self._recent_rows(first, seq_len)] = q_LCHD
             self._recent = [(first, seq_len)] * len(self._recent)
         self.sketched_len = min(self.sketched_len, seq_len)
 

@@ -462,3 +462,15 @@ def test_a_context_of_streaming_opens_whatever_would_select(tmp_path: Path) -> N
     session.save(tmp_path / "kept")
     opened = minirea.load(path, device="cpu", attention="streaming", local_size=24, max_spans=1, span_size=8)
     assert opened.open_session(tmp_path / "kept").ids == session.ids
+
+
+def test_a_session_made_in_inference_mode_is_rewound_outside(tmp_path: Path) -> None:
+    llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), device="cpu", **VOTES)
+    with torch.inference_mode():
+        session = llm.session()
+    session.prefill(random_ids(90))
+    answers = []
+    for _ in range(2):
+        answers.append(session.generate(random_ids(2), max_tokens=20, ignore_eos=True).token_ids)
+        session.rewind(90)
+    assert answers[0] == answers[1]
