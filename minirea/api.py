@@ -7,6 +7,7 @@ import copy
 import functools
 import operator
 import re
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ from minirea.config import (
     ReAttentionConfig,
 )
 from minirea.context import Origin, StoredContext, context_bytes, save_context
-from minirea.errors import InputError, MissingFileError
+from minirea.errors import InputError, MinireaWarning, MissingFileError
 from minirea.files import is_there, read_start
 from minirea.generate import GenerationConfig, Piece, Stats
 from minirea.isolation import isolated
@@ -130,7 +131,8 @@ def read_model(
     if quantize is not None:
         _choice("quantize", quantize, QUANTIZE)
         if gpus > 1:
-            raise InputError(f"quantize is {quantize!r} and gpus {gpus}, expected one device: several share none yet")
+            found = f"quantize is {quantize!r} with gpus={gpus}"
+            raise InputError(f"{found}, expected gpus=1: several devices share no quantized model yet")
     if follows(gpus):
         from minirea.follower import launched
 
@@ -150,6 +152,9 @@ def read_model(
     if sketched:
         _check_one_device(part, "sketches")
     made = Attention(part, attention, scope, impl, target, sketch=sketched)
+    if made.sketched and target.type == "cpu":
+        about = "sketch is 'int8' on a CPU, where it saves nothing: the same answers take about twice as long"
+        warnings.warn(about, MinireaWarning, stacklevel=2)
     return ModelFiles(path, config, tokenizer, made, torch_dtype, quantize)
 
 

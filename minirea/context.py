@@ -188,9 +188,12 @@ class StoredContext:
             )
         settings = self._object(metadata, "settings")
         for name, expected in origin.settings.items():
-            if settings.get(name) != expected:
-                found = f"{name}={settings[name]!r:.40}" if name in settings else f"no {name}"
-                raise InputError(f"{self.path}: was read with {found}, expected {name}={expected}: pass the former")
+            found = settings.get(name)
+            if found != expected:
+                without = f"leave `{name}` out" if name in settings else "read it anew"
+                advice = without if found is None else "pass the former"
+                says, wanted = _setting(name, found), _setting(name, expected)
+                raise InputError(f"{self.path}: was read {says}, expected {wanted}: {advice}")
 
     def _notes(self, metadata: dict[str, str]) -> dict[str, str]:
         notes = self._object(metadata, "notes")
@@ -259,6 +262,10 @@ class StoredContext:
 def context_bytes(model: ModelConfig, num_tokens: int, dtype: torch.dtype) -> int:
     """Of keys and values in the file of a context."""
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize * num_tokens
+
+
+def _setting(name: str, value: Any) -> str:
+    return f"without `{name}`" if value is None else f"with {name}={value!r:.40}"
 
 
 def _parts(cache: KVCache, num_tokens: int) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from minirea.cli.flags import EXIT_ERROR
 from minirea.cli.inputs import decode_texts
 from minirea.cli.messages import as_flags, explained, warnings_as_lines
 from minirea.cli.parser import check_usage, make_parser
+from minirea.errors import InputError
 from minirea.terminal import EXIT_INTERRUPTED, Interrupts, discard_output, open_streams, say
 from minirea.threads import limited_to, wait_asleep
 
@@ -55,10 +56,11 @@ def main(argv: list[str] | None = None, interrupts: Interrupts | None = None) ->
     arguments = parser.parse_args(argv)
     if arguments.command in ("generate", "explain"):
         check_usage(arguments)
-    run = _COMMANDS[arguments.command]
+    run, names = _COMMANDS[arguments.command], set(vars(arguments))
     try:
+        _check_directory()
         _follow_if_launched(arguments)
-        with limited_to(getattr(arguments, "threads", None)), warnings_as_lines():
+        with limited_to(getattr(arguments, "threads", None)), warnings_as_lines(names):
             decode_texts(arguments)
             return run(arguments, interrupts or Interrupts())
     except BrokenPipeError:  # the reader of our output has left, as `head` does
@@ -71,7 +73,15 @@ def main(argv: list[str] | None = None, interrupts: Interrupts | None = None) ->
     except Exception as error:
         if arguments.debug:
             raise
-        return _fail(as_flags(explained(error), set(vars(arguments))))
+        return _fail(as_flags(explained(error), names))
+
+
+def _check_directory() -> None:
+    """Raises InputError where torch would abort the process that imports it."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise InputError("the current directory has been deleted, expected one that is there: cd to another") from None
 
 
 def _follow_if_launched(arguments: argparse.Namespace) -> None:

@@ -45,9 +45,9 @@ def run_generate(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     options = _generation_options(arguments)
     integer("sources", arguments.sources, 0)
     if arguments.out is not None:
-        from minirea.explain import make_folder
+        from minirea.explain import check_folder
 
-        make_folder(Path(arguments.out))
+        check_folder(Path(arguments.out))
     files, context = _read_model(arguments)
     if arguments.sources or arguments.out is not None:
         files.check_one_device("sources")

@@ -51,12 +51,12 @@ def explained(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def warnings_as_lines() -> Iterator[None]:
-    """Within it minirea's own warnings are a line on standard error each, like its errors."""
+def warnings_as_lines(names: set[str]) -> Iterator[None]:
+    """Within it minirea's own warnings are a line on standard error each, like its errors; `names` as for as_flags."""
 
     def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
         if issubclass(category, MinireaWarning):
-            say(f"minirea: warning: {printable(str(message))}")
+            say(f"minirea: warning: {printable(as_flags(str(message), names))}")
         else:
             shown_by_python(message, category, *place)
 

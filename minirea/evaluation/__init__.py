@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from minirea.config import MODES, SCOPE_FIELDS
 from minirea.errors import InputError
+from minirea.evaluation.frame.cells import Cell
 from minirea.evaluation.frame.records import Record
 from minirea.evaluation.frame.tasks import Task, make_task
 from minirea.evaluation.lengths import parse_length
 from minirea.evaluation.registry import task_class
 
 if TYPE_CHECKING:
-    from minirea.api import LLM
+    from minirea.api import LLM, ModelFiles
 
 __all__ = ["Evaluation", "evaluate", "report"]
 
@@ -105,12 +106,12 @@ def evaluate(
         if scope["dense_size"] == attention_of_model.config.max_scope:
             del scope["dense_size"]  # the default follows from the fields that are given
         fields = scope | {name: value for name, value in fields.items() if value is not None}
-        cells = chosen.cells(llm.tokenizer)
+        cells = _cells_for(chosen, llm)
     else:
         files = api.read_model(
             model, device, dtype, modes[0], impl, gpus=gpus, quantize=quantize, sketch=sketch, **fields
         )
-        cells = chosen.cells(files.tokenizer)
+        cells = _cells_for(chosen, files)
         if out is not None:
             check_settings(Path(out), known_settings(chosen, files), some=True)
         llm = files.load(progress)
@@ -122,6 +123,14 @@ def evaluate(
         evaluation = Evaluation(chosen, records, chosen.summarize(records), settings)
         results.summarize({"settings": settings, "environment": environment, "rows": evaluation.rows})
     return evaluation
+
+
+def _cells_for(task: Task, model: LLM | ModelFiles) -> Sequence[Cell]:
+    """The task's cells. Raises InputError where this model cannot run one of them."""
+    cells = task.cells(model.tokenizer)
+    if any(cell.looks_inside for cell in cells):
+        model.check_one_device(f"evaluations that look inside the model, like {task.name},")
+    return cells
 
 
 def report(folders: Sequence[str | Path], out: str | Path, differing: Sequence[str] = ()) -> Evaluation:

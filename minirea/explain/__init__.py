@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +69,17 @@ class Explanation:
 
     def token_names(self, tokenizer: Tokenizer) -> list[str]:
         return [tokenizer.decode([token_id], skip_special_tokens=False) for token_id in self.ids[self.answer_start :]]
+
+
+def check_folder(folder: Path) -> None:
+    """Raise at once what `Explanation.write` would raise for its folder. What this makes it removes."""
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    try:
+        make_folder(folder)
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError, ValueError):
+                path.rmdir()
 
 
 def make_folder(folder: Path) -> None:

@@ -249,6 +249,12 @@ STREAMS = {
     "nothing but output": ("MINIREA --text hello <&- 2>&-", 0, None, ""),
     "process substitution": ("MINIREA --prompt <(printf hello) --quiet", 0, None, ""),
     "pipe": ("printf hello | MINIREA --prompt /dev/stdin --quiet", 0, None, ""),
+    "no directory": (
+        'cd "$(mktemp -d)"; rmdir "$PWD"; MINIREA --text hello',
+        1,
+        "",
+        "error: the current directory has been deleted, expected one that is there",
+    ),
     "little memory": ("ulimit -v 300000; MINIREA --text hello", 1, "", "error: "),
 }
 

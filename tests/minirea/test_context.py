@@ -167,13 +167,19 @@ def test_each_mismatch_names_both_values(directory: Path, saved: Path, tmp_path:
     for change, named in (
         ({"local_size": 25}, ("local_size=24", "local_size=25")),
         ({"carry_votes": True}, ("carry_votes=False", "carry_votes=True")),
-        ({"span_scope": "kv_head"}, ("span_scope='layer'", "span_scope=kv_head")),
-        ({"dtype": "bfloat16"}, ("dtype='float32'", "dtype=bfloat16")),
-        ({"attention": "full"}, ("attention='reattention'", "attention=full")),
+        ({"span_scope": "kv_head"}, ("span_scope='layer'", "span_scope='kv_head': pass the former")),
+        ({"dtype": "bfloat16"}, ("dtype='float32'", "dtype='bfloat16': pass the former")),
+        ({"attention": "full"}, ("attention='reattention'", "attention='full': pass the former")),
+        ({"quantize": "int8"}, ("without `quantize`, expected with quantize='int8': leave `quantize` out",)),
     ):
         with pytest.raises(minirea.InputError) as caught:
             minirea.load(directory, **SCOPE | change).open_session(saved)
         assert all(part in str(caught.value) for part in (str(saved), *named)), caught.value
+    quantized = minirea.load(directory, quantize="int8", **SCOPE).session()
+    quantized.prefill(random_ids(9))
+    quantized.save(tmp_path / "int8.ctx")
+    with pytest.raises(minirea.InputError, match="with quantize='int8', expected without `quantize`: pass the former"):
+        minirea.load(directory, **SCOPE).open_session(tmp_path / "int8.ctx")
     other = write_checkpoint(tmp_path / "another", tiny_model(seed=1))
     with pytest.raises(minirea.InputError, match=r"'tiny' .* expected 'another'"):
         minirea.load(other, **SCOPE).open_session(saved)

@@ -181,17 +181,22 @@ def test_sources_in_json(capfd: pytest.CaptureFixture[str]) -> None:
         (["generate", "--sources", "-1"], "--sources is -1, expected an integer of at least 0"),
         (["explain", "--out", "FILE"], "where no folder can be made"),
         (["explain", "--out", "FILE/below"], "where no folder can be made"),
+        (["explain", "--out", "NEW", "--gpus", "2", "--device", "cpu"], "--gpus is 2, expected 1: sources"),
+        (["explain", "--out", "NEW", "--span-size", "0"], "--span-size is 0"),
+        (["explain", "--out", "NEW", "--max-tokens", "1000000000000"], "not enough memory"),
     ],
 )
 def test_bad_input_is_one_line(
     options: list[str], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    options = [option.replace("FILE", str(tmp_path / "file")) for option in options]
+    places = {"FILE": str(tmp_path / "file"), "NEW": str(tmp_path / "made" / "by" / "explain")}
+    options = [functools.reduce(lambda text, name: text.replace(name, places[name]), places, text) for text in options]
     assert cli.main([*options, "--model", str(DEMO), "--text", "x"]) == 1
     line = capfd.readouterr().err
     assert said in line
     assert line.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_no_matplotlib_leaves_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,6 +266,10 @@ def test_the_command_line_tells_of_it(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(("value", "gpus"), [("int2", 1), ("", 1), ("int8", 2)])
-def test_other_choices_are_refused(value: str, gpus: int, tmp_path: Path) -> None:
+def test_other_choices_are_refused(value: str, gpus: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match="quantize is"):
         minirea.load(tmp_path, quantize=value, gpus=gpus)
+    if value == "int8":
+        words = ["generate", "--model", str(tmp_path), "--text", "x", "--quantize", value, "--gpus", str(gpus)]
+        assert main(words) == 1
+        assert "--quantize is 'int8' with --gpus 2, expected --gpus 1: " in capsys.readouterr().err

@@ -17,6 +17,7 @@ from minirea.errors import InputError
 from minirea.kernels import reference
 
 SCOPE = {"global_size": 4, "local_size": 8, "span_top_k": 2, "span_size": 4, "max_spans": 5, "chunk_size": 8}
+pytestmark = pytest.mark.filterwarnings("ignore:sketch is 'int8' on a CPU")
 # Neither is read by minirea.cpu, whose sums are others, so that everything has to be equal bit for bit.
 KINDS: list[dict[str, Any]] = [{"span_scope": "kv_head", "vote_size": 3, "decode_spans": 3}, {"dtype": "bfloat16"}]
 
@@ -157,6 +158,7 @@ def test_flags_and_footer(directory: Path, capsys: pytest.CaptureFixture[str]) -
         out, err = capsys.readouterr()
         outputs[sketch] = out
         assert ("of it int8 sketches" in err) == (sketch == "int8")
+        assert ("minirea: warning: --sketch is 'int8' on a CPU, where it saves nothing" in err) == (sketch == "int8")
     assert len(set(outputs.values())) == 1
 
 

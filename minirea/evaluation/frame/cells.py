@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from minirea.evaluation.frame.records import Place, Record
 
@@ -33,7 +33,11 @@ class Cell(ABC):
         modes: the attention modes that it applies to; None: all that the user asked for.
         fields: ReAttentionConfig fields that replace the user's for this cell (a sweep's), and
             allow_out_of_distribution where they need it. Name them in `places` too.
+
+    `looks_inside`: it needs more of the model than its answers, which one device has and several have not.
     """
+
+    looks_inside: ClassVar[bool] = False
 
     places: tuple[Place, ...]
     tokens: int

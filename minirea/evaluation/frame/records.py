@@ -241,13 +241,25 @@ def _read_records(path: Path, check: Check) -> tuple[list[Record], int]:
             record = _record(line)
             check(record)
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
-            reason = str(error) if isinstance(error, _NoRecordError) else f"{type(error).__name__}: {error}"
-            raise InputError(f"{path}: line {number} is no record of this task: {reason}") from None
+            raise InputError(f"{path}: line {number} is no record of this task: {_fault(error)}") from None
         before = records.get(record["id"])
         if before is not None and "skipped" not in before and before.get("score") != record.get("score"):
             raise InputError(f"{path}: line {number} has the id of line {lines[record['id']]} and another score")
         records[record["id"]], lines[record["id"]] = record, number
     return list(records.values()), len(whole)
+
+
+def _fault(error: Exception) -> str:
+    """What an error says of a line that is no record, or that cannot be summarized."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error}"
+    if isinstance(error, KeyError):
+        return f"it has no {error.args[0]}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, ValueError):
+        return str(error)
+    return f"a field has another type or value than those of this task ({error})"
 
 
 class _NoRecordError(ValueError):

@@ -82,6 +82,8 @@ class Task(ABC):
     name: ClassVar[str]  # as on the command line
     about: ClassVar[str]  # one line for --help
     notes: ClassVar[str] = ""  # more of --help, after that line
+    # Whether every record that was not skipped has a score.
+    SCORED: ClassVar[bool] = True
     # More prompts of these leave the others as they are, so a directory of results may grow by them.
     GROWS: ClassVar[tuple[str, ...]] = ("lengths", "samples")
 
@@ -137,6 +139,8 @@ class Task(ABC):
 
     def check_record(self, record: Record) -> None:
         """Raise an exception, of whatever type, for a record of another form than `summarize` and `table` need."""
+        if self.SCORED and record["score"] is None and "skipped" not in record:
+            raise ValueError("score is null, expected a number, or `skipped` with the reason")
         self.table(self.summarize([record]))
 
     def table(self, rows: Sequence[Record]) -> list[list[str]]:

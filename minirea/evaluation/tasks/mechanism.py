@@ -90,6 +90,7 @@ class _Prompt(NamedTuple):
 class OverlapCell(Cell):
     """One record: for each layer and head, what the selection has in common with attention."""
 
+    looks_inside: ClassVar[bool] = True
     build: Callable[[], Watched]
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:  # noqa: ARG002  one place
@@ -113,6 +114,7 @@ class OverlapCell(Cell):
 class SpreadCell(Cell):
     """One record: the positions that keys got, and for each layer and head the entropy of attention."""
 
+    looks_inside: ClassVar[bool] = True
     build: Callable[[], Watched]
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:  # noqa: ARG002  one place
@@ -168,6 +170,7 @@ class Mechanism(Task):
 
     name: ClassVar[str] = "mechanism"
     about: ClassVar[str] = "what is selected and why: overlap with attention, entropy, positions, sweeps of the sizes"
+    SCORED: ClassVar[bool] = False
     GROWS: ClassVar[tuple[str, ...]] = (*Task.GROWS, "studies", "sweep")
 
     samples: int = option(3, "prompts of each length", metavar="N", parse=int)

@@ -28,7 +28,10 @@ class Overlap:
     - found: of its best keys with RoPE, the fraction that lie in the spans selected without RoPE.
     - middle: the fraction of its attention with RoPE that falls on the middle.
     - covered: the fraction that falls on the spans selected without RoPE, which are part of the middle.
-    - covered_by_rope: the same, had every head voted for its best keys with RoPE.
+    - covered_by_rope: the same, had every head voted for its best keys with RoPE, and each token and layer alone.
+
+    The spans are those that the engine selected, votes of other tokens and layers included. A step that attends to
+    everything selects none: for it they are those that its own best keys would give.
 
     `chance` gives what random choice would reach: as shared, and as found and as covered / middle.
     """
@@ -49,14 +52,14 @@ class Overlap:
         q_rotated, k_rotated = apply_rope(q_GRD, cos[-1], sin[-1]), apply_rope(k_GND, cos, sin)
         winner_GRK = score(q_GRD, k_GND, mid_lo, mid_hi, config.span_top_k)
         rope_winner_GRK = score(q_rotated, k_rotated, mid_lo, mid_hi, config.span_top_k)
-        selected_Gn = selected_keys(winner_GRK, n, config)
+        selected_Gn = selected_by_step(step, winner_GRK)
         weight_GRn = attention_weights(q_rotated, k_rotated)
         fractions = (
             shared_fraction(winner_GRK, rope_winner_GRK),
             selected_Gn[:, None].expand_as(weight_GRn).gather(-1, rope_winner_GRK).float().mean(-1),
             weight_GRn[..., mid_lo:mid_hi].sum(-1),
             (weight_GRn * selected_Gn[:, None]).sum(-1),
-            (weight_GRn * selected_keys(rope_winner_GRK, n, config)[:, None]).sum(-1),
+            (weight_GRn * selected_keys(rope_winner_GRK, n, config.of_decode_step)[:, None]).sum(-1),
         )
         self._sums_LHF[step.layer] += torch.stack(fractions, -1).flatten(0, 1).double().cpu()
         chance = winner_GRK.shape[-1], selected_Gn.float().sum(1).mean()
@@ -118,6 +121,19 @@ def entropy(weight_RS: Tensor) -> Tensor:
 def shared_fraction(winner_GRK: Tensor, other_GRK: Tensor) -> Tensor:
     """Fraction of each row's K winners that are also in the other row: [G, R]."""
     return (winner_GRK[..., :, None] == other_GRK[..., None, :]).any(-1).float().mean(-1)
+
+
+def selected_by_step(step: Step, winner_GRK: Tensor) -> Tensor:
+    """Keys of the middle that a decode step attended to, bool [G, n], or those of its winners; see Overlap."""
+    attention, n = step.attention, step.seq_len
+    if attention.mode == "full" or n <= attention.dense_size:
+        return selected_keys(winner_GRK, n, attention.config.of_decode_step)
+    chosen_Gn = torch.zeros(len(winner_GRK), n, dtype=torch.bool, device=winner_GRK.device)
+    for chosen_n, scope in zip(chosen_Gn, step.scopes(), strict=True):
+        chosen_n[scope] = True
+    chosen_Gn[:, : attention.config.global_size] = False
+    chosen_Gn[:, n - attention.config.local_size :] = False
+    return chosen_Gn
 
 
 def selected_keys(winner_GRK: Tensor, seq_len: int, config: ReAttentionConfig) -> Tensor:

@@ -52,6 +52,7 @@ class WindowCell(Cell):
     text: Text
     buckets: str | int
     baseline: bool
+    looks_inside: ClassVar[bool] = True
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:
         from minirea.evaluation.tasks.likelihood import nlls_in_range, token_nlls
@@ -98,6 +99,7 @@ class Perplexity(Task):
 
     name: ClassVar[str] = "perplexity"
     about: ClassVar[str] = "how well running text is predicted, against position, in nats per token and per byte"
+    SCORED: ClassVar[bool] = False
 
     lengths: tuple[int, ...] = option(
         (16384,), "tokens read in one go", metavar="N,N", parse=parse_length, many="comma"

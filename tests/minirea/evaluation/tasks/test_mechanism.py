@@ -22,6 +22,7 @@ from minirea.evaluation.tasks.mechanism_measures import (
     Spread,
     attention_weights,
     entropy,
+    selected_by_step,
     selected_keys,
     shared_fraction,
 )
@@ -187,6 +188,31 @@ def test_without_rope_the_two_selections_are_one(tmp_path: Path) -> None:
     assert (heads["covered"] <= heads["middle"]).all()
     middles = [n - 28 for n in range(117, 121)]
     assert overlap.chance["shared"] == pytest.approx(sum(4 / middle for middle in middles) / 4)
+
+
+@pytest.mark.parametrize("attention", ["reattention", "full"])
+def test_covered_are_the_spans_that_the_engine_selected(directory: Path, attention: str) -> None:
+    """With other tokens' and layers' votes too; a step that attends to everything has those of its own best keys."""
+    llm = minirea.load(directory, **MODES["votes"] | {"attention": attention})
+    chosen: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
+
+    def look(step: Step) -> None:
+        if step.is_decode:
+            config, n = step.attention.config, step.seq_len
+            winner_GRK = score(step.q_GRD, step.k_GND, config.global_size, n - config.local_size, config.span_top_k)
+            alone_Gn = selected_keys(winner_GRK, n, config.of_decode_step)
+            chosen.append((selected_by_step(step, winner_GRK), [alone_Gn, step.scopes()]))
+
+    observe_end(llm.model, random_ids(120), 4, look)
+    differ = 0
+    for chosen_Gn, (alone_Gn, scopes) in chosen:
+        for chosen_n, alone_n, scope in zip(chosen_Gn, alone_Gn, scopes, strict=True):
+            middle = [j for j in scope.tolist() if 4 <= j < len(chosen_n) - 24]
+            expected = alone_n.nonzero()[:, 0].tolist() if attention == "full" else middle
+            assert chosen_n.nonzero()[:, 0].tolist() == expected
+            differ += not torch.equal(chosen_n, alone_n)
+    assert len(chosen) == 2 * 4
+    assert (differ > 0) == (attention == "reattention")
 
 
 def test_with_rope_they_differ_and_everything_is_a_fraction(directory: Path) -> None:
