@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minirea import generate as loop
 from minirea.attention import Attention
-from minirea.cache import KVCache
+from minirea.cache import KVCache, cache_bytes
 from minirea.checkpoint_config import load_config
 from minirea.checks import integer, shown
 from minirea.config import (
@@ -41,7 +41,7 @@ from minirea.isolation import isolated
 from minirea.leader import Leader, SharedCache
 from minirea.memory import MemoryPlan, human
 from minirea.model import Model
-from minirea.plan import keeps_half, plan_run, workspace_bytes
+from minirea.plan import fit_steps, keeps_half, plan_run, workspace_bytes
 from minirea.ranks import Ranks, follows
 from minirea.sources import Source, Votes, look, question_start, sources_of
 from minirea.steps import num_shared
@@ -229,7 +229,8 @@ class ModelFiles(_Encoder):
 
         Of each device, where several share the model; of a CPU's memory, which all share, all together.
         """
-        plan = plan_run(self.path, self.attention, self.dtype, num_tokens, self.quantize)
+        arguments = self.path, self.attention, self.dtype, num_tokens, self.quantize
+        plan = fit_steps(self.attention, lambda: plan_run(*arguments))
         return plan.times(self.gpus) if self.attention.device.type == "cpu" else plan
 
     @property
@@ -618,6 +619,8 @@ def new_cache(model: Model, capacity: int) -> KVCache:
     attention = model.attention
     workspace = functools.partial(workspace_bytes, attention, model.dtype, quantize=model.quantize)
     sizes = model.config, capacity, attention.dense_limit
+    tokens = cache_bytes(*sizes, model.dtype, attention.recent_size, attention.sketched)
+    fit_steps(attention, lambda: MemoryPlan(cache=tokens, workspace=workspace(capacity)))
     arguments = *sizes, model.device, model.dtype, workspace, attention.recent_size
     if isinstance(model.ranks, Leader):
         return SharedCache(model.ranks, model, *arguments)

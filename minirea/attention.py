@@ -26,7 +26,7 @@ from minirea.rope import apply_rope, for_whole_heads, inverse_frequencies, rope_
 
 # Chunks of a prompt in a step on a GPU. Their matrix products are one, which reads the weights once and has enough rows
 # for all multiprocessors, and so is their attention's launch. Twice as many would be 1% faster and hold twice as much
-# (kernels/README.md).
+# (kernels/README.md). Fewer hold less, where memory is short (minirea.plan.fit_steps).
 STEP_CHUNKS: Final = 4
 STEP_TOKENS: Final = 2048
 ROTATED_AT_ONCE: Final = 4096  # cached keys, which bounds the memory that it takes
@@ -91,6 +91,7 @@ class Attention:
         self.impl = resolve_impl(impl, device)
         self.device = device
         self.gather = gather
+        self.step_chunks = STEP_CHUNKS
         self.asks_for_sketch = sketch
         self.sketched = sketch and self._selects
         if self.sketched:
@@ -191,7 +192,7 @@ class Attention:
         """
         if not self.can_capture or (chunk_size == 1 and (self.recent_size or self.carries_votes)):
             return chunk_size
-        chunks = STEP_CHUNKS
+        chunks = self.step_chunks
         if chunk_size == self.config.tail_chunk_size:
             chunks = max(chunks, -(-(self.config.tail_size - 1) // chunk_size))
         return chunk_size * max(1, min(chunks, STEP_TOKENS // chunk_size))

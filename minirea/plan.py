@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -51,6 +52,23 @@ def plan_run(
     cache = cache_bytes(attention.model, num_tokens, attention.dense_limit, dtype, recent_size, sketched)
     workspace = workspace_bytes(attention, dtype, num_tokens, quantize)
     return MemoryPlan(weights, loading, cache, workspace, num_tokens)
+
+
+def fit_steps(attention: Attention, plan: Callable[[], MemoryPlan]) -> MemoryPlan:
+    """A plan with as many chunks in a step of a prompt as fit, and not more from then on; with one if none fits.
+
+    Steps of fewer chunks hold less and take longer. Ranks, which read in step, keep to STEP_CHUNKS.
+
+    Args:
+        plan: makes one for `attention` as it is.
+    """
+    made = plan()
+    while attention.can_capture and attention.model.part is None and attention.step_chunks > 1:
+        if made.fits(attention.device):
+            break
+        attention.step_chunks //= 2
+        made = plan()
+    return made
 
 
 def _model_bytes(path: str | Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:

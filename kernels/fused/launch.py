@@ -51,7 +51,9 @@ MAX_WINNERS_IN_REGISTERS: Final = 128
 # programs over 131,072 keys: with 4 slices they take 9 % longer than with 2.
 SLICE_COST: Final = 1 / 8
 # Scratch that holds nothing from one launch to the next and is the same for many kinds of launch.
-PASSING: Final = ("block", "tag", "upper", "tile", "tile_upper", "live", "threshold", "survivor", "count")
+PASSING: Final = (
+    "block", "tag", "upper", "tile", "tile_upper", "live", "threshold", "survivor", "count", "q_rot", "k_rot", "v_far",
+)  # fmt: skip
 # Chunks of a launch, with which its scratch grows.
 MAX_CHUNKS: Final = 8
 

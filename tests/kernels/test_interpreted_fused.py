@@ -29,6 +29,7 @@ from kernel_cases import (
 from minirea.errors import InputError
 from minirea.kernels import ReAttentionConfig, reattention, reference
 from minirea.kernels.fused import launch
+from minirea.kernels.fused.arguments import ChunkScratch
 from minirea.kernels.fused.attend import rotate
 from minirea.kernels.fused.order import NOWHERE, pack, position_of, take_best, to_order
 from minirea.kernels.fused.scope import locate, select
@@ -111,6 +112,25 @@ def test_votes_that_were_not_zeroed_stay_in_bounds(monkeypatch: pytest.MonkeyPat
         assert torch.all(selection.diff() > 0) and 55 <= len(selection) <= 57
     assert votes.num_votes[0, -1] > 2
     assert torch.all(guarded[:20] == -7) and torch.all(guarded[22:] == -7)
+
+
+@pytest.mark.parametrize("span_scope", ["layer", "kv_head"])
+@pytest.mark.parametrize("seq_len", [41, 60, 200])  # dense, with a far part that fills up a tile, and with spans
+def test_chunks_read_nothing_that_other_launches_left(
+    span_scope: str, seq_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What launches of many kinds share may hold anything, NaN as well."""
+    monkeypatch.setattr(launch, "_workspaces", {})
+    case = make_case(ReAttentionConfig(3, 20, 2, 8, 3, span_scope=span_scope, dense_size=41), seq_len, T=7)
+    expected_THD = reattention(*case.arguments(), impl="triton", chunk_size=4)
+    for byte in (0xFF, 0x7F):
+        scratches = [scratch for scratch in launch._workspaces.values() if isinstance(scratch, ChunkScratch)]
+        assert scratches
+        for scratch in scratches:
+            for name, tensor in scratch._asdict().items():
+                if name in launch.PASSING:
+                    tensor.view(torch.uint8).fill_(byte)
+        assert torch.equal(reattention(*case.arguments(), impl="triton", chunk_size=4), expected_THD)
 
 
 @pytest.mark.parametrize("head_dim", [80, 96, 256])

@@ -103,6 +103,32 @@ def test_a_step_that_can_be_captured_reads_several_chunks(directory: Path, monke
         assert attention.step_tokens(chunk_size) == tokens
 
 
+def test_steps_have_as_many_chunks_as_fit(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four, two or one, from the plan before the weights are read and from a cache's; none but one is refused."""
+    monkeypatch.setattr("minirea.attention.Attention.can_capture", True)
+    files = api.read_model(directory, device="cpu", tail_size=0, **SCOPE)
+    needed = {}
+    for chunks in (1, 2, 4):
+        files.attention.step_chunks = chunks
+        needed[chunks] = plan_run(directory, files.attention, files.dtype, 1000).peak
+    assert needed[1] < needed[2] < needed[4]
+    for chunks, room in ((4, needed[4]), (2, needed[4] - 1), (2, needed[2]), (1, needed[2] - 1), (1, needed[1] - 1)):
+        files.attention.step_chunks = 4
+        monkeypatch.setattr(memory, "available_bytes", lambda _, room=room: room)
+        assert files.plan(1000).peak == needed[chunks]
+        assert files.attention.step_tokens(16) == 16 * chunks
+    with pytest.raises(MemoryLimitError, match="about 99[0-9] of 1,000 tokens fit"):
+        files.plan(1000).check(files.attention.device)
+
+    monkeypatch.setattr(memory, "available_bytes", lambda _: None)
+    llm = files.load()
+    files.attention.step_chunks = 4
+    weights = plan_run(directory, files.attention, files.dtype).weights
+    monkeypatch.setattr(memory, "available_bytes", lambda _: needed[2] - weights)
+    llm.session(1000)
+    assert files.attention.step_tokens(16) == 32
+
+
 def test_tables_are_as_long_as_the_cache_can_reach(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However large the scope may be; and a cache that grows beyond them has larger ones, with equal results."""
     ids = random_ids(200)
