@@ -117,7 +117,7 @@ def test_steps_have_as_many_chunks_as_fit(directory: Path, monkeypatch: pytest.M
         monkeypatch.setattr(memory, "available_bytes", lambda _, room=room: room)
         assert files.plan(1000).peak == needed[chunks]
         assert files.attention.step_tokens(16) == 16 * chunks
-    with pytest.raises(MemoryLimitError, match="about 99[0-9] of 1,000 tokens fit"):
+    with pytest.raises(MemoryLimitError, match=r"about 99[0-9] of 1,000 tokens fit"):
         files.plan(1000).check(files.attention.device)
 
     monkeypatch.setattr(memory, "available_bytes", lambda _: None)
