@@ -193,7 +193,7 @@ class StoredContext:
                 without = f"leave `{name}` out" if name in settings else "read it anew"
                 advice = without if found is None else "pass the former"
                 says, wanted = _setting(name, found), _setting(name, expected)
-                raise InputError(f"{self.path}: was read {says}, expected {wanted}: {advice}")
+                raise InputError(f"{self.path}: was read with {says}, expected {wanted}: {advice}")
 
     def _notes(self, metadata: dict[str, str]) -> dict[str, str]:
         notes = self._object(metadata, "notes")
@@ -265,7 +265,7 @@ def context_bytes(model: ModelConfig, num_tokens: int, dtype: torch.dtype) -> in
 
 
 def _setting(name: str, value: Any) -> str:
-    return f"without `{name}`" if value is None else f"with {name}={value!r:.40}"
+    return f"no `{name}`" if value is None else f"{name}={value!r:.40}"
 
 
 def _parts(cache: KVCache, num_tokens: int) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ def bare(tmp_path: Path, *command: str, typed: str = "") -> subprocess.Completed
 
 
 def test_every_command(tmp_path: Path) -> None:
-    """One after another, in one process; a command that is new has to be added here."""
+    """One after another, in one process, the first with the demo; a command that is new has to be added here."""
     model = write_checkpoint(tmp_path / "model", tiny_model())
     write_tokenizer(model, chat_template="{% for m in messages %}<s>[{{ m.content }}]{% endfor %}")
     (tmp_path / "text.txt").write_text("It was a quiet day in the harbour. " * 5)
@@ -53,7 +53,8 @@ def test_every_command(tmp_path: Path) -> None:
     assert {name.split()[0] for name in commands} == set(known)
     lines = [
         [*(name.removesuffix(" after a context").split()), *arguments]
-        + ([] if name == "eval report" else ["--model", str(model), "--device", "cpu", "--quiet"])
+        + ([] if name == "eval report" else ["--device", "cpu", "--quiet"])
+        + ([] if name == "eval report" else ["--model", str(DEMO if name == "generate" else model)])
         + (["--out", files["all" if name == "eval report" else "out"]] if name.startswith("eval") else [])
         for name, arguments in commands.items()
     ]
@@ -63,20 +64,20 @@ def test_every_command(tmp_path: Path) -> None:
     assert (tmp_path / "why" / "page.html").exists() and (tmp_path / "all" / "summary.json").exists()
 
 
-def test_help_and_the_demo(tmp_path: Path) -> None:
-    for arguments, expected in (
-        (("--help",), "usage: minirea"),
-        (("generate", "--model", str(DEMO), "--text", "The old house", "--max-tokens", "3", "--device", "cpu"), ""),
-    ):
-        run = bare(tmp_path, "-m", "minirea", *arguments)
-        assert run.returncode == 0, run.stderr[-2000:]
-        assert run.stdout.startswith(expected) and run.stdout
+def test_help(tmp_path: Path) -> None:
+    run = bare(tmp_path, "-m", "minirea", "--help")
+    assert (run.returncode, run.stdout[:14]) == (0, "usage: minirea"), run.stderr[-2000:]
 
 
 def test_a_part_of_the_suite(tmp_path: Path) -> None:
     suite = ["tests/minirea/test_memory.py", "tests/kernels/test_reference.py", "tests/minirea/test_sampling.py"]
-    suite = [name for name in suite if (ROOT / name).is_file()]
-    run = bare(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not slow", *suite)
+    options = [
+        "-m",
+        "not gpu and not slow",
+        "-k",
+        "not random_shapes and not property and not earlier_layers and not transformers",
+    ]
+    run = bare(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *suite)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 

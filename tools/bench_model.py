@@ -125,8 +125,12 @@ def seconds_of(row: dict[str, Any]) -> float:
 def run_engine(own: list[str], limit: int) -> Iterator[dict[str, Any]]:
     """The rows of one engine, measured by this program in another process with flags of its own, as they come."""
     command = [sys.executable, str(Path(__file__).with_name("bench.py")), *sys.argv[1:], *own]
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(["timeout", str(limit), *command], stdout=subprocess.PIPE, stderr=errors, text=True)
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            ["timeout", str(limit), *command], stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
         assert process.stdout is not None
         for line in process.stdout:
             yield json.loads(line)

@@ -95,11 +95,12 @@ def test_scratch_bytes_are_those_of_all_steps(
             if sketched and launch.Layer.of(q_THD, k_cache, config).decodes(T):
                 sketch = new_sketch(num_kv_heads, head_dim, 10_000, META)
                 launch.reattention_triton(q_THD, k_cache, k_cache, 9_000, table, table, config, sketch=sketch)
-    kept = [x for x in launch._workspaces.values() if isinstance(x, torch.Tensor)]
+    workspaces = list(launch._workspaces.values())
+    kept = [x for x in workspaces if isinstance(x, torch.Tensor)]
     kinds = {"sketched": sketched, "carries": carries}
     expected = scratch_bytes(num_heads, num_kv_heads, head_dim, dtype, config, 10_000, steps, META, **kinds)
     assert expected == sum(x.nbytes for x in kept)
-    stored = {id(x) for workspace in launch._workspaces.values() for x in workspace if isinstance(workspace, tuple)}
+    stored = {id(x) for workspace in workspaces if isinstance(workspace, tuple) for x in workspace}
     stored.discard(id(None))  # of a sketch that there is not
     assert stored == {id(x) for x in kept}
 

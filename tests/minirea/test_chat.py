@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -9,14 +10,17 @@ import select
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from testing import tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
 from minirea.chat import Conversation
+from minirea.cli import main
 
 SCOPE = {"local_size": 24, "global_size": 4, "max_spans": 4, "chunk_size": 16, "dense_size": 60}
 FLAGS = [word for name, value in SCOPE.items() for word in ("--" + name.replace("_", "-"), str(value))]
@@ -167,16 +171,16 @@ def test_a_saved_conversation_that_is_malformed_is_one_line(llm: minirea.LLM, tm
 
 
 def chat(model: Path, lines: str | bytes, *flags: str, status: int = 0) -> tuple[str, str]:
-    """Standard output and standard error of lines from a pipe."""
-    command = [sys.executable, "-m", "minirea", "chat", "--model", str(model), *FLAGS]
-    command += ["--max-tokens", "6", "--ignore-eos", "--quiet", *flags]
-    data = lines.encode() if isinstance(lines, str) else lines
-    done = subprocess.run(command, input=data, capture_output=True, check=False)
-    assert done.returncode == status, done.stderr
-    return done.stdout.decode(), done.stderr.decode()
+    """Standard output and standard error of lines that come from no terminal."""
+    words = ["chat", "--model", str(model), *FLAGS, "--max-tokens", "6", "--ignore-eos", "--quiet", *flags]
+    data = io.BytesIO(lines.encode() if isinstance(lines, str) else lines)
+    out, err = io.StringIO(), io.StringIO()
+    with mock.patch("sys.stdin", io.TextIOWrapper(data)), redirect_stdout(out), redirect_stderr(err):
+        assert main(words) == status, err.getvalue()
+    return out.getvalue(), err.getvalue()
 
 
-def test_through_a_pipe_answers_alone_are_on_standard_output(model: Path, llm: minirea.LLM, tmp_path: Path) -> None:
+def test_answers_alone_are_on_standard_output(model: Path, llm: minirea.LLM, tmp_path: Path) -> None:
     conversation = Conversation(llm.session())
 
     def answer(text: str) -> str:
@@ -311,12 +315,15 @@ def test_in_a_terminal(model: Path, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_in_a_pipe_between_two_lines(model: Path) -> None:
+    """The first line's answer is there before the second one comes."""
+    expected = chat(model, "hello\n", "--max-tokens", "3")[0]
     command = [sys.executable, "-m", "minirea", "chat", "--model", str(model), *FLAGS, "--max-tokens", "3"]
+    command += ["--ignore-eos", "--quiet"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(b"hello\n")
     process.stdin.flush()
-    process.stdout.readline()
+    assert process.stdout.readline().decode() == expected
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130 and b"Traceback" not in err

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import bench
 import bench_context
+import bench_machine
 import bench_model
 import pytest
 import torch
@@ -24,7 +26,6 @@ from minirea.config import ReAttentionConfig
 from minirea.errors import MemoryLimitError
 from minirea.generate import has_recent
 
-BENCH = Path(__file__).parents[2] / "tools" / "bench.py"
 ON_CPU = ["--device", "cpu", "--dtype", "float32"]
 
 
@@ -40,34 +41,59 @@ def test_lists_of_lengths(given: list[str]) -> None:
     assert parser.parse_args(["--contexts", *given]).contexts == [8, 1024, 32768]
 
 
-def measure(*options: str, **environment: str) -> dict[str, Any]:
-    """What bench.py model says, as a user runs it."""
-    command = [sys.executable, str(BENCH), "model", *options, *ON_CPU]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment or None)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+BenchRun = Callable[..., dict[str, Any]]
+copy_bandwidth = functools.cache(bench_machine.copy_bandwidth)  # measured once
 
 
-def test_several_ranks_are_measured_with_a_checkpoint(tmp_path: Path) -> None:
+@pytest.fixture
+def measure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> BenchRun:
+    """Runs bench.py with such words, in this process, and returns what its last line says."""
+    monkeypatch.setattr(bench_machine, "copy_bandwidth", copy_bandwidth)
+
+    def run(*words: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["bench.py", *words, *ON_CPU])
+        bench.main()
+        found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return found
+
+    return run
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+    """Flags of the engines that `bench.py model` runs, in order; they run in this process, instead of their own."""
+    ran: list[list[str]] = []
+    threads = torch.get_num_threads()
+
+    def run_engine(own: list[str], _: int) -> Iterator[dict[str, Any]]:
+        ran.append(own)
+        yield from bench_model.measure(bench.parser().parse_args([*sys.argv[1:], *own]))
+
+    monkeypatch.setattr(bench_model, "run_engine", run_engine)
+    yield ran
+    torch.set_num_threads(threads)
+
+
+def test_several_ranks_are_measured_with_a_checkpoint(tmp_path: Path, measure: BenchRun) -> None:
+    """In a process of its own, which starts the other ranks."""
     model = write_checkpoint(tmp_path, tiny_model())
     options = ["--contexts", "300", "--prefill", "40", "--tokens", "2", "--engines", "minirea", "--gpus", "2"]
-    rows = measure("--model", str(model), *options)["rows"]
+    rows = measure("model", "--model", str(model), *options)["rows"]
     assert [(row["context"], "decode_ms" in row, "skipped" in row) for row in rows] == [
         (300, True, False),
         (40, False, False),
     ]
-    command = [sys.executable, str(BENCH), "model", "--shape", "demo", "--gpus", "2", *ON_CPU]
-    assert "--gpus needs --model" in subprocess.run(command, capture_output=True, text=True).stderr
+    with pytest.raises(SystemExit, match="--gpus needs --model"):
+        measure("model", "--shape", "demo", "--gpus", "2")
 
 
-def test_contexts_are_saved_and_opened_beside_plain_files(tmp_path: Path) -> None:
+def test_contexts_are_saved_and_opened_beside_plain_files(tmp_path: Path, measure: BenchRun) -> None:
     """On the disk that it is told, where nothing is left; both modes' caches."""
     model = write_checkpoint(tmp_path / "model", tiny_model())
     (tmp_path / "disk").mkdir()
-    options = ["--model", str(model), "--contexts", "300,100", "--folder", str(tmp_path / "disk"), *ON_CPU]
-    done = subprocess.run([sys.executable, str(BENCH), "context", *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    rows = measure("context", "--model", str(model), "--contexts", "300,100", "--folder", str(tmp_path / "disk"))[
+        "rows"
+    ]
     timed = ["save", "open, cold", "open, warm", "floor: write", "floor: read, cold"]
     assert [(row["context"], row["what"]) for row in rows] == [(n, what) for n in (100, 300) for what in timed]
     config = load_config(model)
@@ -91,9 +117,10 @@ def test_an_opened_context_that_differs_is_told(tmp_path: Path, monkeypatch: pyt
         bench_context.measure(llm, 64, tmp_path)
 
 
-def test_model_directory_beside_transformers(tmp_path: Path) -> None:
+def test_model_directory_beside_transformers(tmp_path: Path, measure: BenchRun, engines: list[list[str]]) -> None:
     model = write_checkpoint(tmp_path, tiny_model())
-    result = measure("--model", str(model), "--contexts", "2000,100", "--tokens", "3", "--prefill", "150")
+    result = measure("model", "--model", str(model), "--contexts", "2000,100", "--tokens", "3", "--prefill", "150")
+    assert engines == [["--engine", "minirea"], ["--engine", "transformers"]]
     assert result["machine"]["copy_gb_per_s"] > 0
     kinds = [("decode_ms", 100), ("decode_ms", 2000), ("prefill_seconds", 150)]
     cells = [(engine, kind, context) for engine in ("minirea", "transformers") for kind, context in kinds]
@@ -103,18 +130,23 @@ def test_model_directory_beside_transformers(tmp_path: Path) -> None:
     assert rows[2]["prefill_tokens"] == rows[5]["prefill_tokens"] == 150
     assert rows[0]["step_bytes"] == rows[3]["step_bytes"]  # both read all of 100 tokens
     assert rows[1]["step_bytes"] < rows[4]["step_bytes"]
+    assert not any("threads" in row for row in rows)
 
 
-def test_engines_in_turn_on_some_threads(tmp_path: Path) -> None:
-    """Each length in a process of its own, twice; and full attention reads more."""
+def test_engines_in_turn_on_some_threads(tmp_path: Path, measure: BenchRun, engines: list[list[str]]) -> None:
+    """Each length by itself, twice; and full attention reads more."""
     model = ["--model", str(write_checkpoint(tmp_path, tiny_model())), "--contexts", "2000", "--tokens", "2"]
-    turns = ["--prefill", "20", "--threads", "2", "--rounds", "2", "--engines", "minirea-full"]
-    full = measure(*model, *turns)["rows"]
-    cells = [(row["engine"], row["threads"], row["context"], "decode_ms" in row) for row in full]
-    assert cells == [("minirea-full", 2, 2000, True), ("minirea-full", 2, 20, False)]
-    found = measure(*model, "--engines", "minirea")["rows"]
-    assert found[0]["step_bytes"] < full[0]["step_bytes"]
-    assert "threads" not in found[0]
+    turns = ["--prefill", "20", "--threads", "2", "--rounds", "2", "--engines", "minirea", "minirea-full"]
+    rows = measure("model", *model, *turns)["rows"]
+    names = ("minirea", "minirea-full")
+    cells = [(row["engine"], row["threads"], row["context"], "decode_ms" in row) for row in rows]
+    assert cells == [(name, 2, count, count == 2000) for count in (2000, 20) for name in names]
+    assert rows[0]["step_bytes"] < rows[1]["step_bytes"]
+    assert engines == 2 * [
+        ["--engine", name, "--cell", *cell, "--threads", "2"]
+        for cell in (("decode", "2000"), ("prefill", "20"))
+        for name in names
+    ]
 
 
 def test_the_fastest_of_several_rounds_counts() -> None:
@@ -135,16 +167,24 @@ def test_the_fastest_of_several_rounds_counts() -> None:
     assert bench_model.named_engine(kept[2]) == "minirea, 2 threads"
 
 
-def test_shape_without_transformers(tmp_path: Path) -> None:
-    """Random weights need no files; an engine that is not there is skipped with the reason."""
-    (tmp_path / "transformers.py").write_text("raise ModuleNotFoundError('no transformers here')")
-    # Two chunks of 300 at the end of 2,000 tokens.
+@pytest.mark.usefixtures("engines")
+def test_shape(measure: BenchRun) -> None:
+    """Random weights need no files; two chunks of 300 at the end of 2,000 tokens."""
     shape = ["--shape", "demo", "--layers", "1", "--contexts", "20", "--tokens", "2", "--no-fill"]
-    result = measure(*shape, "--prefill", "2000", "--last-chunks", "2", "--chunk-size", "300", PYTHONPATH=str(tmp_path))
-    decode, prefill, skipped = result["rows"]
+    ends = ["--prefill", "2000", "--last-chunks", "2", "--chunk-size", "300", "--engines", "minirea"]
+    decode, prefill = measure("model", *shape, *ends)["rows"]
     assert decode["decode_ms"] > 0
     assert (prefill["context"], prefill["prefill_tokens"]) == (2000, 600)
-    assert skipped == {"engine": "transformers", "skipped": "ModuleNotFoundError: no transformers here"}
+
+
+def test_an_engine_that_is_not_there_is_skipped_with_the_reason(
+    tmp_path: Path, measure: BenchRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process ends; the program goes on."""
+    (tmp_path / "transformers.py").write_text("raise ModuleNotFoundError('no transformers here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    rows = measure("model", "--shape", "demo", "--engines", "transformers")["rows"]
+    assert rows == [{"engine": "transformers", "skipped": "ModuleNotFoundError: no transformers here"}]
 
 
 @pytest.mark.parametrize("error", [MemoryLimitError("needs 1 GB"), torch.OutOfMemoryError("needs 1 GB\nmore")])
@@ -194,11 +234,8 @@ def test_shapes_are_valid_configs(name: str, tmp_path: Path) -> None:
     assert load_config(tmp_path).num_layers == SHAPES[name]["num_hidden_layers"]
 
 
-def test_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    model = write_checkpoint(tmp_path, tiny_model())
-    monkeypatch.setattr(sys, "argv", ["bench.py", "load", "--model", str(model), *ON_CPU])
-    bench.main()
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+def test_load(tmp_path: Path, measure: BenchRun) -> None:
+    rows = measure("load", "--model", str(write_checkpoint(tmp_path, tiny_model())))["rows"]
     expected = [(reader, state) for reader in ("floor", "minirea", "safetensors") for state in ("cold", "warm")]
     assert [(row["reader"], row["state"]) for row in rows] == expected
     assert all(row["gb_per_s"] > 0 for row in rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -125,11 +124,15 @@ def test_what_cannot_be_converted_is_refused_by_name(tmp_path: Path, model: torc
         convert_gguf.convert(tmp_path / "0.gguf", tmp_path)
 
 
-def test_command_tells_errors_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, convert_gguf.__file__, str(tmp_path / "missing.gguf"), str(tmp_path / "model")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr == f"convert_gguf.py: error: {tmp_path / 'missing.gguf'}: no such file\n"
+def test_command_tells_errors_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [convert_gguf.__file__, str(tmp_path / "missing.gguf"), str(tmp_path / "model")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stop:
+        convert_gguf.main()
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == f"convert_gguf.py: error: {tmp_path / 'missing.gguf'}: no such file\n"
 
 
 def test_the_book_has_its_length_its_fact_and_its_question() -> None:

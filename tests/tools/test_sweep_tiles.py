@@ -80,10 +80,10 @@ def test_rows_are_readable() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
-def test_a_machine_without_a_gpu_is_told_so() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), "decode"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "sweep_tiles.py needs an NVIDIA GPU, and torch finds no CUDA device here\n"
+def test_a_machine_without_a_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sweep_tiles.py", "decode"])
+    with pytest.raises(SystemExit, match=r"^sweep_tiles.py needs an NVIDIA GPU, and torch finds no CUDA device here$"):
+        sweep_tiles.main()
 
 
 @pytest.mark.gpu
