@@ -31,6 +31,7 @@ from minirea.config import (
     SELECTING_FIELDS,
     SKETCHES,
     ModelConfig,
+    Packing,
     ReAttentionConfig,
 )
 from minirea.context import Origin, StoredContext, context_bytes, save_context
@@ -92,7 +93,8 @@ def load(
             CPU so many processes. They are started here and end with this process; under torchrun they are its
             processes, of which only the first returns from here: the others serve it and end with it.
         quantize: "int8" or "int4" rounds the matrices while they are read, all but the embedding; with "int4" the
-            output head and the first two layers to 8 bits. None leaves them as they are. Not with several devices.
+            output head and the first two layers to 8 bits. None leaves them as they are, also where a checkpoint's come
+            in 4 bits (GPTQ, AWQ, pack-quantized). Not with several devices.
         sketch: "int8": decode steps look at int8 copies of the keys, and read only those that can
             be selected: half as many bytes, and exactly the same selection. The copies take half as much memory as the
             keys, besides them. "auto" is "off" until that has been measured on a GPU.
@@ -144,6 +146,8 @@ def read_model(
     if impl == "triton" and target.type == "cpu":
         raise InputError("impl is 'triton', expected 'auto' or 'torch' on a CPU")
     config = load_config(path)
+    if config.packing:
+        quantize = _quantize_of_packed(config.packing, quantize, gpus)
     scope = _scope(config, attention, reattention_fields, allow_out_of_distribution)
     tokenizer = _tokenizer(path)
     torch_dtype = _dtype(path, config, dtype, target)
@@ -156,6 +160,17 @@ def read_model(
         about = "sketch is 'int8' on a CPU, where it saves nothing: the same answers take about twice as long"
         warnings.warn(about, MinireaWarning, stacklevel=2)
     return ModelFiles(path, config, tokenizer, made, torch_dtype, quantize)
+
+
+def _quantize_of_packed(packing: Packing, quantize: str | None, gpus: int) -> str:
+    """What matrices are that come in 4 bits."""
+    if quantize is not None:
+        found = f"quantize is {quantize!r}, but the checkpoint's matrices come in 4 bits ({packing.method})"
+        raise InputError(f"{found}, expected none: they are used as they are")
+    if gpus > 1:
+        found = f"gpus is {gpus}, but the checkpoint's matrices come in 4 bits ({packing.method})"
+        raise InputError(f"{found}, expected gpus=1: several devices share no quantized model yet")
+    return "int4"
 
 
 class _Encoder:

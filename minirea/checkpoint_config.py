@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from minirea.config import DTYPES, ROPE_TYPES, ModelConfig, RopeConfig
+from minirea.config import DTYPES, ROPE_TYPES, ModelConfig, Packing, RopeConfig
 from minirea.errors import InputError, MinireaWarning, MissingFileError
 from minirea.files import is_there, list_directory
 from minirea.json_object import JsonObject, shown
@@ -24,9 +24,10 @@ _THETA: Final = {"lowest": 1.0, "highest": 1e15}
 _FACTOR: Final = {"lowest": 1e-4, "highest": 1e6}
 _LARGEST_HEAD_DIM: Final = 4096
 
-# Matrices in 8 bits, float or integer, with a scale per tensor or row.
-_QUANT_METHODS: Final = ("compressed-tensors", "fp8", "fbgemm_fp8")
-_QUANT_FORMATS: Final = ("float-quantized", "int-quantized", "naive-quantized")
+# Matrices in 8 bits, float or integer, with a scale per tensor or row; and in 4 bits (_packing).
+_QUANT_METHODS: Final = ("compressed-tensors", "fp8", "fbgemm_fp8", "gptq", "awq")
+_QUANT_FORMATS: Final = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
+_PACKED_GROUP: Final = 32  # columns: minirea.quantize.GROUP_SIZE of 4 bits, without importing torch
 _FLOAT64: Final = "float64"  # nothing is computed in it: such a checkpoint runs in float32
 _SENSIBLE_LENGTHS: Final = range(16, 10**9)  # of a tokenizer's model_max_length; 10^30 says that there is none
 
@@ -181,7 +182,7 @@ def _from_hugging_face(c: JsonObject, tokenizer_length: int | None) -> ModelConf
         qkv_bias=_has_bias(c, family.qkv_bias),
         o_bias=_has_bias(c, family.o_bias),
         mlp_bias=_has_bias(c, family.mlp_bias),
-        quantized=_is_quantized(c),
+        **_quantization(c),
         dtype=_dtype(c),
     )
     return _checked(config, c, heads="num_attention_heads", kv_heads="num_key_value_heads")
@@ -232,19 +233,65 @@ def _has_bias(c: JsonObject, declared: bool | str) -> bool:
     return c.boolean(declared, False) if isinstance(declared, str) else declared
 
 
-def _is_quantized(c: JsonObject) -> bool:
-    """Whether matrices are stored in 8 bits with a scale per tensor or row. Other ways are refused by their name."""
+def _quantization(c: JsonObject) -> dict[str, Any]:
+    """`quantized`: whether matrices are stored in 8 bits with a scale per tensor or row; or how in 4: `packing`.
+
+    Other ways are refused by their name.
+    """
     q = c.child("quantization_config") or c.child("compression_config")
     if q is None:
-        return False
+        return {}
     method = q.values.get("quant_method")
     if method not in _QUANT_METHODS:
         raise q.fail("quant_method", f"one of {', '.join(_QUANT_METHODS)}: minirea reads no other quantized weights")
     if method == "compressed-tensors" and q.values.get("format") not in _QUANT_FORMATS:
         raise q.fail("format", f"one of {', '.join(_QUANT_FORMATS)} with {method}")
+    if method in ("gptq", "awq") or q.values.get("format") == "pack-quantized":
+        return {"packing": _packing(q, method)}
     if q.values.get("weight_block_size") is not None:
         raise q.fail("weight_block_size", "no such key: minirea reads one scale per tensor or row")
-    return True
+    return {"quantized": True}
+
+
+def _packing(q: JsonObject, method: str) -> Packing:
+    """Of matrices with 4 bits, whose groups of neighbouring columns are whole ones of minirea.quantize."""
+    if method == "compressed-tensors":
+        method, q = "pack-quantized", _weights_of_one_group(q)
+        _check_is(q, "num_bits", 4)
+        _check_is(q, "type", "int")
+        if q.values.get("strategy") == "channel":
+            return Packing(method, 0)
+        _check_is(q, "strategy", "group")
+    else:
+        _check_is(q, "bits", 4)
+    if method == "gptq" and q.values.get("checkpoint_format") not in (None, "gptq"):
+        _check_is(q, "checkpoint_format", "gptq_v2")
+        method = "gptq_v2"
+    if method == "awq":
+        _check_is(q, "zero_point", True)
+        if str(q.values.get("version") or "gemm").lower() != "gemm":
+            raise q.fail("version", '"gemm"')
+    group_size = q.integer("group_size", -1 if method.startswith("gptq") else None, lowest=-1)
+    if not group_size or (group_size % _PACKED_GROUP and group_size != -1):
+        raise q.fail("group_size", f"a multiple of {_PACKED_GROUP}, or -1 for a whole row")
+    return Packing(method, max(0, group_size))
+
+
+def _weights_of_one_group(q: JsonObject) -> JsonObject:
+    """compressed-tensors: how the weights of all modules are quantized that are."""
+    groups = q.child("config_groups")
+    if groups is None or len(groups.values) != 1:
+        raise q.fail("config_groups", "an object of one group")
+    group = groups.child(next(iter(groups.values)))
+    weights = group.child("weights") if group else None
+    if weights is None:
+        raise q.fail("config_groups", "a group with weights")
+    return weights
+
+
+def _check_is(q: JsonObject, key: str, expected: Any) -> None:
+    if q.values.get(key) != expected or isinstance(q.values[key], bool) != isinstance(expected, bool):
+        raise q.fail(key, f"{shown(expected)}: minirea reads no other weights of this kind")
 
 
 def _dtype(c: JsonObject) -> str | None:

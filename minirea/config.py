@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from minirea.checks import integer, shown
 from minirea.errors import InputError
@@ -47,6 +47,18 @@ class RopeConfig:
     truncate: bool = True
 
 
+class Packing(NamedTuple):
+    """How the matrices of a checkpoint's layers come in 4 bits.
+
+    Attributes:
+        method: one of minirea.weights.packed.FORMS.
+        group_size: columns that share a scale; 0: all of a row.
+    """
+
+    method: str
+    group_size: int
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shapes and constants of one checkpoint, whatever its family; checkpoint_config.py reads them.
@@ -73,6 +85,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     quantized: bool = False
+    packing: Packing | None = None
     dtype: str | None = None
     eos_token_ids: frozenset[int] = frozenset()
     part: Part | None = None

@@ -92,7 +92,8 @@ def _quantized_model_bytes(
     """_model_bytes of matrices that are rounded while they are loaded."""
     on_cpu, keep_half = device.type == "cpu", keeps_half(dtype, device)
     matrix_bytes = plane_bytes if on_cpu else quantized_bytes
-    weights = quantized_weight_bytes(path, config, dtype, quantize, keep_half, matrix_bytes)
+    arguments = path, config, dtype, quantize, keep_half, matrix_bytes
+    weights = quantized_weight_bytes(*arguments, packed_bytes if config.packing else None)
     loading = quantizing_bytes(config, device)
     if on_cpu:  # each thread has a matrix in two layouts
         largest = max(config.vocab_size, 2 * config.mlp_size)

@@ -73,6 +73,19 @@ class QuantizedMatrix:
             self.words[start:stop] = words
             self.scale_offset[start:stop] = scale_offset
 
+    def fill(self, q_NK: Tensor, scale_NS: Tensor, zero_NS: Tensor, group_size: int) -> None:
+        """Become scale * (q - zero) with groups of `group_size` columns, a multiple of GROUP_SIZE or all; 4 bits.
+
+        q stay as they are. Scales are rounded to bfloat16, and so are the offsets that follow from them.
+        """
+        (N, K), groups, size = self.shape, self.scale_offset.shape[1], GROUP_SIZE[self.bits]
+        scale_NS = scale_NS.bfloat16()
+        offset_NS = scale_NS.float() * (ZERO[self.bits] - zero_NS.float())
+        stored = torch.stack([scale_NS, offset_NS.bfloat16()], -1)
+        self.scale_offset.copy_(stored.repeat_interleave(-(-group_size // size), 1)[:, :groups])
+        q_CR = F.pad(q_NK, (0, groups * size - K)).reshape(-1, size).t()
+        self.words.copy_(_packed(q_CR, self.bits).view(N, -1))
+
     def unpack(self) -> Tensor:
         """q, uint8 [N, groups * columns of a group]."""
         bytes_UWB = self.words.view(torch.uint8).view(-1, UNIT, 4)
@@ -137,11 +150,16 @@ def _rounded(wide_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     scale_R, offset_R = _fit(wide_CR, bits)
     scale_R, offset_R = scale_R.bfloat16(), (offset_R + mean_R).bfloat16()
     q_CR = _nearest(wide_CR, scale_R.float(), offset_R.float() - mean_R, bits).add_(ZERO[bits]).to(torch.uint8)
+    return _packed(q_CR, bits).view(N, -1), torch.stack([scale_R, offset_R], 1).view(N, groups, 2)
+
+
+def _packed(q_CR: Tensor, bits: int) -> Tensor:
+    """Words of R groups, int32 [R, W], from the q of their columns, uint8."""
+    R = q_CR.shape[1]
     if bits == 4:
-        q_FWR = q_CR.view(8, UNIT, N * groups)
+        q_FWR = q_CR.reshape(8, UNIT, R)
         q_CR = (q_FWR[0::2] | (q_FWR[1::2] << 4)).flatten(0, 1)
-    words = q_CR.view(-1, 4, UNIT, N * groups).permute(3, 0, 2, 1).contiguous().view(torch.int32).view(N, -1)
-    return words, torch.stack([scale_R, offset_R], 1).view(N, groups, 2)
+    return q_CR.reshape(-1, 4, UNIT, R).permute(3, 0, 2, 1).contiguous().view(torch.int32).view(R, -1)
 
 
 def _fit(wide_CR: Tensor, bits: int) -> tuple[Tensor, Tensor]:

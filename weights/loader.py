@@ -18,7 +18,7 @@ import os
 import reprlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from io import FileIO
@@ -29,18 +29,20 @@ from typing import Any, Final, NamedTuple, TypeGuard
 import torch
 from tqdm import tqdm
 
-from minirea.config import ModelConfig
+from minirea.config import ModelConfig, Packing
 from minirea.errors import InputError, MemoryLimitError, MinireaWarning, MissingFileError, memory_limit_of
 from minirea.files import check_regular, list_directory, unreadable
 from minirea.json_object import JsonObject
-from minirea.quantize import QuantizedMatrix, bits_of, quantized_bytes, rounding_bytes
+from minirea.quantize import QuantizedMatrix, bits_of, parts, quantized_bytes, rounding_bytes
 from minirea.threads import thread_pool
 from minirea.weights.names import NameTable, Place, is_ignored
+from minirea.weights.packed import FORMS, GROUPS_OF_COLUMNS, SHAPES, Form
 
 MAX_HEADER_BYTES: Final = 100_000_000  # the format's own
 STAGING_BYTES: Final = 8 * 2**20  # of one reader
 # A disk is fastest with several requests at a time; PCIe takes ten times what one core copies out of the page cache.
 READERS: Final = {"cpu": 4, "cuda": 8}
+UNPACKED_AT_ONCE: Final = 1 << 21  # weights of a matrix that comes in 4 bits
 
 _DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Of matrices with a scale.
@@ -88,6 +90,20 @@ class StoredTensor:
         return _DTYPES.get(self.stored_as) or _QUANTIZED_DTYPES[self.stored_as]
 
 
+@dataclass(frozen=True)
+class PackedTensor(StoredTensor):
+    """A matrix of `shape` that comes in 4 bits: the tensor of its q, under the matrix's name, and what belongs to it.
+
+    `zero` is absent where all zero points are 8, `groups` where columns are in order. See minirea.weights.packed.
+    """
+
+    form: Form
+    group_size: int
+    scale: StoredTensor
+    zero: StoredTensor | None
+    groups: StoredTensor | None
+
+
 class Assigned(NamedTuple):
     """A tensor of a checkpoint and where it goes. `scale`, one number or one per row, makes quantized values wide."""
 
@@ -116,6 +132,7 @@ def load_weights(
         progress: show a bar of bytes read on stderr.
         keep_half: leave matrices that the files hold in float16 or bfloat16 so, whatever dtype says.
         quantize: "int8" or "int4": round every matrix but the embedding block by block, as it comes from the file.
+            Where the config says that matrices come in 4 bits, "int4": they stay as they are, and others wide.
 
     Returns:
         Shapes in the project's letters: embed.weight and head.weight [V, E] (one tensor object if tied), norm.weight
@@ -131,16 +148,17 @@ def load_weights(
         InputError: a malformed file, or a missing, misshapen, duplicated or non-finite tensor, or one of another model.
         MemoryLimitError: the weights do not fit on the device.
     """
-    tensors = read_headers(Path(directory))
-    table = NameTable(config)
+    tensors, table = _tensors(Path(directory), config), NameTable(config)
     assigned = _assign(Path(directory), tensors, table)
     _warn_of_unused(Path(directory), tensors, assigned)
     dtype = dtype or _declared_dtype(config) or _most_common_dtype(tensors)
     kept = _kept_dtypes(assigned) if keep_half else {}
     try:
         weights = empty_weights(config, dtype, device, kept, quantize)
-        transfers = [
-            _Transfer(
+        transfers: list[_Transfer | _PackedTransfer] = [
+            _PackedTransfer(tensor, weights[place.name].rows(place.rows.start, place.rows.stop))
+            if isinstance(tensor, PackedTensor)
+            else _Transfer(
                 tensor,
                 *_targets(place, weights, table.is_redundant(place), config.tie_word_embeddings),
                 place.kept,
@@ -178,16 +196,15 @@ def empty_weights(
     """What load_weights returns, not filled. `other_dtypes`: name -> an exception."""
     other_dtypes = other_dtypes or {}
     weights: dict[str, Any] = {
-        name: QuantizedMatrix.empty(shape[0], shape[1], bits_of(quantize, name, config.num_layers), device)
-        if quantize and _is_quantized(name, shape)
+        name: QuantizedMatrix.empty(shape[0], shape[1], bits, device)
+        if (bits := _bits(config, quantize, name, shape))
         else torch.empty(shape, dtype=other_dtypes.get(name, dtype), device=device)
         for name, shape in _shapes(config)
     }
-    if config.tie_word_embeddings and quantize:
-        V, E = weights["embed.weight"].shape
-        weights["head.weight"] = QuantizedMatrix.empty(
-            V, E, bits_of(quantize, "head.weight", config.num_layers), device
-        )
+    V, E = weights["embed.weight"].shape
+    head_bits = _bits(config, quantize, "head.weight", (V, E))
+    if config.tie_word_embeddings and head_bits:
+        weights["head.weight"] = QuantizedMatrix.empty(V, E, head_bits, device)
     elif config.tie_word_embeddings:
         rows = config.head_rows
         embedding = weights["embed.weight"]
@@ -223,7 +240,7 @@ def kept_weight_bytes(
 
     Raises what load_weights raises for the files' headers.
     """
-    kept = _kept_dtypes(_assign(Path(directory), read_headers(Path(directory)), NameTable(config)))
+    kept = _kept_dtypes(_assign(Path(directory), _tensors(Path(directory), config), NameTable(config)))
     return sum(
         packed_bytes(*shape)
         if packed_bytes and name in kept and name != "embed.weight"
@@ -239,32 +256,50 @@ def quantized_weight_bytes(
     quantize: str,
     keep_half: bool,
     matrix_bytes: Callable[[int, int, int], int] = quantized_bytes,
+    packed_bytes: Callable[[int, int], int] | None = None,
 ) -> int:
-    """Like weight_bytes, with `quantize`: a quantized matrix [N, K] takes `matrix_bytes(N, K, bits)`.
+    """Like kept_weight_bytes, with `quantize`: a quantized matrix [N, K] takes `matrix_bytes(N, K, bits)`.
 
-    Raises what load_weights raises for the files' headers.
+    Without `keep_half` all others are in `dtype`. Raises what load_weights raises for the files' headers.
     """
-    assigned = _assign(Path(directory), read_headers(Path(directory)), NameTable(config))
+    assigned = _assign(Path(directory), _tensors(Path(directory), config), NameTable(config))
     kept = _kept_dtypes(assigned) if keep_half else {}
+    packs = packed_bytes if keep_half else None
     shapes = dict(_shapes(config))
-    if config.tie_word_embeddings:
+    packs_head = packs is not None and "embed.weight" in kept
+    if config.tie_word_embeddings and (packs_head or _bits(config, quantize, "head.weight", shapes["embed.weight"])):
         shapes["head.weight"] = shapes["embed.weight"]
-    return sum(
-        matrix_bytes(shape[0], shape[1], bits_of(quantize, name, config.num_layers))
-        if _is_quantized(name, shape)
-        else math.prod(shape) * kept.get(name, dtype).itemsize
-        for name, shape in shapes.items()
-    )
+        kept |= {"head.weight": kept["embed.weight"]} if packs_head else {}
+
+    def nbytes(name: str, shape: tuple[int, ...]) -> int:
+        if bits := _bits(config, quantize, name, shape):
+            return matrix_bytes(shape[0], shape[1], bits)
+        if packs and name in kept and name != "embed.weight":
+            return packs(shape[0], shape[1])
+        return math.prod(shape) * kept.get(name, dtype).itemsize
+
+    return sum(nbytes(name, shape) for name, shape in shapes.items())
 
 
 def quantizing_bytes(config: ModelConfig, device: torch.device) -> int:
-    """What load_weights holds on the device besides its result to quantize: a block of every reader, in float32."""
-    columns = max(shape[-1] for shape in NameTable(config).shapes.values())
+    """What load_weights holds on the device besides its result to quantize: a block of every reader, in float32; or a
+    matrix of each in 4 bits, a part of it unpacked.
+    """
+    shapes = NameTable(config).shapes.values()
+    if config.packing:
+        largest = max(math.prod(shape) for shape in shapes if len(shape) == 2)
+        return READERS[device.type] * (largest + 8 * UNPACKED_AT_ONCE)
+    columns = max(shape[-1] for shape in shapes)
     return READERS[device.type] * (STAGING_BYTES * torch.float32.itemsize + rounding_bytes(columns, device))
 
 
-def _is_quantized(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 and name != "embed.weight"
+def _bits(config: ModelConfig, quantize: str | None, name: str, shape: tuple[int, ...]) -> int:
+    """Of one of our tensors; 0: it is not quantized."""
+    if not quantize or len(shape) != 2 or name == "embed.weight":
+        return 0
+    if config.packing:
+        return 4 if name.startswith("layers.") else 0
+    return bits_of(quantize, name, config.num_layers)
 
 
 def _targets(
@@ -293,7 +328,7 @@ def _kept_dtypes(assigned: list[Assigned]) -> dict[str, torch.dtype]:
     """Those of our matrices all parts of which are stored in one half-precision dtype, with that dtype."""
     stored: dict[str, set[torch.dtype]] = {}
     for tensor, place, _ in assigned:
-        if len(tensor.shape) == 2:
+        if len(tensor.shape) == 2 and not isinstance(tensor, PackedTensor):
             stored.setdefault(place.name, set()).add(tensor.dtype)
     halves = ({torch.float16}, {torch.bfloat16})
     return {name: next(iter(dtypes)) for name, dtypes in stored.items() if dtypes in halves}
@@ -470,12 +505,7 @@ def _assign(directory: Path, tensors: list[StoredTensor], table: NameTable) -> l
             extra.append(tensor)
             continue
         scale = scales.get(tensor.name)
-        if not tensor.is_readable and not (scale and tensor.stored_as in _QUANTIZED_DTYPES):
-            lacks = f", or {' or '.join(_QUANTIZED_DTYPES)} with a weight_scale" if table.quantized else ""
-            raise InputError(
-                f"{tensor} has dtype {tensor.stored_as}, expected one of {', '.join(_DTYPES)}{lacks}: "
-                "other quantized weights are not supported"
-            )
+        _check_dtype(tensor, place, scale, table)
         if tensor.shape != place.shape:
             raise InputError(f"{tensor} has shape {list(tensor.shape)}, expected {list(place.shape)}")
         if place.slot in assigned:
@@ -503,6 +533,65 @@ def _assign(directory: Path, tensors: list[StoredTensor], table: NameTable) -> l
     if problems:
         raise InputError(f"{directory}: the checkpoint {' and '.join(problems)}")
     return list(assigned.values())
+
+
+def _check_dtype(tensor: StoredTensor, place: Place, scale: StoredTensor | None, table: NameTable) -> None:
+    """Raises InputError for a tensor whose dtype its place cannot have."""
+    in_layer = len(place.shape) == 2 and place.name.startswith("layers.")
+    if isinstance(tensor, PackedTensor) or (table.packed and in_layer):
+        if not (isinstance(tensor, PackedTensor) and in_layer and not place.interleaved):
+            here = "4 bits, as the config says" if in_layer else "another one: only layers come in 4 bits"
+            raise InputError(f"{tensor} has dtype {tensor.stored_as}, expected {here}")
+    elif not tensor.is_readable and not (scale and tensor.stored_as in _QUANTIZED_DTYPES):
+        lacks = f", or {' or '.join(_QUANTIZED_DTYPES)} with a weight_scale" if table.quantized else ""
+        raise InputError(
+            f"{tensor} has dtype {tensor.stored_as}, expected one of {', '.join(_DTYPES)}{lacks}: "
+            "other quantized weights are not supported"
+        )
+
+
+def _tensors(directory: Path, config: ModelConfig) -> list[StoredTensor]:
+    """read_headers, with one tensor for each matrix in 4 bits."""
+    tensors = read_headers(directory)
+    if config.packing is None:
+        return tensors
+    form, by_name = FORMS[config.packing.method], {tensor.name: tensor for tensor in tensors}
+    merged: dict[str, StoredTensor] = {}
+    for tensor in tensors:
+        module, _, kind = tensor.name.rpartition(".")
+        if kind == form.names[0]:
+            merged[tensor.name] = _packed_tensor(tensor, module, by_name, config.packing)
+        elif f"{module}.{form.names[0]}" not in by_name or not (
+            kind in (*form.names, *GROUPS_OF_COLUMNS, *SHAPES) or (kind == "bias" and _is_zero(tensor))
+        ):
+            merged[tensor.name] = tensor
+    return list(merged.values())
+
+
+def _packed_tensor(q: StoredTensor, module: str, by_name: Mapping[str, StoredTensor], packing: Packing) -> PackedTensor:
+    """A matrix from the tensor of its q, once those that belong to it are there and have its shape."""
+    form = FORMS[packing.method]
+    zero, scale = (by_name.get(f"{module}.{name}") for name in form.names[1:])
+    if scale is None or (zero is None and form.rows_last):
+        missing = form.names[2] if scale is None else form.names[1]
+        raise InputError(f"{q} comes without {_repr.repr(f'{module}.{missing}')}")
+    N, K = form.shape(q.shape) if len(q.shape) == 2 else (0, 0)
+    group_size = packing.group_size or max(1, K)
+    for tensor, shape in zip((q, zero, scale), form.shapes(N, K, group_size), strict=True):
+        is_right = tensor is None or (tensor.is_readable if tensor is scale else tensor.stored_as == "I32")
+        if tensor is not None and not (N % 8 == 0 and K % 8 == 0 and K and N and is_right and tensor.shape == shape):
+            expected = f"{'floating-point numbers' if tensor is scale else 'I32'} {list(shape)}, groups of {group_size}"
+            raise InputError(f"{tensor} is {tensor.stored_as} {_repr.repr(list(tensor.shape))}, expected {expected}")
+    groups = next((by_name[f"{module}.{name}"] for name in GROUPS_OF_COLUMNS if f"{module}.{name}" in by_name), None)
+    if groups is not None and (groups.stored_as, groups.shape) != ("I32", (K,)):
+        raise InputError(f"{groups} is {groups.stored_as} {_repr.repr(list(groups.shape))}, expected I32 {[K]}")
+    where = q.path, f"{module}.weight", q.stored_as, (N, K), q.offset, q.nbytes
+    return PackedTensor(*where, form, group_size, scale, zero, groups)
+
+
+def _is_zero(bias: StoredTensor) -> bool:
+    """Some exporters give every module a bias, whether the model has one or not."""
+    return bias.is_readable and not _read_whole(bias).any()
 
 
 def _scales(tensors: list[StoredTensor]) -> dict[str, StoredTensor]:
@@ -650,6 +739,52 @@ class _Block(NamedTuple):
             read_into(file, begin + row * stride, buffer[row * size : (row + 1) * size])
 
 
+@dataclass(frozen=True)
+class _PackedTransfer:
+    """A matrix that comes in 4 bits, on its way into `quantized`: one block, since its rows may lie in columns."""
+
+    tensor: PackedTensor
+    quantized: QuantizedMatrix
+
+    compare = False
+    in_place = True  # nothing is staged
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def blocks(self) -> Iterator[_PackedTransfer]:
+        yield self
+
+    def read(self, workspace: _Workspace) -> int:
+        """Read, check and rearrange it, some rows at a time."""
+        tensor, form, device = self.tensor, self.tensor.form, self.quantized.device
+        N, K = tensor.shape
+        if tensor.groups is not None:
+            in_order = torch.arange(K, dtype=torch.int32) // tensor.group_size
+            if not torch.equal(_read_whole(tensor.groups), in_order):
+                raise InputError(f"{tensor.groups} mixes columns (act-order, desc_act), expected groups of neighbours")
+        q, scale = _read_whole(tensor, form.shapes(N, K, tensor.group_size)[0]), _read_whole(tensor.scale)
+        if not bool(scale.float().isfinite().all()):
+            raise InputError(f"{tensor.scale} has a NaN or infinity, expected finite numbers")
+        with workspace.on_stream, torch.inference_mode():
+            q, scale = self._rows_first(q), self._rows_first(scale).float()
+            zero = None if tensor.zero is None else self._rows_first(_read_whole(tensor.zero))
+            for start, stop in parts(N // 8, 8 * K, UNPACKED_AT_ONCE):
+                rows, words = slice(8 * start, 8 * stop), slice(start, stop)
+                zero_words = None if zero is None else zero[words]
+                q_NK, zero_NG = form.unpack(q[words if form.packs_rows else rows], zero_words, scale[rows])
+                self.quantized.rows(rows.start, rows.stop).fill(q_NK, scale[rows], zero_NG, tensor.group_size)
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+        return self.nbytes
+
+    def _rows_first(self, stored: torch.Tensor) -> torch.Tensor:
+        """A tensor of the file, on the device."""
+        on_device = stored.to(self.quantized.device)
+        return on_device.t() if self.tensor.form.rows_last else on_device
+
+
 class _Workspace(NamedTuple):
     """What a reader needs: bytes to stage a block in, pinned for a GPU, and a context that makes its stream current."""
 
@@ -657,21 +792,23 @@ class _Workspace(NamedTuple):
     on_stream: AbstractContextManager[Any]
 
 
-def _fill(transfers: list[_Transfer], device: torch.device) -> Iterator[int]:
+def _fill(transfers: Sequence[_Transfer | _PackedTransfer], device: torch.device) -> Iterator[int]:
     """Run all transfers; yields the bytes read, block by block in file order.
 
     So an error is that of the first bad block, whichever reader was faster. Leaving early cancels the blocks that no
     reader has begun and waits for the others.
     """
     on_gpu = device.type == "cuda"
-    staged = max((t.block_rows * t.row_bytes for t in transfers if not t.in_place), default=0)
+    staged = max(
+        (t.block_rows * t.row_bytes for t in transfers if isinstance(t, _Transfer) and not t.in_place), default=0
+    )
     free: SimpleQueue[_Workspace] = SimpleQueue()
     readers = READERS["cuda" if on_gpu else "cpu"]
     for _ in range(readers):
         staging = torch.empty(staged, dtype=torch.uint8, pin_memory=on_gpu)
         free.put(_Workspace(staging, torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu else nullcontext()))
 
-    def read(block: _Block) -> int:
+    def read(block: _Block | _PackedTransfer) -> int:
         workspace = free.get()
         try:
             return block.read(workspace)
@@ -711,12 +848,17 @@ def read_into(file: FileIO, offset: int, buffer: memoryview) -> None:
         raise InputError(f"{file.name}: cannot be read: {error.strerror}") from None
 
 
+def _read_whole(tensor: StoredTensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+    """A tensor's numbers, on the CPU; with another shape than its own."""
+    values = torch.empty(shape or tensor.shape, dtype=torch.int32 if tensor.stored_as == "I32" else tensor.dtype)
+    with open_file(tensor.path) as file:
+        read_into(file, tensor.offset, bytes_of(values))
+    return values
+
+
 def _read_scale(scale: StoredTensor, dimensions: int) -> torch.Tensor:
     """A quantized matrix's scale, float32 [1, ...] or [rows, 1, ...] with as many dimensions as the matrix."""
-    values = torch.empty(scale.shape, dtype=scale.dtype)
-    with open_file(scale.path) as file:
-        read_into(file, scale.offset, bytes_of(values))
-    return values.float().view(-1, *(1,) * (dimensions - 1))
+    return _read_whole(scale).float().view(-1, *(1,) * (dimensions - 1))
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -88,7 +88,7 @@ class NameTable:
 
     def __init__(self, config: ModelConfig) -> None:
         self.num_layers = config.num_layers
-        self.quantized = config.quantized
+        self.quantized, self.packed = config.quantized, config.packing is not None
         self.tied = config.tie_word_embeddings
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._hugging_face: dict[str, Place] = {}

@@ -18,12 +18,13 @@ VOCAB_SIZE = 610
 
 
 def write_bases(directory: Path) -> None:
-    """A directory for each tokenizer format, one of shards and an index, one in 8 bits, one in Mistral's form."""
+    """One for each tokenizer format, of shards and an index, in 8 bits, in 4 bits, and in Mistral's form."""
     for name in ("byte_level", "llama_metaspace"):
         JSON_KINDS[name]().save(str(_write_model(directory / name) / "tokenizer.json"))
     train_sentencepiece(_write_model(directory / "sentencepiece") / "tokenizer.model", model_type="bpe")
     _write_shards(directory / "shards")
     _write_quantized(directory / "quantized")
+    _write_packed(directory / "packed")
     write_mistral(directory / "mistral", tiny_model(mistral=True, vocab_size=VOCAB_SIZE))
     _write_json(directory / "mistral" / "tekken.json", tekken())
 
@@ -60,6 +61,26 @@ def _write_quantized(directory: Path) -> None:
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     quantization = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
     edit_json(directory / "config.json", quantization_config=quantization | {"ignore": ["lm_head"]})
+    JSON_KINDS["byte_level"]().save(str(directory / "tokenizer.json"))
+
+
+def _write_packed(directory: Path) -> None:
+    """Matrices in 4 bits, as GPTQ stores them."""
+    path = _write_model(directory) / "model.safetensors"
+    stored = {}
+    for name, tensor in load_file(path).items():
+        if not name.endswith("_proj.weight"):
+            stored[name] = tensor
+            continue
+        (N, K), module = tensor.shape, name.removesuffix(".weight")
+        groups = -(-K // 32)
+        stored[f"{module}.qweight"] = torch.randint(-(2**31), 2**31 - 1, (K // 8, N), dtype=torch.int32)
+        stored[f"{module}.qzeros"] = torch.full((groups, N // 8), 0x77777777, dtype=torch.int32)
+        stored[f"{module}.scales"] = torch.full((groups, N), 0.02, dtype=torch.float16)
+        stored[f"{module}.g_idx"] = torch.arange(K, dtype=torch.int32) // 32
+    save_file(stored, path)
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+    edit_json(directory / "config.json", quantization_config=quantization)
     JSON_KINDS["byte_level"]().save(str(directory / "tokenizer.json"))
 
 

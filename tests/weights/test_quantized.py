@@ -138,10 +138,10 @@ def test_scales_of_activations_and_cache_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edits", "named"),
     [
-        *(({"quant_method": method, "bits": 4}, f'quant_method is "{method}"') for method in ("gptq", "awq", "mxfp4")),
+        *(({"quant_method": method, "bits": 4}, f'quant_method is "{method}"') for method in ("bitsandbytes", "mxfp4")),
         ({"bits": 4}, "quant_method is absent"),
         ({"quant_method": ["fp8"]}, "quant_method"),
-        (FLOAT_CONFIG | {"format": "pack-quantized"}, 'format is "pack-quantized"'),
+        (FLOAT_CONFIG | {"format": "nvfp4-pack-quantized"}, 'format is "nvfp4-pack-quantized"'),
         (FLOAT_CONFIG | {"format": None}, "format is null"),
         (FLOAT_CONFIG | {"format": {"a": 1}}, "format"),
         (FP8_CONFIG | {"weight_block_size": [128, 128]}, r"weight_block_size is \[128, 128\]"),

@@ -1,0 +1,245 @@
+"""Checkpoints that come in 4 bits, each written here from its format's definition."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from testing import edit_json, oracle_logits, random_ids, tiny_model, write_checkpoint
+
+import minirea
+from minirea import api
+from minirea.checkpoint_config import load_config
+from minirea.errors import InputError
+from minirea.quantize import QuantizedMatrix
+from minirea.weights import load_weights, loader
+
+CPU = torch.device("cpu")
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def int32s(fields: np.ndarray, order: tuple[int, ...] = tuple(range(8))) -> np.ndarray:
+    """[..., 8 * n] of 4 bits as [..., n]: field i of a word holds element order[i] of its eight."""
+    eights = fields.reshape(*fields.shape[:-1], -1, 8).astype(np.uint32)
+    words = sum((eights[..., order[i]] << np.uint32(4 * i) for i in range(8)), start=np.uint32(0))
+    return np.ascontiguousarray(words).view(np.int32)
+
+
+def gptq(q_NK: np.ndarray, z_NG: np.ndarray, s_NG: np.ndarray, size: int, less: int = 1) -> dict[str, np.ndarray]:
+    return {
+        "qweight": int32s(q_NK).T,
+        "qzeros": int32s((z_NG.T - less) % 16),
+        "scales": s_NG.T,
+        "g_idx": (np.arange(q_NK.shape[1]) // size).astype(np.int32),
+    }
+
+
+def awq(q_NK: np.ndarray, z_NG: np.ndarray, s_NG: np.ndarray, size: int) -> dict[str, np.ndarray]:
+    del size
+    return {"qweight": int32s(q_NK.T, AWQ_ORDER), "qzeros": int32s(z_NG.T, AWQ_ORDER), "scales": s_NG.T}
+
+
+def compressed(q_NK: np.ndarray, z_NG: np.ndarray, s_NG: np.ndarray, size: int) -> dict[str, np.ndarray]:
+    del size
+    shape = np.array(q_NK.shape, dtype=np.int64)
+    stored = {"weight_packed": int32s(q_NK), "weight_scale": s_NG, "weight_shape": shape}
+    return stored if (z_NG == 8).all() else {**stored, "weight_zero_point": int32s(z_NG.T).T}
+
+
+def compressed_config(size: int, **weights: Any) -> dict[str, Any]:
+    """Of `size` columns in a group; 0: a scale per row."""
+    strategy = {"strategy": "group", "group_size": size} if size else {"strategy": "channel", "group_size": None}
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, **strategy, **weights}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+
+
+GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
+AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+Kind = tuple[dict[str, Any], Callable[..., dict[str, np.ndarray]], int, bool]
+# The config, how a matrix is stored, columns of a group (0: all), and whether all zero points are 8.
+KINDS: dict[str, Kind] = {
+    "gptq": (GPTQ_CONFIG, gptq, 32, False),
+    "gptq, rows": (GPTQ_CONFIG | {"group_size": -1, "checkpoint_format": "gptq"}, gptq, 0, False),
+    "gptq, version 2": (GPTQ_CONFIG | {"checkpoint_format": "gptq_v2"}, lambda *a: gptq(*a, less=0), 32, False),
+    "awq": (AWQ_CONFIG, awq, 32, False),
+    "awq, groups of 64": (AWQ_CONFIG | {"group_size": 64, "version": "GEMM"}, awq, 64, False),
+    "compressed-tensors": (compressed_config(32, symmetric=False), compressed, 32, False),
+    "compressed-tensors, symmetric rows": (compressed_config(0), compressed, 0, True),
+}
+
+
+def write_packed(directory: Path, kind: str, dtype: torch.dtype = torch.float32, **fields: Any) -> tuple[Path, Path]:
+    """A checkpoint in 4 bits, all else in `dtype`, and one in float32 that holds the same matrices."""
+    config, store, group_size, symmetric = KINDS[kind]
+    model, scale_dtype = tiny_model(**fields), torch.float16 if dtype == torch.float32 else dtype
+    packed, wide = (
+        write_checkpoint(directory / "packed", model, dtype),
+        write_checkpoint(directory / "wide", model, dtype),
+    )
+    tensors = load_file(wide / "model.safetensors")
+    stored, products = dict(tensors), {name: tensor.float() for name, tensor in tensors.items()}
+    random = np.random.default_rng(0)
+    for name, tensor in tensors.items():
+        if "_proj.weight" not in name:
+            continue
+        (N, K), size = tensor.shape, group_size or tensor.shape[1]
+        groups = -(-K // size)
+        q_NK = random.integers(0, 16, (N, K))
+        z_NG = np.full((N, groups), 8) if symmetric else random.integers(0, 16, (N, groups))
+        s_NG = torch.rand(N, groups, generator=torch.Generator().manual_seed(N)).add_(0.5).mul_(K**-0.5 / 4)
+        s_NG = s_NG.bfloat16().to(scale_dtype)  # as it is kept
+        module = name.removesuffix(".weight")
+        del stored[name]
+        for kind_of_tensor, values in store(q_NK, z_NG, np.arange(N * groups).reshape(N, groups), size).items():
+            held = torch.from_numpy(np.ascontiguousarray(values))
+            is_scale = kind_of_tensor in ("scales", "weight_scale")
+            stored[f"{module}.{kind_of_tensor}"] = s_NG.flatten()[held] if is_scale else held
+        s_NK, z_NK = (np.repeat(x, size, 1)[:, :K] for x in (s_NG.float().numpy(), z_NG))
+        products[name] = torch.from_numpy((s_NK * (q_NK - z_NK)).astype(np.float32))
+    save_file(stored, packed / "model.safetensors")
+    save_file(products, wide / "model.safetensors")
+    edit_json(packed / "config.json", quantization_config=config)
+    return packed, wide
+
+
+def widened(matrix: Any) -> torch.Tensor:
+    return matrix.widen(torch.float32) if isinstance(matrix, QuantizedMatrix) else matrix.float()
+
+
+@pytest.mark.parametrize("at_once", [1, loader.UNPACKED_AT_ONCE], ids=["many parts", "one part"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_those_that_the_checkpoint_means(
+    kind: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit where a scale times a zero point is a bfloat16 number, and else but for its rounding."""
+    monkeypatch.setattr(loader, "UNPACKED_AT_ONCE", at_once)
+    packed, wide = write_packed(tmp_path, kind, attention_bias=True)
+    weights = load_weights(packed, load_config(packed), CPU, torch.float16, quantize="int4")
+    expected = load_weights(wide, load_config(wide), CPU, torch.float32)
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        is_matrix = name.startswith("layers.") and tensor.dim() == 2
+        assert isinstance(weights[name], QuantizedMatrix) == is_matrix
+        found = widened(weights[name])
+        if is_matrix:
+            scale_offset = weights[name].scale_offset.float().repeat_interleave(32, 1)[:, : tensor.shape[1]]
+            assert bool(((found - tensor).abs() <= scale_offset[..., 1].abs() * 2**-8).all()), name
+            exact = scale_offset[..., 1] == 0
+            assert exact.any() or "rows" in kind
+            tensor, found = tensor[exact], found[exact]
+        torch.testing.assert_close(found, tensor.half().float() if not is_matrix else tensor, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("tied", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_near_those_of_transformers_with_the_weights(
+    kind: str, tied: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    packed, wide = write_packed(tmp_path, kind, dtype, tie_word_embeddings=tied)
+    files = api.read_model(packed, device="cpu", attention="full")
+    llm = files.load(num_tokens=77)
+    assert llm.model.quantize == "int4"
+    assert llm.model.nbytes == files.plan(77).weights
+    found, expected = llm.logits(random_ids(60)), oracle_logits(wide, random_ids(60))
+    assert (found - expected).norm() / expected.norm() < 0.03
+
+
+def test_biases_that_are_zero_and_in_no_model_are_left_out(tmp_path: Path) -> None:
+    packed, _ = write_packed(tmp_path, "gptq")
+    tensors = load_file(packed / "model.safetensors")
+    bias = "model.layers.0.mlp.down_proj.bias"
+    save_file(tensors | {bias: torch.zeros(64)}, packed / "model.safetensors")
+    load_weights(packed, load_config(packed), CPU, quantize="int4")
+    save_file(tensors | {bias: torch.ones(64)}, packed / "model.safetensors")
+    with pytest.raises(InputError, match=f"holds '{bias}'"):
+        load_weights(packed, load_config(packed), CPU, quantize="int4")
+
+
+@pytest.mark.parametrize(
+    ("kind", "edits", "named"),
+    [
+        ("gptq", {"bits": 3}, "bits is 3, expected 4"),
+        ("gptq", {"bits": True}, "bits is true"),
+        ("gptq", {"group_size": 48}, "group_size is 48, expected a multiple of 32"),
+        ("gptq", {"group_size": 0}, "group_size is 0"),
+        ("gptq", {"checkpoint_format": "marlin"}, 'checkpoint_format is "marlin"'),
+        ("awq", {"zero_point": False}, "zero_point is false"),
+        ("awq", {"version": "gemv"}, 'version is "gemv"'),
+        ("awq", {"group_size": None}, "group_size is null"),
+        ("compressed-tensors", compressed_config(32, num_bits=8), "num_bits is 8"),
+        ("compressed-tensors", compressed_config(32, type="float"), 'type is "float"'),
+        ("compressed-tensors", compressed_config(32, strategy="block"), 'strategy is "block"'),
+        ("compressed-tensors", {"config_groups": {}}, "config_groups is {}"),
+        ("compressed-tensors", {"config_groups": {"a": {"targets": []}}}, "expected a group with weights"),
+        ("compressed-tensors", {"config_groups": {"a": 1}}, "a is 1, expected an object"),
+    ],
+)
+def test_other_kinds_are_refused_by_name(kind: str, edits: dict[str, Any], named: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, tiny_model())
+    values = json.loads((directory / "config.json").read_text()) | {"quantization_config": KINDS[kind][0] | edits}
+    (directory / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=named) as error:
+        load_config(directory)
+    assert "config.json" in str(error.value)
+
+
+Q0 = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: t.pop(f"{Q0}.qzeros"), f"'{Q0}.qweight' comes without '{Q0}.qzeros'"),
+        (lambda t: t.pop(f"{Q0}.scales"), f"comes without '{Q0}.scales'"),
+        (lambda t: t.pop(f"{Q0}.qweight"), f"'{Q0}.weight'"),
+        (lambda t: t.update({f"{Q0}.qweight": t[f"{Q0}.qweight"].view(torch.uint8)}), "qweight' is U8"),
+        (lambda t: t.update({f"{Q0}.qweight": t[f"{Q0}.qweight"][:, :7]}), "qweight' is I32"),
+        (lambda t: t.update({f"{Q0}.qweight": t[f"{Q0}.qweight"].flatten()}), "qweight' is I32"),
+        (lambda t: t.update({f"{Q0}.qzeros": t[f"{Q0}.qzeros"][:1]}), "qzeros' is I32 .*groups of 32"),
+        (lambda t: t.update({f"{Q0}.scales": t[f"{Q0}.scales"].int()}), "scales' is I32 .* floating-point numbers"),
+        (lambda t: t.update({f"{Q0}.scales": t[f"{Q0}.scales"] * torch.inf}), "scales' has a NaN or infinity"),
+        (lambda t: t.update({f"{Q0}.g_idx": t[f"{Q0}.g_idx"].flip(0)}), "g_idx' mixes columns"),
+        (lambda t: t.update({f"{Q0}.g_idx": t[f"{Q0}.g_idx"][:5]}), "g_idx' is I32"),
+        (
+            lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.ones(160, 64)}),
+            "up_proj.weight' (is also there|has dtype F32)",
+        ),
+        (
+            lambda t: t.update({f"lm_head.{k}": t[f"{Q0}.{k}"].clone() for k in ("qweight", "qzeros", "scales")}),
+            "lm_head",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(change: Any, named: str, tmp_path: Path) -> None:
+    packed, _ = write_packed(tmp_path, "gptq")
+    tensors = load_file(packed / "model.safetensors")
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, packed / "model.safetensors")
+    with pytest.raises(InputError, match=named):
+        load_weights(packed, load_config(packed), CPU, quantize="int4")
+
+
+@pytest.mark.parametrize("options", [{"quantize": "int8"}, {"quantize": "int4"}, {"gpus": 2}])
+def test_they_are_used_as_they_are(options: dict[str, Any], tmp_path: Path) -> None:
+    packed, _ = write_packed(tmp_path, "awq")
+    with pytest.raises(InputError, match=r"come in 4 bits \(awq\)"):
+        minirea.load(packed, **options)
+
+
+def test_contexts_are_kept_and_opened(tmp_path: Path) -> None:
+    packed, _ = write_packed(tmp_path, "awq")
+    session = minirea.load(packed).session()
+    session.prefill(random_ids(20))
+    session.save(tmp_path / "kept")
+    llm = minirea.load(packed)
+    expected = session.generate(random_ids(5), max_tokens=5, ignore_eos=True).token_ids
+    assert (
+        llm.open_session(tmp_path / "kept").generate(random_ids(5), max_tokens=5, ignore_eos=True).token_ids == expected
+    )
