@@ -555,15 +555,18 @@ def _tensors(directory: Path, config: ModelConfig) -> list[StoredTensor]:
     tensors = read_headers(directory)
     if config.packing is None:
         return tensors
-    form, by_name = FORMS[config.packing.method], {tensor.name: tensor for tensor in tensors}
+    table, form = NameTable(config), FORMS[config.packing.method]
+    by_name = {tensor.name: tensor for tensor in tensors}
     merged: dict[str, StoredTensor] = {}
     for tensor in tensors:
         module, _, kind = tensor.name.rpartition(".")
         if kind == form.names[0]:
             merged[tensor.name] = _packed_tensor(tensor, module, by_name, config.packing)
-        elif f"{module}.{form.names[0]}" not in by_name or not (
-            kind in (*form.names, *GROUPS_OF_COLUMNS, *SHAPES) or (kind == "bias" and _is_zero(tensor))
-        ):
+            continue
+        belongs = kind in (*form.names, *GROUPS_OF_COLUMNS, *SHAPES)
+        # Some exporters give every module a bias, whether the model has one or not.
+        belongs |= kind == "bias" and table.find(tensor.name) is None and _is_zero(tensor)
+        if not belongs or f"{module}.{form.names[0]}" not in by_name:
             merged[tensor.name] = tensor
     return list(merged.values())
 
@@ -590,7 +593,6 @@ def _packed_tensor(q: StoredTensor, module: str, by_name: Mapping[str, StoredTen
 
 
 def _is_zero(bias: StoredTensor) -> bool:
-    """Some exporters give every module a bias, whether the model has one or not."""
     return bias.is_readable and not _read_whole(bias).any()
 
 
