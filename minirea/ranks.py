@@ -66,9 +66,22 @@ class Ranks:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks, bit for bit the same on all; x is overwritten with it."""
+        return self.start_sum(x)()
+
+    def start_sum(self, x: Tensor) -> Callable[[], Tensor]:
+        """`all_reduce`, begun: what is returned waits for it and returns the sum. Until then x belongs to it.
+
+        On a GPU the stream waits, the host does not.
+        """
         with self._exchange():
-            dist.all_reduce(x)
-        return x
+            work = dist.all_reduce(x, async_op=True)
+
+        def arrived() -> Tensor:
+            with self._exchange():
+                work.wait()
+            return x
+
+        return arrived
 
     def all_gather(self, x: Tensor) -> Tensor:
         """The rows of all ranks [size * M, ...], those of rank 0 first, from each one's [M, ...]."""
