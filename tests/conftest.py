@@ -5,11 +5,15 @@ Triton decides when a kernel is defined whether it is compiled or interpreted, s
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib.util
 import os
 import random
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -30,6 +34,46 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # tests interrupt their children
     if config.option.markexpr == "interpret":  # before a kernel is imported
         os.environ["TRITON_INTERPRET"] = "1"
+        if importlib.util.find_spec("triton"):
+            _quicken_interpreter()
+
+
+def _quicken_interpreter() -> None:
+    """Leave out of Triton's interpreter what changes no result, and takes most of its time.
+
+    Every function that a kernel calls replaces the operations of the language by those that interpret, as the kernel
+    has done already. And integers are added and multiplied a second time in 64 bits, to assert that nothing overflows,
+    where assertions are off.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, languages = interpreter._patch_lang, functools.cache(_modules_in)
+    patched: set[str] = set()  # the language's modules, while a kernel runs
+
+    def patch_once(fn: Any) -> Any:
+        wanted = languages(fn.__module__, tl, tl.core)
+        if wanted <= patched:
+            return None
+        scope, outermost = patch(fn), not patched
+        if hasattr(scope, "restore"):  # else there is no telling how long it holds
+            patched.update(wanted)
+            restore = scope.restore
+            if outermost:
+                scope.restore = lambda: (patched.clear(), restore())
+        return scope
+
+    interpreter._patch_lang = patch_once
+    options = interpreter.interpreter_builder.options
+    if not options.debug:
+        interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+
+
+def _modules_in(module: str, *wanted: Any) -> frozenset[str]:
+    """Names of those of the modules `wanted` that a module has under whatever names."""
+    return frozenset(
+        value.__name__ for value in vars(sys.modules[module]).values() if any(value is one for one in wanted)
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,11 @@
     python tools/bench.py context --contexts 256k
     python tools/bench.py kernel --contexts 8k,128k
     python tools/bench.py launch
-    python tools/bench.py report
+    python tools/bench.py report LOG ...
 
 Every command that measures prints the machine and its versions first, each number with its floor and a baseline of the
-same run, and one JSON object as its last line; `report` renders those that are kept in kernels/benchmarks.
+same run, and one JSON object as its last line; `report` keeps that of each LOG in kernels/benchmarks and renders all
+that are there.
 `bench.py --driver triton COMMAND` launches kernels by Triton's own driver, which needs a C compiler, instead of
 minirea's; that is for comparing the two and nothing else.
 """

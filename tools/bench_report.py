@@ -1,9 +1,11 @@
 """`bench.py report`: kernels/BENCHMARKS.md from the results in kernels/benchmarks, one section for each file.
 
-A result is the last line that another command of bench.py prints:
+A result is the last line that another command of bench.py prints. What was printed, all of it or that line, is kept and
+rendered by one command; each file becomes a section under its own name, and replaces the one of that name:
 
-    python tools/bench.py kernel | tail -1 > kernels/benchmarks/NAME.json
-    python tools/bench.py report
+    python tools/bench.py kernel > kernel-h100.log
+    python tools/bench.py model --shape llama-3.1-8b > model-8b-h100.log
+    python tools/bench.py report kernel-h100.log model-8b-h100.log
 
 So each section is of one build and one machine. A file may also hold a "note", a line for its section.
 """
@@ -38,14 +40,18 @@ def add_command(subparsers: Any) -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    about = "what other commands printed: kept as a result of that name first"
+    parser.add_argument("logs", nargs="*", type=Path, metavar="LOG", help=about)
     parser.add_argument("--results", type=Path, default=KERNELS / "benchmarks", metavar="DIR", help="of JSON files")
     parser.add_argument("--out", type=Path, default=KERNELS / "BENCHMARKS.md", metavar="FILE")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
-    files = sorted(arguments.results.glob("*.json"))
     try:
+        for log in arguments.logs:
+            keep(log, arguments.results)
+        files = sorted(arguments.results.glob("*.json"))
         text = report(files)
     except ValueError as error:
         raise SystemExit(f"bench.py report: {error}") from None
@@ -53,21 +59,36 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {len(files)} results")
 
 
+def keep(log: Path, results: Path) -> None:
+    """Put the result that a command printed among those that are kept.
+
+    Raises:
+        ValueError: there is none in `log`; what is kept stays as it is.
+    """
+    try:
+        printed = log.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{log} cannot be read: {error}") from None
+    line = printed if printed.startswith("{") else printed.rpartition("\n")[2]
+    section(log.stem, line)
+    (results / f"{log.stem}.json").write_text(json.dumps(json.loads(line), indent=1) + "\n")
+
+
 def report(files: Iterable[Path]) -> str:
     """All sections. Raises ValueError: a file that holds no result, by name."""
-    return "\n".join([HEAD, *(section(path) for path in files)])
+    return "\n".join([HEAD, *(section(path.stem, path.read_text()) for path in files)])
 
 
-def section(path: Path) -> str:
-    """What one file holds, as tables."""
+def section(name: str, text: str) -> str:
+    """A result as tables. Raises ValueError: it is none."""
     try:
-        result: Result = json.loads(path.read_text())
+        result: Result = json.loads(text)
         machine, options, rows = result["machine"], result["options"], result["rows"]
         tables = TABLES[options["command"]](rows, machine)
         skipped = [f"Skipped: {' '.join(map(str, row.values()))}.\n" for row in rows if "skipped" in row]
-        parts = [f"## {path.stem}\n", origin(result), *tables, *skipped]
+        parts = [f"## {name}\n", origin(result), *tables, *skipped]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path.name} is no result of bench.py ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{name} is no result of bench.py ({type(error).__name__}: {error})") from None
     return "\n".join(parts)
 
 
@@ -205,6 +226,11 @@ def load_tables(rows: list[Row], _: Row) -> list[str]:
     return table(("reader", "page cache", "time", "rate"), cells)
 
 
+def context_tables(rows: list[Row], _: Row) -> list[str]:
+    cells = ((f"{r['context']:,}", r["what"], f"{r['seconds']:.3f} s", f"{r['gb_per_s']:.2f} GB/s") for r in rows)
+    return table(("tokens", "of a context's file", "time", "rate"), cells)
+
+
 def launch_tables(rows: list[Row], _: Row) -> list[str]:
     def us(row: Row, name: str) -> str:
         return f"{row[name]:.1f} us" if name in row else "-"
@@ -217,5 +243,6 @@ TABLES: dict[str, Callable[[list[Row], Row], list[str]]] = {
     "kernel": kernel_tables,
     "model": model_tables,
     "load": load_tables,
+    "context": context_tables,
     "launch": launch_tables,
 }

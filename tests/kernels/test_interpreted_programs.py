@@ -7,24 +7,34 @@ that sorts the winners do what they do on a GPU, if at another pace.
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
+import time
 from dataclasses import replace
-from multiprocessing import connection
 from typing import Any
 
 import pytest
 import torch
 from kernel_cases import Case, as_list, check_chunks, error, make_case, plain_attention, votes_of
 from oracle import reattention_oracle
+from processes import at_once
 from sketch_cases import real_case, sketch_of
 from triton.runtime import interpreter
 
-from minirea.kernels import ReAttentionConfig
+from minirea.kernels import ReAttentionConfig, reattention
 from minirea.kernels.fused import launch as launching
 from minirea.kernels.fused.arguments import Rope, SketchTiles
 
-CONTEXT = multiprocessing.get_context("fork")
+
+@pytest.fixture(autouse=True, scope="module")
+def _functions_are_read_before_processes_start() -> None:
+    """Triton reads a function, and imports what it needs for that, when it is first called."""
+    config = ReAttentionConfig(2, 8, 3, 4, 5)
+    for T in (1, 5):
+        case = make_case(config, 60, T=T, H=6, G=2, D=16, largest=2)
+        votes = votes_of(case, 1) if T > 1 else None
+        reattention(*case.arguments(), impl="triton", votes=votes, chunk_size=2 if votes is None else None)
+    case = real_case(config, 60, 3, H=6, G=2, D=16)
+    reattention(*case.arguments(), impl="triton", sketch=sketch_of(case, "torch"))
 
 
 def run_program(program: int, programs: int, step: Any, arguments: tuple[Any, ...]) -> None:
@@ -36,6 +46,15 @@ def run_program(program: int, programs: int, step: Any, arguments: tuple[Any, ..
 
     interpreter.range = in_grid
     interpreter.GridExecutor._restore_args_dev = lambda *_: None  # which copies memory that others still write to
+    builder = interpreter.interpreter_builder
+    add = builder.create_atomic_rmw
+
+    def add_and_let_others_run(*arguments: Any) -> Any:
+        """A program that waits adds zeros; it is not to take the core of one that is waited for."""
+        time.sleep(1e-4)
+        return add(*arguments)
+
+    builder.create_atomic_rmw = add_and_let_others_run
     step(*arguments)
 
 
@@ -48,20 +67,7 @@ def launch(monkeypatch: pytest.MonkeyPatch, step: Any, programs: int, arguments:
     for tensor in workspace:
         if tensor is not None:  # of a sketch that there is not
             tensor.share_memory_()
-    running = [CONTEXT.Process(target=run_program, args=(i, programs, step, arguments)) for i in range(programs)]
-    for process in running:
-        process.start()
-    waiting = {process.sentinel: process for process in running}
-    try:
-        while waiting:  # one that fails leaves the others waiting for it forever
-            for sentinel in connection.wait(list(waiting)):
-                process = waiting.pop(sentinel)
-                process.join()
-                assert process.exitcode == 0
-    finally:
-        for process in running:
-            process.kill()
-            process.join()
+    at_once(programs, lambda program: run_program(program, programs, step, arguments))
     return workspace
 
 

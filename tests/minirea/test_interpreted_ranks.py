@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
 from collections.abc import Callable
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import at_once
 from testing import random_ids, tiny_model, write_checkpoint
 
 import minirea
@@ -127,25 +126,6 @@ def test_ranks_decode_what_one_process_does(
 # The kernels that reach other ranks' memory: each rank a process, on memory that they share at equal addresses.
 
 
-def on_processes(ranks: int, work: Any) -> None:
-    """work(rank) in forked processes at once; one that fails ends the others."""
-    context = multiprocessing.get_context("fork")
-    running = [context.Process(target=work, args=(rank,)) for rank in range(ranks)]
-    for process in running:
-        process.start()
-    waiting = {process.sentinel: process for process in running}
-    try:
-        while waiting:
-            for sentinel in connection.wait(list(waiting)):
-                process = waiting.pop(sentinel)
-                process.join()
-                assert process.exitcode == 0
-    finally:
-        for process in running:
-            process.kill()
-            process.join()
-
-
 def shared(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype).share_memory_()
 
@@ -192,7 +172,7 @@ def test_sums_reach_all_ranks_alike(ranks: int, E: int) -> None:
             peers.add_sums(mine, room, turn % 2)
         found[rank] = mine
 
-    on_processes(ranks, work)
+    at_once(ranks, work)
     for mine in found:
         assert torch.equal(mine, expected)
 
@@ -209,4 +189,4 @@ def test_values_of_all_ranks_are_gathered(ranks: int, shape: tuple[int, ...]) ->
             assert found.shape == (ranks * shape[0], *shape[1:])
             peers.add_sums(torch.zeros(1), meetings[rank], turn % 2)  # until all have read theirs
 
-    on_processes(ranks, work)
+    at_once(ranks, work)

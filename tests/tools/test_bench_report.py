@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,15 @@ def keep(folder: Path, name: str, command: str, rows: list[dict[str, Any]]) -> P
     path = folder / f"{name}.json"
     path.write_text(json.dumps(result))
     return path
+
+
+def section(path: Path) -> str:
+    return bench_report.section(path.stem, path.read_text())
+
+
+def test_every_command_that_measures_has_tables() -> None:
+    commands = {command.__name__.removeprefix("bench_") for command in bench.COMMANDS}
+    assert set(bench_report.TABLES) == commands - {"report"}
 
 
 def test_the_page_is_what_the_results_say() -> None:
@@ -47,7 +57,7 @@ def test_kernel(tmp_path: Path) -> None:
         prefill | {"score_flops": 4e9, "chunks": 4, "chunk_us": 90.0, "sdpa_us": {"causal, flash": 200.0}},
         {"kind": "prefill", "context": 10000, "skipped": "out of memory"},
     ]
-    text = bench_report.section(keep(tmp_path, "kernel-x", "kernel", rows))
+    text = section(keep(tmp_path, "kernel-x", "kernel", rows))
     assert text.splitlines()[:5] == [
         "## kernel-x", "",
         "Build 1234567; a GPU; python 3.11, torch 2.11; copy bandwidth 2,000 GB/s.", "",
@@ -67,17 +77,17 @@ def test_kernel(tmp_path: Path) -> None:
         "slices": 128,
         "scored_slices": 2,
     }
-    text = bench_report.section(keep(tmp_path, "kernel-x", "kernel", rows))
+    text = section(keep(tmp_path, "kernel-x", "kernel", rows))
     assert "\n| 16,384 | 2.5 us | 5.0 us | 2.00 | 1.60 | 44 | 2 of 128 | 70 us |\n" in text
 
 
-def test_model_launch_and_load(tmp_path: Path) -> None:
+def test_other_commands(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"engine": "minirea", "context": 2048, "decode_ms": 2.0, "step_bytes": 2e9, "peak_bytes": 3e9},
         {"engine": "minirea", "context": 1024, "prefill_tokens": 512, "prefill_seconds": 0.5, "peak_bytes": 3e9},
         {"engine": "transformers", "context": 2048, "decode_ms": 4.0},
     ]
-    text = bench_report.section(keep(tmp_path, "model-x", "model", rows))
+    text = section(keep(tmp_path, "model-x", "model", rows))
     assert (
         "| 2,048 | minirea | 2.000 ms | 1.000 ms | 2.00 | 3.0 GB |\n| 2,048 | transformers | 4.000 ms | - | - | - |"
         in text
@@ -87,10 +97,12 @@ def test_model_launch_and_load(tmp_path: Path) -> None:
         {"kernel": "embed", "arguments": 3, "minirea_us": 2.0, "triton_us": 9.0},
         {"kernel": "b", "arguments": 1, "minirea_us": 3.0},
     ]
-    text = bench_report.section(keep(tmp_path, "launch-x", "launch", rows))
+    text = section(keep(tmp_path, "launch-x", "launch", rows))
     assert "| `embed` | 3 | 2.0 us | 9.0 us |\n| `b` | 1 | 3.0 us | - |" in text
     rows = [{"reader": "minirea", "state": "warm", "seconds": 2.0, "gb_per_s": 8.03}]
-    assert "| minirea | warm | 2.00 s | 8.03 GB/s |" in bench_report.section(keep(tmp_path, "load-x", "load", rows))
+    assert "| minirea | warm | 2.00 s | 8.03 GB/s |" in section(keep(tmp_path, "load-x", "load", rows))
+    rows = [{"context": 65536, "what": "open, warm", "seconds": 0.25, "bytes": 10**9, "gb_per_s": 4.0}]
+    assert "| 65,536 | open, warm | 0.250 s | 4.00 GB/s |" in section(keep(tmp_path, "c", "context", rows))
 
 
 def test_what_a_command_prints_last_is_a_result(
@@ -100,13 +112,18 @@ def test_what_a_command_prints_last_is_a_result(
     on_cpu = ["--device", "cpu", "--dtype", "float32", "--states", "warm", "--readers", "floor"]
     monkeypatch.setattr(sys, "argv", ["bench.py", "--build", "mine", "load", "--model", str(model), *on_cpu])
     bench.main()
-    kept = tmp_path / "kept"
+    kept, page, log = tmp_path / "kept", tmp_path / "page.md", tmp_path / "load.log"
     kept.mkdir()
-    (kept / "load.json").write_text(capsys.readouterr().out.splitlines()[-1])
-    page = tmp_path / "page.md"
-    monkeypatch.setattr(sys, "argv", ["bench.py", "report", "--results", str(kept), "--out", str(page)])
+    log.write_text(capsys.readouterr().out)
+    assert len(log.read_text().splitlines()) > 2
+    monkeypatch.setattr(sys, "argv", ["bench.py", "report", str(log), "--results", str(kept), "--out", str(page)])
     bench.main()
     text = page.read_text()
+    assert [path.name for path in kept.iterdir()] == ["load.json"] and "\n## load\n" in text
+    shutil.copy(kept / "load.json", tmp_path / "again.json")  # the line alone, or what was kept
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:2], str(tmp_path / "again.json"), *sys.argv[3:]])
+    bench.main()
+    assert (kept / "again.json").read_text() == (kept / "load.json").read_text()
     assert text.startswith(bench_report.HEAD) and "\nBuild mine; " in text and "| floor | warm | " in text
     assert f"`python tools/bench.py --build mine load --model {model} --device cpu" in text
 
@@ -124,10 +141,13 @@ def test_what_a_command_prints_last_is_a_result(
 def test_a_file_without_a_result_is_named(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.json").write_text(text)
     page = tmp_path / "page.md"
-    monkeypatch.setattr(sys, "argv", ["bench.py", "report", "--results", str(tmp_path), "--out", str(page)])
-    with pytest.raises(SystemExit, match=r"bench.py report: a.json is no result of bench.py"):
-        bench.main()
-    assert not page.exists()
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for words in (["--results", str(tmp_path)], [str(tmp_path / "a.json"), "--results", str(kept)]):
+        monkeypatch.setattr(sys, "argv", ["bench.py", "report", *words, "--out", str(page)])
+        with pytest.raises(SystemExit, match=r"bench.py report: a is no result of bench.py"):
+            bench.main()
+        assert not page.exists() and not list(kept.iterdir())
 
 
 def test_a_build_without_git_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
