@@ -16,7 +16,7 @@ import minirea
 from minirea.cli.parser import make_parser
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CHANGELOG.md", "weights/demo/README.md"]
+PAGES = ["README.md", "CHANGELOG.md", "weights/demo/README.md", "weights/smollm2/README.md"]
 PAGES += ["kernels/README.md", "kernels/NOTEBOOK.md", "kernels/BENCHMARKS.md"]
 README = (ROOT / "README.md").read_text()
 

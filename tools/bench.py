@@ -1,6 +1,7 @@
 """Speed and memory, measured.
 
     python tools/bench.py model --shape llama-3.1-8b --contexts 1k,32k,128k --prefill 8k,32k
+    python tools/bench.py model --shape mistral-7b --prefill 128k --last-chunks 8
     python tools/bench.py model --model weights/demo --contexts 512,64k
     python tools/bench.py load --model DIR
     python tools/bench.py context --contexts 256k

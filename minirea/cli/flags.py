@@ -146,7 +146,7 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     add("--quantize", choices=QUANTIZE, help=quantize)
     add("--device", choices=DEVICES, default="auto", help="where to run")
     add("--impl", choices=IMPLS, default="auto", help="the fused kernel or the torch path")
-    gpus = "devices that share the model, a divisor of its key/value heads; on a CPU: processes"
+    gpus = "devices that share the model, a divisor of its key/value heads; on a CPU: processes, which share its cores"
     add("--gpus", type=int, default=1, metavar="N", help=gpus)
     sketch = "decode from int8 copies of the keys: half the bytes on a GPU, the same selection; not where tokens vote "
     sketch += "together (auto: off)"
