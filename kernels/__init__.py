@@ -17,11 +17,13 @@ import torch
 
 from minirea.config import IMPLS, ReAttentionConfig
 from minirea.errors import InputError
+from minirea.kernels.near import Near
 from minirea.kernels.sketch import Sketch, new_sketch, width
 from minirea.kernels.votes import Votes, new_votes
 
 __all__ = [
     "Gather",
+    "Near",
     "ReAttentionConfig",
     "Sketch",
     "Votes",
@@ -70,6 +72,7 @@ def reattention(
     attending: int | None = None,
     sketch: Sketch | None = None,
     votes: Votes | None = None,
+    near: Near | None = None,
 ) -> Any:
     """Attention of T new queries over a finite scope of a cache of any length (arXiv 2407.15176, section 3).
 
@@ -100,6 +103,9 @@ def reattention(
             layer's are added, and the sums decide what is elected. `new_votes` makes those of a first layer; they must
             be zero again before the next step's, and have levels enough for all layers. Up to dense_size cached tokens
             there is no vote.
+        near: the newest tokens' keys or values once more, for caches that lie far from the device; see
+            minirea.kernels.near. Local parts are read there; impl "torch", and several queries their keys, read them
+            where all others are.
 
     Returns:
         out_THD, [T, H, D] in q's dtype, of the queries that attend; with return_selection the pair (out_THD,
@@ -124,6 +130,8 @@ def reattention(
         raise InputError(f"attending is {attending}, expected 1 to {T}, the queries of one chunk")
     if votes is not None:
         _check_votes(votes, q_THD, k_cache_GND, chunk_size, config, gather)
+    if near is not None:
+        _check_near(near, k_cache_GND, config, T - chunk_size)
     impl = resolve_impl(impl, q_THD.device)
     if impl == "torch" or not isinstance(seq_len, torch.Tensor) or seq_len.device != q_THD.device:
         seq_len = int(seq_len)
@@ -141,7 +149,7 @@ def reattention(
     else:
         from minirea.kernels.fused.launch import reattention_triton
 
-        out_THD, selection = reattention_triton(*tensors, seq_len, cos, sin, config, *options, sketch, votes)
+        out_THD, selection = reattention_triton(*tensors, seq_len, cos, sin, config, *options, sketch, votes, near)
         out_THD = out_THD[T - attending :] if attending else out_THD
     return (out_THD, selection) if return_selection else out_THD
 
@@ -305,6 +313,20 @@ def _check_sketch(sketch: Sketch, k_cache_GND: torch.Tensor) -> None:
             raise InputError(f"sketch.{name} is {found}, expected {dtype} {shape}, contiguous, for k_cache_GND")
         if tensor.device != k_cache_GND.device:
             raise InputError(f"sketch.{name} is on {tensor.device}, expected {k_cache_GND.device} like k_cache_GND")
+
+
+def _check_near(near: Near, k_cache_GND: torch.Tensor, config: ReAttentionConfig, more_queries: int) -> None:
+    (G, _, D), least = k_cache_GND.shape, max(config.local_size, config.dense_size) + more_queries
+    for name, rows_GRD in zip(Near._fields, near, strict=True):
+        if rows_GRD is None:
+            continue
+        fits = rows_GRD.dim() == 3 and (len(rows_GRD), rows_GRD.shape[2]) == (G, D) and rows_GRD.shape[1] >= least
+        if not fits or rows_GRD.dtype != k_cache_GND.dtype or not rows_GRD.is_contiguous():
+            found = f"{rows_GRD.dtype} {_shape(rows_GRD)}{'' if rows_GRD.is_contiguous() else ', not contiguous'}"
+            expected = f"{k_cache_GND.dtype} [{G}, at least {least}, {D}]"
+            raise InputError(f"near.{name} is {found}, expected {expected}, contiguous, for k_cache_GND")
+        if rows_GRD.device != k_cache_GND.device:
+            raise InputError(f"near.{name} is on {rows_GRD.device}, expected {k_cache_GND.device} like k_cache_GND")
 
 
 def _check_votes(

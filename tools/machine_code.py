@@ -25,6 +25,7 @@ from minirea.config import ReAttentionConfig
 from minirea.kernels import driver
 from minirea.kernels.fused import launch
 from minirea.kernels.fused.arguments import Rope
+from minirea.kernels.near import Near, near_size
 from minirea.kernels.sketch import new_sketch
 from minirea.kernels.votes import new_votes
 
@@ -45,6 +46,7 @@ class Shape(NamedTuple):
     chunk_size: int
     sketch: bool = False
     votes: bool = False  # which add up from layer to layer
+    near: tuple[bool, bool] = (False, False)  # keys, values of local parts are there once more
 
 
 SHAPES = {
@@ -55,6 +57,11 @@ SHAPES = {
     "decode with votes of 8 tokens, 9/3 heads of 64": Shape(9, 3, 64, 8, 8, votes=True),
     "decode with a sketch, 32/8 heads of 128": Shape(32, 8, 128, 1, 1, sketch=True),
     "decode with a sketch, 9/3 heads of 64": Shape(9, 3, 64, 1, 1, sketch=True),
+    "decode with near values, 32/8 heads of 128": Shape(32, 8, 128, 1, 1, near=(False, True)),
+    "decode with a sketch, near keys and values, 32/8 heads of 128": Shape(
+        32, 8, 128, 1, 1, sketch=True, near=(True, True)
+    ),
+    "four chunks of 512 with near values, 32/8 heads of 128": Shape(32, 8, 128, 2048, 512, near=(False, True)),
 }
 
 
@@ -77,16 +84,18 @@ def compiled(shape: Shape) -> driver.Variant:
     sketch = new_sketch(shape.num_kv_heads, shape.head_dim, 131072, q_THD.device) if shape.sketch else None
     voters = shape.num_heads, shape.num_kv_heads, config, shape.num_queries
     votes = new_votes(*voters, 32, 131072, q_THD.device) if shape.votes else None
+    rows = near_size(config.local_size, config.dense_size, 2048)
+    near = Near(*(tensor(shape.num_kv_heads, rows, shape.head_dim) if there else None for there in shape.near))
     rope = Rope(*(tensor(config.max_scope + 2048, shape.head_dim // 2, dtype=torch.float32) for _ in range(2)))
     with (
         mock.patch.object(launch, "launch_cooperatively", record),
         mock.patch.object(launch, "num_programs", return_value=PROCESSORS),
     ):
         if shape.num_queries == 1:
-            launch.launch_decode(q_THD, k_GND, v_GND, out_THD, seq_len, rope, config, sketch=sketch)
+            launch.launch_decode(q_THD, k_GND, v_GND, out_THD, seq_len, rope, config, sketch=sketch, near=near)
         else:
             arguments = (q_THD, k_GND, v_GND, out_THD, seq_len, rope, config, None, shape.chunk_size)
-            launch.launch_chunks(*arguments, votes=votes)
+            launch.launch_chunks(*arguments, votes=votes, near=near)
     return found[0]
 
 

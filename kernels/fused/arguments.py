@@ -234,6 +234,8 @@ class DecodeSizes(Sizes):
     VOTES: bool  # whether there may be more winners than are kept
     ALONE: bool  # one program does everything
     sketch: SketchTiles | None = None
+    NEAR_K: int = 0  # rows of the near keys, 0 where the cache itself is near
+    NEAR_V: int = 0  # of the near values
 
     @property
     def SKETCH(self) -> bool:
@@ -321,6 +323,7 @@ class ChunkSizes(Sizes):
     P_PAD: int
     PROGRAMS_PAD: int
     CARRIES: bool  # votes are the caller's, and add up from launch to launch
+    NEAR_V: int = 0  # rows of the near values, 0 where the cache itself is near
     BLOCK_R: int = 64  # rows of the scope that are gathered at a time
     BLOCK_C: int = 1024  # counts that are read at a time
 

@@ -61,10 +61,10 @@ def softmax_step(logits, v, state, c: tl.constexpr):
 @triton.jit
 def attend(
     state, q_a, q_b, k, v, rope, tile_rope, row_lo, row_hi, q_row, shift, selection_ptr,
-    GATHER: tl.constexpr, RELATIVE: tl.constexpr, c: tl.constexpr,
+    GATHER: tl.constexpr, RELATIVE: tl.constexpr, c: tl.constexpr, K_ROWS: tl.constexpr = 0, V_ROWS: tl.constexpr = 0,
 ):  # fmt: skip
     """Flash attention of the rows of q over rows [row_lo, row_hi), which lie in the cache where selection_ptr says if
-    GATHER, else at the rows themselves.
+    GATHER, else at the rows themselves; modulo K_ROWS of k and V_ROWS of v, if there are so many.
 
     row_sum [M, N] keeps the columns of the tiles apart; the caller adds them up, once instead of once per tile.
 
@@ -85,9 +85,11 @@ def attend(
         source = offs_r
         if GATHER:
             source = tl.load(selection_ptr + offs_r, mask=mask_r, other=0)
-        k_a = load_rows(k.ptr, source, k.stride_n, mask_r, offs_h, k.stride_d, c.D // 2)
-        k_b = load_rows(k.ptr + c.D // 2 * k.stride_d, source, k.stride_n, mask_r, offs_h, k.stride_d, c.D // 2)
-        values = load_rows(v.ptr, source, v.stride_n, mask_r, offs_d, v.stride_d, c.D)
+        k_row = source % K_ROWS if K_ROWS else source
+        v_row = source % V_ROWS if V_ROWS else source
+        k_a = load_rows(k.ptr, k_row, k.stride_n, mask_r, offs_h, k.stride_d, c.D // 2)
+        k_b = load_rows(k.ptr + c.D // 2 * k.stride_d, k_row, k.stride_n, mask_r, offs_h, k.stride_d, c.D // 2)
+        values = load_rows(v.ptr, v_row, v.stride_n, mask_r, offs_d, v.stride_d, c.D)
         if RELATIVE:
             q_position = q_row - first
         else:
@@ -190,12 +192,13 @@ def rotate_queries(q, rope, q_rot_ptr, t, head, position, row, mask_r, c: tl.con
 
 @triton.jit
 def attend_tiles(
-    state, q, k_ptr, v_far_ptr, v, far, local, num_copied, lo, hi, last_key, CAUSAL: tl.constexpr, c: tl.constexpr,
+    state, q, k_ptr, v_far_ptr, v, far, local, shift, num_copied, lo, hi, last_key,
+    CAUSAL: tl.constexpr, c: tl.constexpr,
 ):  # fmt: skip
     """Flash attention of q [M, D] over rows [lo, hi) of the scope; CAUSAL hides keys after last_key [M].
 
-    Row r below num_copied is row far + r of k_ptr and v_far_ptr, a later one row local + r of k_ptr and v.
-    num_copied and lo are multiples of BLOCK_A.
+    Row r below num_copied is row far + r of k_ptr and v_far_ptr, a later one row local + r of k_ptr and v. With near
+    values it is row local + r + shift of those, modulo NEAR_V. num_copied and lo are multiples of BLOCK_A.
     """
     offs_d = tl.arange(0, c.BLOCK_D)
     for first in tl.range(lo, hi, c.BLOCK_A, num_stages=c.STAGES):
@@ -204,7 +207,8 @@ def attend_tiles(
         copied = first < num_copied
         row = first + tl.where(copied, far, local) + tl.arange(0, c.BLOCK_A)
         k = load_rows(k_ptr, row, c.D, mask_r, offs_d, 1, c.D)
-        values = load_rows(tl.where(copied, v_far_ptr, v.ptr), row, tl.where(copied, c.D, v.stride_n), mask_r,
+        v_row = tl.where(copied, row, (row + shift) % c.NEAR_V) if c.NEAR_V else row
+        values = load_rows(tl.where(copied, v_far_ptr, v.ptr), v_row, tl.where(copied, c.D, v.stride_n), mask_r,
                            offs_d, tl.where(copied, 1, v.stride_d), c.D)  # fmt: skip
         logits = tl.dot(q, tl.trans(k), input_precision=c.PRECISION)
         if CAUSAL:

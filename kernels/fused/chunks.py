@@ -20,7 +20,7 @@ import triton.language as tl
 
 from minirea.kernels.fused.arguments import VARYING, Heads, Softmax
 from minirea.kernels.fused.attend import attend_tiles, gather, rotate_queries
-from minirea.kernels.fused.memory import load_rows, of_head, slice_of
+from minirea.kernels.fused.memory import load_rows, near_or, of_head, slice_of
 from minirea.kernels.fused.scope import far_rows_of, locate, select
 from minirea.kernels.fused.score import pick, score_slice, store_winners
 from minirea.kernels.fused.sync import arrive, wait
@@ -65,11 +65,14 @@ class Share(NamedTuple):
 
 @triton.jit(do_not_specialize=[*VARYING, "T", "chunks", "chunk_size", "levels", "local_rows", "far_rows"])
 def chunk_kernel(
-    q, k, v, out_ptr, rope, scratch, stride_counts, stride_votes,
+    q, k, v, near, out_ptr, rope, scratch, stride_counts, stride_votes,
     seq_len, T, chunks, chunk_size, levels, local_rows, far_rows,
     global_size, local_size, dense_size, span_size, max_spans, max_scope, c: tl.constexpr,
 ):  # fmt: skip
-    """T queries in chunks, each with a scope of its own: q [T, H, D] against k and v [G, N, D], to out [T, H, D]."""
+    """T queries in chunks, each with a scope of its own: q [T, H, D] against k and v [G, N, D], to out [T, H, D].
+
+    `near` has the local parts' values, or is None.
+    """
     n = tl.load(seq_len).to(tl.int32) if c.SEQ_LEN_IN_MEMORY else seq_len
     program = tl.program_id(0)
     # Scratch of `score` is the program's own, so that it stays in its cache.
@@ -100,11 +103,11 @@ def chunk_kernel(
             else:
                 merge_chunks(scratch, out_ptr, step, c)
     if c.ATTENDS:
-        attend_to_scopes(q, k, v, out_ptr, rope, scratch, step, c)
+        attend_to_scopes(q, k, v, near, out_ptr, rope, scratch, step, c)
 
 
 @triton.jit
-def attend_to_scopes(q, k, v, out_ptr, rope, scratch, step, c: tl.constexpr):
+def attend_to_scopes(q, k, v, near, out_ptr, rope, scratch, step, c: tl.constexpr):
     """Steps 7 and 8."""
     counters = scratch.counters
     # Local parts overlap: together they are the cache from local_lo on. RELATIVE moves scopes, so that a key there has
@@ -119,7 +122,7 @@ def attend_to_scopes(q, k, v, out_ptr, rope, scratch, step, c: tl.constexpr):
     # anew for every tile.
     rotate_chunks(q, rope, scratch, step, local_lo, local_position, c)
     wait(counters, all_arrived)
-    attend_chunks(v, out_ptr, scratch, step, local_lo, c)
+    attend_chunks(v, near, out_ptr, scratch, step, local_lo, c)
 
 
 @triton.jit
@@ -328,7 +331,7 @@ def rotate_chunks(q, rope, scratch, step, local_lo, local_position, c: tl.conste
 
 
 @triton.jit
-def attend_chunks(v, out_ptr, scratch, step, local_lo, c: tl.constexpr):
+def attend_chunks(v, near, out_ptr, scratch, step, local_lo, c: tl.constexpr):
     """Step 8 for every block of rows of every chunk."""
     programs = step.programs
     unit = step.program
@@ -342,14 +345,14 @@ def attend_chunks(v, out_ptr, scratch, step, local_lo, c: tl.constexpr):
             g = this % c.G
             ballot = chunk * c.BALLOTS + (g if c.BY_HEAD else 0)
             num_far = far_rows_of(scratch.num_far, ballot, dense, step.global_size, c.SELECTS)
-            attend_block(v, out_ptr, scratch, step, chunk, g, this // c.G * c.BLOCK_M, first_query, num_queries,
+            attend_block(v, near, out_ptr, scratch, step, chunk, g, this // c.G * c.BLOCK_M, first_query, num_queries,
                          num_far, num_far + chunk_n - chunk_lo, local_lo, chunk_lo, c)  # fmt: skip
         unit -= units
 
 
 @triton.jit
 def attend_block(
-    v, out_ptr, scratch, step, chunk, g, first_row, first_query, num_queries, num_far, length, local_lo, chunk_lo,
+    v, near, out_ptr, scratch, step, chunk, g, first_row, first_query, num_queries, num_far, length, local_lo, chunk_lo,
     c: tl.constexpr,
 ):  # fmt: skip
     """Rows [first_row, first_row + BLOCK_M) of head g in a chunk over a scope of num_far far rows, `length` in all."""
@@ -360,12 +363,16 @@ def attend_block(
     last_key = length - num_queries + t
     q = load_rows(scratch.q_rot, (chunk * c.G + g) * step.chunk_rows + rows, c.D, mask_m, offs_d, 1, c.D)
     # Row r of the scope is row far_row + r of k_rot if it was copied, else local_row + r. Its value has the same
-    # number, in v_far or in the cache, where those of the local part lie as they are wanted.
+    # number, in v_far or in the cache, where those of the local part lie as they are wanted; or it is near.
     far_row = c.G * step.local_rows + (chunk * c.G + g) * step.far_rows
     local_row = g * step.local_rows + chunk_lo - local_lo - num_far
     v_far = scratch.v_far - tl.cast(c.G * step.local_rows, tl.int64) * c.D
-    shift = tl.cast(local_lo - g * step.local_rows, tl.int64) * v.stride_n
-    v_local = Heads(v.ptr + tl.cast(g, tl.int64) * v.stride_h + shift, v.stride_h, v.stride_n, v.stride_d)
+    if c.NEAR_V:
+        shift = local_lo - g * step.local_rows
+        v_local = near_or(v, near.v, g, c.NEAR_V, c.D)
+    else:
+        shift = tl.cast(local_lo - g * step.local_rows, tl.int64) * v.stride_n
+        v_local = Heads(v.ptr + tl.cast(g, tl.int64) * v.stride_h + shift, v.stride_h, v.stride_n, v.stride_d)
     num_copied = tl.cdiv(num_far, c.BLOCK_A) * c.BLOCK_A
     state = Softmax(
         tl.full([c.BLOCK_M, c.BLOCK_D], 0, tl.float32),
@@ -375,9 +382,9 @@ def attend_block(
     # Keys that every row sees need no mask; the block's own queries are at most a tile or two more.
     seen_by_all = (length - num_queries + first_row // c.GROUP + 1) // c.BLOCK_A * c.BLOCK_A
     seen_by_any = tl.minimum(length, length - num_queries + (first_row + c.BLOCK_M - 1) // c.GROUP + 1)
-    state = attend_tiles(state, q, scratch.k_rot, v_far, v_local, far_row, local_row, num_copied,
+    state = attend_tiles(state, q, scratch.k_rot, v_far, v_local, far_row, local_row, shift, num_copied,
                          0, seen_by_all, last_key, False, c)  # fmt: skip
-    state = attend_tiles(state, q, scratch.k_rot, v_far, v_local, far_row, local_row, num_copied,
+    state = attend_tiles(state, q, scratch.k_rot, v_far, v_local, far_row, local_row, shift, num_copied,
                          seen_by_all, seen_by_any, last_key, True, c)  # fmt: skip
     out_rows = (first_query + t) * (c.G * c.GROUP) + g * c.GROUP + rows % c.GROUP
     out = (state.acc / state.row_sum[:, None]).to(out_ptr.dtype.element_ty)

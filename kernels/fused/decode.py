@@ -16,7 +16,7 @@ import triton.language as tl
 
 from minirea.kernels.fused.arguments import VARYING, Heads, Rope, Softmax
 from minirea.kernels.fused.attend import attend, combine, store_partial
-from minirea.kernels.fused.memory import load_rows, of_head, prefetch_rows, prefetch_spans, slice_of
+from minirea.kernels.fused.memory import load_rows, near_or, of_head, prefetch_rows, prefetch_spans, slice_of
 from minirea.kernels.fused.scope import locate, select
 from minirea.kernels.fused.score import pick, score_slice, store_winners
 from minirea.kernels.fused.sketch import (
@@ -53,11 +53,12 @@ class Step(NamedTuple):
 
 @triton.jit(do_not_specialize=[*VARYING, "workers"])
 def decode_kernel(
-    q, k, v, sketch, out_ptr, rope, scratch,
+    q, k, v, near, sketch, out_ptr, rope, scratch,
     seq_len, workers, global_size, local_size, dense_size, span_size, max_spans, max_scope, num_positions,
     c: tl.constexpr,
 ):  # fmt: skip
-    """One step of one query per head: q [1, H, D] against k and v [G, N, D], to out [1, H, D]. sketch is None without.
+    """One step of one query per head: q [1, H, D] against k and v [G, N, D], to out [1, H, D]. near and sketch are
+    None without.
 
     A worker's unit of work is one slice of one key/value head: first of the middle to score, then of the local part to
     attend to, then of the far part. Attending to the local part needs no selection, so it fills the time until the last
@@ -89,7 +90,7 @@ def decode_kernel(
         if not dense:
             if c.SEARCHES:
                 if program < workers:
-                    score_slices(q, k, v, sketch, scratch, step, c)
+                    score_slices(q, k, v, near, sketch, scratch, step, c)
             all_arrived = arrive(scratch.counters)
             if c.ALONE and c.ATTENDS:
                 sort_winners(scratch, 0, 1, step.mid_lo, step.mid_hi, max_spans, c)
@@ -103,7 +104,7 @@ def decode_kernel(
         tile_rope = rope_of_a_tile(rope, num_positions, c)  # looking at sketches takes the registers
     if c.ATTENDS and program < workers:
         for unit in range(program, c.G * c.SLICES, workers):
-            attend_slice(q, k, v, out_ptr, rope, tile_rope, scratch, step, unit % c.G, unit // c.G, all_arrived, c)
+            attend_slice(q, k, v, near, out_ptr, rope, tile_rope, scratch, step, unit % c.G, unit // c.G, all_arrived, c)
 
     # Last, since of a kernel's code only the first 64 KiB are fetched ahead, and the workers need those. The first time
     # sorts what the launch before has left: it brings the code into the cache while the workers still score.
@@ -127,7 +128,7 @@ def rope_of_a_tile(rope, num_positions, c: tl.constexpr):
 
 
 @triton.jit
-def score_slices(q, k, v, sketch, scratch, step, c: tl.constexpr):
+def score_slices(q, k, v, near, sketch, scratch, step, c: tl.constexpr):
     """Steps 3 and 4: the candidates of this program's slices of the middle."""
     # This scratch is the program's own and stays in its cache.
     block_ptr = scratch.block + step.program * (c.BLOCK_M * c.K_PAD * c.BLOCK_N)
@@ -135,30 +136,32 @@ def score_slices(q, k, v, sketch, scratch, step, c: tl.constexpr):
     for unit in range(step.program, c.G * c.SLICES, step.workers):
         g = unit % c.G
         part = unit // c.G
-        k_head = of_head(k, g)
-        lo, hi = slice_of(step.mid_lo, step.mid_hi, part, c.SLICES)
         if c.SKETCH:
-            score_with_sketch(q, k_head, v, sketch, block_ptr, tag_ptr, scratch, step, g, part, c)
+            score_with_sketch(q, k, v, near, sketch, block_ptr, tag_ptr, scratch, step, g, part, c)
         else:
-            score_slice(q, k_head, block_ptr, tag_ptr, g, 0, c.GROUP, lo, hi, c)
-            prefetch_local(k_head, v, step, g, part, c)
+            lo, hi = slice_of(step.mid_lo, step.mid_hi, part, c.SLICES)
+            score_slice(q, of_head(k, g), block_ptr, tag_ptr, g, 0, c.GROUP, lo, hi, c)
+            prefetch_local(k, v, near, step, g, part, c)
             candidate_ptr = scratch.candidate + (g * c.GROUP * c.SLICES + part) * c.K_PAD
             pick(block_ptr, tag_ptr, candidate_ptr, c.GROUP, lo, c)
 
 
 @triton.jit
-def prefetch_local(k_head, v, step, g, part, c: tl.constexpr):
+def prefetch_local(k, v, near, step, g, part, c: tl.constexpr):
     """The memory would be idle from the end of scoring until this program attends to its local slice."""
     first, last = slice_of(step.local_lo, step.n, part, c.SLICES)
-    prefetch_rows(k_head.ptr, k_head.stride_n, first, last, c.D, c.BLOCK_N)
-    prefetch_rows(of_head(v, g).ptr, v.stride_n, first, last, c.D, c.BLOCK_N)
+    k_near = near_or(k, near.k if c.NEAR_K else None, g, c.NEAR_K, c.D)
+    v_near = near_or(v, near.v if c.NEAR_V else None, g, c.NEAR_V, c.D)
+    prefetch_rows(k_near.ptr, k_near.stride_n, first, last, c.D, c.BLOCK_N, c.NEAR_K)
+    prefetch_rows(v_near.ptr, v_near.stride_n, first, last, c.D, c.BLOCK_N, c.NEAR_V)
 
 
 @triton.jit
 def score_with_sketch(
-    q, k, v, sketch, block_ptr, tag_ptr, scratch, step, g, part, c: tl.constexpr,
+    q, k, v, near, sketch, block_ptr, tag_ptr, scratch, step, g, part, c: tl.constexpr,
 ):  # fmt: skip
-    """The candidates of slice `part` of head g, k: of its survivors, or of all keys if there are too many of those."""
+    """The candidates of slice `part` of head g: of its survivors, or of all keys if there are too many of those."""
+    k_head = of_head(k, g)
     lo, hi = slice_of(step.mid_lo, step.mid_hi, part, c.SLICES)
     candidate_ptr = scratch.candidate + (g * c.GROUP * c.SLICES + part) * c.K_PAD
     found = tl.cast(c.SURVIVORS + 1, tl.int32)
@@ -166,22 +169,22 @@ def score_with_sketch(
         prefetch_sketches(sketch, g, lo, hi, c)
         parts, length = quantize_queries(q, g, sketch, c)
         kept, threshold = scan(parts, length, sketch, g, lo, hi, scratch, step.program, c)
-        prefetch_local(k, v, step, g, part, c)
+        prefetch_local(k, v, near, step, g, part, c)
         if tl.max(kept, axis=0) <= c.ROOM:
             num_live = live_tiles(kept, threshold, scratch, step.program, c)
             found = survivors(num_live, lo, scratch, step.program, c)
     tl.store(scratch.found + g * c.SLICES + part, found)
     if found <= c.SURVIVORS:
         survivor_ptr = scratch.survivor + step.program * (2 * c.SURVIVORS)
-        score_survivors(q, k, g, found, survivor_ptr, candidate_ptr, c)
+        score_survivors(q, k_head, g, found, survivor_ptr, candidate_ptr, c)
     else:
-        score_slice(q, k, block_ptr, tag_ptr, g, 0, c.GROUP, lo, hi, c)
+        score_slice(q, k_head, block_ptr, tag_ptr, g, 0, c.GROUP, lo, hi, c)
         pick(block_ptr, tag_ptr, candidate_ptr, c.GROUP, lo, c)
 
 
 @triton.jit
 def attend_slice(
-    q, k, v, out_ptr, rope, tile_rope, scratch, step, g, part, all_arrived, c: tl.constexpr,
+    q, k, v, near, out_ptr, rope, tile_rope, scratch, step, g, part, all_arrived, c: tl.constexpr,
 ):  # fmt: skip
     """Steps 6 to 8 for slice `part` of head g: local rows, then far rows. The last one of a head combines all."""
     offs_m = tl.arange(0, c.BLOCK_M)
@@ -191,6 +194,8 @@ def attend_slice(
     heads = g * c.GROUP + offs_m
     k_head = of_head(k, g)
     v_head = of_head(v, g)
+    k_near = near_or(k, near.k if c.NEAR_K else None, g, c.NEAR_K, c.D)
+    v_near = near_or(v, near.v if c.NEAR_V else None, g, c.NEAR_V, c.D)
     selection_ptr = scratch.selection + (g * step.max_scope if c.BY_HEAD else 0)
     q_a = load_rows(q.ptr, heads, q.stride_h, mask_m, offs_h, q.stride_d, c.D // 2)
     q_b = load_rows(q.ptr + c.D // 2 * q.stride_d, heads, q.stride_h, mask_m, offs_h, q.stride_d, c.D // 2)
@@ -202,8 +207,8 @@ def attend_slice(
 
     lo, hi = slice_of(step.local_lo, step.n, part, c.SLICES)
     if c.RELATIVE:
-        state = attend(state, q_a, q_b, k_head, v_head, rope, tile_rope, lo, hi, step.n - 1, 0, selection_ptr,
-                       False, True, c)  # fmt: skip
+        state = attend(state, q_a, q_b, k_near, v_near, rope, tile_rope, lo, hi, step.n - 1, 0, selection_ptr,
+                       False, True, c, c.NEAR_K, c.NEAR_V)  # fmt: skip
     num_far = tl.where(step.dense, 0, step.mid_lo)
     if c.SELECTS:
         if not step.dense:
@@ -211,8 +216,8 @@ def attend_slice(
             num_far += select_and_locate(k_head, v_head, scratch, selection_ptr, step, g if c.BY_HEAD else 0, part, c)
     length = num_far + step.n - step.local_lo
     if not c.RELATIVE:
-        state = attend(state, q_a, q_b, k_head, v_head, rope, tile_rope, lo, hi, step.n - 1, length - step.n,
-                       selection_ptr, False, False, c)  # fmt: skip
+        state = attend(state, q_a, q_b, k_near, v_near, rope, tile_rope, lo, hi, step.n - 1, length - step.n,
+                       selection_ptr, False, False, c, c.NEAR_K, c.NEAR_V)  # fmt: skip
     lo, hi = slice_of(0, num_far, part, c.SLICES)
     state = attend(state, q_a, q_b, k_head, v_head, rope, tile_rope, lo, hi, length - 1, 0, selection_ptr,
                    c.SELECTS, c.RELATIVE, c)  # fmt: skip

@@ -33,6 +33,7 @@ from minirea.kernels.fused.decode import decode_kernel
 from minirea.kernels.fused.sketch import sketch_kernel
 from minirea.kernels.launching import cdiv, launch_cooperatively
 from minirea.kernels.launching import next_power_of_2 as pad
+from minirea.kernels.near import Near, near_rows
 from minirea.kernels.sketch import Sketch, hadamard, width
 from minirea.kernels.votes import Votes
 
@@ -193,6 +194,8 @@ def plan_decode(
     seq_len_in_memory: bool,
     work: Work = WHOLE,
     sketch: SketchTiles | None = None,
+    near_k: int = 0,
+    near_v: int = 0,
 ) -> DecodePlan:
     """Workers with a slice of one key/value head each, and a program for each ballot besides."""
     H, G, D, _, config, _ = layer
@@ -202,7 +205,8 @@ def plan_decode(
     workers = max(1, min(processors - 1, G * slices))
     programs = min(processors, workers + ballots)
     votes = ballot_rows * config.span_top_k > config.max_spans
-    c = DecodeSizes(tiles, **constants, SLICES=slices, VOTES=votes, ALONE=programs == 1, sketch=sketch)
+    constants |= {"VOTES": votes, "ALONE": programs == 1, "sketch": sketch, "NEAR_K": near_k, "NEAR_V": near_v}
+    c = DecodeSizes(tiles, **constants, SLICES=slices)
     shapes: Shapes = {
         "counters": (torch.int64, (2 + G,)),
         "block": (torch.float32, (programs, c.BLOCK_M, c.K_PAD, c.BLOCK_N)),
@@ -259,6 +263,7 @@ def plan_chunks(
     capacity: int,
     work: Work = WHOLE,
     carries: bool = False,
+    near_v: int = 0,
 ) -> ChunkPlan:
     """Sizes by the next powers of two, so that prompts of all lengths share few workspaces and kernels."""
     _, G, D, dtype, config, _ = layer
@@ -268,7 +273,8 @@ def plan_chunks(
     units = chunks * G * cdiv(rows, tiles.BLOCK_M)
     slices = chunk_slices(units, programs, MAX_CANDIDATES // pad(constants["K"]))
     spans_pad = pad(max(1, config.max_spans))
-    c = ChunkSizes(tiles, **constants, SLICES=slices, P_PAD=spans_pad, PROGRAMS_PAD=pad(programs), CARRIES=carries)
+    constants |= {"P_PAD": spans_pad, "PROGRAMS_PAD": pad(programs), "CARRIES": carries, "NEAR_V": near_v}
+    c = ChunkSizes(tiles, **constants, SLICES=slices)
     ballots = chunks * c.BALLOTS
     levels = rows * (c.VOTING_HEADS // c.BALLOTS) * config.span_top_k // max(1, config.max_spans)
     local_rows = config.dense_size + (chunks - 1) * chunk_size  # a dense chunk's are all
@@ -307,6 +313,7 @@ def reattention_triton(
     gather: Gather | None = None,
     sketch: Sketch | None = None,
     votes: Votes | None = None,
+    near: Near | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
     """Arguments and results are those of `minirea.kernels.reattention`. A token or a chunk is one launch, and in half
@@ -333,14 +340,14 @@ def reattention_triton(
             layer.check_sketched()
         if layer.decodes(T) and votes is None:
             scratch = launch_decode(
-                q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, rope, config, tiles, gather, sketch
+                q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, rope, config, tiles, gather, sketch, near=near
             )
         else:
             for start, stop, size in cut(T, chunk_size or T, q_THD.dtype):
                 n = seq_len - (T - stop) if stop < T else seq_len
                 queries, outputs = q_THD[start:stop], out_THD[start:stop]
                 scratch = launch_chunks(
-                    queries, k_cache_GND, v_cache_GND, outputs, n, rope, config, tiles, size, gather, votes
+                    queries, k_cache_GND, v_cache_GND, outputs, n, rope, config, tiles, size, gather, votes, near
                 )
     if not return_selection:
         return out_THD, None
@@ -371,6 +378,7 @@ def launch_decode(
     gather: Gather | None = None,
     sketch: Sketch | None = None,
     sketch_sizes: SketchTiles | None = None,
+    near: Near | None = None,
 ) -> DecodeScratch:
     """One decode step; returns the scratch that it used."""
     layer = Layer.of(q_1HD, k_cache_GND, config, gather)
@@ -380,7 +388,8 @@ def launch_decode(
     in_memory, device = isinstance(seq_len, torch.Tensor), q_1HD.device
 
     def do(work: Work, out: torch.Tensor, winners: torch.Tensor | None = None) -> DecodeScratch:
-        plan = plan_decode(layer, tiles, num_programs(device, tiles), in_memory, work, sketch_sizes)
+        sizes = work, sketch_sizes, *near_rows(near).values()
+        plan = plan_decode(layer, tiles, num_programs(device, tiles), in_memory, *sizes)
         c, programs, workers, shapes = plan
         key = ("decode", tiles, layer, *work, sketch_sizes)
         scratch: DecodeScratch = scratch_of(DecodeScratch, key, shapes, device)
@@ -391,6 +400,7 @@ def launch_decode(
             q=queries(q_1HD),
             k=Heads(k_cache_GND, *k_cache_GND.stride()),
             v=Heads(v_cache_GND, *v_cache_GND.stride()),
+            near=near,
             sketch=None if sketch is None else sketch_rows(sketch, layer),
             out_ptr=out,
             rope=rope,
@@ -433,6 +443,7 @@ def launch_chunks(
     chunk_size: int,
     gather: Gather | None = None,
     votes: Votes | None = None,
+    near: Near | None = None,
 ) -> ChunkScratch:
     """Chunks of chunk_size queries, the last of which may be shorter; returns the scratch that they used."""
     (T, H, _), N, device = q_THD.shape, k_cache_GND.shape[1], q_THD.device
@@ -441,7 +452,8 @@ def launch_chunks(
     chunks, in_memory, carries = cdiv(T, chunk_size), isinstance(seq_len, torch.Tensor), votes is not None
 
     def do(work: Work, out: torch.Tensor, winners: torch.Tensor | None = None) -> ChunkScratch:
-        plan = plan_chunks(layer, tiles, num_programs(device, tiles), in_memory, chunks, chunk_size, N, work, carries)
+        sizes = num_programs(device, tiles), in_memory, chunks, chunk_size, N
+        plan = plan_chunks(layer, tiles, *sizes, work, carries, near_rows(near)["NEAR_V"])
         key = ("chunks", tiles, layer, pad(chunks), pad(chunk_size), pad(N), *work, carries)
         scratch: ChunkScratch = scratch_of(ChunkScratch, key, plan.scratch, device)
         levels = plan.levels
@@ -454,6 +466,7 @@ def launch_chunks(
             q=queries(q_THD),
             k=Heads(k_cache_GND, *k_cache_GND.stride()),
             v=Heads(v_cache_GND, *v_cache_GND.stride()),
+            near=near,
             out_ptr=out,
             rope=rope,
             scratch=scratch if winners is None else scratch._replace(candidate=winners),

@@ -1,6 +1,7 @@
 """Reading rows, prefetching rows, and storing a few rows of a large tile."""
 
 # mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: RET505  (an `if` on constants is decided at compile time only with its `else`)
 
 from __future__ import annotations
 
@@ -28,6 +29,17 @@ def of_head(x, head):
 
 
 @triton.jit
+def near_or(cache, near_ptr, head, ROWS: tl.constexpr, D: tl.constexpr):
+    """`of_head` for the newest tokens: of near_ptr [G, ROWS, D], in whose rows they go around, or, without ROWS, of the
+    cache.
+    """
+    if ROWS:
+        return Heads(near_ptr + tl.cast(head, tl.int64) * (ROWS * D), ROWS * D, D, 1)
+    else:
+        return of_head(cache, head)
+
+
+@triton.jit
 def load_rows(ptr, offs_row, stride_row, mask_row, offs_d, stride_d, D: tl.constexpr):
     """Rows of a [rows, D] matrix, zero where masked. Row offsets are int64: caches exceed 2^31 elements."""
     ptrs = ptr + offs_row.to(tl.int64)[:, None] * stride_row + offs_d[None, :] * stride_d
@@ -46,11 +58,12 @@ def prefetch(ptr, stride_n, offs_n, D: tl.constexpr):
 
 
 @triton.jit
-def prefetch_rows(ptr, stride_n, lo, hi, D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """`prefetch` for rows [lo, hi)."""
+def prefetch_rows(ptr, stride_n, lo, hi, D: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr = 0):
+    """`prefetch` for rows [lo, hi), which go around in ROWS if there are ROWS."""
     if COMPILED:
         for first in range(lo, hi, BLOCK_N):
-            prefetch(ptr, stride_n, tl.minimum(first + tl.arange(0, BLOCK_N), hi - 1), D)
+            row = tl.minimum(first + tl.arange(0, BLOCK_N), hi - 1)
+            prefetch(ptr, stride_n, row % ROWS if ROWS else row, D)
 
 
 @triton.jit

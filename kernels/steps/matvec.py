@@ -34,6 +34,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from minirea.kernels.launching import cdiv, launch, next_power_of_2
+from minirea.kernels.near import Near, near_rows
 from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix
 
 Matrix = torch.Tensor | QuantizedMatrix
@@ -255,8 +256,9 @@ def embed_kernel(
 @triton.jit
 def norm_qkv_kernel(
     x_ptr, norm_ptr, w_ptr, scale_ptr, bias_ptr, eps, seq_len_ptr, q_ptr, k_ptr, v_ptr,
-    stride_kg, stride_kn, stride_vg, stride_vn,
+    stride_kg, stride_kn, stride_vg, stride_vn, near,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
+    NEAR_K: tl.constexpr, NEAR_V: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     rows, mask = my_rows((H + 2 * G) * D, BLOCK_N)
@@ -271,6 +273,12 @@ def norm_qkv_kernel(
     tl.store(q_ptr + rows, out, mask=mask & (head < H))
     tl.store(k_ptrs, out, mask=mask & (head >= H) & (head < H + G))
     tl.store(v_ptrs, out, mask=mask & (head >= H + G))
+    if NEAR_K:
+        near_ptrs = near.k + ((head - H).to(tl.int64) * NEAR_K + position % NEAR_K) * D + rows % D
+        tl.store(near_ptrs, out, mask=mask & (head >= H) & (head < H + G))
+    if NEAR_V:
+        near_ptrs = near.v + ((head - H - G).to(tl.int64) * NEAR_V + position % NEAR_V) * D + rows % D
+        tl.store(near_ptrs, out, mask=mask & (head >= H + G))
 
 
 @triton.jit
@@ -431,8 +439,11 @@ def norm_qkv(
     q_HD: torch.Tensor,
     k_cache_GND: torch.Tensor,
     v_cache_GND: torch.Tensor,
+    near: Near | None = None,
 ) -> None:
-    """q, k, v = qkv . rms_norm(x) + bias: q to q_HD, k and v to the caches at seq_len - 1. X = (H + 2G) D."""
+    """q, k, v = qkv . rms_norm(x) + bias: q to q_HD, k and v to the caches at seq_len - 1, and where they go in `near`.
+    X = (H + 2G) D.
+    """
     (H, D), (G, _, _), E = q_HD.shape, k_cache_GND.shape, x_E.shape[0]
     t = tile(qkv_XE)
     launch(
@@ -450,11 +461,13 @@ def norm_qkv(
         v_cache_GND,
         *k_cache_GND.stride()[:2],
         *v_cache_GND.stride()[:2],
+        near,
         H=H,
         G=G,
         D=D,
         K=E,
         BIAS=bias_X is not None,
+        **near_rows(near),
         **t._asdict(),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from minirea.kernels.near import Near, write_near
 from minirea.quantize import QuantizedMatrix
 
 Matrix = torch.Tensor | QuantizedMatrix
@@ -21,11 +22,18 @@ def rms_norm(x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Te
 
 
 def write_kv(
-    qkv_TXD: torch.Tensor, k_cache_GND: torch.Tensor, v_cache_GND: torch.Tensor, seq_len: torch.Tensor
+    qkv_TXD: torch.Tensor,
+    k_cache_GND: torch.Tensor,
+    v_cache_GND: torch.Tensor,
+    seq_len: torch.Tensor,
+    near: Near | None = None,
 ) -> None:
     T, G, stop = len(qkv_TXD), len(k_cache_GND), int(seq_len)
-    k_cache_GND[:, stop - T : stop] = qkv_TXD[:, -2 * G : -G].transpose(0, 1)
-    v_cache_GND[:, stop - T : stop] = qkv_TXD[:, -G:].transpose(0, 1)
+    k_GTD, v_GTD = qkv_TXD[:, -2 * G : -G].transpose(0, 1), qkv_TXD[:, -G:].transpose(0, 1)
+    k_cache_GND[:, stop - T : stop] = k_GTD
+    v_cache_GND[:, stop - T : stop] = v_GTD
+    if near is not None:
+        write_near(near, stop - T, k_GTD, v_GTD)
 
 
 def swiglu(gate_up_TM: torch.Tensor) -> torch.Tensor:
@@ -59,6 +67,7 @@ def norm_qkv(
     q_HD: torch.Tensor,
     k_cache_GND: torch.Tensor,
     v_cache_GND: torch.Tensor,
+    near: Near | None = None,
 ) -> None:
     (H, D), G = q_HD.shape, k_cache_GND.shape[0]
     qkv_XD = product(F.rms_norm(x_E, x_E.shape, norm_E, eps), qkv_XE, bias_X).view(-1, D)
@@ -67,6 +76,8 @@ def norm_qkv(
     q_HD.copy_(q)
     k_cache_GND[:, position] = k_GD
     v_cache_GND[:, position] = v_GD
+    if near is not None:
+        write_near(near, position, k_GD[:, None], v_GD[:, None])
 
 
 def add_product(x_K: torch.Tensor, w_NK: Matrix, bias_N: torch.Tensor | None, out_N: torch.Tensor) -> None:

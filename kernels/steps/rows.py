@@ -22,6 +22,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from minirea.kernels.launching import cdiv, launch, next_power_of_2
+from minirea.kernels.near import Near, near_rows
 from minirea.quantize import GROUP_SIZE, UNIT, ZERO, QuantizedMatrix
 
 # ------------------------------------------------------------------------------------------------------------- device
@@ -45,10 +46,11 @@ def rms_norm_kernel(x_ptr, norm_ptr, out_ptr, eps, E: tl.constexpr, BLOCK_E: tl.
 
 @triton.jit
 def write_kv_kernel(
-    qkv_ptr, k_ptr, v_ptr, seq_len_ptr, stride_kg, stride_kn, stride_vg, stride_vn,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    qkv_ptr, k_ptr, v_ptr, seq_len_ptr, stride_kg, stride_kn, stride_vg, stride_vn, near,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, NEAR_K: tl.constexpr, NEAR_V: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A program takes one token."""
+    """A program takes one token. `near` has NEAR_K rows of keys and NEAR_V of values, or is None."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -62,6 +64,10 @@ def write_kv_kernel(
     v = tl.load(qkv_ptrs + G * D, mask=mask)
     tl.store(k_ptr + g * stride_kg + position * stride_kn + offs % D, k, mask=mask)
     tl.store(v_ptr + g * stride_vg + position * stride_vn + offs % D, v, mask=mask)
+    if NEAR_K:
+        tl.store(near.k + (g * NEAR_K + position % NEAR_K) * D + offs % D, k, mask=mask)
+    if NEAR_V:
+        tl.store(near.v + (g * NEAR_V + position % NEAR_V) * D + offs % D, v, mask=mask)
 
 
 @triton.jit
@@ -132,9 +138,13 @@ def rms_norm(x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Te
 
 
 def write_kv(
-    qkv_TXD: torch.Tensor, k_cache_GND: torch.Tensor, v_cache_GND: torch.Tensor, seq_len: torch.Tensor
+    qkv_TXD: torch.Tensor,
+    k_cache_GND: torch.Tensor,
+    v_cache_GND: torch.Tensor,
+    seq_len: torch.Tensor,
+    near: Near | None = None,
 ) -> None:
-    """Put keys and values at [seq_len - T, seq_len) of the cache.
+    """Put keys and values at [seq_len - T, seq_len) of the cache, and where they go in `near`.
 
     Args:
         qkv_TXD: query, key and value heads side by side, X = H + 2G, contiguous.
@@ -144,7 +154,8 @@ def write_kv(
     G = k_cache_GND.shape[0]
     strides = (*k_cache_GND.stride()[:2], *v_cache_GND.stride()[:2])
     constants = {"H": X - 2 * G, "G": G, "D": D, "BLOCK": next_power_of_2(G * D), "num_warps": NUM_WARPS}
-    launch(write_kv_kernel, T, qkv_TXD.device, qkv_TXD, k_cache_GND, v_cache_GND, seq_len, *strides, **constants)
+    pointers = qkv_TXD, k_cache_GND, v_cache_GND, seq_len
+    launch(write_kv_kernel, T, qkv_TXD.device, *pointers, *strides, near, **constants, **near_rows(near))
 
 
 def swiglu(gate_up_TM: torch.Tensor) -> torch.Tensor:
