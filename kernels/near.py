@@ -7,7 +7,7 @@ a context up to dense_size tokens included, and the global part and the selected
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -27,9 +27,12 @@ def near_rows(near: Near | None) -> dict[str, int]:
     return {"NEAR_K": 0 if keys is None else keys.shape[1], "NEAR_V": 0 if values is None else values.shape[1]}
 
 
+TAKEN_BACK: Final = 256  # of the newest tokens so many can be taken back without reading near rows anew
+
+
 def near_size(local_size: int, dense_size: int, step_tokens: int) -> int:
-    """R for steps of up to so many tokens: their local parts, and some tokens that may be taken back."""
-    return (max(local_size, dense_size) + step_tokens + 511) // 256 * 256
+    """R for steps of up to so many tokens: their local parts, and the tokens that may be taken back."""
+    return -(-(max(local_size, dense_size) + step_tokens + TAKEN_BACK) // 256) * 256
 
 
 def new_near(num_kv_heads: int, rows: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

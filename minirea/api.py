@@ -22,6 +22,7 @@ from minirea.cache import KVCache, cache_bytes
 from minirea.checkpoint_config import load_config
 from minirea.checks import integer, shown
 from minirea.config import (
+    CACHES,
     DEVICES,
     DTYPES,
     IMPLS,
@@ -77,6 +78,7 @@ def load(
     gpus: int = 1,
     quantize: str | None = None,
     sketch: str = "auto",
+    cache: str = "auto",
     **reattention_fields: Any,
 ) -> LLM:
     """Load a Hugging Face or Mistral model directory.
@@ -97,14 +99,19 @@ def load(
             in 4 bits (GPTQ, AWQ, pack-quantized). Not with several devices.
         sketch: "int8": decode steps look at int8 copies of the keys, and read only those that can
             be selected: half as many bytes, and exactly the same selection. The copies take half as much memory as the
-            keys, besides them. "auto" is "off" until that has been measured on a GPU.
+            keys, besides them. "auto": on a GPU, where that is faster (from 128K tokens on for 8 key/value heads of
+            128) and fits; "off" where tokens vote together.
+        cache: where keys and values lie: "device", or "host", which has the values in the host's pinned memory and the
+            newest tokens' on the device too, and where it must the keys of some layers, with sketches. Kernels read
+            the host's memory where it lies, and the result is the same to the bit. "auto" has there what does not fit
+            on the device. Not with several devices, "full" attention or impl "torch"; on a CPU all are the same.
         reattention_fields: fields of ReAttentionConfig; None or absent means its default for this model. An attention
             mode ignores those it does not use.
 
     Raises:
         MissingFileError, InputError, MemoryLimitError, RankError: with one line that says what to fix.
     """
-    options: dict[str, Any] = {"gpus": gpus, "quantize": quantize, "sketch": sketch}
+    options: dict[str, Any] = {"gpus": gpus, "quantize": quantize, "sketch": sketch, "cache": cache}
     files = read_model(path, device, dtype, attention, impl, allow_out_of_distribution, **options, **reattention_fields)
     return files.load(progress)
 
@@ -119,6 +126,7 @@ def read_model(
     gpus: int = 1,
     quantize: str | None = None,
     sketch: str = "auto",
+    cache: str = "auto",
     **reattention_fields: Any,
 ) -> ModelFiles:
     """The first half of `load`: everything but the weights, so that a prompt can be counted before they are read.
@@ -129,6 +137,7 @@ def read_model(
     _choice("impl", impl, IMPLS)
     _choice("dtype", dtype, ("auto", *DTYPES))
     _choice("sketch", sketch, SKETCHES)
+    _choice("cache", cache, CACHES)
     gpus = integer("gpus", gpus, 1)
     if quantize is not None:
         _choice("quantize", quantize, QUANTIZE)
@@ -152,10 +161,11 @@ def read_model(
     tokenizer = _tokenizer(path)
     torch_dtype = _dtype(path, config, dtype, target)
     part = config.of_rank(0, gpus)
-    sketched = sketch == "int8"
-    if sketched:
+    if sketch == "int8":
         _check_one_device(part, "sketches")
-    made = Attention(part, attention, scope, impl, target, sketch=sketched)
+    if cache == "host":
+        _check_one_device(part, "caches in the host's memory")
+    made = Attention(part, attention, scope, impl, target, sketch=sketch, cache=cache)
     if made.sketched and target.type == "cpu":
         about = "sketch is 'int8' on a CPU, where it saves nothing: the same answers take about twice as long"
         warnings.warn(about, MinireaWarning, stacklevel=2)
@@ -366,8 +376,9 @@ class LLM(_Encoder):
         config, old = self.model.config, self.model.attention
         scope = _scope(config, attention, reattention_fields, allow_out_of_distribution)
         model = copy.copy(self.model)
-        gather, sketch = model.gather, old.asks_for_sketch
-        model.attention = Attention(config, attention, scope, old.impl, old.device, gather, sketch)
+        where = "auto" if attention == "full" else old.cache
+        options = old.impl, old.device, model.gather, old.sketch, where
+        model.attention = Attention(config, attention, scope, *options)
         if isinstance(model.ranks, Leader):
             number = model.ranks.new_id()
             with model.ranks.asking("vary", number, self.model.id, (attention, scope, old.impl)):
@@ -639,7 +650,7 @@ def new_cache(model: Model, capacity: int) -> KVCache:
     arguments = *sizes, model.device, model.dtype, workspace, attention.recent_size
     if isinstance(model.ranks, Leader):
         return SharedCache(model.ranks, model, *arguments)
-    return KVCache(*arguments, sketched=attention.sketched)
+    return KVCache(*arguments, placements=attention.placements)
 
 
 def generation_config(options: dict[str, Any]) -> GenerationConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Final, NamedTuple
 
 import torch
@@ -9,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minirea import cpu
-from minirea.cache import ALL_TOKENS, KVCache
+from minirea.cache import ALL_TOKENS, KVCache, array_bytes
 from minirea.config import ModelConfig, ReAttentionConfig
 from minirea.errors import InputError
 from minirea.kernels import (
     Gather,
+    Near,
     Votes,
     check_sketched,
     new_votes,
@@ -22,6 +24,8 @@ from minirea.kernels import (
     resolve_impl,
     sketch_keys,
 )
+from minirea.kernels.near import near_size
+from minirea.placement import Placement, placements
 from minirea.rope import apply_rope, for_whole_heads, inverse_frequencies, rope_table
 
 # Chunks of a prompt in a step on a GPU. Their matrix products are one, which reads the weights once and has enough rows
@@ -32,6 +36,9 @@ STEP_TOKENS: Final = 2048
 ROTATED_AT_ONCE: Final = 4096  # cached keys, which bounds the memory that it takes
 # Positions in the smallest tables: what most models' scopes hold, so that their caches share one pair.
 LEAST_ROWS: Final = 16384
+# Bytes of a layer's keys from which on decode steps are faster with sketches of them: 128K tokens of 8 heads of 128 in
+# half precision (kernels/NOTEBOOK.md).
+WORTH_SKETCHING: Final = 1 << 28
 _NO_ROWS: Final = torch.empty(0, 1, 0, device="cpu", dtype=torch.float32)
 
 
@@ -69,10 +76,13 @@ class Attention:
         config: scope sizes; with "full" only chunk_size matters.
         impl: "auto", "triton" or "torch", as minirea.kernels.reattention takes it.
         gather: of several ranks, each of which has some of the heads.
-        sketch: decode steps look at int8 sketches of the keys, if they have any to look for; see KVCache.sketches.
+        sketch: one of config.SKETCHES: decode steps look at int8 sketches of the keys, if they have any to look for;
+            "auto": with the fused kernel, and where that is faster; see KVCache.sketches.
+        cache: one of config.CACHES: where keys and values may lie; see `placements`. On a CPU they lie in the host's
+            memory in any case.
 
     Raises:
-        InputError: sketches do not work with this config or model.
+        InputError: sketches, or a cache in the host's memory, do not work with this config or model.
     """
 
     def __init__(
@@ -83,7 +93,8 @@ class Attention:
         impl: str,
         device: torch.device,
         gather: Gather | None = None,
-        sketch: bool = False,
+        sketch: str = "off",
+        cache: str = "device",
     ) -> None:
         self.model = model
         self.mode = mode
@@ -92,10 +103,10 @@ class Attention:
         self.device = device
         self.gather = gather
         self.step_chunks = STEP_CHUNKS
-        self.asks_for_sketch = sketch
-        self.sketched = sketch and self._selects
-        if self.sketched:
+        self.sketch, self.cache = sketch, cache
+        if sketch == "int8" and self._selects:
             self._check_sketched()
+        self._check_cache()
         self.sliding_window = model.sliding_window if mode == "full" else None
         self.dense_size = ALL_TOKENS if mode == "full" else config.dense_size
         self.dense_limit = 0 if self.impl == "triton" and mode != "full" else self.dense_size
@@ -111,6 +122,46 @@ class Attention:
             )
         if self.impl == "triton":
             check_sketched(c.num_heads, c.num_kv_heads, c.head_dim, self.config)
+
+    def _check_cache(self) -> None:
+        if self.cache == "host" and self.device.type != "cpu" and not self._can_be_far:
+            found = "attention 'full'" if self.mode == "full" else f"impl '{self.impl}'"
+            found = f"gpus {self.model.part.ranks}" if self.model.part else found
+            raise InputError(
+                f"cache is 'host', expected 'auto' or 'device' with {found}: only the fused kernel of one GPU reads "
+                "the host's memory"
+            )
+
+    @property
+    def _can_be_far(self) -> bool:
+        """Whether kernels read a cache in the host's memory where it lies."""
+        return self.impl == "triton" and self.mode != "full" and self.model.part is None
+
+    @functools.cached_property
+    def sketched(self) -> bool:
+        """Whether caches may have sketches."""
+        if self.sketch != "auto" or not self._selects or self.impl != "triton" or self.model.part:
+            return self.sketch == "int8" and self._selects
+        try:
+            self._check_sketched()
+        except InputError:
+            return False
+        return True
+
+    def placements(self, capacity: int) -> list[Placement]:
+        """What a cache of `capacity` tokens may be, best first.
+
+        Sketches that are not asked for are there where they make decode steps faster, if they fit, and where keys are
+        far, which no step could look at without them.
+        """
+        c = self.model
+        sketches = [self.sketched]
+        if self.sketched and self.sketch == "auto":
+            worth = array_bytes(c, capacity, torch.bfloat16) >= WORTH_SKETCHING
+            sketches = [worth, not worth]
+        longest = max(map(self.step_tokens, (self.config.chunk_size, self.config.tail_chunk_size)))
+        near = near_size(self.config.local_size, self.config.dense_size, max(longest, self.config.vote_window))
+        return placements(c.num_layers, self.cache, sketches, near if self._can_be_far else 0)
 
     @property
     def recent_size(self) -> int:
@@ -250,7 +301,8 @@ class Attention:
         if isinstance(step.seq_len, Tensor):
             if cache.recent_size:
                 cache.remember_at(layer, qkv_TXD[:, : self.model.num_heads], step.seq_len)
-            prefill_kernels(self.impl).write_kv(qkv_TXD, cache.k[layer], cache.v[layer], step.seq_len)
+            tensors = qkv_TXD, cache.k[layer], cache.v[layer]
+            prefill_kernels(self.impl).write_kv(*tensors, step.seq_len, cache.near[layer])
             return None
         H, G = self.model.num_heads, self.model.num_kv_heads
         if cache.recent_size:
@@ -311,7 +363,12 @@ class Attention:
         if sketch is None and isinstance(step.seq_len, int) and step.seq_len > self.dense_size and self._on_cpu(q_THD):
             arguments = (q_THD, k_GND, v_GND, step.seq_len, cos, sin, config)
             return cpu.reattention(*arguments, self.gather, attending, step.votes)
-        options = (self.impl, False, chunk_size, self.gather, attending, sketch, step.votes)
+        near = cache.near[layer]
+        if step.chunk_size > 1:
+            cache.bring_ahead(layer)
+        if sketch is None and near is not None and near.k is not None:
+            k_GND, near = cache.keys_to_score(layer, cache.seq_len + len(q_THD)), Near(None, near.v)
+        options = (self.impl, False, chunk_size, self.gather, attending, sketch, step.votes, near)
         out_THD: Tensor = reattention(q_THD, k_GND, v_GND, step.seq_len, cos, sin, config, *options)
         return out_THD
 
@@ -350,7 +407,9 @@ class Attention:
         arguments = (q_CHD, cache.k[0], cache.v[0], seq_len, *tables, self.config.of_decode_step, self.impl)
         # Those of the first layer; with them the kernel is the one that the step took.
         votes = self.new_votes(cache.capacity) if self.carries_votes else None
-        _, selection = reattention(*arguments, return_selection=True, gather=self.gather, votes=votes)
+        _, selection = reattention(
+            *arguments, return_selection=True, gather=self.gather, votes=votes, near=cache.near[0]
+        )
         lengths = torch.tensor(list(map(len, selection if isinstance(selection, list) else [selection])))
         if self.gather is not None and self.config.span_scope == "kv_head":
             lengths = self.gather(lengths.to(self.device))

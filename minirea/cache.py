@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minirea.config import ModelConfig
 from minirea.errors import memory_limit_of
+from minirea.kernels.near import TAKEN_BACK, Near, new_near, write_near
 from minirea.kernels.sketch import Sketch, new_sketch, sketch_bytes
-from minirea.memory import MemoryPlan
+from minirea.memory import MemoryPlan, first_that_fits
+from minirea.pinned import PINNING_THREADS, HostTensor, host_tensor
+from minirea.placement import FIRST_SKETCHED_LAYER, NEAR, Placement
+from minirea.threads import thread_pool
 
 ALL_TOKENS: Final = sys.maxsize
 MARKS: Final = 8  # places that a cache can be rewound to with all the queries that were there
-# A key of the first layer follows from its token alone. A text repeats its tokens, so that hundreds of keys are equal
-# to a winner there, and a sketch cannot tell them apart.
-FIRST_SKETCHED_LAYER: Final = 1
 
 
 def cache_bytes(
@@ -27,15 +28,27 @@ def cache_bytes(
     dense_limit: int,
     dtype: torch.dtype,
     recent_size: int = 0,
-    sketched: bool = False,
+    placement: Placement = NEAR,
 ) -> int:
-    """How many bytes a KVCache of `capacity` tokens allocates, with the queries of its marks."""
+    """How many bytes a KVCache of `capacity` tokens allocates, with the queries of its marks, on device and host."""
     values, keys = capacity, capacity if dense_limit < ALL_TOKENS else 0
     tokens = values + keys + min(capacity, dense_limit)
     recent = recent_size + MARKS * (recent_size // 2)
     heads = tokens * config.num_kv_heads + recent * config.num_heads
-    sketches = all_sketch_bytes(config, capacity) if sketched else 0
-    return heads * config.num_layers * config.head_dim * dtype.itemsize + sketches
+    sketches = all_sketch_bytes(config, capacity) if placement.sketched else 0
+    twice = placement.far_arrays * array_bytes(config, placement.near_size, dtype)
+    brought = array_bytes(config, capacity, dtype) if placement.far_keys else 0
+    return heads * config.num_layers * config.head_dim * dtype.itemsize + sketches + twice + brought
+
+
+def far_bytes(config: ModelConfig, capacity: int, dtype: torch.dtype, placement: Placement) -> int:
+    """Those of `cache_bytes` that lie in the host's memory."""
+    return placement.far_arrays * array_bytes(config, capacity, dtype)
+
+
+def array_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype) -> int:
+    """Of one layer's keys or values of so many tokens."""
+    return config.num_kv_heads * num_tokens * config.head_dim * dtype.itemsize
 
 
 def all_sketch_bytes(config: ModelConfig, capacity: int) -> int:
@@ -44,12 +57,40 @@ def all_sketch_bytes(config: ModelConfig, capacity: int) -> int:
     return layers * sketch_bytes(config.num_kv_heads, config.head_dim, capacity)
 
 
+class _Arrays(NamedTuple):
+    """Keys and values of one layer: one tensor [2, G, N, D], or where either is far one each, [1, G, N, D]; values
+    alone, [1, G, N, D], where no keys are kept.
+    """
+
+    tensors: list[Tensor]
+    on_cpu: list[Tensor | None]  # the same memory, of those that are far
+
+    @property
+    def k(self) -> Tensor:
+        return self.tensors[0][0]
+
+    @property
+    def v(self) -> Tensor:
+        return self.tensors[-1][-1]
+
+    @property
+    def has_keys(self) -> bool:
+        return sum(map(len, self.tensors)) == 2
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """By tokens, as steps write them: [N, Y, D] each, together Y = 2G or G."""
+        return [tensor.flatten(0, 1).transpose(0, 1) for tensor in self.tensors]
+
+
 class KVCache:
     """Keys and values of one conversation, [G, N, D] per layer, of which the first `seq_len` tokens are filled.
 
     `k` are keys without RoPE, to be placed anew in every step. `k_rotated` are the first `dense_limit` keys with RoPE
     at their true positions, for steps that are ordinary attention; where that is all (ALL_TOKENS), `k` is not kept.
-    `k` and `v` of a layer share one tensor, so that one copy writes both.
+    `k` and `v` of a layer share one tensor, so that one copy writes both, unless either is far: `placement` says
+    which lie in the host's memory. Tensors of the device they are all the same, and `near` has the newest tokens of
+    those that are far once more, in its memory: token j of the last R in row j modulo R.
     `q_recent` are the last R = `recent_size` queries without RoPE, [L, R, H, D], each at its position modulo R: those
     that a token which is read by itself votes together with.
     `sketches` are int8 copies of `k` for decode steps to look at, None in layers without; those of the first
@@ -61,10 +102,11 @@ class KVCache:
         dense_limit: tokens up to which keys are also kept with RoPE.
         workspace: bytes that a step needs besides a cache of so many tokens, and that must stay free.
         recent_size: queries that are kept, see `recent`.
-        sketched: whether there are sketches; `k` must be kept.
+        placements: what a cache of so many tokens may be, best first; the first that fits is taken. Sketches, and
+            anything that is far, need `k`; what is far needs a dense_limit of 0.
 
     Raises:
-        MemoryLimitError: the device cannot hold it.
+        MemoryLimitError: neither the device nor, where something may be far, the host can hold it.
     """
 
     def __init__(
@@ -76,17 +118,18 @@ class KVCache:
         dtype: torch.dtype,
         workspace: Callable[[int], int] = lambda _: 0,
         recent_size: int = 0,
-        sketched: bool = False,
+        placements: Callable[[int], Sequence[Placement]] = lambda _: [NEAR],
     ) -> None:
         self.device = device
         self.dtype = dtype
         self.capacity = capacity
         self.dense_limit = dense_limit
-        self.seq_len = 0
+        self._seq_len = 0
+        self._near_stop = 0  # `near` holds the last near_size tokens before this one
         self.sketched_len = 0
-        self.sketched = sketched
         self._config = config
         self._workspace = workspace
+        self._placements = placements
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
         self.k_rotated: list[Tensor] = []
@@ -95,21 +138,45 @@ class KVCache:
         # Queries of up to R / 2 tokens before a place, [L, C, H, D], and the first of these tokens, by places.
         self.marks: dict[int, tuple[int, Tensor]] = {}
         self.sketches: list[Sketch | None] = [None] * config.num_layers
-        self._kv: list[Tensor] = []  # k and v of each layer, [2, G, N, D], or [1, G, N, D] where k is not kept
-        self._kv_rows: list[Tensor] = []  # the same by tokens, as steps write them: [N, Y, D], Y = 2G or G
+        self.near: list[Near | None] = [None] * config.num_layers
+        self._brought: BroughtKeys | None = None
+        self._arrays: list[_Arrays] = []
+        self._rows: list[list[Tensor]] = []  # of each of them
         self._k_rotated_rows: list[Tensor] = []  # [N, G, D]
-        self._plan(capacity, 0).check(device)
-        for tensors, shape in self._parts(capacity):
-            tensors += [self._allocate(shape) for _ in range(config.num_layers)]
+        self.placement, plan = self._choose(capacity, 0)
+        plan.check(device)
+        far = self._pin(capacity, self.placement)
+        for layer in range(config.num_layers):
+            self._arrays.append(self._allocate_layer(layer, capacity, self.placement, far))
+            if dense_limit:
+                self.k_rotated.append(self._allocate((config.num_kv_heads, self._rotated(capacity), config.head_dim)))
         self.q_recent = self._allocate((config.num_layers, recent_size, config.num_heads, config.head_dim))
-        if sketched:
-            for layer in range(FIRST_SKETCHED_LAYER, config.num_layers):
-                self.sketches[layer] = self._allocate_sketch(capacity)
+        self._allocate_beside(capacity, self.placement)
         self._name_views()
 
     @property
+    def seq_len(self) -> int:
+        return self._seq_len
+
+    @seq_len.setter
+    def seq_len(self, seq_len: int) -> None:
+        """After a step, which has written tokens up to there, or to take some back."""
+        self._seq_len = seq_len
+        self._near_stop = max(self._near_stop, seq_len)
+
+    @property
     def nbytes(self) -> int:
-        return cache_bytes(self._config, self.capacity, self.dense_limit, self.dtype, self.recent_size, self.sketched)
+        sizes = self.dense_limit, self.dtype, self.recent_size, self.placement
+        return cache_bytes(self._config, self.capacity, *sizes)
+
+    @property
+    def far_nbytes(self) -> int:
+        """Those of `nbytes` that lie in the host's memory."""
+        return far_bytes(self._config, self.capacity, self.dtype, self.placement)
+
+    @property
+    def sketched(self) -> bool:
+        return self.placement.sketched
 
     @property
     def sketch_nbytes(self) -> int:
@@ -118,13 +185,21 @@ class KVCache:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What steps read, but for sketches, which follow from it."""
-        return [*self._kv, *self.k_rotated]
+        """What steps read, but for sketches and `near`, which follow from it: see `filled`."""
+        return [*(tensor for arrays in self._arrays for tensor in arrays.tensors), *self.k_rotated]
 
     def stored(self, layer: int) -> dict[str, Tensor]:
-        """What a file has to keep of a layer, each [G, N, D]: all but keys that can be rotated again from others."""
-        keys = {"k": self.k[layer]} if self.k else {"k_rotated": self.k_rotated[layer]}
-        return {**keys, "v": self.v[layer]}
+        """What a file has to keep of a layer, each [G, N, D]: all but keys that can be rotated again from others. What
+        is far comes as a tensor of the CPU: synchronize first.
+        """
+        arrays, (k_cpu, *_, v_cpu) = self._arrays[layer], (None, *self._arrays[layer].on_cpu)[-2:]
+        keys = {"k": arrays.k if k_cpu is None else k_cpu[0]} if self.k else {"k_rotated": self.k_rotated[layer]}
+        return {**keys, "v": arrays.v if v_cpu is None else v_cpu[0]}
+
+    def filled(self, seq_len: int) -> None:
+        """`tensors` have been given `seq_len` tokens by other means than steps."""
+        self._seq_len, self._near_stop = seq_len, 0
+        self._forget_brought()
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` tokens, one layer at a time so that the peak stays low.
@@ -132,28 +207,38 @@ class KVCache:
         The room doubles at least, as long as memory allows: a conversation grows token by token.
         """
         if capacity <= self.capacity:
+            self._bring_near()
             return
+        placement, plan = self._choose(capacity, self.capacity)
         doubled = max(capacity, 2 * self.capacity)
-        if self._plan(doubled, self.capacity).fits(self.device):
-            capacity = doubled
-        self._plan(capacity, self.capacity).check(self.device)
+        of_doubled, plan_of_doubled = self._choose(doubled, self.capacity)
+        if plan_of_doubled.fits(self.device) and of_doubled.far_arrays <= placement.far_arrays:
+            capacity, placement, plan = doubled, of_doubled, plan_of_doubled
+        plan.check(self.device)
         # They would keep the old tensors of all layers.
-        self.k, self.v, self._kv_rows, self._k_rotated_rows = [], [], [], []
+        self.k, self.v, self._rows, self._k_rotated_rows = [], [], [], []
         try:
-            for tensors, shape in self._parts(capacity):
-                for layer, old in enumerate(tensors):
-                    filled = min(self.seq_len, old.shape[-2])
-                    tensors[layer] = self._allocate(shape)
-                    tensors[layer][..., :filled, :] = old[..., :filled, :]
-            for layer, sketch in enumerate(self.sketches):
-                if sketch is not None:
-                    self.sketches[layer] = grown = self._allocate_sketch(capacity)
-                    for new, old in zip(grown[:2], sketch[:2], strict=True):
-                        new[:, : self.seq_len] = old[:, : self.seq_len]
-                    grown.mean.copy_(sketch.mean)
+            self._allocate_near(placement)
+            # What goes to the host makes room for what stays.
+            for layer in sorted(range(self._config.num_layers), key=lambda layer: -sum(self._far(layer, placement))):
+                self._grow_layer(layer, capacity, placement)
+            self._allocate_beside(capacity, placement)
         finally:
             self._name_views()
-        self.capacity = capacity
+        self.capacity, self.placement = capacity, placement
+        self._bring_near()
+
+    def _grow_layer(self, layer: int, capacity: int, placement: Placement) -> None:
+        old, filled = self._arrays[layer], self.seq_len
+        self._arrays[layer] = new = self._allocate_layer(layer, capacity, placement)
+        if old.has_keys:
+            new.k[:, :filled] = old.k[:, :filled]
+        new.v[:, :filled] = old.v[:, :filled]
+        if self.dense_limit:
+            old_rotated, filled = self.k_rotated[layer], min(filled, self.k_rotated[layer].shape[1])
+            shape = old_rotated.shape[0], self._rotated(capacity), old_rotated.shape[2]
+            self.k_rotated[layer] = self._allocate(shape)
+            self.k_rotated[layer][:, :filled] = old_rotated[:, :filled]
 
     def write(self, layer: int, qkv_TXD: Tensor, k_rotated_TGD: Tensor | None) -> None:
         """Put this step's T tokens at [seq_len, seq_len + T). `seq_len` itself moves once all layers are done.
@@ -161,10 +246,28 @@ class KVCache:
         `qkv_TXD` ends with keys without RoPE and values side by side, G heads each; `k_rotated_TGD` are those keys
         that lie below dense_limit, with RoPE.
         """
-        start, kv_NYD = self.seq_len, self._kv_rows[layer]
-        kv_NYD[start : start + len(qkv_TXD)] = qkv_TXD[:, -kv_NYD.shape[1] :]
+        start, first = self.seq_len, -sum(rows_NYD.shape[1] for rows_NYD in self._rows[layer])
+        for rows_NYD in self._rows[layer]:
+            stop = first + rows_NYD.shape[1]
+            rows_NYD[start : start + len(qkv_TXD)] = qkv_TXD[:, first : stop or None]
+            first = stop
         if k_rotated_TGD is not None:
             self._k_rotated_rows[layer][start : start + len(k_rotated_TGD)] = k_rotated_TGD
+        near = self.near[layer]
+        if near is not None:
+            G = self._config.num_kv_heads
+            write_near(near, start, *(x.transpose(0, 1) for x in (qkv_TXD[:, -2 * G : -G], qkv_TXD[:, -G:])))
+
+    def keys_to_score(self, layer: int, stop: int) -> Tensor:
+        """The layer's keys where a step of several queries can score all those before token `stop`, [G, N, D]."""
+        if self._brought is None or self._arrays[layer].on_cpu[0] is None:
+            return self.k[layer]
+        return self._brought.take(layer, stop)
+
+    def bring_ahead(self, layer: int) -> None:
+        """Have the next keys that are far, of this layer or a later one, on their way while other layers attend."""
+        if self._brought is not None:
+            self._brought.begin(layer, self.seq_len)
 
     def remember(self, layer: int, q_THD: Tensor) -> None:
         """Keep this step's queries, those of the tokens at [seq_len, seq_len + T), for `recent` of later steps."""
@@ -243,20 +346,32 @@ class KVCache:
                 self.q_recent[:, self._recent_rows(first, seq_len)] = q_LCHD
             self._recent = [(first, seq_len)] * len(self._recent)
         self.sketched_len = min(self.sketched_len, seq_len)
+        self._forget_brought()
 
-    def _parts(self, capacity: int) -> list[tuple[list[Tensor], tuple[int, ...]]]:
-        """Each kind of tensor that is kept, with its shape at `capacity`."""
-        G, D = self._config.num_kv_heads, self._config.head_dim
-        kinds = 2 if self.dense_limit < ALL_TOKENS else 1
-        parts: list[tuple[list[Tensor], tuple[int, ...]]] = [(self._kv, (kinds, G, capacity, D))]
-        if self.dense_limit:
-            parts.append((self.k_rotated, (G, min(capacity, self.dense_limit), D)))
-        return parts
+    def _forget_brought(self) -> None:
+        if self._brought is not None:
+            self._brought.forget()
+
+    def _bring_near(self) -> None:
+        """Before a step: `near` holds what it will read, also where tokens were taken back or came by other means."""
+        stop = self._seq_len
+        if not self.placement.far_arrays or 0 <= self._near_stop - stop <= TAKEN_BACK:
+            return
+        tokens = slice(max(0, stop - self.placement.near_size), stop)
+        with torch.inference_mode():  # in which the rows may have been made
+            for near, arrays in zip(self.near, self._arrays, strict=True):
+                if near is not None:
+                    write_near(near, tokens.start, arrays.k[:, tokens], arrays.v[:, tokens])
+        self._near_stop = stop
+
+    def _rotated(self, capacity: int) -> int:
+        """Tokens whose keys are kept with RoPE."""
+        return min(capacity, self.dense_limit)
 
     def _name_views(self) -> None:
-        self.k = [kv[0] for kv in self._kv if len(kv) == 2]
-        self.v = [kv[-1] for kv in self._kv]
-        self._kv_rows = [kv.flatten(0, 1).transpose(0, 1) for kv in self._kv]
+        self.k = [arrays.k for arrays in self._arrays if arrays.has_keys]
+        self.v = [arrays.v for arrays in self._arrays]
+        self._rows = [arrays.rows for arrays in self._arrays]
         self._k_rotated_rows = [k.transpose(0, 1) for k in self.k_rotated]
 
     def _allocate(self, shape: tuple[int, ...]) -> Tensor:
@@ -265,16 +380,145 @@ class KVCache:
         except RuntimeError as error:
             raise memory_limit_of(error) or error from None
 
+    def _allocate_layer(
+        self, layer: int, capacity: int, placement: Placement, pinned: list[HostTensor] | None = None
+    ) -> _Arrays:
+        """Keys and values of a layer; `pinned` are arrays that are far, to be taken from its end."""
+        shape = self._config.num_kv_heads, capacity, self._config.head_dim
+        far = self._far(layer, placement)
+        if not any(far):
+            kinds = 2 if self.dense_limit < ALL_TOKENS else 1
+            return _Arrays([self._allocate((kinds, *shape))], [None])
+        arrays = _Arrays([], [])
+        for is_far in far:
+            if is_far:
+                host = pinned.pop() if pinned else host_tensor((1, *shape), self.dtype, self.device)
+                arrays.tensors.append(host.on_device)
+                arrays.on_cpu.append(host.on_cpu)
+            else:
+                arrays.tensors.append(self._allocate((1, *shape)))
+                arrays.on_cpu.append(None)
+        return arrays
+
+    def _pin(self, capacity: int, placement: Placement) -> list[HostTensor]:
+        """All arrays that are far, by several threads: it takes a fraction of a second for each gigabyte."""
+        shape = 1, self._config.num_kv_heads, capacity, self._config.head_dim
+        if not placement.far_arrays:
+            return []
+        with thread_pool(PINNING_THREADS, "pinning") as pool:
+            pinned = [pool.submit(host_tensor, shape, self.dtype, self.device) for _ in range(placement.far_arrays)]
+            return [future.result() for future in pinned]
+
+    def _allocate_near(self, placement: Placement) -> None:
+        """Rows for the newest tokens of what is far."""
+        sizes = self._config.num_kv_heads, placement.near_size, self._config.head_dim, self.dtype, self.device
+        for layer, near in enumerate(self.near):
+            far, rows = self._far(layer, placement), near or Near(None, None)
+            new = [
+                (new_near(*sizes) if old is None else old) if is_far else None
+                for is_far, old in zip(far, rows, strict=True)
+            ]
+            self.near[layer] = Near(*new) if any(far) else None
+        self._near_stop = 0
+
+    def _allocate_beside(self, capacity: int, placement: Placement) -> None:
+        """Sketches, which keep what they have been made of, near rows, and room for keys that are brought."""
+        self._allocate_near(placement)
+        first = FIRST_SKETCHED_LAYER if placement.sketched else len(self.sketches)
+        for layer, sketch in enumerate(self.sketches):
+            self.sketches[layer] = grown = self._allocate_sketch(capacity) if layer >= first else None
+            if sketch is not None and grown is not None:
+                for new, old in zip(grown[:2], sketch[:2], strict=True):
+                    new[:, : self.sketched_len] = old[:, : self.sketched_len]
+                grown.mean.copy_(sketch.mean)
+        if not placement.sketched:
+            self.sketched_len = 0
+        self._brought = None
+        if placement.far_keys:
+            shape = self._config.num_kv_heads, capacity, self._config.head_dim
+            self._brought = BroughtKeys([arrays.on_cpu[0] for arrays in self._arrays], self._allocate(shape))
+
     def _allocate_sketch(self, capacity: int) -> Sketch:
         try:
             return new_sketch(self._config.num_kv_heads, self._config.head_dim, capacity, self.device)
         except RuntimeError as error:
             raise memory_limit_of(error) or error from None
 
-    def _plan(self, capacity: int, held: int) -> MemoryPlan:
+    def _far(self, layer: int, placement: Placement) -> tuple[bool, bool]:
+        """Whether the keys and the values of a layer are far."""
+        num_layers = self._config.num_layers
+        return placement.keys_are_far(layer, num_layers), placement.values_are_far(layer, num_layers)
+
+    def _choose(self, capacity: int, held: int) -> tuple[Placement, MemoryPlan]:
+        """The first placement of a cache of `capacity` tokens that fits, or the one that comes closest."""
+        placements = self._placements(capacity)
+        plans = [self._plan(capacity, held, placement) for placement in placements]
+        index = first_that_fits(plans, self.device)
+        return placements[index], plans[index]
+
+    def _plan(self, capacity: int, held: int, placement: Placement) -> MemoryPlan:
         """What it takes to go from `held` tokens to `capacity`: the difference, and a layer that is there twice."""
-        sizes = (self.dense_limit, self.dtype, self.recent_size, self.sketched)
-        old, new = (cache_bytes(self._config, tokens, *sizes) if tokens else 0 for tokens in (held, capacity))
-        twice = old // self._config.num_layers
-        workspace = self._workspace(capacity)
-        return MemoryPlan(cache=new - old + twice, workspace=workspace, num_tokens=capacity, held_tokens=held)
+        sizes = self.dense_limit, self.dtype, self.recent_size
+        new, far = (
+            cache_bytes(self._config, capacity, *sizes, placement),
+            far_bytes(self._config, capacity, self.dtype, placement),
+        )
+        old, old_far = (self.nbytes, self.far_nbytes) if held else (0, 0)
+        twice = 0 if placement.far_arrays else old // self._config.num_layers
+        if held and placement.far_arrays:
+            twice = 2 * array_bytes(self._config, held, self.dtype)
+        return MemoryPlan(
+            cache=new - far - (old - old_far) + twice,
+            workspace=self._workspace(capacity),
+            num_tokens=capacity,
+            held_tokens=held,
+            host_cache=far - old_far + (twice if far else 0),
+        )
+
+
+class BroughtKeys:
+    """Room on the device for one layer's keys at a time of those that are far: the chunks of a prompt score them all.
+
+    The next layer's keys come while the layers before it attend, on a stream of their own, if these leave the room
+    free; the step's own keys, which are written last, follow when they are scored.
+    """
+
+    def __init__(self, on_cpu: list[Tensor | None], rows_GND: Tensor) -> None:
+        self._on_cpu, self._rows_GND = on_cpu, rows_GND
+        on_gpu = rows_GND.is_cuda
+        self._stream = torch.cuda.Stream(rows_GND.device) if on_gpu else None
+        self._layer, self._stop = -1, 0  # whose keys are there or on their way, and how many; none below 0
+
+    def forget(self) -> None:
+        """What is there, or on its way, is not what a later step wants, whose tokens are others."""
+        self._layer = -1
+
+    def begin(self, layer: int, stop: int) -> None:
+        """Bring the first `stop` keys of the first of these layers from `layer` on, unless they are on their way."""
+        layers = (index for index in range(layer, len(self._on_cpu)) if self._on_cpu[index] is not None)
+        found = next(layers, -1)
+        if found < 0 or (self._layer, self._stop) == (found, stop):
+            return
+        self._layer, self._stop = found, stop
+        if self._stream is None:
+            self._copy(found, 0, stop)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._rows_GND.device))  # which still reads the room
+        with torch.cuda.stream(self._stream):
+            self._copy(found, 0, stop)
+
+    def take(self, layer: int, stop: int) -> Tensor:
+        """The first `stop` keys of a layer, [G, N, D], for the current stream."""
+        if self._layer != layer or self._stop > stop:
+            self.begin(layer, stop)
+        if self._stream is not None:
+            torch.cuda.current_stream(self._rows_GND.device).wait_stream(self._stream)
+        self._copy(layer, self._stop, stop)
+        self._layer = -1  # a later step writes more of them
+        return self._rows_GND
+
+    def _copy(self, layer: int, start: int, stop: int) -> None:
+        source_GND = self._on_cpu[layer]
+        assert source_GND is not None
+        for rows_ND, source_ND in zip(self._rows_GND, source_GND[0], strict=True):
+            rows_ND[start:stop].copy_(source_ND[start:stop], non_blocking=True)

@@ -81,6 +81,8 @@ def save_context(
     if not ids:
         raise InputError(f"{path}: not saved: the context is empty, expected at least one token")
     ids_M = torch.tensor(ids, dtype=torch.int64)
+    if cache.placement.far_arrays and cache.device.type == "cuda":
+        torch.cuda.synchronize(cache.device)  # the last step may still write to the host's memory
     parts = _parts(cache, cache.seq_len)
     sums = torch.zeros(1 + _num_blocks(parts), dtype=torch.int64)
     shapes = {"ids": (ids_M.dtype, (len(ids),)), "checksums": (sums.dtype, tuple(sums.shape))}
@@ -164,7 +166,7 @@ class StoredContext:
             for index, found in enumerate(_in_parallel(read, blocks, READERS, "context", progress)):
                 if found != expected[index]:
                     raise InputError(f"{self.path}: is damaged: bytes from {blocks[index].offset} on have changed")
-        cache.seq_len = self.num_cached
+        cache.filled(self.num_cached)
         cache.recent_from = self._recent_from
 
     def close(self) -> None:

@@ -73,6 +73,7 @@ class Stats:
         scope: what the last step saw: tokens in the "global", "selected" and "local" part, of "seq_len".
         cache_bytes: of keys and values, and of sketches, if there are any.
         sketch_bytes: those of them that are sketches'.
+        host_cache_bytes: those of them that lie in the host's memory, which a GPU reads by its address.
     """
 
     prompt_tokens: int
@@ -93,6 +94,7 @@ class Stats:
     weight_bytes: int = 0
     cache_bytes: int = 0
     sketch_bytes: int = 0
+    host_cache_bytes: int = 0
     peak_bytes: int = 0
 
     @classmethod
@@ -354,7 +356,7 @@ def generate(
     stats = Stats.of(model, config, len(ids), cache.seq_len)
     cache.reserve(len(ids) + config.max_tokens)
     sampler = Sampler(config, ids, model.config.vocab_size, model.device)
-    with compiling_decode_step(model):
+    with compiling_decode_step(model, cache):
         prefill(model, cache, ids[cache.seq_len : -1], 1, progress)
     text = TextOfTokens(tokenizer, config.stop)
     try:
@@ -380,7 +382,7 @@ def _complete(stats: Stats, model: Model, cache: KVCache, ids: list[int]) -> Non
     """Statistics that are known once the last step is done."""
     with contextlib.closing(together(_last_scope, model, cache, ids[cache.seq_len - 1])) as scopes:
         stats.scope = next(scopes)
-    stats.cache_bytes, stats.sketch_bytes = cache.nbytes, cache.sketch_nbytes
+    stats.cache_bytes, stats.sketch_bytes, stats.host_cache_bytes = cache.nbytes, cache.sketch_nbytes, cache.far_nbytes
     stats.peak_bytes = peak_bytes(model.device)
 
 

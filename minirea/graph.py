@@ -38,8 +38,9 @@ def read_captured(
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
     steps = [step for part in parts for step in part.split(model.attention.step_tokens(part.chunk_size))]
     sizes = [(part.stop - part.start, part.chunk_size) for part in steps]
-    # Which tokens vote with one that is read by itself is counted on the host.
+    # Which tokens vote with one that is read by itself is counted on the host, and so are keys that are brought.
     captured = sizes.count(sizes[0]) >= WORTH_CAPTURING and sizes[0] != (1, 1) if sizes else False
+    captured = captured and not cache.placement.far_keys
     done, step = [torch.cuda.Event(), torch.cuda.Event()], None
     for index, (part, size) in enumerate(zip(steps, sizes, strict=True)):
         if step is None or size != sizes[index - 1]:
@@ -84,7 +85,7 @@ _enqueueing = threading.RLock()  # held while a step is put on its way, never wh
 
 
 @contextlib.contextmanager
-def compiling_decode_step(model: Model) -> Iterator[None]:
+def compiling_decode_step(model: Model, cache: KVCache) -> Iterator[None]:
     """While a prompt compiles its kernels, compile those of a decode step in a thread, once for a model.
 
     They are half of what a first start waits for. At the end it waits for the thread, unless it ends with an error.
@@ -97,7 +98,7 @@ def compiling_decode_step(model: Model) -> Iterator[None]:
     if known:
         yield
         return
-    thread = threading.Thread(target=compile_decode_step, args=(model,))
+    thread = threading.Thread(target=compile_decode_step, args=(model, cache.placement))
     thread.start()
     yield
     thread.join()

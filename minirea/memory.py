@@ -5,12 +5,18 @@ from __future__ import annotations
 import dataclasses
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import torch
 
 from minirea.errors import MemoryLimitError
+
+# Of the host's memory: what is left to the system and the process, besides a cache that is pinned there.
+HOST_RESERVED: Final = 2 * 2**30
+HOST: Final = torch.device("cpu")
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -42,6 +48,7 @@ class MemoryPlan:
         workspace: activations, logits and what kernels keep, besides weights and cache.
         num_tokens: prompt and generated tokens together.
         held_tokens: those of them whose keys and values are not in `cache`, because they have their place already.
+        host_cache: keys and values in the host's memory instead, besides `cache`.
     """
 
     weights: int = 0
@@ -50,16 +57,32 @@ class MemoryPlan:
     workspace: int = 0
     num_tokens: int = 0
     held_tokens: int = 0
+    host_cache: int = 0
 
     def times(self, count: int) -> MemoryPlan:
         """Of so many alike that share a device."""
-        names = ("weights", "loading", "cache", "workspace")
+        names = ("weights", "loading", "cache", "workspace", "host_cache")
         return dataclasses.replace(self, **{name: count * getattr(self, name) for name in names})
 
     def fits(self, device: torch.device) -> bool:
-        """Whether `device` can hold it; true where the system does not say how much there is."""
+        """Whether `device`, and the host beside it, can hold it; true where the system does not say how much it has."""
         available = available_bytes(device)
-        return available is None or self.peak <= available
+        return (available is None or self.peak <= available) and self._host_fits()
+
+    def _host_fits(self) -> bool:
+        available = _available_to_pin() if self.host_cache > 0 else None
+        return available is None or self.host_cache <= available
+
+    def tokens_that_fit(self, device: torch.device) -> int:
+        """About how many of `num_tokens` fit; 0 where even none would."""
+        available, pinnable = available_bytes(device) or 0, _available_to_pin() or 0
+        room = available - self.weights - self.workspace
+        if room <= 0 or self.weights + self.loading > available:
+            return 0
+        new = self.num_tokens - self.held_tokens
+        fit = [max(0, room) * new // self.cache] if self.cache > 0 else []
+        fit += [max(0, pinnable) * new // self.host_cache] if self.host_cache > 0 else []
+        return self.held_tokens + min(new, *fit)
 
     @property
     def peak(self) -> int:
@@ -74,6 +97,11 @@ class MemoryPlan:
         """
         if self.fits(device):
             return
+        if not self._host_fits():
+            raise MemoryLimitError(
+                f"not enough memory on the host: needs {human(self.host_cache)} for the part of the KV cache there, "
+                f"{human(_available_to_pin() or 0)} can be pinned; {self._change(device)}"
+            )
         available = available_bytes(device) or 0
         parts = [
             f"{human(size)} {purpose}"
@@ -86,15 +114,27 @@ class MemoryPlan:
         ]
         raise MemoryLimitError(
             f"not enough memory on {device}: needs {' and '.join(filter(None, (', '.join(parts[:-1]), parts[-1])))}, "
-            f"{human(available)} is free; {self._change(available)}"
+            f"{human(available)} is free; {self._change(device)}"
         )
 
-    def _change(self, available: int) -> str:
-        room = available - self.weights - self.workspace
-        if not self.cache or room <= 0 or self.weights + self.loading > available:
+    def _change(self, device: torch.device) -> str:
+        fit = self.tokens_that_fit(device) if self.cache else 0
+        if not fit:
             return "use a smaller `dtype`, another `device` or a smaller model"
-        fit = self.held_tokens + room * (self.num_tokens - self.held_tokens) // self.cache
         return f"shorten the prompt or lower max_tokens: about {fit:,} of {self.num_tokens:,} tokens fit"
+
+
+def first_that_fits(plans: Sequence[MemoryPlan], device: torch.device) -> int:
+    """Which of several plans to take, best first: if none fits, the one that comes closest."""
+    for index, plan in enumerate(plans):
+        if plan.fits(device):
+            return index
+    return max(range(len(plans)), key=lambda index: plans[index].tokens_that_fit(device))
+
+
+def _available_to_pin() -> int | None:
+    available = available_bytes(HOST)
+    return None if available is None else max(0, available - HOST_RESERVED)
 
 
 def human(size: float) -> str:

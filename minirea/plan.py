@@ -9,7 +9,7 @@ from typing import Final
 import torch
 
 from minirea.attention import Attention
-from minirea.cache import cache_bytes
+from minirea.cache import cache_bytes, far_bytes
 from minirea.config import ModelConfig
 from minirea.cpu import (
     MAX_PREPARING_THREADS,
@@ -22,7 +22,7 @@ from minirea.cpu import (
 )
 from minirea.kernels import scratch_bytes
 from minirea.linear import WIDENED_AT_ONCE, WIDENED_BY_KERNELS
-from minirea.memory import MemoryPlan
+from minirea.memory import MemoryPlan, first_that_fits
 from minirea.quantize import quantized_bytes
 from minirea.weights import kept_weight_bytes, quantized_weight_bytes, quantizing_bytes, weight_bytes
 
@@ -38,7 +38,8 @@ def keeps_half(dtype: torch.dtype, device: torch.device) -> bool:
 def plan_run(
     path: str | Path, attention: Attention, dtype: torch.dtype, num_tokens: int = 0, quantize: str | None = None
 ) -> MemoryPlan:
-    """Weights, what loading them takes besides, and the cache and workspace of `num_tokens`; 0: not known yet.
+    """Weights, what loading them takes besides, and the cache and workspace of `num_tokens`; 0: not known yet. Of the
+    placements that the cache may have it is that of the first that fits, or of the one that comes closest.
 
     Raises what load_weights raises for the files' headers.
     """
@@ -48,10 +49,13 @@ def plan_run(
         weights, loading = _model_bytes(path, attention.model, dtype, attention.device)
     if not num_tokens:
         return MemoryPlan(weights, loading)
-    recent_size, sketched = attention.recent_size, attention.sketched
-    cache = cache_bytes(attention.model, num_tokens, attention.dense_limit, dtype, recent_size, sketched)
-    workspace = workspace_bytes(attention, dtype, num_tokens, quantize)
-    return MemoryPlan(weights, loading, cache, workspace, num_tokens)
+    c, workspace = attention.model, workspace_bytes(attention, dtype, num_tokens, quantize)
+    plans = []
+    for placement in attention.placements(num_tokens):
+        far = far_bytes(c, num_tokens, dtype, placement)
+        cache = cache_bytes(c, num_tokens, attention.dense_limit, dtype, attention.recent_size, placement) - far
+        plans.append(MemoryPlan(weights, loading, cache, workspace, num_tokens, host_cache=far))
+    return plans[first_that_fits(plans, attention.device)]
 
 
 def fit_steps(attention: Attention, plan: Callable[[], MemoryPlan]) -> MemoryPlan:
@@ -146,7 +150,8 @@ def _scratch_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) ->
     sizes = {scope.chunk_size, scope.tail_chunk_size}
     steps = [(min(attention.step_tokens(size), num_tokens), size) for size in sizes]
     sizes_of_model = c.num_heads, c.num_kv_heads, c.head_dim, dtype
-    ranks, decode, sketched = c.part.ranks if c.part else 1, scope.of_decode_step, attention.sketched
+    ranks, decode = c.part.ranks if c.part else 1, scope.of_decode_step
+    sketched = any(placement.sketched for placement in attention.placements(num_tokens))
     all_alike = decode is scope and not attention.recent_size and not attention.carries_votes
     sketched_here = sketched and all_alike
     scratch = scratch_bytes(*sizes_of_model, scope, num_tokens, steps, attention.device, ranks, sketched_here)

@@ -148,7 +148,7 @@ def _written_over(cache: KVCache, start: int) -> Iterator[None]:
         for tensor, old in zip(cache.tensors, kept, strict=True):
             tensor[..., start : start + old.shape[-2], :] = old
         cache.q_recent.copy_(q_recent)
-        cache.seq_len = seq_len
+        cache.filled(seq_len)
         cache.recent_from = recent_from
         cache.marks = marks
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from minirea.attention import Attention
-from minirea.cache import FIRST_SKETCHED_LAYER, KVCache
+from minirea.cache import KVCache
 from minirea.kernels import decode_kernels, peer_kernels
 from minirea.linear import Matrix
 from minirea.model import Model
+from minirea.placement import FIRST_SKETCHED_LAYER, Placement
 from minirea.ranks import SharedSampler
 from minirea.sampling import Sampler, SamplingConfig
 
@@ -145,7 +146,8 @@ class DecodeStep:
             k_GND, v_GND = self.cache.k[i], self.cache.v[i]
             q_WHD = self.q_LWHD[i if self.window > 1 else 0]
             kernels.norm_qkv(
-                x_E, layer.attn_norm, layer.qkv, layer.qkv_bias, eps, self.seq_len, q_WHD[-1], k_GND, v_GND
+                *(x_E, layer.attn_norm, layer.qkv, layer.qkv_bias, eps, self.seq_len, q_WHD[-1], k_GND, v_GND),
+                self.cache.near[i],
             )
             attending = 1 if self.window > 1 else None
             out_1HD = model.attention.over_cache(i, q_WHD, self.cache, step, attending)
@@ -205,20 +207,23 @@ class RankSums:
 
 
 @torch.inference_mode()
-def compile_decode_step(model: Model) -> None:
+def compile_decode_step(model: Model, placement: Placement) -> None:
     """Compile what a step over one token launches, all at the same time; nothing is launched. Its layers are as many
-    as there are kinds: with sketches the first one and those after it.
+    as there are kinds: with sketches the first one and those after it. Of layers whose values are far, or keys, and
+    others beside them, it takes the former.
     """
     from minirea.kernels.driver import compiling  # imports triton
 
-    sketched = model.attention.sketched
+    sketched = placement.sketched
     first_layers = copy.copy(model)
     first_layers.layers = model.layers[: FIRST_SKETCHED_LAYER + 1 if sketched else 1]
+    layers = len(first_layers.layers)
+    alike = placement._replace(far_values=min(layers, placement.far_values), far_keys=min(1, placement.far_keys))
     config = dataclasses.replace(model.config, num_layers=len(first_layers.layers))
     with contextlib.suppress(Exception), compiling():  # the step itself will raise it
         sizes = config, 16, model.attention.dense_limit
         recent_size = model.attention.recent_size
-        cache = KVCache(*sizes, model.device, model.dtype, recent_size=recent_size, sketched=sketched)
+        cache = KVCache(*sizes, model.device, model.dtype, recent_size=recent_size, placements=lambda _: [alike])
         model.attention.write_sketches(cache, 1)
         sampler = Sampler(SamplingConfig(), [], config.vocab_size, model.device)
         DecodeStep(first_layers, cache, 0, sampler).run()

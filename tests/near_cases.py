@@ -1,7 +1,8 @@
-"""Steps over a cache that is far, whose newest tokens are near as well: the same bits, from rows that say where from."""
+"""Steps over a cache that is far, whose newest tokens are near as well: rows hold NaN where they are not to be read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,7 @@ from minirea.kernels.near import write_near
 
 def near_of(case: Case, keys: bool, values: bool, chunk_size: int | None = None, spare: int = 0) -> Near:
     """Rows for the local parts of a case's chunks, `spare` more than it takes; NaN where no step reads."""
-    T, (G, _, D), config = len(case.q), case.k_cache.shape, case.config
+    T, config = len(case.q), case.config
     first = case.seq_len - T + min(T, chunk_size or T)  # cached tokens with the first chunk
     start = 0 if first <= config.dense_size else first - config.local_size
     size = max(config.local_size, config.dense_size) + T + spare
@@ -42,8 +43,18 @@ def far_case(case: Case, keys: bool, values: bool) -> Case:
     return replace(case, k_cache=k_GND, v_cache=v_GND)
 
 
-def check_near(case: Case, chunk_size: int | None = None, sketch: Sketch | None = None, spare: int = 0) -> None:
-    """With near values, near keys or both a step does bit for bit what it does with all of the cache near."""
+def check_near(
+    case: Case,
+    chunk_size: int | None = None,
+    sketch: Sketch | None = None,
+    spare: int = 0,
+    to_host: Callable[[Case], Case] = lambda case: case,
+) -> None:
+    """With near values, near keys or both a step does bit for bit what it does with all of the cache near.
+
+    Args:
+        to_host: moves a case's cache.
+    """
     whole = chunk_size is None or chunk_size >= len(case.q)
 
     def step(case: Case, near: Near | None) -> tuple[torch.Tensor, list[list[int]]]:
@@ -56,6 +67,6 @@ def check_near(case: Case, chunk_size: int | None = None, sketch: Sketch | None 
     expected = step(case, None)
     assert not expected[0].isnan().any()
     for keys, values in ((False, True), (True, True), (True, False)):
-        found = step(far_case(case, keys, values), near_of(case, keys, values, chunk_size, spare))
+        found = step(to_host(far_case(case, keys, values)), near_of(case, keys, values, chunk_size, spare))
         assert found[1] == expected[1]
         assert torch.equal(found[0], expected[0])

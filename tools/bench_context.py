@@ -100,7 +100,7 @@ def random_session(llm: LLM, num_tokens: int) -> Session:
     for tensor in session.cache.tensors:
         tensor.normal_()
     session.ids = torch.randint(llm.config.vocab_size, (num_tokens,)).tolist()
-    session.cache.seq_len = num_tokens
+    session.cache.filled(num_tokens)
     return session
 
 

@@ -90,6 +90,13 @@ def copy_bandwidth(device: str) -> float:
     return 2 * buffer.nbytes / median_seconds(lambda: target.copy_(buffer), 10, device)
 
 
+def host_bandwidth(device: str) -> float:
+    """Bytes per second that a copy from the host's pinned memory brings to a device."""
+    source = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device=device)
+    return source.nbytes / median_seconds(lambda: target.copy_(source, non_blocking=True), 5, device)
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()

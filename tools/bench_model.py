@@ -4,8 +4,9 @@ Each engine runs in a process of its own, so that its memory is its own, and goe
 order. A decode step is timed over a cache of random keys and values, so that no prompt has to be read first (--no-fill
 reads one). With --sketch the first of the steps that are not timed makes the sketches. The floor of a step is what it
 must read (weights, the keys that are scored or their sketches, keys and values of the scope) over the machine's
-measured copy bandwidth. With several --rounds engines take turns at each length, in processes that load the model
-anew, and the fastest of each counts: so other load on the machine hits all alike.
+measured copy bandwidth, and what of the scope lies in the host's memory over the bandwidth of that link. With several
+--rounds engines take turns at each length, in processes that load the model anew, and the fastest of each counts: so
+other load on the machine hits all alike.
 
     python tools/bench.py model --model DIR --device cpu --dtype float32 --threads 1 2 --rounds 3 \\
         --engines minirea minirea-full transformers --contexts 512,8k,32k --prefill 512,2k,4k,8k,16k
@@ -29,11 +30,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_machine import Lengths, add_device, describe_machine, lengths, print_machine, print_result, synchronize
+from bench_machine import (
+    Lengths,
+    add_device,
+    describe_machine,
+    host_bandwidth,
+    lengths,
+    print_machine,
+    print_result,
+    synchronize,
+)
 from shapes import SHAPES, named
 
-from minirea.cache import FIRST_SKETCHED_LAYER, all_sketch_bytes
-from minirea.config import SKETCHES
+from minirea.cache import all_sketch_bytes
+from minirea.config import CACHES, SKETCHES
+from minirea.placement import FIRST_SKETCHED_LAYER
 
 ENGINES = ("minirea", "minirea-full", "transformers")  # minirea-full: minirea with full attention
 WARMUP_STEPS = 8
@@ -66,6 +77,8 @@ def add_command(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--chunk-size", type=int, metavar="N", help="prompt tokens per step of minirea")
     sketch = "decode steps of minirea look at int8 copies of the keys"
     parser.add_argument("--sketch", choices=SKETCHES, default="auto", help=sketch)
+    cache = "where keys and values of minirea lie"
+    parser.add_argument("--cache", choices=CACHES, default="auto", help=cache)
     quantize = "of minirea's matrices; transformers keeps its own"
     parser.add_argument("--quantize", choices=("int8", "int4"), help=quantize)
     parser.add_argument("--attention", default="reattention", help="of minirea; transformers always attends to all")
@@ -148,7 +161,7 @@ def row_text(row: dict[str, Any], rows: list[dict[str, Any]], copy_gb_per_s: flo
         return f"{where}{named_engine(row):<12}  skipped: {row['skipped']}"
     parts = []
     if "decode_ms" in row:
-        floor = row["step_bytes"] / copy_gb_per_s / 1e6
+        floor = row["step_bytes"] / copy_gb_per_s / 1e6 + row.get("host_ms", 0)
         parts.append(f"decode {row['decode_ms']:8.3f} ms/token, floor {floor:.3f} ({row['decode_ms'] / floor:.2f}x)")
     if "prefill_seconds" in row:
         read = row["prefill_tokens"]
@@ -162,6 +175,8 @@ def row_text(row: dict[str, Any], rows: list[dict[str, Any]], copy_gb_per_s: flo
     same = [r for r in rows if kind in r and (r["engine"], r["context"], r.get("threads")) == cell]
     if same and row["engine"] != ENGINES[0]:
         parts.append(f"{row[kind] / same[0][kind]:.2f}x minirea's time")
+    if "cache" in row:
+        parts.append(row["cache"])
     what = f"{row['context']:>9,} tokens  {named_engine(row):<12}"
     return f"{what}  {', '.join(parts)}, peak {row['peak_bytes'] / 1e9:.2f} GB"
 
@@ -221,7 +236,12 @@ def measure_decode(arguments: argparse.Namespace, engine: Engine, context: int) 
         if index >= WARMUP_STEPS:
             seconds.append(time.perf_counter() - start)
     steps.close()
-    return {"decode_ms": statistics.median(seconds) * 1e3, "step_bytes": engine.step_bytes(context)}
+    row: dict[str, Any] = {"decode_ms": statistics.median(seconds) * 1e3, "step_bytes": engine.step_bytes(context)}
+    if isinstance(engine, Minirea):
+        host_bytes = engine.host_bytes(context)
+        row |= {"host_ms": host_bytes / host_bandwidth(arguments.device) * 1e3} if host_bytes else {}
+        row |= {"cache": engine.cache_text()}
+    return row
 
 
 def measure_prefill(arguments: argparse.Namespace, engine: Engine, context: int) -> dict[str, Any]:
@@ -263,7 +283,7 @@ class Minirea:
 
         attention = "full" if arguments.engine == "minirea-full" else arguments.attention
         options = {"device": arguments.device, "dtype": arguments.dtype, "attention": attention}
-        options["gpus"], options["sketch"] = arguments.gpus, arguments.sketch
+        options |= {"gpus": arguments.gpus, "sketch": arguments.sketch, "cache": arguments.cache}
         if arguments.chunk_size is not None:
             options["chunk_size"] = arguments.chunk_size
         if arguments.quantize is not None:
@@ -301,13 +321,13 @@ class Minirea:
 
     def step_bytes(self, context: int) -> int:
         """Weights but for an embedding that is not the head, keys that are scored or their sketches, keys and values of
-        the scope.
+        the scope: what of them lies on the device.
         """
         model = self.llm.model
         c, scope = model.config, model.attention.config.of_decode_step
         weights = model.nbytes - (model.embed.nbytes if model.embed is not model.head else 0)
         key_bytes = looked_at = c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
-        if model.attention.sketched:
+        if self.session.cache.sketched:
             looked_at = key_bytes // c.num_layers * FIRST_SKETCHED_LAYER
             looked_at += all_sketch_bytes(c, 2) - all_sketch_bytes(c, 1)
         if context <= model.attention.dense_size:
@@ -315,7 +335,23 @@ class Minirea:
         else:
             middle = context - scope.global_size - scope.local_size if scope.span_top_k else 0
             seen = min(context, scope.global_size + scope.max_selected + scope.local_size)
-        return weights + middle * looked_at + 2 * seen * key_bytes
+        return weights + middle * looked_at + 2 * seen * key_bytes - self.host_bytes(context)
+
+    def host_bytes(self, context: int) -> int:
+        """What a step reads in the host's memory: of the scope all but the local part, as far as it can be selected."""
+        model = self.llm.model
+        c, scope, placement = model.config, model.attention.config.of_decode_step, self.session.cache.placement
+        if context <= model.attention.dense_size:
+            return 0
+        selected = min(scope.max_selected, c.num_heads * scope.span_top_k * scope.span_size)
+        far = min(context - scope.local_size, scope.global_size + selected)
+        return placement.far_arrays * c.num_kv_heads * c.head_dim * model.dtype.itemsize * far
+
+    def cache_text(self) -> str:
+        cache, placement = self.session.cache, self.session.cache.placement
+        far = f", {cache.far_nbytes / 1e9:.1f} of it on the host" if placement.far_arrays else ""
+        far += f" ({placement.far_values} layers' values, {placement.far_keys} layers' keys)" if far else ""
+        return f"cache {cache.nbytes / 1e9:.1f} GB{far}{', sketches' if placement.sketched else ''}"
 
 
 @torch.inference_mode()
@@ -324,7 +360,8 @@ def fill_randomly(model: Any, cache: Any, context: int) -> Iterator[None]:
     del model
     for tensor in cache.tensors:
         tensor.normal_()
-    cache.seq_len, cache.sketched_len = context, 0
+    cache.filled(context)
+    cache.sketched_len = 0
     if cache.recent_size:  # without queries to vote with, a step would not be a graph
         cache.q_recent.normal_()
         cache.recent_from = max(0, context - cache.recent_size)

@@ -200,7 +200,7 @@ def model_tables(rows: list[Row], machine: Row) -> list[str]:
         cells = [f"{row['context']:,}", named_engine(row), f"{row['decode_ms']:.3f} ms"]
         if "step_bytes" not in row:
             return [*cells, "-", "-", peak(row)]
-        floor = row["step_bytes"] / bytes_per_ms
+        floor = row["step_bytes"] / bytes_per_ms + row.get("host_ms", 0)
         return [*cells, f"{floor:.3f} ms", f"{row['decode_ms'] / floor:.2f}", peak(row)]
 
     def prefill_row(row: Row) -> list[str]:

@@ -104,7 +104,9 @@ def decode_kernel(
         tile_rope = rope_of_a_tile(rope, num_positions, c)  # looking at sketches takes the registers
     if c.ATTENDS and program < workers:
         for unit in range(program, c.G * c.SLICES, workers):
-            attend_slice(q, k, v, near, out_ptr, rope, tile_rope, scratch, step, unit % c.G, unit // c.G, all_arrived, c)
+            attend_slice(
+                q, k, v, near, out_ptr, rope, tile_rope, scratch, step, unit % c.G, unit // c.G, all_arrived, c
+            )
 
     # Last, since of a kernel's code only the first 64 KiB are fetched ahead, and the workers need those. The first time
     # sorts what the launch before has left: it brings the code into the cache while the workers still score.

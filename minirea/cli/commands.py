@@ -33,6 +33,7 @@ _LOAD_OPTIONS: Final = (
     "gpus",
     "quantize",
     "sketch",
+    "cache",
 )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
 from minirea.config import (
+    CACHES,
     DEVICES,
     DTYPES,
     IMPLS,
@@ -149,8 +150,13 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     gpus = "devices that share the model, a divisor of its key/value heads; on a CPU: processes, which share its cores"
     add("--gpus", type=int, default=1, metavar="N", help=gpus)
     sketch = "decode from int8 copies of the keys: half the bytes on a GPU, the same selection; not where tokens vote "
-    sketch += "together (auto: off)"
+    sketch += "together (auto: on a GPU, for contexts so long that it is faster)"
     add("--sketch", choices=SKETCHES, default="auto", help=sketch)
+    cache = (
+        "where keys and values lie: host has values, and where it must some layers' keys, in the host's memory, which "
+    )
+    cache += "a GPU reads there: longer contexts, the same results (auto: there what does not fit on the device)"
+    add("--cache", choices=CACHES, default="auto", help=cache)
     add("--threads", type=int, metavar="N", help="of the CPU's arithmetic (default: the cores, or OMP_NUM_THREADS)")
     add("--quiet", action="store_true", help="no progress bar, no statistics")
     add("--debug", action="store_true", help="show tracebacks")

@@ -113,8 +113,9 @@ def footer(stats: Stats, finish_reason: str | None) -> str:
     ]
     if scope:
         lines += [f"scope       {' + '.join(parts)} = {s.seen_tokens:,} of {scope['seq_len']:,} tokens{beyond}"]
-    sketches = f" ({human(s.sketch_bytes)} of it int8 sketches)" if s.sketch_bytes else ""
-    cache = f"cache {human(s.cache_bytes)}{sketches}"
+    parts = [f"{human(s.host_cache_bytes)} of it in the host's memory"] if s.host_cache_bytes else []
+    parts += [f"{human(s.sketch_bytes)} of it int8 sketches"] if s.sketch_bytes else []
+    cache = f"cache {human(s.cache_bytes)}" + (f" ({', '.join(parts)})" if parts else "")
     lines += [f"memory      weights {human(s.weight_bytes)}, {cache}, peak {human(s.peak_bytes)}"]
     return "\n".join(lines)
 
@@ -137,7 +138,9 @@ def print_plan(files: ModelFiles, prompt_tokens: int, arguments: argparse.Namesp
     dtype = str(files.dtype).removeprefix("torch.")
     runs_on = f"{device.type}, {dtype}" + (f", {files.quantize} weights" if files.quantize else "")
     if arguments.json:
-        sizes = {name: getattr(plan, name) for name in ("weights", "loading", "cache", "workspace", "peak")}
+        sizes = {
+            name: getattr(plan, name) for name in ("weights", "loading", "cache", "host_cache", "workspace", "peak")
+        }
         record = {f"{name}_bytes": size for name, size in sizes.items()}
         record |= {"device": device.type, "dtype": dtype, "quantize": files.quantize}
         record |= {"prompt_tokens": prompt_tokens, "num_tokens": num_tokens}
@@ -148,7 +151,8 @@ def print_plan(files: ModelFiles, prompt_tokens: int, arguments: argparse.Namesp
             f"device      {each}{runs_on}, {files.attention.mode} attention, {files.attention.impl}",
             f"tokens      {prompt_tokens:,} in the prompt and {arguments.max_tokens:,} to generate",
             f"weights     {human(plan.weights)}, and {human(plan.loading)} more while they are loaded",
-            f"cache       {human(plan.cache)}",
+            f"cache       {human(plan.cache)}"
+            + (f", and {human(plan.host_cache)} in the host's memory" if plan.host_cache else ""),
             f"workspace   {human(plan.workspace)}",
             f"at most     {human(plan.peak)}" + ("" if free is None else f" of {human(free)} that are free"),
         )

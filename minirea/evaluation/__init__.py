@@ -62,6 +62,7 @@ def evaluate(
     gpus: int = 1,
     quantize: str | None = None,
     sketch: str = "auto",
+    cache: str = "auto",
     progress: bool = False,
     **options: Any,
 ) -> Evaluation:
@@ -75,7 +76,7 @@ def evaluate(
         out: directory for settings.json, records.jsonl and summary.json. Answers that it holds are not asked for again.
             None keeps everything in memory.
         at_most: the longest length by attention mode; longer ones are recorded as skipped.
-        device, dtype, impl, allow_out_of_distribution, gpus, quantize, sketch: as for minirea.load.
+        device, dtype, impl, allow_out_of_distribution, gpus, quantize, sketch, cache: as for minirea.load.
         progress: show a bar on stderr.
         options: fields of the task (lengths, samples, seed, ...) and of ReAttentionConfig.
 
@@ -108,9 +109,8 @@ def evaluate(
         fields = scope | {name: value for name, value in fields.items() if value is not None}
         cells = _cells_for(chosen, llm)
     else:
-        files = api.read_model(
-            model, device, dtype, modes[0], impl, gpus=gpus, quantize=quantize, sketch=sketch, **fields
-        )
+        lies: dict[str, Any] = {"gpus": gpus, "quantize": quantize, "sketch": sketch, "cache": cache}
+        files = api.read_model(model, device, dtype, modes[0], impl, **lies, **fields)
         cells = _cells_for(chosen, files)
         if out is not None:
             check_settings(Path(out), known_settings(chosen, files), some=True)

@@ -1,4 +1,4 @@
-"""Caches that are far, in Triton's interpreter: local parts come from the rows that are near, all else from the cache."""
+"""Caches that are far, in Triton's interpreter: local parts come from rows that are near, all else from the cache."""
 
 from __future__ import annotations
 
@@ -51,7 +51,12 @@ def test_writing_fills_near_rows_as_the_twins_do(seq_len: int) -> None:
     H, G, D, E = 4, 2, 8, 32
     r = Inputs(torch.float32, "cpu", seed=seq_len)
     at = torch.tensor([seq_len], dtype=torch.int32)
-    qkv_TXD, x_E, norm_E, w = r.normal(3 * (H + 2 * G), D).view(3, H + 2 * G, D), r.normal(E), r.normal(E), r.normal(64, E)
+    qkv_TXD, x_E, norm_E, w = (
+        r.normal(3 * (H + 2 * G), D).view(3, H + 2 * G, D),
+        r.normal(E),
+        r.normal(E),
+        r.normal(64, E),
+    )
     for keys, values in ((True, True), (False, True)):
         found = []
         for kernels, steps in ((rows, matvec), (reference, reference)):

@@ -279,7 +279,7 @@ def test_a_decode_step_is_compiled_while_a_prompt_is_read(
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda src, **_: compiled.append(src.name))
     shape = tiny_model(hidden_size=48, intermediate_size=72, num_key_value_heads=1, head_dim=head_dim, vocab_size=110)
     llm = minirea.load(write_checkpoint(tmp_path, shape), sketch=sketch, **SCOPE)
-    with compiling_decode_step(llm.model):
+    with compiling_decode_step(llm.model, llm.session(16).cache):
         pass
     assert kernels <= set(compiled)
     compiled.clear()

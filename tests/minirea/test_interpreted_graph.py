@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from minirea.graph import StepGraph
 from minirea.kernels.fused import launch
 from minirea.kernels.fused.arguments import SketchTiles
 from minirea.model import Model, _layer
+from minirea.placement import Placement
 from minirea.sampling import Sampler, SamplingConfig
 from minirea.steps import DecodeStep, PromptStep
 from minirea.weights import load_weights
@@ -98,8 +100,9 @@ def test_steps_with_sketches_compute_the_same(tmp_path: Path, monkeypatch: pytes
     for sketch in (False, True):
         model = triton_model(directory, llm)
         config, scope, cpu = model.config, llm.model.attention.config, model.device
-        model.attention = Attention(config, "reattention", scope, "triton", cpu, sketch=sketch)
-        cache = KVCache(config, 91, model.attention.dense_limit, cpu, torch.float32, sketched=sketch)
+        model.attention = Attention(config, "reattention", scope, "triton", cpu, sketch="int8" if sketch else "off")
+        sizes = config, 91, model.attention.dense_limit
+        cache = KVCache(*sizes, cpu, torch.float32, placements=model.attention.placements)
         model.attention.impl = "torch"
         prefill(model, cache, ids[:-1], 1)
         model.attention.impl = "triton"
@@ -238,3 +241,57 @@ def test_a_prompt_is_read_in_captured_steps(
     assert found == launched
     assert caches[0].seq_len == len(ids)
     check_equal(*caches)
+
+
+@torch.inference_mode()
+def test_steps_over_a_far_cache_compute_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit: a step of two chunks, then of one token each, whose near rows begin anew in between, before and
+    after some are taken back. Local parts are near alone: of the far cache they are NaN while a token is computed.
+    """
+    tiles = SketchTiles(BLOCK_N=16, ROOM=16, SURVIVORS=64, LEAST=32, num_stages=2, LIVE_M=4)
+    monkeypatch.setattr(launch, "sketch_tiles", lambda _: tiles)
+    monkeypatch.setattr("minirea.cache.TAKEN_BACK", 4)
+    directory = write_checkpoint(tmp_path, tiny_model(**SMALL))
+    llm, ids = minirea.load(directory, **SCOPE), random_ids(90, 40)
+    found = []
+    for lies in (Placement(), Placement(False, 2, 0, 56), Placement(True, 2, 1, 56)):
+        model = triton_model(directory, llm)
+        sketch, scope = "int8" if lies.sketched else "off", llm.model.attention.config
+        model.attention = Attention(model.config, "reattention", scope, "triton", model.device, sketch=sketch)
+        cache = KVCache(model.config, 91, 0, model.device, torch.float32, placements=lambda _, lies=lies: [lies])
+        model.attention.impl = "torch"
+        prefill(model, cache, ids[:70], 30)
+        model.attention.impl = "triton"
+        step = PromptStep(model, cache, 20, 10)
+        step.set(torch.tensor(ids[70:]))
+        step.run()
+        cache.seq_len += 20
+        tokens = []
+        for keep in (84, 60):
+            cache.rewind(keep)
+            cache.reserve(keep + 2)
+            token = DecodeStep(model, cache, 7, Sampler(SamplingConfig(), ids, model.config.vocab_size, model.device))
+            for _ in range(2):
+                model.attention.sketch_keys(cache)
+                with local_parts_of_far_arrays_are_nan(cache, lies):
+                    token.run()
+                cache.seq_len += 1
+                tokens.append(int(token.token))
+        found.append((tokens, [tensor[:, :62] for pair in zip(cache.k, cache.v, strict=True) for tensor in pair]))
+    for tokens, tensors in found[1:]:
+        assert tokens == found[0][0]
+        assert all(map(torch.equal, tensors, found[0][1]))
+
+
+@contextlib.contextmanager
+def local_parts_of_far_arrays_are_nan(cache: KVCache, lies: Placement) -> Iterator[None]:
+    """Those before the step's own token."""
+    local = slice(cache.seq_len + 1 - SCOPE["local_size"], cache.seq_len)
+    arrays = [cache.k[layer] for layer in range(2) if lies.keys_are_far(layer, 2)]
+    arrays += [cache.v[layer] for layer in range(2) if lies.values_are_far(layer, 2)]
+    kept = [array[:, local].clone() for array in arrays]
+    for array in arrays:
+        array[:, local] = torch.nan
+    yield
+    for array, values in zip(arrays, kept, strict=True):
+        array[:, local] = values

@@ -11,10 +11,11 @@ import torch
 from testing import TINY, random_ids, tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
-from minirea.cache import FIRST_SKETCHED_LAYER, KVCache, cache_bytes
+from minirea.cache import KVCache, cache_bytes
 from minirea.cli import main
 from minirea.errors import InputError
 from minirea.kernels import reference
+from minirea.placement import FIRST_SKETCHED_LAYER, Placement
 
 SCOPE = {"global_size": 4, "local_size": 8, "span_top_k": 2, "span_size": 4, "max_spans": 5, "chunk_size": 8}
 pytestmark = pytest.mark.filterwarnings("ignore:sketch is 'int8' on a CPU")
@@ -133,7 +134,14 @@ def bytes_of_tensors(cache: KVCache) -> int:
 def test_bytes_are_those_of_the_tensors(dense_limit: int, directory: Path) -> None:
     llm = pair(directory)[1]
     for capacity in (1, 40):
-        cache = KVCache(llm.config, capacity, dense_limit, llm.model.device, torch.float32, sketched=True)
+        cache = KVCache(
+            llm.config,
+            capacity,
+            dense_limit,
+            llm.model.device,
+            torch.float32,
+            placements=lambda _: [Placement(sketched=True)],
+        )
         assert cache.nbytes == bytes_of_tensors(cache)
         plain = cache_bytes(llm.config, capacity, dense_limit, torch.float32)
         assert cache.nbytes == plain + cache.sketch_nbytes and cache.sketch_nbytes > 0

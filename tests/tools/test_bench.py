@@ -25,6 +25,7 @@ from minirea.checkpoint_config import load_config
 from minirea.config import ReAttentionConfig
 from minirea.errors import MemoryLimitError
 from minirea.generate import has_recent
+from minirea.placement import Placement
 
 ON_CPU = ["--device", "cpu", "--dtype", "float32"]
 
@@ -209,23 +210,28 @@ def test_floor_counts_what_a_step_reads() -> None:
         embed=argparse.Namespace(nbytes=2 * embedding),
         head=None,
         dtype=torch.bfloat16,
-        config=argparse.Namespace(num_layers=32, num_kv_heads=8, head_dim=128),
+        config=argparse.Namespace(num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128),
         attention=argparse.Namespace(
             dense_size=16416,
-            sketched=False,
             config=ReAttentionConfig.for_context(131072),
         ),
     )
     engine = bench_model.Minirea.__new__(bench_model.Minirea)
     engine.llm = argparse.Namespace(model=model)
+    cache = argparse.Namespace(sketched=False, placement=Placement())
+    engine.session = argparse.Namespace(cache=cache)
     assert c["num_hidden_layers"] == 32
     assert engine.step_bytes(1024) == 15_009_849_344 + 2 * 1024 * key
     assert engine.step_bytes(16416) == 15_009_849_344 + 2 * 16416 * key  # all of them, and nothing is scored
     assert engine.step_bytes(16417) == 15_009_849_344 + (16417 - 8224 + 2 * 16416) * key
     assert engine.step_bytes(131072) == 15_009_849_344 + (131072 - 8224 + 2 * 16416) * key
-    model.attention.sketched = True  # in all layers but the first
+    cache.sketched = True  # in all layers but the first
     looked_at = key // 32 + 31 * 8 * (128 + 4)
-    assert engine.step_bytes(131072) == 15_009_849_344 + (131072 - 8224) * looked_at + 2 * 16416 * key
+    expected = 15_009_849_344 + (131072 - 8224) * looked_at + 2 * 16416 * key
+    assert engine.step_bytes(131072) == expected and engine.host_bytes(131072) == 0
+    cache.placement = Placement(True, 32, 5, 20000)  # 128 winners select 32 tokens each, at most
+    assert engine.host_bytes(131072) == (32 + 5) * (32 + 4096) * key // 32 and engine.host_bytes(16416) == 0
+    assert engine.step_bytes(131072) == expected - engine.host_bytes(131072)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -1,0 +1,76 @@
+"""Memory of the host that a GPU reads and writes by its address: pinned, so that it stays where it is."""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirea.errors import MemoryLimitError
+from minirea.memory import human
+
+PINNING_THREADS = 8  # the system clears pages while it hands them out, which takes a core longer than the pinning
+
+
+class HostTensor(NamedTuple):
+    """One array in the host's memory, as a tensor of the device, for kernels, and as one of the CPU."""
+
+    on_device: Tensor
+    on_cpu: Tensor
+
+
+def host_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> HostTensor:
+    """Of a CPU, both are one tensor. The memory is given back once nothing refers to either.
+
+    Raises:
+        MemoryLimitError: the system does not give so much, or does not let it be pinned.
+    """
+    if device.type == "cpu":
+        on_cpu = torch.empty(shape, dtype=dtype)
+        return HostTensor(on_cpu, on_cpu)
+    count = dtype.itemsize * torch.Size(shape).numel()
+    with torch.cuda.device(device):
+        bytes_of = _Pinned(count)
+        flat = torch.as_tensor(bytes_of, device=device)
+    on_device, on_cpu = (x.view(dtype).view(shape) for x in (flat, bytes_of.on_cpu))
+    return HostTensor(on_device, on_cpu)
+
+
+class _Pinned:
+    """So many bytes, which torch takes for memory of the device: it has the same address there."""
+
+    def __init__(self, count: int) -> None:
+        try:
+            memory = mmap.mmap(-1, max(1, count), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)  # pinned in a tenth of the time, and fewer addresses to look up
+        except (OSError, ValueError) as error:
+            raise _refused(count, error) from None
+        self.on_cpu = torch.frombuffer(memory, dtype=torch.uint8)
+        address, runtime = self.on_cpu.data_ptr(), torch.cuda.cudart()
+        code = runtime.cudaHostRegister(address, len(self.on_cpu), 0)
+        if int(code):
+            raise _refused(count, code)
+        # At the end of the process the system takes it back by itself.
+        weakref.finalize(self, _unpin, runtime, address).atexit = False
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": (len(self.on_cpu),),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+def _unpin(runtime: Any, address: int) -> None:
+    torch.cuda.synchronize()  # a step may still read it
+    runtime.cudaHostUnregister(address)
+
+
+def _refused(count: int, reason: object) -> MemoryLimitError:
+    return MemoryLimitError(
+        f"not enough memory on the host: {human(count)} more for the KV cache cannot be pinned ({reason}); shorten the "
+        "prompt, lower max_tokens, or use cache 'device'"
+    )

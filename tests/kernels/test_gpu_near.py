@@ -1,0 +1,80 @@
+"""Caches in the host's memory on a GPU: the kernels read them there, and compute the same bit for bit."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import Case, rope_table
+from near_cases import check_near
+from sketch_cases import sketch_of
+
+from minirea.kernels import ReAttentionConfig
+from minirea.pinned import host_tensor
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICE = torch.device("cuda")
+HALF = torch.bfloat16
+SHAPES = [(32, 8, 128, HALF, "layer"), (9, 3, 64, HALF, "kv_head"), (4, 2, 64, torch.float32, "layer")]
+
+
+def make(config: ReAttentionConfig, seq_len: int, T: int, H: int, G: int, D: int, dtype: torch.dtype) -> Case:
+    """Normal keys, queries and values, in the device's memory. Beyond seq_len lies NaN."""
+    generator = torch.Generator(DEVICE).manual_seed(seq_len)
+    tensors = [torch.randn(s, generator=generator, device=DEVICE) for s in ((T, H, D), *[(G, seq_len + 9, D)] * 2)]
+    for cache in tensors[1:]:
+        cache[:, seq_len:] = torch.nan
+    tables = (x.to(DEVICE) for x in rope_table(config.max_scope + T, D))
+    return Case(*(x.to(dtype) for x in tensors), seq_len, *tables, config)
+
+
+def on_host(case: Case) -> Case:
+    """The same with its cache in the host's memory."""
+    caches = []
+    for cache in (case.k_cache, case.v_cache):
+        host = host_tensor(tuple(cache.shape), cache.dtype, DEVICE)
+        host.on_device.copy_(cache)
+        torch.cuda.synchronize()
+        assert torch.equal(host.on_cpu.nan_to_num(), cache.cpu().nan_to_num())
+        caches.append(host.on_device)
+    return replace(case, k_cache=caches[0], v_cache=caches[1])
+
+
+@pytest.mark.parametrize(("H", "G", "D", "dtype", "span_scope"), SHAPES)
+def test_steps_read_the_hosts_memory(H: int, G: int, D: int, dtype: torch.dtype, span_scope: str) -> None:
+    """One query, and chunks of several launches, in the dense part and beyond it, wherever the near rows begin anew."""
+    config = ReAttentionConfig(32, 256, 4, 32, 24, span_scope=span_scope, dense_size=1056)
+    for seq_len, T, chunk_size in ((900, 1, 1), (4000, 1, 1), (1100, 200, 64), (9000, 256, 64), (9001, 60, 16)):
+        case = make(config, seq_len, T, H, G, D, dtype)
+        check_near(case, chunk_size, spare=seq_len % 13, to_host=on_host)
+
+
+@pytest.mark.parametrize(("H", "G", "D", "dtype", "span_scope"), SHAPES)
+def test_survivors_are_scored_in_the_hosts_memory(H: int, G: int, D: int, dtype: torch.dtype, span_scope: str) -> None:
+    config = ReAttentionConfig(32, 256, 4, 32, 24, span_scope=span_scope)
+    case = make(config, 150_000, 1, H, G, D, dtype)
+    check_near(case, sketch=sketch_of(case, "triton"), spare=7, to_host=on_host)
+    case.k_cache[:, : case.seq_len] = 1.0  # none can be ruled out
+    check_near(case, sketch=sketch_of(case, "triton"), spare=7, to_host=on_host)
+
+
+def test_pinned_memory_is_given_back() -> None:
+    host = host_tensor((1000, 1000), torch.bfloat16, DEVICE)
+    view, (on_device, on_cpu) = host.on_device[3], host
+    on_device.zero_()
+    torch.cuda.synchronize()
+    assert on_device.is_cuda and on_cpu.is_pinned() and not on_cpu.any()
+    address = on_cpu.data_ptr()
+    del host, on_device
+    gc.collect()
+    assert on_cpu.is_pinned() and not view.any()  # a view still holds it
+    del view
+    gc.collect()
+    assert not on_cpu.is_pinned()
+    assert int(torch.cuda.cudart().cudaHostRegister(address, 2_000_000, 0)) == 0
+    torch.cuda.cudart().cudaHostUnregister(address)

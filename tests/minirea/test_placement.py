@@ -1,0 +1,228 @@
+"""Where caches lie: what is chosen from what memory there is, and that nothing of a text depends on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from shapes import named
+from testing import random_ids, tiny_model, write_checkpoint
+
+import minirea
+from minirea import memory, plan
+from minirea.attention import Attention
+from minirea.cache import KVCache, array_bytes, cache_bytes, far_bytes
+from minirea.checkpoint_config import load_config
+from minirea.cli import main
+from minirea.config import ModelConfig, ReAttentionConfig
+from minirea.errors import InputError, MemoryLimitError
+from minirea.kernels.near import near_size
+from minirea.placement import Placement, placements
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SCOPE = {"global_size": 4, "local_size": 8, "span_top_k": 2, "span_size": 4, "max_spans": 5, "chunk_size": 8}
+SCOPE |= {"dense_size": 20}
+# Neither is read by minirea.cpu, so that everything has to be equal bit for bit.
+KINDS: list[dict[str, Any]] = [{"span_scope": "kv_head"}, {"dtype": "bfloat16"}]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "tiny", tiny_model(num_hidden_layers=3))
+
+
+def test_as_little_as_possible_is_far() -> None:
+    """Values first, then keys of layers with sketches; none where a step could not look at them, or read them."""
+    device, near = [Placement(True), Placement(False)], 256
+    assert placements(3, "device", [True, False], near) == device
+    assert placements(3, "host", [True, False], 0) == device
+    far = [Placement(True, 1, 0, 256), Placement(True, 2, 0, 256), Placement(True, 3, 0, 256)]
+    keys = [Placement(True, 3, 1, 256), Placement(True, 3, 2, 256)]
+    unsketched = [Placement(False, count, 0, 256) for count in (1, 2, 3)]
+    assert placements(3, "auto", [True, False], near) == [*device, *far, *keys, *unsketched]
+    assert placements(3, "host", [False], near) == [unsketched[-1]]
+    assert placements(3, "host", [True], near) == [far[-1], *keys]
+
+
+def test_far_layers() -> None:
+    for num_layers in (2, 7, 32):
+        for count in range(num_layers):
+            layers = Placement(True, num_layers, count, 256).layers_of_far_keys(num_layers)
+            assert len(set(layers)) == count and all(1 <= layer < num_layers for layer in layers)
+    assert Placement(True, 33, 16, 1).layers_of_far_keys(33) == list(range(1, 33, 2))  # others between them
+    assert [Placement(False, 2, 0, 1).values_are_far(layer, 5) for layer in range(5)] == [False] * 3 + [True] * 2
+
+
+# ------------------------------------------------------------------------------------------------------------ engine
+
+
+def far(count: int, keys: int = 0, rows: int = 48) -> Any:
+    """In place of Attention.placements: so many layers' values and keys are far."""
+    return lambda self, _: [Placement(self.sketched and self.sketch == "int8", count, keys, rows)]
+
+
+def check_near(cache: KVCache) -> None:
+    """Near rows hold what a step reads there: the last 28 tokens at least, which is dense_size and a chunk."""
+    for layer, near in enumerate(cache.near):
+        for rows, whole in zip(near or (None, None), (cache.k[layer], cache.v[layer]), strict=True):
+            if rows is not None:
+                tokens = torch.arange(max(0, cache.seq_len - 28), cache.seq_len)
+                assert torch.equal(rows[:, tokens % rows.shape[1]], whole[:, tokens])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("keys", [0, 2])
+def test_a_session_is_the_same_wherever_its_cache_lies(
+    directory: Path, kind: dict[str, Any], keys: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Through prompts, answers, growth out of the device, rewinds near and far, looks at sources, and a file."""
+    monkeypatch.setattr("minirea.cache.TAKEN_BACK", 6)
+    llm = minirea.load(directory, sketch="int8" if keys else "off", **SCOPE | kind)
+    ids, sessions = random_ids(230), []
+    for lies in (far(0), far(3, keys), None):
+        # The last one moves to the host as it grows beyond 100 tokens: values of two layers, then all.
+        moving = lambda self, n: far((n > 100) + (n > 100) + (n > 150), keys if n > 150 else 0)(self, n)  # noqa: E731
+        monkeypatch.setattr(Attention, "placements", lies or moving)
+        session = llm.session()
+        session.prefill(ids[:70])
+        texts = [session.generate(ids[70:90], max_tokens=9, ignore_eos=True, sources=2)]
+        for keep, start, stop in ((95, 95, 160), (158, 160, 168), (60, 170, 230)):
+            session.rewind(keep)
+            texts.append(session.generate(ids[start:stop], max_tokens=7, ignore_eos=True))
+        session.save(tmp_path / "context")
+        opened = llm.open_session(tmp_path / "context")
+        texts.append(opened.generate([5], max_tokens=5, ignore_eos=True))
+        assert texts[-1].stats.host_cache_bytes == opened.cache.far_nbytes
+        for cache in (session.cache, opened.cache):
+            check_near(cache)
+            assert cache.nbytes == sum(tensor.nbytes for tensor in all_tensors(cache))
+        sessions.append((session, texts))
+    near, host, moved = sessions
+    assert host[0].cache.placement.far_arrays == moved[0].cache.placement.far_arrays == 3 + keys
+    for session, texts in (host, moved):
+        assert [(out.token_ids, out.sources) for out in texts] == [(out.token_ids, out.sources) for out in near[1]]
+        for layer in range(3):
+            for ours, theirs in zip(*(s.cache.stored(layer).values() for s in (session, near[0])), strict=True):
+                tokens = session.cache.seq_len
+                assert torch.equal(ours[:, :tokens], theirs[:, :tokens])
+
+
+def all_tensors(cache: KVCache) -> list[torch.Tensor]:
+    sketches = [tensor for sketch in cache.sketches if sketch is not None for tensor in sketch]
+    near = [rows for both in cache.near if both is not None for rows in both if rows is not None]
+    return [*cache.tensors, *sketches, *near, *([] if cache._brought is None else [cache._brought._rows_GND])]
+
+
+def test_keys_are_brought_whatever_was_brought_before(directory: Path) -> None:
+    config = load_config(directory)
+    cache = KVCache(config, 40, 0, CPU, torch.float32, placements=lambda _: [Placement(True, 3, 2, 48)])
+    for tensor in cache.tensors:
+        tensor.normal_()
+    cache.filled(20)
+    for layer in (1, 2):
+        for stop in (20, 24):
+            cache.bring_ahead(0)
+            assert torch.equal(cache.keys_to_score(layer, stop)[:, :stop], cache.k[layer][:, :stop])
+    assert cache.keys_to_score(0, 20) is cache.k[0]
+    cache.bring_ahead(1)
+    cache.k[1][:, :20].normal_()  # other tokens in the place of what is on its way
+    cache.rewind(5)
+    cache.filled(20)
+    cache.bring_ahead(1)
+    assert torch.equal(cache.keys_to_score(1, 20)[:, :20], cache.k[1][:, :20])
+
+
+# -------------------------------------------------------------------------------------------------------------- plans
+
+CARD, HOST = 84_000_000_000, 130_000_000_000  # free on a card of 80 GB, and beside it
+
+
+@pytest.fixture
+def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+    """The shape of an 8B model, on a card that is not there."""
+    pytest.importorskip("triton")
+    from minirea.kernels.fused import launch
+
+    monkeypatch.setattr(launch, "num_programs", lambda *_: 132)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: CARD if device.type == "cuda" else HOST)
+    (tmp_path / "config.json").write_text(json.dumps(named("llama-3.1-8b")))
+    return load_config(tmp_path)
+
+
+def planned(config: ModelConfig, num_tokens: int, weights: int, **options: str) -> tuple[Placement, memory.MemoryPlan]:
+    """What a run would choose, and its plan."""
+    scope = ReAttentionConfig.for_context(config.trained_context)
+    attention = Attention(config, "reattention", scope, "triton", CUDA, **options)
+    found, plans = attention.placements(num_tokens), []
+    for placement in found:
+        total = cache_bytes(config, num_tokens, 0, torch.bfloat16, 0, placement)
+        on_host = far_bytes(config, num_tokens, torch.bfloat16, placement)
+        workspace = plan.workspace_bytes(attention, torch.bfloat16, num_tokens)
+        plans.append(memory.MemoryPlan(weights, 0, total - on_host, workspace, num_tokens, host_cache=on_host))
+    index = memory.first_that_fits(plans, CUDA)
+    assert all(not p.fits(CUDA) for p in plans[:index]) or not plans[index].fits(CUDA)
+    return found[index], plans[index]
+
+
+def test_a_million_tokens_of_an_8b_model_fit_on_one_card(llama: ModelConfig) -> None:
+    million, half, quarter = 1 << 20, 16_100_000_000, 9_100_000_000
+    for weights in (half, quarter):
+        placement, found = planned(llama, million, weights, cache="auto", sketch="auto")
+        assert placement.sketched and placement.far_values == 32 and 10 < placement.far_keys < 31
+        assert found.fits(CUDA) and found.peak <= CARD and found.host_cache <= HOST - memory.HOST_RESERVED
+        assert found.host_cache == (32 + placement.far_keys) * array_bytes(llama, million, torch.bfloat16)
+    placement, _ = planned(llama, million, quarter, cache="auto", sketch="off")
+    assert placement.far_values > 28 and not placement.far_keys and not placement.sketched
+    placement, found = planned(llama, million, half, cache="device", sketch="auto")
+    assert placement == Placement(False) and not found.fits(CUDA)
+    with pytest.raises(MemoryLimitError, match=r"not enough memory on cuda: .*about 4[0-9]{2},[0-9]{3} of 1,048,576"):
+        found.check(CUDA)
+    placement, found = planned(llama, 4 * million, half, cache="auto", sketch="auto")
+    with pytest.raises(MemoryLimitError, match=r"about 1,[0-9]{3},[0-9]{3} of 4,194,304 tokens fit"):
+        found.check(CUDA)
+
+
+def test_auto_takes_sketches_where_they_pay_and_fit(llama: ModelConfig) -> None:
+    options = {"cache": "auto", "sketch": "auto"}
+    assert planned(llama, 131072, 16 * 10**9, **options)[0] == Placement(True)
+    assert planned(llama, 131071, 16 * 10**9, **options)[0] == Placement(False)
+    assert planned(llama, 400_000, 16 * 10**9, **options)[0] == Placement(False)  # they would not fit
+    assert planned(llama, 131072, 16 * 10**9, cache="auto", sketch="off")[0] == Placement(False)
+    assert planned(llama, 1000, 16 * 10**9, cache="auto", sketch="int8")[0] == Placement(True)
+    near = near_size(8192, 16416, 2048)
+    assert planned(llama, 131072, 16 * 10**9, cache="host", sketch="off")[0] == Placement(False, 32, 0, near)
+    voting = ReAttentionConfig.for_context(8192)
+    assert voting.vote_window > 1
+    attention = Attention(llama, "reattention", voting, "triton", CUDA, sketch="auto", cache="auto")
+    assert not any(placement.sketched for placement in attention.placements(1 << 20))
+
+
+def test_a_host_without_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gigabyte = 10**9
+    free = {"cuda": 10 * gigabyte, "cpu": 3 * gigabyte + memory.HOST_RESERVED}
+    monkeypatch.setattr(memory, "available_bytes", lambda device: free[device.type])
+    found = memory.MemoryPlan(0, 0, 2 * gigabyte, 0, 1000, host_cache=6 * gigabyte)
+    with pytest.raises(
+        MemoryLimitError,
+        match=r"not enough memory on the host: needs 6.00 GB for the part of the KV cache there, 3.00 GB can be "
+        "pinned; shorten the prompt or lower max_tokens: about 500 of 1,000 tokens fit",
+    ):
+        found.check(CUDA)
+
+
+def test_what_reads_no_host_memory_is_named(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, scope = load_config(directory), ReAttentionConfig(4, 8)
+    for mode, impl, said in (("full", "triton", "attention 'full'"), ("reattention", "torch", "impl 'torch'")):
+        with pytest.raises(InputError, match=f"cache is 'host', expected 'auto' or 'device' with {said}"):
+            Attention(config, mode, scope, impl, CUDA, cache="host")
+        assert Attention(config, mode, scope, impl, CPU, cache="host").placements(99) == [Placement()]
+    with pytest.raises(InputError, match="gpus is 2, expected 1: caches in the host's memory do not work"):
+        minirea.api.read_model(directory, cache="host", gpus=2)
+    with pytest.raises(InputError, match="cache is 'disk', expected one of auto, device, host"):
+        minirea.load(directory, cache="disk")
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", str(directory), "--text", "x", "--cache", "disk"])
+    assert "invalid choice: 'disk'" in capsys.readouterr().err
