@@ -14,9 +14,8 @@ from minirea.errors import memory_limit_of
 from minirea.kernels.near import TAKEN_BACK, Near, new_near, write_near
 from minirea.kernels.sketch import Sketch, new_sketch, sketch_bytes
 from minirea.memory import MemoryPlan, first_that_fits
-from minirea.pinned import PINNING_THREADS, HostTensor, host_tensor
+from minirea.pinned import host_tensor
 from minirea.placement import FIRST_SKETCHED_LAYER, NEAR, Placement
-from minirea.threads import thread_pool
 
 ALL_TOKENS: Final = sys.maxsize
 MARKS: Final = 8  # places that a cache can be rewound to with all the queries that were there
@@ -145,9 +144,8 @@ class KVCache:
         self._k_rotated_rows: list[Tensor] = []  # [N, G, D]
         self.placement, plan = self._choose(capacity, 0)
         plan.check(device)
-        far = self._pin(capacity, self.placement)
         for layer in range(config.num_layers):
-            self._arrays.append(self._allocate_layer(layer, capacity, self.placement, far))
+            self._arrays.append(self._allocate_layer(layer, capacity, self.placement))
             if dense_limit:
                 self.k_rotated.append(self._allocate((config.num_kv_heads, self._rotated(capacity), config.head_dim)))
         self.q_recent = self._allocate((config.num_layers, recent_size, config.num_heads, config.head_dim))
@@ -380,11 +378,11 @@ class KVCache:
         except RuntimeError as error:
             raise memory_limit_of(error) or error from None
 
-    def _allocate_layer(
-        self, layer: int, capacity: int, placement: Placement, pinned: list[HostTensor] | None = None
-    ) -> _Arrays:
-        """Keys and values of a layer; `pinned` are arrays that are far, to be taken from its end."""
-        shape = self._config.num_kv_heads, capacity, self._config.head_dim
+    def _allocate_layer(self, layer: int, capacity: int, placement: Placement) -> _Arrays:
+        """Keys and values of a layer. Those that are far lie token by token, [N, G, D]: the heads of a span that is
+        read there have addresses side by side, of which a GPU looks few up at a time.
+        """
+        G, N, D = shape = self._config.num_kv_heads, capacity, self._config.head_dim
         far = self._far(layer, placement)
         if not any(far):
             kinds = 2 if self.dense_limit < ALL_TOKENS else 1
@@ -392,22 +390,13 @@ class KVCache:
         arrays = _Arrays([], [])
         for is_far in far:
             if is_far:
-                host = pinned.pop() if pinned else host_tensor((1, *shape), self.dtype, self.device)
-                arrays.tensors.append(host.on_device)
-                arrays.on_cpu.append(host.on_cpu)
+                host = host_tensor((1, N, G, D), self.dtype, self.device)
+                arrays.tensors.append(host.on_device.transpose(1, 2))
+                arrays.on_cpu.append(host.on_cpu.transpose(1, 2))
             else:
                 arrays.tensors.append(self._allocate((1, *shape)))
                 arrays.on_cpu.append(None)
         return arrays
-
-    def _pin(self, capacity: int, placement: Placement) -> list[HostTensor]:
-        """All arrays that are far, by several threads: it takes a fraction of a second for each gigabyte."""
-        shape = 1, self._config.num_kv_heads, capacity, self._config.head_dim
-        if not placement.far_arrays:
-            return []
-        with thread_pool(PINNING_THREADS, "pinning") as pool:
-            pinned = [pool.submit(host_tensor, shape, self.dtype, self.device) for _ in range(placement.far_arrays)]
-            return [future.result() for future in pinned]
 
     def _allocate_near(self, placement: Placement) -> None:
         """Rows for the newest tokens of what is far."""
@@ -435,8 +424,8 @@ class KVCache:
             self.sketched_len = 0
         self._brought = None
         if placement.far_keys:
-            shape = self._config.num_kv_heads, capacity, self._config.head_dim
-            self._brought = BroughtKeys([arrays.on_cpu[0] for arrays in self._arrays], self._allocate(shape))
+            rows_NGD = self._allocate((capacity, self._config.num_kv_heads, self._config.head_dim))
+            self._brought = BroughtKeys([arrays.on_cpu[0] for arrays in self._arrays], rows_NGD)
 
     def _allocate_sketch(self, capacity: int) -> Sketch:
         try:
@@ -483,10 +472,10 @@ class BroughtKeys:
     free; the step's own keys, which are written last, follow when they are scored.
     """
 
-    def __init__(self, on_cpu: list[Tensor | None], rows_GND: Tensor) -> None:
-        self._on_cpu, self._rows_GND = on_cpu, rows_GND
-        on_gpu = rows_GND.is_cuda
-        self._stream = torch.cuda.Stream(rows_GND.device) if on_gpu else None
+    def __init__(self, on_cpu: list[Tensor | None], rows_NGD: Tensor) -> None:
+        """`on_cpu` are the layers' keys [1, G, N, D] that are far, None for others."""
+        self._on_cpu, self._rows_NGD = on_cpu, rows_NGD
+        self._stream = torch.cuda.Stream(rows_NGD.device) if rows_NGD.is_cuda else None
         self._layer, self._stop = -1, 0  # whose keys are there or on their way, and how many; none below 0
 
     def forget(self) -> None:
@@ -503,7 +492,7 @@ class BroughtKeys:
         if self._stream is None:
             self._copy(found, 0, stop)
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._rows_GND.device))  # which still reads the room
+        self._stream.wait_stream(torch.cuda.current_stream(self._rows_NGD.device))  # which still reads the room
         with torch.cuda.stream(self._stream):
             self._copy(found, 0, stop)
 
@@ -512,13 +501,12 @@ class BroughtKeys:
         if self._layer != layer or self._stop > stop:
             self.begin(layer, stop)
         if self._stream is not None:
-            torch.cuda.current_stream(self._rows_GND.device).wait_stream(self._stream)
+            torch.cuda.current_stream(self._rows_NGD.device).wait_stream(self._stream)
         self._copy(layer, self._stop, stop)
         self._layer = -1  # a later step writes more of them
-        return self._rows_GND
+        return self._rows_NGD.transpose(0, 1)
 
     def _copy(self, layer: int, start: int, stop: int) -> None:
         source_GND = self._on_cpu[layer]
         assert source_GND is not None
-        for rows_ND, source_ND in zip(self._rows_GND, source_GND[0], strict=True):
-            rows_ND[start:stop].copy_(source_ND[start:stop], non_blocking=True)
+        self._rows_NGD[start:stop].copy_(source_GND[0].transpose(0, 1)[start:stop], non_blocking=True)

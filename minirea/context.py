@@ -97,7 +97,7 @@ def save_context(
 
         def write(block: _Block) -> int:
             with torch.inference_mode():
-                view = bytes_of(block.rows.cpu())
+                view = bytes_of(block.rows.cpu().contiguous())
             _write_at(file, block.offset, view)
             return _checksum(view)
 
@@ -154,10 +154,11 @@ class StoredContext:
 
         def read(block: _Block) -> int:
             with torch.inference_mode():
-                rows = block.rows if block.rows.is_cpu else torch.empty_like(block.rows, device="cpu")
+                in_place = block.rows.is_cpu and block.rows.is_contiguous()
+                rows = block.rows if in_place else torch.empty(block.rows.shape, dtype=block.rows.dtype)
                 view = bytes_of(rows)
                 _read_at(self._file, block.offset, view)
-                if not block.rows.is_cpu:
+                if not in_place:
                     block.rows.copy_(rows)
             return _checksum(view)
 

@@ -34,14 +34,15 @@ def make(config: ReAttentionConfig, seq_len: int, T: int, H: int, G: int, D: int
 
 
 def on_host(case: Case) -> Case:
-    """The same with its cache in the host's memory."""
+    """The same with its cache in the host's memory, token by token."""
     caches = []
     for cache in (case.k_cache, case.v_cache):
-        host = host_tensor(tuple(cache.shape), cache.dtype, DEVICE)
-        host.on_device.copy_(cache)
+        G, N, D = cache.shape
+        host = host_tensor((N, G, D), cache.dtype, DEVICE)
+        host.on_device.copy_(cache.transpose(0, 1))
         torch.cuda.synchronize()
-        assert torch.equal(host.on_cpu.nan_to_num(), cache.cpu().nan_to_num())
-        caches.append(host.on_device)
+        assert torch.equal(host.on_cpu.nan_to_num(), cache.transpose(0, 1).cpu().nan_to_num())
+        caches.append(host.on_device.transpose(0, 1))
     return replace(case, k_cache=caches[0], v_cache=caches[1])
 
 

@@ -113,7 +113,7 @@ def test_a_session_is_the_same_wherever_its_cache_lies(
 def all_tensors(cache: KVCache) -> list[torch.Tensor]:
     sketches = [tensor for sketch in cache.sketches if sketch is not None for tensor in sketch]
     near = [rows for both in cache.near if both is not None for rows in both if rows is not None]
-    return [*cache.tensors, *sketches, *near, *([] if cache._brought is None else [cache._brought._rows_GND])]
+    return [*cache.tensors, *sketches, *near, *([] if cache._brought is None else [cache._brought._rows_NGD])]
 
 
 def test_keys_are_brought_whatever_was_brought_before(directory: Path) -> None:
