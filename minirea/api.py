@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minirea import generate as loop
 from minirea.attention import Attention
-from minirea.cache import KVCache, cache_bytes
+from minirea.cache import KVCache
 from minirea.checkpoint_config import load_config
 from minirea.checks import integer, shown
 from minirea.config import (
@@ -43,7 +43,7 @@ from minirea.isolation import isolated
 from minirea.leader import Leader, SharedCache
 from minirea.memory import MemoryPlan, human
 from minirea.model import Model
-from minirea.plan import fit_steps, keeps_half, plan_run, workspace_bytes
+from minirea.plan import fit_steps, keeps_half, plan_cache, plan_run, workspace_bytes
 from minirea.ranks import Ranks, follows
 from minirea.sources import Source, Votes, look, question_start, sources_of
 from minirea.steps import num_shared
@@ -645,8 +645,7 @@ def new_cache(model: Model, capacity: int) -> KVCache:
     attention = model.attention
     workspace = functools.partial(workspace_bytes, attention, model.dtype, quantize=model.quantize)
     sizes = model.config, capacity, attention.dense_limit
-    tokens = cache_bytes(*sizes, model.dtype, attention.recent_size, attention.sketched)
-    fit_steps(attention, lambda: MemoryPlan(cache=tokens, workspace=workspace(capacity)))
+    fit_steps(attention, lambda: plan_cache(attention, model.dtype, capacity, model.quantize)[1])
     arguments = *sizes, model.device, model.dtype, workspace, attention.recent_size
     if isinstance(model.ranks, Leader):
         return SharedCache(model.ranks, model, *arguments)

@@ -23,6 +23,7 @@ from minirea.cpu import (
 from minirea.kernels import scratch_bytes
 from minirea.linear import WIDENED_AT_ONCE, WIDENED_BY_KERNELS
 from minirea.memory import MemoryPlan, first_that_fits
+from minirea.placement import Placement
 from minirea.quantize import quantized_bytes
 from minirea.weights import kept_weight_bytes, quantized_weight_bytes, quantizing_bytes, weight_bytes
 
@@ -38,8 +39,7 @@ def keeps_half(dtype: torch.dtype, device: torch.device) -> bool:
 def plan_run(
     path: str | Path, attention: Attention, dtype: torch.dtype, num_tokens: int = 0, quantize: str | None = None
 ) -> MemoryPlan:
-    """Weights, what loading them takes besides, and the cache and workspace of `num_tokens`; 0: not known yet. Of the
-    placements that the cache may have it is that of the first that fits, or of the one that comes closest.
+    """Weights, what loading them takes besides, and the cache and workspace of `num_tokens`; 0: not known yet.
 
     Raises what load_weights raises for the files' headers.
     """
@@ -49,13 +49,28 @@ def plan_run(
         weights, loading = _model_bytes(path, attention.model, dtype, attention.device)
     if not num_tokens:
         return MemoryPlan(weights, loading)
-    c, workspace = attention.model, workspace_bytes(attention, dtype, num_tokens, quantize)
-    plans = []
-    for placement in attention.placements(num_tokens):
-        far = far_bytes(c, num_tokens, dtype, placement)
-        cache = cache_bytes(c, num_tokens, attention.dense_limit, dtype, attention.recent_size, placement) - far
+    return plan_cache(attention, dtype, num_tokens, quantize, weights, loading)[1]
+
+
+def plan_cache(
+    attention: Attention,
+    dtype: torch.dtype,
+    num_tokens: int,
+    quantize: str | None = None,
+    weights: int = 0,
+    loading: int = 0,
+) -> tuple[Placement, MemoryPlan]:
+    """Of what a cache of `num_tokens` may be the first that fits, beside its workspace and these bytes, or the one that
+    comes closest.
+    """
+    workspace, sizes = workspace_bytes(attention, dtype, num_tokens, quantize), (attention.dense_limit, dtype)
+    found, plans = attention.placements(num_tokens), []
+    for placement in found:
+        far = far_bytes(attention.model, num_tokens, dtype, placement)
+        cache = cache_bytes(attention.model, num_tokens, *sizes, attention.recent_size, placement) - far
         plans.append(MemoryPlan(weights, loading, cache, workspace, num_tokens, host_cache=far))
-    return plans[first_that_fits(plans, attention.device)]
+    index = first_that_fits(plans, attention.device)
+    return found[index], plans[index]
 
 
 def fit_steps(attention: Attention, plan: Callable[[], MemoryPlan]) -> MemoryPlan:
