@@ -41,17 +41,25 @@ def make_parser(with_tasks: bool = True) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_generate(commands: Any) -> None:
-    generate = commands.add_parser(
-        "generate",
-        help="continue a prompt",
-        description="Continue a prompt. The text goes to standard output, statistics to standard error.",
-        formatter_class=HelpFormatter,
+def _add_command(commands: Any, name: str, about: str, description: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=about, description=description, formatter_class=HelpFormatter
     )
+    return parser
+
+
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    """Flags of the commands that answer."""
+    add_sampling(parser)
+    add_attention(parser)
+    add_execution(parser)
+
+
+def _add_generate(commands: Any) -> None:
+    description = "Continue a prompt. The text goes to standard output, statistics to standard error."
+    generate = _add_command(commands, "generate", "continue a prompt", description)
     add_input(generate, several=True)
-    add_sampling(generate)
-    add_attention(generate)
-    add_execution(generate)
+    _add_generation(generate)
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     generate.add_argument("--dry-run", action="store_true", help="print what it would need of the memory, and stop")
     sources = "say which N passages of the prompt the answer used most"
@@ -60,31 +68,24 @@ def _add_generate(commands: Any) -> None:
 
 
 def _add_explain(commands: Any) -> None:
-    parser = commands.add_parser(
-        "explain",
-        help="continue a prompt, and show where the answer came from",
-        description="Continue a prompt as `generate` does, and write what the answer used of it to --out: "
-        "sources.json, attention.png (by layer, and by the answer's tokens) and page.html, which shades the prompt.",
-        formatter_class=HelpFormatter,
+    description = (
+        "Continue a prompt as `generate` does, and write what the answer used of it to --out: sources.json, "
+        "attention.png (by layer, and by the answer's tokens) and page.html, which shades the prompt."
     )
-    add_input(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="where to; it is made if it is not there")
-    parser.add_argument("--sources", type=int, default=10, metavar="N", help="so many passages")
-    add_sampling(parser)
-    add_attention(parser)
-    add_execution(parser)
-    parser.set_defaults(parser=parser, json=False, dry_run=False)
+    explain = _add_command(commands, "explain", "continue a prompt, and show where the answer came from", description)
+    add_input(explain)
+    explain.add_argument("--out", required=True, metavar="DIR", help="where to; it is made if it is not there")
+    explain.add_argument("--sources", type=int, default=10, metavar="N", help="so many passages")
+    _add_generation(explain)
+    explain.set_defaults(parser=explain, json=False, dry_run=False)
 
 
 def _add_read(commands: Any) -> None:
-    about = "read a prompt once and keep the context in a file"
-    read = commands.add_parser(
-        "read",
-        help=about,
-        description="Read a prompt and keep the context in a file, from which `generate --context` and "
-        "`chat --context` go on, with the same model and settings, as if it had just been read.",
-        formatter_class=HelpFormatter,
+    description = (
+        "Read a prompt and keep the context in a file, from which `generate --context` and `chat --context` go on, "
+        "with the same model and settings, as if it had just been read."
     )
+    read = _add_command(commands, "read", "read a prompt once and keep the context in a file", description)
     add_model(read)
     source = read.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="FILE", help="UTF-8 text file, or - for standard input (or --text)")
@@ -96,21 +97,17 @@ def _add_read(commands: Any) -> None:
 
 
 def _add_chat(commands: Any) -> None:
-    chat = commands.add_parser(
-        "chat",
-        help="talk with a model",
-        description="Talk with a model: a line is a message, /help lists the commands. Answers go to standard output, "
-        "everything else to standard error; lines may come from a pipe.",
-        formatter_class=HelpFormatter,
+    description = (
+        "Talk with a model: a line is a message, /help lists the commands. Answers go to standard output, everything "
+        "else to standard error; lines may come from a pipe."
     )
+    chat = _add_command(commands, "chat", "talk with a model", description)
     add_model(chat)
     chat.add_argument("--context", metavar="FILE", help="what `minirea read --save`, or /save, has kept, to go on from")
     chat.add_argument("--system", metavar="STR", help="system message")
     special = "special tokens spelled in a message act as such, instead of being text"
     chat.add_argument("--allow-special-tokens", action="store_true", help=special)
-    add_sampling(chat)
-    add_attention(chat)
-    add_execution(chat)
+    _add_generation(chat)
     chat.set_defaults(chat=True)
 
 
@@ -129,7 +126,7 @@ def _add_eval(commands: Any, with_tasks: bool) -> None:
     for name in registry.names():
         task = registry.task_class(name)
         about = f"{task.about}. {task.notes}" if task.notes else task.about
-        command = tasks.add_parser(name, help=task.about, description=about, formatter_class=HelpFormatter)
+        command = _add_command(tasks, name, task.about, about)
         add_model(command)
         command.add_argument("--out", required=True, metavar="DIR", help="where results are kept")
         _add_task_options(command, task)
@@ -139,7 +136,7 @@ def _add_eval(commands: Any, with_tasks: bool) -> None:
         add("--at-most", action=_Limit, default={}, metavar="MODE=N", help=at_most)
         add_execution(command)
     about = "summarize and draw again, several directories as one (modes or lengths that ran apart)"
-    command = tasks.add_parser("report", help=about, description=about, formatter_class=HelpFormatter)
+    command = _add_command(tasks, "report", about, about)
     command.add_argument("results", nargs="+", metavar="DIR", help="an --out of earlier evaluations, all of one task")
     command.add_argument("--out", required=True, metavar="DIR", help="where to; may be one of them")
     differing = "a setting in which the directories may differ (repeatable), such as share"

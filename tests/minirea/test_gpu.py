@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -122,28 +121,6 @@ def test_a_tail_in_captured_steps_is_read_as_chunk_by_chunk(tmp_path: Path) -> N
             torch.testing.assert_close(ours[:, :405], theirs[:, :405], atol=1e-5, rtol=0)
     text = list(decode_one_by_one(model, expected, ids[-1], sampler, 30))
     assert llm.generate(ids, max_tokens=30, ignore_eos=True).token_ids == text
-
-
-def test_threads_share_a_gpu_and_get_their_own_tokens(tmp_path: Path) -> None:
-    """Eight at a time: whole calls, sessions, sampled ones, and streams that are left in the middle."""
-    llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), dtype="float32", **SCOPE)
-    llms = [llm, llm.with_attention("full"), llm.with_attention("streaming", **SCOPE)]
-
-    def generate(i: int) -> list[int]:
-        ids, llm = random_ids(40 + 20 * i, seed=i), llms[i % 3]
-        if i % 4 == 1:
-            session = llm.session()
-            session.prefill(ids[:30])
-            return session.generate(ids[30:], max_tokens=12, ignore_eos=True).token_ids
-        if i % 4 == 2:
-            stream = llm.stream(ids, max_tokens=12, ignore_eos=True)
-            return [next(stream).token_ids[0] for _ in range(4)]
-        options = {"temperature": 1.0, "seed": i, "repetition_penalty": 1.2} if i % 4 == 3 else {}
-        return llm.generate(ids, max_tokens=12, ignore_eos=True, **options).token_ids
-
-    expected = [generate(i) for i in range(16)]
-    with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(generate, [*range(16), *range(16)])) == [*expected, *expected]
 
 
 @pytest.mark.parametrize("context", [1, 500, 2048, 9000, 70_000])

@@ -122,13 +122,23 @@ def test_torchs_state_does_not_matter_to_the_kernel_and_the_likelihoods(director
             assert torch.equal(ours, theirs), name
 
 
-def test_threads_share_a_model_and_get_their_own_tokens(directory: Path) -> None:
-    """Eight at a time: whole calls, sessions, other attention modes, and streams that are left in the middle."""
-    llms = [minirea.load(directory, device="cpu", **SCOPE)]
+ON_GPU = pytest.param(
+    "cuda",
+    20,
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+)
+
+
+@pytest.mark.parametrize(("device", "longer"), [("cpu", 5), ON_GPU])
+def test_threads_share_a_model_and_get_their_own_tokens(directory: Path, device: str, longer: int) -> None:
+    """Eight at a time: whole calls, sessions, sampled ones, other attention modes, and streams that are left in the
+    middle.
+    """
+    llms = [minirea.load(directory, device=device, dtype="float32", **SCOPE)]
     llms += [llms[0].with_attention("full"), llms[0].with_attention("streaming", **SCOPE)]
 
     def generate(i: int) -> list[int]:
-        ids, llm = random_ids(40 + 5 * i, seed=i), llms[i % 3]
+        ids, llm = random_ids(40 + longer * i, seed=i), llms[i % 3]
         if i % 4 == 1:
             session = llm.session()
             session.prefill(ids[:30])
