@@ -1,7 +1,8 @@
 """From logits to the next token: penalty, temperature, top-k, top-p, min-p, and a seeded draw.
 
 A new filter is a field of SamplingConfig with its check, an `if` in `keep_likely`, and a flag of the field's name in
-`add_sampling` (minirea/cli/flags.py). It may not wait for the GPU: a CUDA graph holds it.
+`add_sampling` (minirea/cli/flags.py); `generate` and `stream` in Python take it as it is. Its tests belong into
+tests/minirea/test_sampling.py. It may not wait for the GPU: a CUDA graph holds it.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def main() -> None:
     found = {}
     for name, shape in SHAPES.items():
         found[name] = counts(compiled(shape).cubin)
-        print(f"{name}\n  {found[name]}\n  {before.get(name, 'not kept')}", flush=True)
+        print(f"{name}\n  now   {found[name]}\n  kept  {before.get(name, 'nothing')}", flush=True)
     if arguments.write:
         table[triton.__version__] = found
         TABLE.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
