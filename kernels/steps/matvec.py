@@ -395,21 +395,30 @@ def tile(matrix: Matrix, piece: int = 4096) -> Tile:
 
 
 def tile_of_words(matrix: QuantizedMatrix) -> Tile:
-    """Four words per thread and row, in pieces of up to four warps that fill rows best.
+    """Four words per thread and row, in pieces of so many warps of those listed that fill rows best.
 
-    x takes a large part of the instructions, which more rows share: so many as leave a dozen programs to each
-    multiprocessor. A matrix of few rows should have all of its programs at once. Measured: kernels/NOTEBOOK.md.
+    x takes a large part of the instructions, which more rows share: so many as leave a few programs to each
+    multiprocessor. Long rows, of which there are few, take eight warps each. Measured in whole decode steps:
+    kernels/NOTEBOOK.md.
     """
     (N, K), bits = matrix.shape, matrix.bits
     columns = 4 * 32 // bits * 32  # of a warp
-    rows, most_warps = 4, 4
-    if bits == 4 and N >= 24576:
+    rows, warps = 4, (4, 2, 1)
+    if bits == 4 and (N >= 24576 or (N > 5120 and K >= 4096)):
         rows = 16
     elif bits == 4 and N > 5120:
-        rows, most_warps = 8, 2
-    elif bits == 8 and N >= 12288 and cdiv(K, columns) <= most_warps:  # of one piece, whose programs are short
+        rows, warps = 8, (2, 1)
+    elif bits == 4 and K >= 8192:
+        rows, warps = 8 if N >= 4096 else 4, (8,)
+    elif bits == 4:
+        warps = (2, 1)
+    elif N <= 2048 and K >= 8192:
+        warps = (8,)
+    elif N >= 65536 and 4 * columns >= K:
         rows = 8
-    num_warps = min((4, 2, 1)[-most_warps.bit_length() :], key=lambda warps: cdiv(K, columns * warps) * warps)
+    elif N >= 12288 and 4 * columns >= K:
+        warps = (2, 1)
+    num_warps = min(warps, key=lambda count: cdiv(K, columns * count) * count)
     pieces = cdiv(K, columns * num_warps)
     # Long rows of 8 bits: 66 registers where nothing bounds them. With 64, none spilled, an eighth program has room.
     maxnreg = 64 if bits == 8 and rows == 4 and pieces > 2 else None
