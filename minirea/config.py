@@ -233,7 +233,7 @@ class ReAttentionConfig:
             "global_size": 32 if large else min(32, trained_context // 64),
             "local_size": 8192 if large else max(1, min(trained_context // 4, max(512, trained_context // 8))),
             "span_top_k": 2 if medium else 4,
-            "span_size": 32,
+            "span_size": 64 if medium else 32,
         } | given
         # Names a bad value before it is used in arithmetic.
         cls(**values | dict.fromkeys(_DERIVED) | {"max_spans": given.get("max_spans", 0)})
@@ -242,7 +242,9 @@ class ReAttentionConfig:
             "max_spans", (min(room, 256 * values["span_size"]) if large else room // 2) // values["span_size"]
         )
         if medium:  # an answer's tokens vote together, over all layers, for few spans (the same entry)
-            votes = {"vote_window": min(8, values["local_size"]), "vote_size": values["span_size"], "carry_votes": True}
+            # A span covers its block and half as much on either side, so that no border of blocks cuts a passage.
+            blocks = {"vote_size": values["span_size"] // 2}
+            votes = blocks | {"vote_window": min(8, values["local_size"]), "carry_votes": True}
             values = votes | {"decode_spans": min(16, values["max_spans"])} | values
         sparse = cls(**values)
         return sparse if "dense_size" in given else dataclasses.replace(sparse, dense_size=sparse.max_scope)

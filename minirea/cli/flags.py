@@ -120,7 +120,7 @@ def add_scope(parser: argparse.ArgumentParser) -> Callable[..., Any]:
         help="last tokens, always seen (default: 8192; or C/8, at least 512, at most C/4)",
     )
     add("--span-top-k", type=int, metavar="K", help="winners per head and query (default: 4; 2 for C from 4096)")
-    add("--span-size", type=int, metavar="N", help="tokens around each winner (default: 32)")
+    add("--span-size", type=int, metavar="N", help="tokens around each winner (default: 32; 64 for C from 4096)")
     add("--max-spans", type=int, metavar="N", help="winners kept after the vote (default: 256, or half of what fits C)")
     add("--chunk-size", type=int, metavar="N", help="prompt tokens per scope, at most --local-size (default: 512)")
     add("--span-scope", choices=SPAN_SCOPES, help="who votes together (default: layer)")
@@ -129,7 +129,7 @@ def add_scope(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     add("--tail-chunk-size", type=int, metavar="N", help=f"prompt tokens per scope there (default: {TAIL_CHUNK_SIZE})")
     window = "queries that vote for a token of the answer: its own and those before it (default: 1; 8 for C from 4096)"
     add("--vote-window", type=int, metavar="N", help=window)
-    size = "neighbouring tokens that are one to a vote (default: 1; --span-size for C from 4096)"
+    size = "neighbouring tokens that are one to a vote (default: 1; half of --span-size for C from 4096)"
     add("--vote-size", type=int, metavar="N", help=size)
     spans = "--max-spans of the answer's tokens (default: the same; at most 16 for C from 4096)"
     add("--decode-spans", type=int, metavar="N", help=spans)

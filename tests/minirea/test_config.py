@@ -15,7 +15,7 @@ from minirea.errors import InputError
     [
         (131072, (32, 8192, 256, 512), 16416),
         (32768, (32, 8192, 256, 512), 16416),
-        (8192, (32, 1024, 111, 512), 4608),
+        (8192, (32, 1024, 55, 512), 4576),
         (2048, (32, 512, 23, 512), 1280),
         (256, (4, 64, 2, 64), 132),
     ],
@@ -23,7 +23,7 @@ from minirea.errors import InputError
 def test_defaults_follow_the_trained_context(trained: int, expected: tuple[int, ...], bound: int) -> None:
     c = ReAttentionConfig.for_context(trained)
     assert (c.global_size, c.local_size, c.max_spans, c.chunk_size) == expected
-    assert (c.span_top_k, c.span_size, c.span_scope) == (2 if trained == 8192 else 4, 32, "layer")
+    assert (c.span_top_k, c.span_size, c.span_scope) == ((2, 64) if trained == 8192 else (4, 32)) + ("layer",)
     assert c.max_scope == c.dense_size == bound <= trained
     assert (c.tail_size, c.tail_chunk_size) == (TAIL_SIZE, TAIL_CHUNK_SIZE)
     votes = (8, 32, 16, True) if trained == 8192 else (1, 1, c.max_spans, False)
@@ -32,9 +32,9 @@ def test_defaults_follow_the_trained_context(trained: int, expected: tuple[int, 
 
 def test_defaults_of_votes_follow_the_sizes_that_are_given() -> None:
     c = ReAttentionConfig.for_context(8192, local_size=4, span_size=16, max_spans=3)
-    assert (c.vote_window, c.vote_size, c.decode_spans, c.carry_votes) == (4, 16, 3, True)
-    c = ReAttentionConfig.for_context(8192, vote_window=1, vote_size=1, decode_spans=111, carry_votes=False)
-    assert (c.vote_window, c.vote_size, c.decode_spans, c.carry_votes) == (1, 1, 111, False)
+    assert (c.vote_window, c.vote_size, c.decode_spans, c.carry_votes) == (4, 8, 3, True)
+    c = ReAttentionConfig.for_context(8192, vote_window=1, vote_size=1, decode_spans=55, carry_votes=False)
+    assert (c.vote_window, c.vote_size, c.decode_spans, c.carry_votes) == (1, 1, 55, False)
 
 
 def test_fields_that_follow_from_others() -> None:
