@@ -476,6 +476,8 @@ class BroughtKeys:
         """`on_cpu` are the layers' keys [1, G, N, D] that are far, None for others."""
         self._on_cpu, self._rows_NGD = on_cpu, rows_NGD
         self._stream = torch.cuda.Stream(rows_NGD.device) if rows_NGD.is_cuda else None
+        if self._stream is not None:
+            rows_NGD.record_stream(self._stream)  # freed, it is not used again before what is on its way has come
         self._layer, self._stop = -1, 0  # whose keys are there or on their way, and how many; none below 0
 
     def forget(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,12 +12,12 @@ from minirea.kernels import Near, Sketch, reattention
 from minirea.kernels.near import write_near
 
 
-def near_of(case: Case, keys: bool, values: bool, chunk_size: int | None = None, spare: int = 0) -> Near:
-    """Rows for the local parts of a case's chunks, `spare` more than it takes; NaN where no step reads."""
+def near_of(case: Case, keys: bool, values: bool, chunk_size: int | None = None, size: int = 0) -> Near:
+    """Rows for the local parts of a case's chunks, `size` or about as many as it takes; NaN where no step reads."""
     T, config = len(case.q), case.config
     first = case.seq_len - T + min(T, chunk_size or T)  # cached tokens with the first chunk
     start = 0 if first <= config.dense_size else first - config.local_size
-    size = max(config.local_size, config.dense_size) + T + spare
+    size = size or max(config.local_size, config.dense_size) + T + case.seq_len % 9
     rows = Near(*(torch.full_like(case.k_cache[:, :1], torch.nan).repeat(1, size, 1) for _ in range(2)))
     kept = slice(start, case.seq_len)
     write_near(rows, start, case.k_cache[:, kept], case.v_cache[:, kept])
@@ -47,13 +47,16 @@ def check_near(
     case: Case,
     chunk_size: int | None = None,
     sketch: Sketch | None = None,
-    spare: int = 0,
+    size: int = 0,
     to_host: Callable[[Case], Case] = lambda case: case,
+    kinds: Sequence[tuple[bool, bool]] = ((False, True), (True, True), (True, False)),
 ) -> None:
-    """With near values, near keys or both a step does bit for bit what it does with all of the cache near.
+    """A step does bit for bit what it does with all of the cache near.
 
     Args:
+        size: see near_of; every one is compiled anew.
         to_host: moves a case's cache.
+        kinds: whether there are near keys, and near values.
     """
     whole = chunk_size is None or chunk_size >= len(case.q)
 
@@ -66,7 +69,7 @@ def check_near(
 
     expected = step(case, None)
     assert not expected[0].isnan().any()
-    for keys, values in ((False, True), (True, True), (True, False)):
-        found = step(to_host(far_case(case, keys, values)), near_of(case, keys, values, chunk_size, spare))
+    for keys, values in kinds:
+        found = step(to_host(far_case(case, keys, values)), near_of(case, keys, values, chunk_size, size))
         assert found[1] == expected[1]
         assert torch.equal(found[0], expected[0])

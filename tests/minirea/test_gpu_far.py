@@ -57,12 +57,12 @@ def test_the_demo_computes_the_same_on_the_host(far_keys: int, monkeypatch: pyte
     ids = loaded("off").encode(generate_text(0, 400_000))[:90_000]
     device = poisoned(loaded("off"), 92_000)
     on_device = Placement(bool(far_keys))
-    monkeypatch.setattr(Attention, "placements", lambda _, capacity: [lies if capacity > 70_000 else on_device])
+    monkeypatch.setattr(Attention, "placements", lambda _, capacity: [lies if capacity > 60_500 else on_device])
     host, moving = poisoned(far, 92_000), poisoned(far, 60_000)
     assert not moving.cache.placement.far_arrays and host.cache.placement == lies
     for session in (device, host, moving):
         session.prefill(ids)
-        for start, keep in ((0, 90_000), (3000, 89_990), (500, 60_000), (70_000, 61_000)):
+        for start, keep in ((0, 90_000), (3000, 89_990), (500, 60_000), (70_000, 60_700)):
             session.rewind(keep)
             session.generate(ids[start : start + 700], max_tokens=16, ignore_eos=True)
     assert moving.cache.placement == lies
