@@ -190,7 +190,8 @@ class KVCache:
         """What a file has to keep of a layer, each [G, N, D]: all but keys that can be rotated again from others. What
         is far comes as a tensor of the CPU: synchronize first.
         """
-        arrays, (k_cpu, *_, v_cpu) = self._arrays[layer], (None, *self._arrays[layer].on_cpu)[-2:]
+        arrays = self._arrays[layer]
+        k_cpu, v_cpu = arrays.on_cpu[0], arrays.on_cpu[-1]  # one, of neither, where they share a tensor
         keys = {"k": arrays.k if k_cpu is None else k_cpu[0]} if self.k else {"k_rotated": self.k_rotated[layer]}
         return {**keys, "v": arrays.v if v_cpu is None else v_cpu[0]}
 
@@ -353,12 +354,13 @@ class KVCache:
     def _bring_near(self) -> None:
         """Before a step: `near` holds what it will read, also where tokens were taken back or came by other means."""
         stop = self._seq_len
-        if not self.placement.far_arrays or 0 <= self._near_stop - stop <= TAKEN_BACK:
+        if 0 <= self._near_stop - stop <= TAKEN_BACK:
             return
-        tokens = slice(max(0, stop - self.placement.near_size), stop)
         with torch.inference_mode():  # in which the rows may have been made
             for near, arrays in zip(self.near, self._arrays, strict=True):
                 if near is not None:
+                    size = min(rows_GRD.shape[1] for rows_GRD in near if rows_GRD is not None)
+                    tokens = slice(max(0, stop - size), stop)
                     write_near(near, tokens.start, arrays.k[:, tokens], arrays.v[:, tokens])
         self._near_stop = stop
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import weakref
 from typing import Any, Final, NamedTuple
@@ -35,7 +36,7 @@ def host_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     with torch.cuda.device(device):
         bytes_of = _Pinned(count)
         flat = torch.as_tensor(bytes_of, device=device)
-    on_device, on_cpu = (x.view(dtype).view(shape) for x in (flat, bytes_of.on_cpu))
+    on_device, on_cpu = (x[:count].view(dtype).view(shape) for x in (flat, bytes_of.on_cpu))
     return HostTensor(on_device, on_cpu)
 
 
@@ -44,11 +45,11 @@ class _Pinned:
 
     def __init__(self, count: int) -> None:
         try:
-            memory = mmap.mmap(-1, max(1, count), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                memory.madvise(mmap.MADV_HUGEPAGE)  # faster to pin, and a GPU has fewer addresses to look up
+            memory = mmap.mmap(-1, max(PAGE, count), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, ValueError) as error:
             raise _refused(count, error) from None
+        with contextlib.suppress(OSError, AttributeError):  # faster to pin, and a GPU has fewer addresses to look up
+            memory.madvise(mmap.MADV_HUGEPAGE)
         self.on_cpu = torch.frombuffer(memory, dtype=torch.uint8)
         # The system clears a page when it is first touched, by the core that touches it: torch's threads do so at
         # 13 GB/s, and what is there is pinned at 36. Pinning alone would do both on one core, at 5.
@@ -56,9 +57,10 @@ class _Pinned:
         address, runtime = self.on_cpu.data_ptr(), torch.cuda.cudart()
         code = runtime.cudaHostRegister(address, len(self.on_cpu), 0)
         if int(code):
+            _clear_error()
             raise _refused(count, code)
         # At the end of the process the system takes it back by itself.
-        weakref.finalize(self, _unpin, runtime, address).atexit = False
+        weakref.finalize(self, _unpin, runtime, address, memory).atexit = False
         self.__cuda_array_interface__: dict[str, Any] = {
             "shape": (len(self.on_cpu),),
             "typestr": "|u1",
@@ -67,9 +69,22 @@ class _Pinned:
         }
 
 
-def _unpin(runtime: Any, address: int) -> None:
-    torch.cuda.synchronize()  # a step may still read it
-    runtime.cudaHostUnregister(address)
+_to_unpin: Final[list[tuple[int, mmap.mmap]]] = []
+
+
+def _unpin(runtime: Any, address: int, memory: mmap.mmap) -> None:
+    """Once no step reads it. A thread that captures a graph must not wait for the device: the next one does it then."""
+    _to_unpin.append((address, memory))
+    if not torch.cuda.is_current_stream_capturing():
+        torch.cuda.synchronize()
+        while _to_unpin:
+            runtime.cudaHostUnregister(_to_unpin.pop()[0])
+
+
+def _clear_error() -> None:
+    """A failed call of the runtime is reported once more by the next launch."""
+    with contextlib.suppress(RuntimeError):
+        torch.empty(1, device="cuda").zero_()
 
 
 def _refused(count: int, reason: object) -> MemoryLimitError:

@@ -104,7 +104,7 @@ def test_auto_moves_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_threads_and_streams_with_a_cache_on_the_host() -> None:
     """Two sessions take turns, each with its own near rows."""
     llm, ids = loaded("off", "host"), random_ids(30_000, 2000)
-    sessions = [llm.session(31_000) for _ in range(2)]
+    sessions = [llm.session(31_000), llm.session()]
     streams = [s.stream(ids[i:], max_tokens=40, ignore_eos=True) for i, s in enumerate(sessions)]
     for _ in range(40):
         for stream in streams:

@@ -111,6 +111,31 @@ def test_a_session_is_the_same_wherever_its_cache_lies(
                 assert torch.equal(ours[:, :tokens], theirs[:, :tokens])
 
 
+def test_a_move_that_fails_leaves_a_session_as_it_was(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where some layers have moved to the host already: their near rows are filled before the next step."""
+    llm, ids = minirea.load(directory, **SCOPE | KINDS[0]), random_ids(90)
+    monkeypatch.setattr(Attention, "placements", lambda _, n: far(3 * (n > 100))(llm.model.attention, n))
+    session, alone = llm.session(100), llm.session(100)
+    grow, moved = KVCache._grow_layer, []
+
+    def grow_two(cache: KVCache, layer: int, *arguments: Any) -> None:
+        if len(moved) == 2:
+            raise MemoryLimitError("no more")
+        moved.append(layer)
+        grow(cache, layer, *arguments)
+
+    monkeypatch.setattr(KVCache, "_grow_layer", grow_two)
+    session.prefill(ids[:70])
+    with pytest.raises(MemoryLimitError, match="no more"):
+        session.generate(ids, max_tokens=9)
+    assert session.cache.capacity == 100 and len(session.ids) == session.cache.seq_len == 70
+    assert [near is not None for near in session.cache.near] == [True] * 3
+    alone.prefill(ids[:70])
+    outs = [s.generate(ids[70:], max_tokens=9, ignore_eos=True).token_ids for s in (session, alone)]
+    assert outs[0] == outs[1]
+    check_near(session.cache)
+
+
 def all_tensors(cache: KVCache) -> list[torch.Tensor]:
     sketches = [tensor for sketch in cache.sketches if sketch is not None for tensor in sketch]
     near = [rows for both in cache.near if both is not None for rows in both if rows is not None]
