@@ -304,7 +304,7 @@ class Chat:
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         said = len(self.conversation.messages) // 2
-        say(f"minirea: {len(session.ids):,} tokens, {said} answers among them, opened from {path}")
+        say(f"minirea: {len(session.ids):,} tokens, {said} answer{'s' * (said != 1)} among them, opened from {path}")
 
     def _file(self, path: str) -> None:
         try:

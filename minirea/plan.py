@@ -99,10 +99,8 @@ def _model_bytes(path: str | Path, config: ModelConfig, dtype: torch.dtype, devi
     loading = preparing_bytes(n * config.hidden_size for n in rows)
     if not keeps_half(dtype, device):
         return weight_bytes(config, dtype), loading
-    weights = kept_weight_bytes(path, config, dtype, packed_bytes)
-    if config.tie_word_embeddings:  # looked up and multiplied by: one layout cannot do both
-        weights += packed_bytes(config.vocab_size, config.hidden_size)
-    return weights, loading
+    # A tied head is there twice: looked up and multiplied by, and one layout cannot do both.
+    return kept_weight_bytes(path, config, dtype, packed_bytes), loading
 
 
 def _quantized_model_bytes(

@@ -236,24 +236,19 @@ def kept_weight_bytes(
     dtype: torch.dtype,
     packed_bytes: Callable[[int, int], int] | None = None,
 ) -> int:
-    """Like weight_bytes, with keep_half and, but for the embedding, such matrices [N, K] in `packed_bytes(N, K)`.
+    """Like weight_bytes, with keep_half and, but for the embedding, such matrices [N, K] in `packed_bytes(N, K)`. Then
+    a tied head is one of them.
 
     Raises what load_weights raises for the files' headers.
     """
-    kept = _kept_dtypes(_assign(Path(directory), _tensors(Path(directory), config), NameTable(config)))
-    return sum(
-        packed_bytes(*shape)
-        if packed_bytes and name in kept and name != "embed.weight"
-        else math.prod(shape) * kept.get(name, dtype).itemsize
-        for name, shape in _shapes(config)
-    )
+    return quantized_weight_bytes(directory, config, dtype, None, True, packed_bytes=packed_bytes)
 
 
 def quantized_weight_bytes(
     directory: str | Path,
     config: ModelConfig,
     dtype: torch.dtype,
-    quantize: str,
+    quantize: str | None,
     keep_half: bool,
     matrix_bytes: Callable[[int, int, int], int] = quantized_bytes,
     packed_bytes: Callable[[int, int], int] | None = None,

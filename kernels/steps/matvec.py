@@ -403,21 +403,21 @@ def tile_of_words(matrix: QuantizedMatrix) -> Tile:
     """
     (N, K), bits = matrix.shape, matrix.bits
     columns = 4 * 32 // bits * 32  # of a warp
-    rows, warps = 4, (4, 2, 1)
+    rows, warps = 4, [4, 2, 1]
     if bits == 4 and (N >= 24576 or (N > 5120 and K >= 4096)):
         rows = 16
     elif bits == 4 and N > 5120:
-        rows, warps = 8, (2, 1)
+        rows, warps = 8, [2, 1]
     elif bits == 4 and K >= 8192:
-        rows, warps = 8 if N >= 4096 else 4, (8,)
+        rows, warps = 8 if N >= 4096 else 4, [8]
     elif bits == 4:
-        warps = (2, 1)
+        warps = [2, 1]
     elif N <= 2048 and K >= 8192:
-        warps = (8,)
+        warps = [8]
     elif N >= 65536 and 4 * columns >= K:
         rows = 8
     elif N >= 12288 and 4 * columns >= K:
-        warps = (2, 1)
+        warps = [2, 1]
     num_warps = min(warps, key=lambda count: cdiv(K, columns * count) * count)
     pieces = cdiv(K, columns * num_warps)
     # Long rows of 8 bits: 66 registers where nothing bounds them. With 64, none spilled, an eighth program has room.

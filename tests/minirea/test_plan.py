@@ -34,8 +34,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("attention", ["reattention", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_weights_and_cache_are_what_is_allocated(tmp_path: Path, tied: bool, dtype: str, attention: str) -> None:
-    write_checkpoint(tmp_path, tiny_model(tie_word_embeddings=tied), torch.bfloat16)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_weights_and_cache_are_what_is_allocated(
+    tmp_path: Path, stored: torch.dtype, tied: bool, dtype: str, attention: str
+) -> None:
+    write_checkpoint(tmp_path, tiny_model(tie_word_embeddings=tied), stored)
     files = api.read_model(tmp_path, device="cpu", dtype=dtype, attention=attention, **SCOPE)
     plan = plan_run(tmp_path, files.attention, files.dtype, 77)
     llm = files.load(num_tokens=77)
