@@ -442,25 +442,23 @@ class KVCache:
 
     def _choose(self, capacity: int, held: int) -> tuple[Placement, MemoryPlan]:
         """The first placement of a cache of `capacity` tokens that fits, or the one that comes closest."""
-        placements = self._placements(capacity)
-        plans = [self._plan(capacity, held, placement) for placement in placements]
+        placements, workspace = self._placements(capacity), self._workspace(capacity)
+        plans = [self._plan(capacity, held, placement, workspace) for placement in placements]
         index = first_that_fits(plans, self.device)
         return placements[index], plans[index]
 
-    def _plan(self, capacity: int, held: int, placement: Placement) -> MemoryPlan:
+    def _plan(self, capacity: int, held: int, placement: Placement, workspace: int) -> MemoryPlan:
         """What it takes to go from `held` tokens to `capacity`: the difference, and a layer that is there twice."""
         sizes = self.dense_limit, self.dtype, self.recent_size
-        new, far = (
-            cache_bytes(self._config, capacity, *sizes, placement),
-            far_bytes(self._config, capacity, self.dtype, placement),
-        )
+        new = cache_bytes(self._config, capacity, *sizes, placement)
+        far = far_bytes(self._config, capacity, self.dtype, placement)
         old, old_far = (self.nbytes, self.far_nbytes) if held else (0, 0)
         twice = 0 if placement.far_arrays else old // self._config.num_layers
         if held and placement.far_arrays:
             twice = 2 * array_bytes(self._config, held, self.dtype)
         return MemoryPlan(
             cache=new - far - (old - old_far) + twice,
-            workspace=self._workspace(capacity),
+            workspace=workspace,
             num_tokens=capacity,
             held_tokens=held,
             host_cache=far - old_far + (twice if far else 0),

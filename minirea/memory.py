@@ -97,17 +97,18 @@ class MemoryPlan:
         """
         if self.fits(device):
             return
-        if not self._host_fits():
+        available = available_bytes(device)
+        if available is None or self.peak <= available:
             raise MemoryLimitError(
                 f"not enough memory on the host: needs {human(self.host_cache)} for the part of the KV cache there, "
                 f"{human(_available_to_pin() or 0)} can be pinned; {self._change(device)}"
             )
-        available = available_bytes(device) or 0
+        beside = f" beside {human(self.host_cache)} on the host" if self.host_cache > 0 else ""
         parts = [
             f"{human(size)} {purpose}"
             for size, purpose in (
                 (self.weights, "for weights"),
-                (self.cache, "for the KV cache"),
+                (self.cache, "for the KV cache" + beside),
                 (self.workspace if self.cache else self.loading, "to work in"),
             )
             if size
