@@ -76,17 +76,21 @@ def plan_cache(
 def fit_steps(attention: Attention, plan: Callable[[], MemoryPlan]) -> MemoryPlan:
     """A plan with as many chunks in a step of a prompt as fit, and not more from then on; with one if none fits.
 
-    Steps of fewer chunks hold less and take longer. Ranks, which read in step, keep to STEP_CHUNKS.
+    Steps of fewer chunks hold less and take longer, though not as long as with a cache in the host's memory. Ranks,
+    which read in step, keep to STEP_CHUNKS.
 
     Args:
         plan: makes one for `attention` as it is.
     """
-    made = plan()
-    while attention.can_capture and attention.model.part is None and attention.step_chunks > 1:
-        if made.fits(attention.device):
-            break
-        attention.step_chunks //= 2
-        made = plan()
+    most, fixed = attention.step_chunks, not attention.can_capture or attention.model.part is not None
+    for on_host in (False, True):
+        attention.step_chunks = most
+        while not ((made := plan()).fits(attention.device) and (on_host or not made.host_cache)):
+            if fixed or attention.step_chunks == 1:
+                break
+            attention.step_chunks //= 2
+        else:
+            return made
     return made
 
 

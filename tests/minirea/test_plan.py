@@ -19,7 +19,7 @@ from minirea import api, memory
 from minirea.attention import LEAST_ROWS, STEP_TOKENS
 from minirea.cli import main
 from minirea.errors import MemoryLimitError
-from minirea.plan import plan_run, workspace_bytes
+from minirea.plan import fit_steps, plan_run, workspace_bytes
 
 SCOPE: dict[str, Any] = {"global_size": 4, "local_size": 24, "span_size": 8, "max_spans": 4, "chunk_size": 16}
 
@@ -130,6 +130,25 @@ def test_steps_have_as_many_chunks_as_fit(directory: Path, monkeypatch: pytest.M
     monkeypatch.setattr(memory, "available_bytes", lambda _: needed[2] - weights)
     llm.session(1000)
     assert files.attention.step_tokens(16) == 32
+
+
+@pytest.mark.parametrize(("room", "chunks", "host_cache"), [(40, 4, 0), (35, 2, 0), (25, 4, 1), (14, 2, 1), (5, 1, 1)])
+def test_steps_of_fewer_chunks_come_before_the_host(
+    room: int, chunks: int, host_cache: int, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache takes 30, or 10 with values on the host, and a step 2 for each chunk."""
+    monkeypatch.setattr("minirea.attention.Attention.can_capture", True)
+    monkeypatch.setattr(memory, "_available_to_pin", lambda: None)
+    monkeypatch.setattr(memory, "available_bytes", lambda _: room)
+    attention = api.read_model(directory, device="cpu", **SCOPE).attention
+
+    def plan() -> memory.MemoryPlan:
+        near = memory.MemoryPlan(cache=30, workspace=2 * attention.step_chunks)
+        far = dataclasses.replace(near, cache=10, host_cache=1)
+        return near if near.fits(attention.device) else far
+
+    assert fit_steps(attention, plan).host_cache == host_cache
+    assert attention.step_chunks == chunks
 
 
 def test_tables_are_as_long_as_the_cache_can_reach(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
