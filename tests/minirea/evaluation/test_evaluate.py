@@ -744,9 +744,8 @@ def test_every_task_has_flags_of_its_own(name: str) -> None:
 
 def test_the_readme_lists_every_task() -> None:
     readme = (DEMO.parents[1] / "README.md").read_text()
-    table = readme[readme.index("## Evaluation") : readme.index("## Speed")]
-    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
-    assert sorted(re.findall(r"`([\w-]+)`", " ".join(rows))) == sorted(names())
+    section = readme[readme.index("## Evaluation") : readme.index("## Speed")]
+    assert set(names()) <= set(re.findall(r"`([\w-]+)`", section)) | set(re.findall(r"minirea eval ([\w-]+)", section))
 
 
 def test_importing_the_tasks_does_not_import_torch() -> None:
