@@ -19,7 +19,7 @@ from minirea.config import IMPLS, ReAttentionConfig
 from minirea.errors import InputError
 from minirea.kernels.near import Near
 from minirea.kernels.sketch import Sketch, new_sketch, width
-from minirea.kernels.votes import Votes, new_votes
+from minirea.kernels.votes import Votes, new_votes, new_winners
 
 __all__ = [
     "Gather",
@@ -31,6 +31,7 @@ __all__ = [
     "decode_kernels",
     "new_sketch",
     "new_votes",
+    "new_winners",
     "peer_kernels",
     "prefill_kernels",
     "reattention",
@@ -73,6 +74,7 @@ def reattention(
     sketch: Sketch | None = None,
     votes: Votes | None = None,
     near: Near | None = None,
+    winners: torch.Tensor | None = None,
 ) -> Any:
     """Attention of T new queries over a finite scope of a cache of any length (arXiv 2407.15176, section 3).
 
@@ -105,7 +107,13 @@ def reattention(
             there is no vote.
         near: the newest tokens' keys or values once more, for caches that lie far from the device; see
             minirea.kernels.near. Local parts are read there; impl "torch", and several queries their keys, read them
-            where all others are.
+            where all others are, and a step with winners the key that leaves its local part next.
+        winners: of a step in which one query attends, memory of this layer from `new_winners`. The step leaves there
+            what its queries won; a step with one token more, whose queries but the last are the last T - 1 of this one,
+            over the same keys, then searches for its last query alone. Any other step must be given new ones, but for
+            one of another length, which finds by itself that they do not hold. What is selected stays the same. All
+            layers that add to the same votes take winners, or none. Ignored by impl "torch", with gather where all
+            heads vote together, and where more than 128 winners of a token vote together or more than 64 are kept.
 
     Returns:
         out_THD, [T, H, D] in q's dtype, of the queries that attend; with return_selection the pair (out_THD,
@@ -132,6 +140,10 @@ def reattention(
         _check_votes(votes, q_THD, k_cache_GND, chunk_size, config, gather)
     if near is not None:
         _check_near(near, k_cache_GND, config, T - chunk_size)
+    if winners is not None:
+        _check_winners(winners, q_THD, config, T if attending is None else attending)
+        if sketch is not None:
+            raise InputError("both sketch and winners are given, expected one: steps with winners read all keys")
     impl = resolve_impl(impl, q_THD.device)
     if impl == "torch" or not isinstance(seq_len, torch.Tensor) or seq_len.device != q_THD.device:
         seq_len = int(seq_len)
@@ -149,8 +161,10 @@ def reattention(
     else:
         from minirea.kernels.fused.launch import reattention_triton
 
-        out_THD, selection = reattention_triton(*tensors, seq_len, cos, sin, config, *options, sketch, votes, near)
-        out_THD = out_THD[T - attending :] if attending else out_THD
+        out_THD, selection = reattention_triton(
+            *tensors, seq_len, cos, sin, config, *options, sketch, votes, near, winners
+        )
+        out_THD = out_THD[-attending:] if attending else out_THD
     return (out_THD, selection) if return_selection else out_THD
 
 
@@ -221,6 +235,7 @@ def scratch_bytes(
     ranks: int = 1,
     sketched: bool = False,
     carries: bool = False,
+    window: int = 0,
 ) -> int:
     """Bytes that impl "triton" keeps for the life of the process once steps of all these sizes have run on one stream.
 
@@ -234,12 +249,13 @@ def scratch_bytes(
         ranks: processes with so many heads each.
         sketched: decode steps are called with sketches and without.
         carries: the steps, of one chunk each, are called with votes, whose own bytes do not count.
+        window: steps of so many queries are called with winners too; 0 for none.
     """
     from minirea.kernels.fused import launch
 
     together = ranks > 1 and config.span_scope == "layer" and config.max_selected > 0
     layer = launch.Layer(num_heads, num_kv_heads, head_dim, dtype, config, ranks if together else 1)
-    return launch.scratch_bytes(layer, capacity, steps, device, sketched, carries)
+    return launch.scratch_bytes(layer, capacity, steps, device, sketched, carries, window)
 
 
 def check_sketched(num_heads: int, num_kv_heads: int, head_dim: int, config: ReAttentionConfig) -> None:
@@ -349,6 +365,18 @@ def _check_votes(
             raise InputError(f"votes.{name} is {found}, expected torch.int32 {_shape(expected)} or longer, contiguous")
         if tensor.device != q_THD.device:
             raise InputError(f"votes.{name} is on {tensor.device}, expected {q_THD.device} like q_THD")
+
+
+def _check_winners(winners: torch.Tensor, q_THD: torch.Tensor, config: ReAttentionConfig, attending: int) -> None:
+    T, H, _ = q_THD.shape
+    if attending != 1:
+        raise InputError(f"winners are given and {attending} queries attend, expected 1")
+    expected = new_winners(H, config, T, 1, torch.device("meta"))[0]
+    if winners.dtype != expected.dtype or winners.shape != expected.shape or not winners.is_contiguous():
+        found = f"{winners.dtype} {_shape(winners)}{'' if winners.is_contiguous() else ', not contiguous'}"
+        raise InputError(f"winners is {found}, expected {expected.dtype} {_shape(expected)}, contiguous")
+    if winners.device != q_THD.device:
+        raise InputError(f"winners is on {winners.device}, expected {q_THD.device} like q_THD")
 
 
 def _check_seq_len(seq_len: int | torch.Tensor) -> None:

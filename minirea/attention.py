@@ -19,6 +19,7 @@ from minirea.kernels import (
     Votes,
     check_sketched,
     new_votes,
+    new_winners,
     prefill_kernels,
     reattention,
     resolve_impl,
@@ -53,6 +54,7 @@ class Step(NamedTuple):
         sin: like cos.
         sketched: every key that the step can select has a sketch; only where the device counts, else the cache tells.
         votes: what its layers' votes add up in, where they do; see `Attention.with_votes`.
+        winners: by layer, what the queries of the step before won; see `Attention.new_winners`.
     """
 
     seq_len: int | Tensor
@@ -61,6 +63,7 @@ class Step(NamedTuple):
     sin: Tensor = _NO_ROWS
     sketched: bool = False
     votes: Votes | None = None
+    winners: Tensor | None = None
 
 
 class Attention:
@@ -190,6 +193,14 @@ class Attention:
         if self.carries_votes and step.chunk_size == 1:
             return step._replace(votes=self.new_votes(capacity))
         return step
+
+    def new_winners(self, window: int, num_layers: int) -> Tensor | None:
+        """For decode steps of `window` queries, one behind the other, before the first of them, by layer; None where
+        they would not be kept, or a token votes alone.
+        """
+        if self.impl != "triton" or not self._selects or (window == 1 and not self.carries_votes):
+            return None
+        return new_winners(self.model.num_heads, self.config.of_decode_step, window, num_layers, self.device)
 
     def table_rows(self, capacity: int) -> int:
         """Positions in the tables that serve a cache of `capacity` tokens.
@@ -368,7 +379,8 @@ class Attention:
             cache.bring_ahead(layer)
         if sketch is None and near is not None and near.k is not None:
             k_GND, near = cache.keys_to_score(layer, cache.seq_len + len(q_THD)), Near(None, near.v)
-        options = (self.impl, False, chunk_size, self.gather, attending, sketch, step.votes, near)
+        winners = None if step.winners is None else step.winners[layer]
+        options = (self.impl, False, chunk_size, self.gather, attending, sketch, step.votes, near, winners)
         out_THD: Tensor = reattention(q_THD, k_GND, v_GND, step.seq_len, cos, sin, config, *options)
         return out_THD
 
@@ -405,7 +417,7 @@ class Attention:
         tables = self.scope_tables(cache.capacity)
         q_CHD = cache.recent(0, self.config.vote_window) if cache.recent_size else q_1HD
         arguments = (q_CHD, cache.k[0], cache.v[0], seq_len, *tables, self.config.of_decode_step, self.impl)
-        # Those of the first layer; with them the kernel is the one that the step took.
+        # Those of the first layer. Without winners, that the step left: they are of another one by now.
         votes = self.new_votes(cache.capacity) if self.carries_votes else None
         _, selection = reattention(
             *arguments, return_selection=True, gather=self.gather, votes=votes, near=cache.near[0]

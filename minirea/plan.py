@@ -175,6 +175,7 @@ def _scratch_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) ->
     if all_alike:
         return scratch
     voting = scope.vote_window if attention.recent_size else 1
-    options = ranks, sketched, attention.carries_votes
+    kept = voting if attention.recent_size or attention.carries_votes else 0
+    options = ranks, sketched, attention.carries_votes, kept
     own = scratch_bytes(*sizes_of_model, decode, num_tokens, [(voting, voting)], attention.device, *options)
     return scratch + own

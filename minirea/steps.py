@@ -120,11 +120,12 @@ class DecodeStep:
         # Filled there: a copy from the host would wait for the prompt, and the first step's launches with it.
         self.token = torch.full((1,), last_id, dtype=torch.int64, device=device)
         self.seq_len = torch.full((1,), cache.seq_len, dtype=torch.int32, device=device)
-        self.step = model.attention.step(self.seq_len, 1)._replace(sketched=cache.sketched)
         self.x_E = torch.empty(c.hidden_size, dtype=model.dtype, device=device)
         # The queries that vote in each layer, this step's behind those before it. One layer's after the other's where
         # a token votes alone.
         self.window = model.attention.config.vote_window if cache.recent_size else 1
+        winners = model.attention.new_winners(self.window, len(model.layers))
+        self.step = model.attention.step(self.seq_len, 1)._replace(sketched=cache.sketched, winners=winners)
         layers = len(model.layers) if self.window > 1 else 1
         shape = layers, self.window, c.num_heads, c.head_dim
         self.q_LWHD = torch.empty(shape, dtype=model.dtype, device=device)

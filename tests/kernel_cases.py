@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from oracle import reattention_oracle
 
-from minirea.kernels import ReAttentionConfig, Votes, new_votes, reattention
+from minirea.kernels import ReAttentionConfig, Votes, new_votes, new_winners, reattention
 
 
 @dataclass
@@ -136,6 +137,47 @@ def check_layers(case: Case, impl: str, num_layers: int = 3, attending: int = 1)
         if impl == "triton":
             reached = [sum(count >= level for count in ballot.values()) for level in range(1, len(num_votes))]
             assert num_votes == [0, *reached]
+
+
+def decode_layers(config: ReAttentionConfig, capacity: int, num_layers: int, **sizes: Any) -> list[Case]:
+    """Layers with keys, values and queries of so many tokens, of which steps see some; see `decode_steps`."""
+    layers = [make_case(config, capacity, T=capacity, capacity=capacity, seed=i, **sizes) for i in range(num_layers)]
+    for layer in layers:
+        layer.cos, layer.sin = rope_table(min(capacity, config.max_scope), layer.q.shape[2])
+    return layers
+
+
+def cut_off(layer: Case, seq_len: int, window: int) -> Case:
+    """The step of `window` queries that ends with token seq_len - 1. What lies behind it is NaN."""
+    k, v = layer.k_cache.clone(), layer.v_cache.clone()
+    k[:, seq_len:] = v[:, seq_len:] = torch.nan
+    return replace(layer, q=layer.q[seq_len - window : seq_len], k_cache=k, v_cache=v, seq_len=seq_len)
+
+
+def check_decode_steps(layers: list[Case], window: int, carries: bool, seq_lens: Iterable[int]) -> None:
+    """Steps in which the last `window` tokens vote, whose winners are kept, select what the oracle does; in the order
+    of seq_lens, which may go on or jump.
+    """
+    config, (_, H, _), device = layers[0].config, layers[0].q.shape, layers[0].q.device
+    winners = new_winners(H, config, window, len(layers), device)
+    votes = votes_of(cut_off(layers[0], window, window), len(layers)) if carries else None
+    for seq_len in seq_lens:
+        cast: list[dict[int, int]] | None = None
+        if votes is not None:
+            cast = [{} for _ in votes.counts]
+            for tensor in votes:
+                tensor.zero_()
+        for layer, kept in zip(layers, winners, strict=True):
+            this = cut_off(layer, seq_len, window)
+            options = {"return_selection": True, "attending": 1, "votes": votes, "winners": kept}
+            out_1HD, selection = reattention(*this.arguments(), impl="triton", **options)
+            exact_1HD, scopes = reattention_oracle(*this.arguments(), attending=1, votes=cast)
+            scopes = as_list(scopes)
+            assert [s.tolist() for s in as_list(selection)] == [s.tolist() for s in scopes], seq_len
+            limit = 2 * error(plain_attention(this, scopes)[-1:], exact_1HD) + torch.finfo(this.q.dtype).eps
+            assert out_1HD.shape == exact_1HD.shape and error(out_1HD, exact_1HD) <= limit
+        for counts, ballot in zip(votes.counts.tolist(), cast or [], strict=True) if votes is not None else ():
+            assert {j: count for j, count in enumerate(counts) if count} == ballot
 
 
 def popular_keys_case() -> Case:

@@ -5,7 +5,8 @@ caches in turn, so that nothing lies in the L2 cache when a launch needs it. Dec
 must read (keys that are scored, keys and values of the scope) over the measured copy bandwidth; prefill is given in
 TFLOP/s. A phase alone runs with the tiles and the grid of the fused launch, in which phases overlap: their times do not
 add up to the launch's, and each holds the price of a launch of its own. A decode step is also timed with int8 sketches
-of the keys; its output must be the same.
+of the keys; its output must be the same. And as one whose last 8 tokens vote together, over all layers, in blocks of
+32 for 16 spans: with their winners kept from step to step, and with all of them searched for anew, by the chunk kernel.
 
 Full attention is torch's scaled_dot_product_attention by each fused backend that takes it, fastest first. Left to
 itself, torch chooses by what a backend can do, not by its speed: a decode step is fast only where the keys of one head
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import statistics
 import warnings
@@ -37,7 +39,9 @@ Caches = tuple[Any, ...]
 
 CONTEXTS = {"decode": lengths("8k,16k,32k,128k,1m"), "prefill": lengths("32k,128k")}
 MAX_PAIRS = 16
-SECONDS_PER_TIME = 0.25  # of replays, at least three and at most twenty
+VOTERS = 8  # tokens that vote together; the other numbers are in `voting`
+MAX_REPLAYS = 20
+SECONDS_PER_TIME = 0.25  # of replays, at least three and at most MAX_REPLAYS
 FUSED_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")  # the other one copies keys to float32
 
 
@@ -216,6 +220,7 @@ def decode_row(layer: Layer, seq_len: int) -> dict[str, Any]:
         "phase_us": {name: graph_us(phase, pairs) for name, phase in phases_of(launch).items()},
         "launch_us": launch_us,
         "sketched": sketched(layer, step, pairs, seq_len, scope),
+        "voting": voting(layer, pairs, seq_len),
         "sdpa_bytes": 2 * seq_len * layer.key_bytes,
         "sdpa_us": sdpa_times(decode_forms(layer, q_1HD), pairs),
     }
@@ -249,6 +254,39 @@ def sketched(layer: Layer, step: Step, pairs: list[Caches], seq_len: int, scope:
         "slices": len(found),
         "scored_slices": int((found > most).sum()),
     }
+
+
+def voting(layer: Layer, pairs: list[Caches], seq_len: int) -> dict[str, Any]:
+    """Times and bytes of a decode step in which several tokens vote, each pair of caches being a layer of a model.
+
+    Every replay is the next step. Its queries are those of the one before, which changes what is found, not how long
+    it takes.
+    """
+    from minirea.kernels import new_votes, new_winners, reattention
+
+    spans = min(16, layer.config.max_spans)
+    config = dataclasses.replace(layer.config, vote_size=32, span_size=32, max_spans=spans, decode_spans=spans)
+    q_WHD, (cos, sin) = layer.queries(VOTERS), scope_tables(layer, config, VOTERS)
+    heads = layer.num_heads, layer.num_kv_heads
+    votes = new_votes(*heads, config, VOTERS, len(pairs), seq_len, q_WHD.device)
+    lists = new_winners(layer.num_heads, config, VOTERS, len(pairs), q_WHD.device)
+    length = torch.empty(1, dtype=torch.int32, device="cuda")
+
+    def step(k_GND: torch.Tensor, v_GND: torch.Tensor, index: int, winners: torch.Tensor | None) -> Any:
+        if index == 0:
+            length.add_(1)
+            for tensor in votes:
+                tensor.zero_()
+        arguments = (q_WHD, k_GND, v_GND, length, cos, sin, config, "triton")
+        return reattention(*arguments, attending=1, votes=votes, winners=winners)
+
+    times = {}
+    for name in ("kept", "searched"):
+        length.fill_(seq_len - MAX_REPLAYS - 8)
+        layers = [(*pair, i, lists[i] if name == "kept" else None) for i, pair in enumerate(pairs)]
+        times[f"{name}_us"] = graph_us(step, layers)
+    scope = min(seq_len, config.max_scope)
+    return times | {"bytes": layer.decode_bytes(seq_len, scope)}
 
 
 def prefill_row(layer: Layer, seq_len: int, queries: int) -> dict[str, Any]:
@@ -285,11 +323,8 @@ def attention_step(
 ) -> Callable[..., Any]:
     """The fused step over one pair of caches; decode reads seq_len from the GPU's memory, as in the engine's graph."""
     from minirea.kernels import reattention
-    from minirea.rope import inverse_frequencies, rope_table
 
-    scope = layer.config.max_scope
-    table = rope_table(*inverse_frequencies(RopeConfig(), layer.head_dim, scope), 0, scope + len(q_THD))
-    cos, sin = (x.cuda() for x in table)
+    cos, sin = scope_tables(layer, layer.config, len(q_THD))
     length = seq_len if len(q_THD) > 1 else torch.tensor([seq_len], dtype=torch.int32, device="cuda")
 
     def step(k_GND: torch.Tensor, v_GND: torch.Tensor, sketch: Any = None, return_selection: bool = False) -> Any:
@@ -297,6 +332,15 @@ def attention_step(
         return reattention(*arguments, chunk_size=chunk_size, sketch=sketch)
 
     return step
+
+
+def scope_tables(layer: Layer, config: ReAttentionConfig, num_queries: int) -> list[torch.Tensor]:
+    """cos and sin."""
+    from minirea.rope import inverse_frequencies, rope_table
+
+    scope = config.max_scope
+    table = rope_table(*inverse_frequencies(RopeConfig(), layer.head_dim, scope), 0, scope + num_queries)
+    return [x.cuda() for x in table]
 
 
 def scope_length(step: Callable[..., Any], pair: Caches) -> float:
@@ -366,7 +410,7 @@ def graph_us(step: Step, pairs: list[Caches]) -> float:
         for pair in pairs:
             step(*pair)
     replay_ms(graph)
-    repeat = max(3, min(20, int(SECONDS_PER_TIME * 1e3 / replay_ms(graph))))
+    repeat = max(3, min(MAX_REPLAYS, int(SECONDS_PER_TIME * 1e3 / replay_ms(graph))))
     return statistics.median(replay_ms(graph) for _ in range(repeat)) * 1e3 / len(pairs)
 
 
@@ -432,6 +476,7 @@ def decode_lines(row: dict[str, Any], bytes_per_us: float) -> list[str]:
         lines.append(line(name + ", alone", us, f"floor {floors[name]:,.1f}" if name in floors else ""))
     lines.append(line("whole launch", row["launch_us"], f"{row['launch_us'] / floor:.2f} x floor"))
     lines += sketch_lines(row["sketched"], row["launch_us"], bytes_per_us) if "sketched" in row else []
+    lines += voting_lines(row["voting"], bytes_per_us) if "voting" in row else []
     for name, us in row["sdpa_us"].items():
         ratio = us / row["launch_us"]
         lines.append(line(f"all keys, SDPA {name}", us, f"{ratio:.2f} x the launch, floor {sdpa_floor:,.1f}"))
@@ -445,6 +490,14 @@ def sketch_lines(sketched: dict[str, Any], without_us: float, bytes_per_us: floa
     return [
         line("whole launch with sketches", us, f"{note}, at most {sketched['survivors']} survivors, {where}"),
         line("sketches of all keys", sketched["make_us"]),
+    ]
+
+
+def voting_lines(voting: dict[str, Any], bytes_per_us: float) -> list[str]:
+    us, floor = voting["kept_us"], sum(voting["bytes"].values()) / bytes_per_us
+    return [
+        line(f"votes of {VOTERS} tokens, winners kept", us, f"{us / floor:.2f} x floor {floor:,.1f}"),
+        line(f"votes of {VOTERS} tokens, all searched for", voting["searched_us"]),
     ]
 
 

@@ -46,7 +46,8 @@ from minirea.cache import all_sketch_bytes
 from minirea.config import CACHES, SKETCHES
 from minirea.placement import FIRST_SKETCHED_LAYER
 
-ENGINES = ("minirea", "minirea-full", "transformers")  # minirea-full: minirea with full attention
+# minirea-full: with full attention; minirea-alone: a token of an answer votes alone, and each layer by itself.
+ENGINES = ("minirea", "minirea-full", "minirea-alone", "transformers")
 WARMUP_STEPS = 8
 
 
@@ -284,6 +285,8 @@ class Minirea:
         attention = "full" if arguments.engine == "minirea-full" else arguments.attention
         options = {"device": arguments.device, "dtype": arguments.dtype, "attention": attention}
         options |= {"gpus": arguments.gpus, "sketch": arguments.sketch, "cache": arguments.cache}
+        if arguments.engine == "minirea-alone":
+            options |= {"vote_window": 1, "carry_votes": False}
         if arguments.chunk_size is not None:
             options["chunk_size"] = arguments.chunk_size
         if arguments.quantize is not None:

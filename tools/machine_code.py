@@ -27,7 +27,7 @@ from minirea.kernels.fused import launch
 from minirea.kernels.fused.arguments import Rope
 from minirea.kernels.near import Near, near_size
 from minirea.kernels.sketch import new_sketch
-from minirea.kernels.votes import new_votes
+from minirea.kernels.votes import new_votes, new_winners
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "kernels" / "machine_code.json"
@@ -47,6 +47,7 @@ class Shape(NamedTuple):
     sketch: bool = False
     votes: bool = False  # which add up from layer to layer
     near: tuple[bool, bool] = (False, False)  # keys, values of local parts are there once more
+    winners: bool = False  # which are kept from step to step
 
 
 SHAPES = {
@@ -55,6 +56,8 @@ SHAPES = {
     "decode, 9/3 heads of 64": Shape(9, 3, 64, 1, 1),
     "four chunks of 512, 9/3 heads of 64": Shape(9, 3, 64, 2048, 512),
     "decode with votes of 8 tokens, 9/3 heads of 64": Shape(9, 3, 64, 8, 8, votes=True),
+    "decode with winners of 8 tokens kept, 9/3 heads of 64": Shape(9, 3, 64, 8, 8, votes=True, winners=True),
+    "decode with winners of 8 tokens kept, 32/8 heads of 128": Shape(32, 8, 128, 8, 8, votes=True, winners=True),
     "decode with a sketch, 32/8 heads of 128": Shape(32, 8, 128, 1, 1, sketch=True),
     "decode with a sketch, 9/3 heads of 64": Shape(9, 3, 64, 1, 1, sketch=True),
     "decode with near values, 32/8 heads of 128": Shape(32, 8, 128, 1, 1, near=(False, True)),
@@ -67,7 +70,7 @@ SHAPES = {
 
 def compiled(shape: Shape) -> driver.Variant:
     """The machine code of a step in bfloat16 over a cache of 131,072 tokens."""
-    config = ReAttentionConfig(32, 4096, 4, 32, 128)
+    config = ReAttentionConfig(32, 4096, 4, 32, 16 if shape.winners else 128, vote_size=32 if shape.winners else 1)
     found: list[driver.Variant] = []
 
     def record(kernel: Any, _programs: int, _device: torch.device, *arguments: Any, **constants: Any) -> None:
@@ -91,7 +94,11 @@ def compiled(shape: Shape) -> driver.Variant:
         mock.patch.object(launch, "launch_cooperatively", record),
         mock.patch.object(launch, "num_programs", return_value=PROCESSORS),
     ):
-        if shape.num_queries == 1:
+        if shape.winners:
+            winners = new_winners(shape.num_heads, config, shape.num_queries, 1, q_THD.device)[0]
+            given = (q_THD, k_GND, v_GND, out_THD[:1], seq_len, rope, config)
+            launch.launch_decode(*given, votes=votes, near=near, winners=winners)
+        elif shape.num_queries == 1:
             launch.launch_decode(q_THD, k_GND, v_GND, out_THD, seq_len, rope, config, sketch=sketch, near=near)
         else:
             arguments = (q_THD, k_GND, v_GND, out_THD, seq_len, rope, config, None, shape.chunk_size)

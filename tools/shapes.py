@@ -58,11 +58,31 @@ MISTRAL_7B = {
     "eos_token_id": 2,
 }
 
+SMOLLM2_135M = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": llama3(4096, 14336, 32, 32, 128, 8.0, tied=False),
     "llama-3.2-3b": llama3(3072, 8192, 28, 24, 128, 32.0, tied=True),
     "llama-3.2-1b": llama3(2048, 8192, 16, 32, 64, 32.0, tied=True),
     "mistral-7b": MISTRAL_7B,
+    "smollm2-135m": SMOLLM2_135M,
     "demo": json.loads((DEMO / "config.json").read_text()),
 }
 

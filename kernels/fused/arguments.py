@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 
 from minirea.kernels.launching import next_power_of_2 as pad
 from minirea.kernels.sketch import query_error, sum_error, width
+from minirea.kernels.votes import elected_size
 
 # Arguments that change from model to model or from step to step; without this every other value compiles anew.
 VARYING: Final = (
@@ -29,6 +30,8 @@ VARYING: Final = (
 # Packed candidates, and elements of partial results, that one program holds in registers at a time.
 MAX_CANDIDATES: Final = 8192
 MAX_PARTIALS: Final = 16384
+# Winners whose votes a decode step counts at a time; with twice as many, and as many elected, registers would spill.
+ROUND_WINNERS: Final = 32
 
 
 class Heads(NamedTuple):
@@ -74,8 +77,8 @@ class DecodeScratch(NamedTuple):
     counters: Any  # int64 [2 + G]: of the barrier, of ballots whose winners are sorted, and of each key/value head
     block: Any  # float32 [programs, M, K_PAD, N]
     tag: Any  # int32 [programs, M, K_PAD]
-    candidate: Any  # int64 [H, SLICES, K_PAD]
-    kept: Any  # int32 [ballots, W_PAD]
+    candidate: Any  # int64 [H, SLICES, K_PAD], or [G, WINDOW, GROUP, SLICES, K_PAD]
+    kept: Any  # int32 [ballots, KEPT_PAD]
     num_kept: Any  # int32 [ballots]
     partial_acc: Any  # float32 [H, SLICES, D]
     partial_max: Any  # float32 [H, SLICES]
@@ -91,6 +94,9 @@ class DecodeScratch(NamedTuple):
     survivor: Any = None  # int32 [programs, 2, SURVIVORS]: positions and rows
     count: Any = None  # int32 [programs, 2]: of live tiles and of survivors
     found: Any = None  # int32 [G, SLICES]: survivors; more than SURVIVORS where all keys were scored
+    # Where votes are counted in memory; the caller's where layers add to them:
+    counts: Any = None  # int32 [ballots, N]: votes of each position
+    elected: Any = None  # int32 [ballots, P_PAD]: positions with most votes, see `add_votes`
 
 
 class ChunkScratch(NamedTuple):
@@ -236,6 +242,9 @@ class DecodeSizes(Sizes):
     sketch: SketchTiles | None = None
     NEAR_K: int = 0  # rows of the near keys, 0 where the cache itself is near
     NEAR_V: int = 0  # of the near values
+    WINDOW: int = 0  # tokens that vote, whose votes are counted in memory; 0: this one's are compared in registers
+    MAX_SPANS: int = 0  # with WINDOW, to lay out lists
+    CARRIES: bool = False  # with WINDOW: counts are the caller's, and add up from launch to launch
 
     @property
     def SKETCH(self) -> bool:
@@ -292,6 +301,46 @@ class DecodeSizes(Sizes):
     def W_PAD(self) -> int:
         """Winners of a ballot."""
         return self.BALLOT_ROWS_PAD * self.K_PAD
+
+    @property
+    def P_PAD(self) -> int:
+        return elected_size(self.MAX_SPANS)
+
+    @property
+    def KEPT_PAD(self) -> int:
+        """Positions that a ballot can keep."""
+        return self.P_PAD if self.WINDOW else self.W_PAD
+
+    @property
+    def EARLY_ROWS(self) -> int:
+        """Rows of a ballot that are of earlier tokens."""
+        return (self.WINDOW - 1) * self.BALLOT_ROWS
+
+    @property
+    def ROUND_PAD(self) -> int:
+        """Winners that vote in a round: every one is compared with every other, and with all that are elected."""
+        return max(self.P_PAD, self.K_PAD, min(ROUND_WINNERS, self.W_PAD))
+
+    @property
+    def ROUND_ROWS(self) -> int:
+        return self.ROUND_PAD // self.K_PAD
+
+    @property
+    def EARLY_ROUNDS(self) -> int:
+        """In which earlier tokens vote; one in any case, which brings the code into the cache."""
+        return max(1, -(-self.EARLY_ROWS // self.ROUND_ROWS))
+
+    @property
+    def OWN_ROUNDS(self) -> int:
+        """In which this step's token votes."""
+        return -(-self.BALLOT_ROWS // self.ROUND_ROWS)
+
+    @property
+    def UPDATED_M(self) -> int:
+        """Rows that a key is scored for at a time. Up to 32 the matrix unit is used in one way, beyond in another."""
+        if self.BLOCK_M > 32:
+            return self.BLOCK_M
+        return max(16, min(32, pad((self.WINDOW - 1) * self.GROUP)))
 
     @property
     def SLICES_PAD(self) -> int:

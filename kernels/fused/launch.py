@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import math
@@ -47,6 +48,8 @@ if not INTERPRETED:
 # The most winners of a ballot that a decode step may hold in registers, where every one is compared with every other:
 # with twice as many a comparison takes 256 registers of every thread, and Triton 3.6 spills them all.
 MAX_WINNERS_IN_REGISTERS: Final = 128
+# The most positions that a decode step counts votes for and keeps: it compares every one with every other as well.
+MAX_ELECTED: Final = 64
 # What every slice of a block of rows costs besides the products with its keys, as a share of those with all keys: the
 # tiles that it begins with are stored, and its candidates picked and merged. From launches of 144 blocks on 132
 # programs over 131,072 keys: with 4 slices they take 9 % longer than with 2.
@@ -94,6 +97,18 @@ ATTEND: Final = Work(searches=False)
 _OF_THE_SEARCH: Final = ("block", "tag", "candidate")  # scratch
 
 
+class Counting(NamedTuple):
+    """How a decode step counts votes in memory."""
+
+    window: int  # tokens that vote
+    carries: bool  # the caller's votes are added to
+    capacity: int  # positions that scratch has room for, where they are not
+
+    @classmethod
+    def of(cls, window: int, carries: bool, capacity: int) -> Counting:
+        return cls(window, carries, 0 if carries else pad(capacity))
+
+
 class Layer(NamedTuple):
     """The attention of one layer, as far as it decides how a step is launched.
 
@@ -132,6 +147,11 @@ class Layer(NamedTuple):
         rows = self.group if self.by_head else self.num_heads * self.ranks
         in_registers = pad(rows) * pad(self.config.span_top_k) <= MAX_WINNERS_IN_REGISTERS
         return num_queries == 1 and (in_registers or not self.config.max_selected)
+
+    def keeps_winners(self) -> bool:
+        """Whether a step of one query that others vote with takes the decode kernel, if it is given their winners."""
+        selects = self.config.max_selected > 0 and self.config.max_spans <= MAX_ELECTED
+        return self.ranks == 1 and selects and self.decodes(1)
 
     def check_sketched(self) -> None:
         """Raises InputError where one query has no decode kernel, which is the one that looks at sketches."""
@@ -196,6 +216,7 @@ def plan_decode(
     sketch: SketchTiles | None = None,
     near_k: int = 0,
     near_v: int = 0,
+    counting: Counting | None = None,
 ) -> DecodePlan:
     """Workers with a slice of one key/value head each, and a program for each ballot besides."""
     H, G, D, _, config, _ = layer
@@ -207,12 +228,14 @@ def plan_decode(
     votes = ballot_rows * config.span_top_k > config.max_spans
     constants |= {"VOTES": votes, "ALONE": programs == 1, "sketch": sketch, "NEAR_K": near_k, "NEAR_V": near_v}
     c = DecodeSizes(tiles, **constants, SLICES=slices)
+    if counting:
+        c = dataclasses.replace(c, WINDOW=counting.window, MAX_SPANS=config.max_spans, CARRIES=counting.carries)
     shapes: Shapes = {
         "counters": (torch.int64, (2 + G,)),
         "block": (torch.float32, (programs, c.BLOCK_M, c.K_PAD, c.BLOCK_N)),
         "tag": (torch.int32, (programs, c.BLOCK_M, c.K_PAD)),
-        "candidate": (torch.int64, (H, slices, c.K_PAD)),
-        "kept": (torch.int32, (ballots, c.W_PAD)),
+        "candidate": (torch.int64, (max(1, c.WINDOW) * H, slices, c.K_PAD)),
+        "kept": (torch.int32, (ballots, c.KEPT_PAD)),
         "num_kept": (torch.int32, (ballots,)),
         "partial_acc": (torch.float32, (H, slices, D)),
         "partial_max": (torch.float32, (H, slices)),
@@ -220,6 +243,9 @@ def plan_decode(
         "selection": (torch.int64, (ballots, config.max_scope)),
         "num_far": (torch.int32, (ballots,)),
     }
+    if counting and not counting.carries:
+        shapes["counts"] = (torch.int32, (ballots, counting.capacity))
+        shapes["elected"] = (torch.int32, (ballots, c.P_PAD))
     if sketch:
         rooms = (programs, c.GROUP, sketch.ROOM)
         shapes |= {
@@ -296,7 +322,7 @@ def plan_chunks(
         "num_far": (torch.int32, (ballots,)),
     }
     if carries:  # the caller's are used
-        shapes |= dict.fromkeys(Votes._fields, (torch.int32, (1,)))
+        shapes |= dict.fromkeys(("counts", "num_votes"), (torch.int32, (1,)))
     return ChunkPlan(c, programs, levels, local_rows, far_rows, _needed(shapes, work))
 
 
@@ -314,6 +340,7 @@ def reattention_triton(
     sketch: Sketch | None = None,
     votes: Votes | None = None,
     near: Near | None = None,
+    winners: torch.Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
     """Arguments and results are those of `minirea.kernels.reattention`. A token or a chunk is one launch, and in half
@@ -338,7 +365,11 @@ def reattention_triton(
         layer = Layer.of(q_THD, k_cache_GND, config, gather)
         if sketch is not None and T == 1:
             layer.check_sketched()
-        if layer.decodes(T) and votes is None:
+        if winners is not None and layer.keeps_winners():
+            out_THD = out_THD[:1]
+            tensors = q_THD, k_cache_GND, v_cache_GND, out_THD
+            scratch = launch_decode(*tensors, seq_len, rope, config, tiles, votes=votes, near=near, winners=winners)
+        elif layer.decodes(T) and votes is None:
             scratch = launch_decode(
                 q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, rope, config, tiles, gather, sketch, near=near
             )
@@ -367,7 +398,7 @@ def cut(num_queries: int, chunk_size: int, dtype: torch.dtype) -> Iterator[tuple
 
 
 def launch_decode(
-    q_1HD: torch.Tensor,
+    q_WHD: torch.Tensor,
     k_cache_GND: torch.Tensor,
     v_cache_GND: torch.Tensor,
     out_1HD: torch.Tensor,
@@ -378,33 +409,43 @@ def launch_decode(
     gather: Gather | None = None,
     sketch: Sketch | None = None,
     sketch_sizes: SketchTiles | None = None,
+    votes: Votes | None = None,
     near: Near | None = None,
+    winners: torch.Tensor | None = None,
 ) -> DecodeScratch:
-    """One decode step; returns the scratch that it used."""
-    layer = Layer.of(q_1HD, k_cache_GND, config, gather)
+    """One decode step; returns the scratch that it used. W is 1 but for `winners`, which says whose they are."""
+    layer = Layer.of(q_WHD, k_cache_GND, config, gather)
     tiles = tiles or decode_tiles(layer.group, layer.block_d, layer.dtype.itemsize)
     if sketch is not None:
         sketch_sizes = sketch_sizes or sketch_tiles(layer.head_dim)
-    in_memory, device = isinstance(seq_len, torch.Tensor), q_1HD.device
+    in_memory, device = isinstance(seq_len, torch.Tensor), q_WHD.device
+    counting = None
+    if winners is not None:
+        counting = Counting.of(len(q_WHD), votes is not None, k_cache_GND.shape[1])
 
-    def do(work: Work, out: torch.Tensor, winners: torch.Tensor | None = None) -> DecodeScratch:
-        sizes = work, sketch_sizes, *near_rows(near).values()
+    def do(work: Work, out: torch.Tensor, gathered: torch.Tensor | None = None) -> DecodeScratch:
+        sizes = work, sketch_sizes, *near_rows(near).values(), counting
         plan = plan_decode(layer, tiles, num_programs(device, tiles), in_memory, *sizes)
         c, programs, workers, shapes = plan
-        key = ("decode", tiles, layer, *work, sketch_sizes)
+        key = ("decode", tiles, layer, *work, sketch_sizes, counting)
         scratch: DecodeScratch = scratch_of(DecodeScratch, key, shapes, device)
+        given = scratch if gathered is None else scratch._replace(candidate=gathered)
+        if votes is not None:
+            given = given._replace(counts=votes.counts, elected=votes.elected)
         launch(
             decode_kernel,
             programs,
             device,
-            q=queries(q_1HD),
+            q=queries(q_WHD),
             k=Heads(k_cache_GND, *k_cache_GND.stride()),
             v=Heads(v_cache_GND, *v_cache_GND.stride()),
             near=near,
             sketch=None if sketch is None else sketch_rows(sketch, layer),
             out_ptr=out,
             rope=rope,
-            scratch=scratch if winners is None else scratch._replace(candidate=winners),
+            scratch=given,
+            winner_ptr=winners,
+            stride_counts=None if given.counts is None else given.counts.stride(0),
             seq_len=seq_len,
             workers=workers,
             **varying_sizes(config),
@@ -458,7 +499,8 @@ def launch_chunks(
         scratch: ChunkScratch = scratch_of(ChunkScratch, key, plan.scratch, device)
         levels = plan.levels
         if votes is not None:
-            scratch, levels = scratch._replace(**votes._asdict()), votes.num_votes.shape[1] - 1
+            scratch = scratch._replace(counts=votes.counts, num_votes=votes.num_votes)
+            levels = votes.num_votes.shape[1] - 1
         launch(
             chunk_kernel,
             plan.programs,
@@ -587,6 +629,7 @@ def scratch_bytes(
     device: torch.device,
     sketched: bool = False,
     carries: bool = False,
+    window: int = 0,
 ) -> int:
     """Bytes of scratch that steps keep on one stream; see `minirea.kernels`."""
     lengths = [(T, chunk_size) for longest, chunk_size in steps for T in range(1, longest + 1)]
@@ -599,6 +642,10 @@ def scratch_bytes(
         if sketched:  # beside the layers that have no sketch
             plans.append(plan_decode(layer, tiles, programs, True, sketch=sketch_tiles(layer.head_dim)))
         scratches += [plan.scratch for plan in plans]
+    if window and layer.keeps_winners():
+        tiles = decode_tiles(layer.group, layer.block_d, layer.dtype.itemsize)
+        counting = Counting.of(window, carries, capacity)
+        scratches.append(plan_decode(layer, tiles, num_programs(device, tiles), True, counting=counting).scratch)
     tiles = chunk_tiles(layer.block_d, layer.dtype.itemsize)
     launches = {
         (pad(cdiv(stop - start, size)), pad(size))

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import make_case, random_case
+from kernel_cases import as_list, cut_off, decode_layers, make_case, random_case, votes_of
 from near_cases import check_near, near_of
 from rows_cases import Inputs
 from sketch_cases import real_case, sketch_of
 
 from minirea.errors import InputError
-from minirea.kernels import Near, ReAttentionConfig, reattention
+from minirea.kernels import Near, ReAttentionConfig, new_winners, reattention
 from minirea.kernels.fused import launch
 from minirea.kernels.fused.arguments import SketchTiles
 from minirea.kernels.steps import matvec, reference, rows
@@ -42,6 +42,32 @@ def test_steps_with_sketches(monkeypatch: pytest.MonkeyPatch) -> None:
         check_near(case, sketch=sketch_of(case, "triton"))
         case.k_cache[:, : case.seq_len] = 1.0
         check_near(case, sketch=sketch_of(case, "triton"))
+
+
+@pytest.mark.parametrize(("span_scope", "keys", "carries"), [("layer", False, True), ("kv_head", True, False)])
+def test_steps_whose_winners_are_kept(span_scope: str, keys: bool, carries: bool) -> None:
+    """From the dense bound on. Of the local part only the key that enters the middle next is read where all others are,
+    and what is kept of it is the same.
+    """
+    config = ReAttentionConfig(3, 9, 2, 4, 4, span_scope=span_scope, vote_size=4, dense_size=20)
+    (layer,) = decode_layers(config, 50, 1, H=4, G=2, D=8, largest=1)
+    near_winners, far_winners = new_winners(4, config, 3, 2, layer.q.device)
+    for seq_len in (20, 21, 22, 23, 40, 41):
+        case = cut_off(layer, seq_len, 3)
+        k_GND, v_GND = case.k_cache.clone(), case.v_cache.clone()
+        start = 0 if seq_len <= config.dense_size else seq_len - config.local_size
+        v_GND[:, start:] = torch.nan
+        if keys:
+            k_GND[:, start + 1 :] = torch.nan
+        far = replace(case, k_cache=k_GND, v_cache=v_GND)
+        found = []
+        for this, near, winners in ((case, None, near_winners), (far, near_of(case, keys, True), far_winners)):
+            votes = votes_of(case, 1) if carries else None
+            options = {"attending": 1, "near": near, "winners": winners, "votes": votes}
+            out_1HD, selection = reattention(*this.arguments(), impl="triton", return_selection=True, **options)
+            found.append((out_1HD, *as_list(selection), winners, *(votes or ())))
+        assert all(map(torch.equal, *found)), seq_len
+        assert not found[0][0].isnan().any()
 
 
 @pytest.mark.parametrize("seq_len", [3, 13])

@@ -14,13 +14,23 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import Case, as_list, check_chunks, error, make_case, plain_attention, votes_of
+from kernel_cases import (
+    Case,
+    as_list,
+    check_chunks,
+    cut_off,
+    decode_layers,
+    error,
+    make_case,
+    plain_attention,
+    votes_of,
+)
 from oracle import reattention_oracle
 from processes import at_once
 from sketch_cases import real_case, sketch_of
 from triton.runtime import interpreter
 
-from minirea.kernels import ReAttentionConfig, reattention
+from minirea.kernels import ReAttentionConfig, new_winners, reattention
 from minirea.kernels.fused import launch as launching
 from minirea.kernels.fused.arguments import Rope, SketchTiles
 
@@ -146,6 +156,33 @@ def test_votes_that_add_up(monkeypatch: pytest.MonkeyPatch, span_scope: str, T: 
             found, scopes = launching.scopes_of(workspace, seq_len, config), as_list(selection)
             assert [s.tolist() for s in found] == [s.tolist() for s in scopes]
             assert error(out_THD, exact_THD) <= 2 * error(plain_attention(this, scopes), exact_THD) + 1e-7
+
+
+@pytest.mark.parametrize(("span_scope", "carries", "programs"), [("layer", True, 5), ("kv_head", False, 6)])
+def test_winners_that_are_kept(monkeypatch: pytest.MonkeyPatch, span_scope: str, carries: bool, programs: int) -> None:
+    """Steps in a row, the first of which searches for all tokens, and one that is another context's. Four workers, and
+    one or two programs that count votes while these search.
+    """
+    launching._workspaces.clear()
+    config = ReAttentionConfig(2, 8, 2, 4, 4, span_scope=span_scope, vote_size=4)
+    layers = decode_layers(config, 90, 2, H=6, G=2, D=16, largest=1)
+    lists = new_winners(6, config, 3, len(layers), torch.device("cpu")).share_memory_()
+    votes = votes_of(cut_off(layers[0], 3, 3), len(layers)) if carries else None
+    for tensor in votes or ():
+        tensor.share_memory_()
+    for seq_len in (70, 71, 60):
+        cast: list[dict[int, int]] | None = [{} for _ in votes.counts] if votes is not None else None
+        for tensor in votes or ():
+            tensor.zero_()
+        for layer, kept in zip(layers, lists, strict=True):
+            this = cut_off(layer, seq_len, 3)
+            out_1HD, rope = torch.full_like(this.q[:1], torch.nan).share_memory_(), Rope(this.cos, this.sin)
+            arguments = (*tensors(this), out_1HD, seq_len, rope, config, None, None, None, None, votes, None, kept)
+            workspace = launch(monkeypatch, launching.launch_decode, programs, arguments)
+            exact_1HD, selection = reattention_oracle(*this.arguments(), attending=1, votes=cast)
+            found, scopes = launching.scopes_of(workspace, seq_len, config), as_list(selection)
+            assert [s.tolist() for s in found] == [s.tolist() for s in scopes]
+            assert error(out_1HD, exact_1HD) <= 2 * error(plain_attention(this, scopes)[-1:], exact_1HD) + 1e-7
 
 
 @pytest.mark.parametrize(("span_scope", "programs"), [("layer", 5), ("kv_head", 7), ("kv_head", 4)])

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from minirea.errors import InputError
-from minirea.kernels import ReAttentionConfig, check_sketched, new_sketch, new_votes, scratch_bytes
+from minirea.kernels import ReAttentionConfig, check_sketched, new_sketch, new_votes, new_winners, scratch_bytes
 from minirea.kernels.fused import launch  # (which imports triton)
 
 
@@ -52,6 +52,7 @@ HEADS = [
 CONFIGS = [
     ReAttentionConfig(32, 512, 4, 32, 128),
     ReAttentionConfig(32, 512, 4, 32, 128, span_scope="kv_head", dense_size=4096),
+    ReAttentionConfig(32, 512, 2, 32, 16),
     ReAttentionConfig(3, 512, 0, 32, 0),
 ]
 
@@ -59,15 +60,16 @@ CONFIGS = [
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(
-    ("steps", "sketched", "carries"),
+    ("steps", "sketched", "carries", "window"),
     [
-        ([(1, 512)], False, False),
-        ([(1, 512)], True, False),
-        ([(70, 16), (13, 4)], True, False),
-        ([(2048, 512)], False, False),
-        ([(5000, 512), (31, 8)], False, False),
-        ([(1, 1)], False, True),
-        ([(9, 9)], False, True),
+        ([(1, 512)], False, False, 0),
+        ([(1, 512)], True, False, 0),
+        ([(70, 16), (13, 4)], True, False, 0),
+        ([(2048, 512)], False, False, 0),
+        ([(5000, 512), (31, 8)], False, False, 0),
+        ([(1, 1)], False, True, 1),
+        ([(9, 9)], False, True, 9),
+        ([(9, 9)], False, False, 9),
     ],
 )
 def test_scratch_bytes_are_those_of_all_steps(
@@ -77,6 +79,7 @@ def test_scratch_bytes_are_those_of_all_steps(
     steps: Iterable[tuple[int, int]],
     sketched: bool,
     carries: bool,
+    window: int,
 ) -> None:
     num_heads, num_kv_heads, head_dim, dtype = heads
     monkeypatch.setattr(launch, "_workspaces", {})
@@ -95,9 +98,12 @@ def test_scratch_bytes_are_those_of_all_steps(
             if sketched and launch.Layer.of(q_THD, k_cache, config).decodes(T):
                 sketch = new_sketch(num_kv_heads, head_dim, 10_000, META)
                 launch.reattention_triton(q_THD, k_cache, k_cache, 9_000, table, table, config, sketch=sketch)
+    if window:  # the last step's queries and votes
+        winners = new_winners(num_heads, config, window, 1, META)[0]
+        launch.reattention_triton(q_THD, k_cache, k_cache, 9_000, table, table, config, votes=votes, winners=winners)
     workspaces = list(launch._workspaces.values())
     kept = [x for x in workspaces if isinstance(x, torch.Tensor)]
-    kinds = {"sketched": sketched, "carries": carries}
+    kinds = {"sketched": sketched, "carries": carries, "window": window}
     expected = scratch_bytes(num_heads, num_kv_heads, head_dim, dtype, config, 10_000, steps, META, **kinds)
     assert expected == sum(x.nbytes for x in kept)
     stored = {id(x) for workspace in workspaces if isinstance(workspace, tuple) for x in workspace}

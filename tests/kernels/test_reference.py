@@ -16,7 +16,7 @@ from oracle import reattention_oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minirea.errors import InputError
-from minirea.kernels import ReAttentionConfig, new_sketch, reattention, reference
+from minirea.kernels import ReAttentionConfig, new_sketch, new_winners, reattention, reference
 
 
 @pytest.fixture(autouse=True)
@@ -169,9 +169,21 @@ def test_votes_that_do_not_fit() -> None:
         ):
             with pytest.raises(InputError, match=message):
                 reattention(*case.arguments(), impl=impl, votes=bad)
+        winners = new_winners(4, case.config, 3, 1, case.q.device)[0]
+        for wrong, message in (
+            (winners[2:], r"winners is torch.int64 \[48\], expected torch.int64 \[50\], contiguous"),
+            (winners.int(), "winners is torch.int32"),
+            (winners.to("meta"), "winners is on meta, expected cpu"),
+        ):
+            with pytest.raises(InputError, match=message):
+                reattention(*case.arguments(), impl=impl, attending=1, winners=wrong)
+        with pytest.raises(InputError, match="winners are given and 3 queries attend, expected 1"):
+            reattention(*case.arguments(), impl=impl, winners=winners)
         with pytest.raises(InputError, match="chunk_size is 2, expected at least the 3 queries of a step with votes"):
             reattention(*case.arguments(), impl=impl, chunk_size=2, votes=votes)
         sketch = new_sketch(2, 16, 90, case.q.device)
+        with pytest.raises(InputError, match="both sketch and winners are given, expected one"):
+            reattention(*case.arguments(), impl=impl, attending=1, sketch=sketch, winners=winners)
         with pytest.raises(InputError, match="both sketch and votes are given, expected one"):
             reattention(*case.arguments(), impl=impl, sketch=sketch, votes=votes)
 
