@@ -132,6 +132,10 @@ class Leader(Ranks):
 
     # What crosses inside a step crosses in none else: followers would not be there.
 
+    def all_reduce(self, x: Tensor) -> Tensor:
+        self._check_in_step()
+        return super().all_reduce(x)
+
     def start_sum(self, x: Tensor) -> Callable[[], Tensor]:
         self._check_in_step()
         return super().start_sum(x)

@@ -84,8 +84,12 @@ class Residual:
         """x += the product, of whose matrix each rank has some columns."""
         if self._ranks is None:
             add_linear(self._parts[part], y_PK, matrix_EK, bias_E, kernels)
+            return
+        product_PE = linear(y_PK, matrix_EK, bias_E, kernels)
+        if self.count == 1:  # nothing is computed meanwhile
+            self._x_TE += self._ranks.all_reduce(product_PE)
         else:
-            self._arriving[part] = self._ranks.start_sum(linear(y_PK, matrix_EK, bias_E, kernels))
+            self._arriving[part] = self._ranks.start_sum(product_PE)
 
 
 class Model:
