@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from fuzz.tekken import tekken
+from packed_checkpoints import write_packed
 from safetensors.torch import load_file, save_file
 from testing import edit_json, tiny_model, write_checkpoint, write_mistral
 from tokenizer_kinds import JSON_KINDS, train_sentencepiece
@@ -24,7 +26,9 @@ def write_bases(directory: Path) -> None:
     train_sentencepiece(_write_model(directory / "sentencepiece") / "tokenizer.model", model_type="bpe")
     _write_shards(directory / "shards")
     _write_quantized(directory / "quantized")
-    _write_packed(directory / "packed")
+    packed, _ = write_packed(directory, "gptq", vocab_size=VOCAB_SIZE)
+    JSON_KINDS["byte_level"]().save(str(packed / "tokenizer.json"))
+    shutil.rmtree(directory / "wide")
     write_mistral(directory / "mistral", tiny_model(mistral=True, vocab_size=VOCAB_SIZE))
     _write_json(directory / "mistral" / "tekken.json", tekken())
 
@@ -61,26 +65,6 @@ def _write_quantized(directory: Path) -> None:
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     quantization = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
     edit_json(directory / "config.json", quantization_config=quantization | {"ignore": ["lm_head"]})
-    JSON_KINDS["byte_level"]().save(str(directory / "tokenizer.json"))
-
-
-def _write_packed(directory: Path) -> None:
-    """Matrices in 4 bits, as GPTQ stores them."""
-    path = _write_model(directory) / "model.safetensors"
-    stored = {}
-    for name, tensor in load_file(path).items():
-        if not name.endswith("_proj.weight"):
-            stored[name] = tensor
-            continue
-        (N, K), module = tensor.shape, name.removesuffix(".weight")
-        groups = -(-K // 32)
-        stored[f"{module}.qweight"] = torch.randint(-(2**31), 2**31 - 1, (K // 8, N), dtype=torch.int32)
-        stored[f"{module}.qzeros"] = torch.full((groups, N // 8), 0x77777777, dtype=torch.int32)
-        stored[f"{module}.scales"] = torch.full((groups, N), 0.02, dtype=torch.float16)
-        stored[f"{module}.g_idx"] = torch.arange(K, dtype=torch.int32) // 32
-    save_file(stored, path)
-    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
-    edit_json(directory / "config.json", quantization_config=quantization)
     JSON_KINDS["byte_level"]().save(str(directory / "tokenizer.json"))
 
 

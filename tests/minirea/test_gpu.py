@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed_checkpoints import KINDS, write_packed
 from testing import random_ids, tiny_model, write_checkpoint
 
 import minirea
@@ -300,6 +301,21 @@ def test_a_quantized_model_is_that_of_the_cpu(quantize: str, impl: str, tmp_path
     assert float((found - expected).norm() / expected.norm()) < 0.03
     new_ids = llm.generate(ids, max_tokens=20, ignore_eos=True).token_ids
     assert new_ids == llm.logits([*ids, *new_ids])[99:-1].argmax(-1).tolist()  # decoding reads the same matrices
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_comes_in_4_bits_is_that_of_the_cpu(kind: str, tmp_path: Path) -> None:
+    """Its layers' matrices packed, its head wide."""
+    path, _ = write_packed(tmp_path, kind, torch.bfloat16)
+    ids = random_ids(100)
+    llm = minirea.load(path, device="cuda", dtype="float32", attention="full")
+    assert llm.model.quantize == "int4"
+    found = llm.logits(ids).cpu()
+    expected = minirea.load(path, device="cpu", attention="full").logits(ids)
+    assert float((found - expected).norm() / expected.norm()) < 0.03
+    new_ids = llm.generate(ids, max_tokens=20, ignore_eos=True).token_ids
+    assert new_ids == llm.logits([*ids, *new_ids])[99:-1].argmax(-1).tolist()
+    assert len(minirea.load(path, device="cuda").generate(ids, max_tokens=8, ignore_eos=True).token_ids) == 8
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
