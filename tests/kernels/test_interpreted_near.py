@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import as_list, cut_off, decode_layers, make_case, random_case, votes_of
-from near_cases import check_near, near_of
+from near_cases import check_near, far_case, near_of
 from rows_cases import Inputs
 from sketch_cases import real_case, sketch_of
 
@@ -23,6 +23,20 @@ def test_random_steps_are_those_over_a_near_cache() -> None:
         case = random_case(seed, head_dims=(8,), longest_middle=60)
         case = case if seed % 2 else replace(case, q=case.q[-1:])
         check_near(case)
+    streaming = ReAttentionConfig(4, 8, 0, 4, 0, dense_size=20)
+    for T in (1, 6):
+        check_near(make_case(streaming, 50, T=T))
+
+
+def test_tokens_that_vote_together_attend_to_near_values() -> None:
+    """And their layers' votes add up."""
+    config = ReAttentionConfig(4, 12, 2, 4, 5, vote_window=3, carry_votes=True)
+    case = make_case(config, 70, T=3)
+    outs = []
+    for this, near in ((case, None), (far_case(case, False, True), near_of(case, False, True))):
+        options = {"impl": "triton", "attending": 1, "votes": votes_of(case, 2), "near": near}
+        outs += [reattention(*this.arguments(), **options) for _ in range(2)]
+    assert torch.equal(torch.cat(outs[:2]), torch.cat(outs[2:])) and not outs[0].isnan().any()
 
 
 def test_chunks_of_one_launch_share_near_values() -> None:
