@@ -125,7 +125,7 @@ class DecodeStep:
         # a token votes alone.
         self.window = model.attention.config.vote_window if cache.recent_size else 1
         winners = model.attention.new_winners(self.window, len(model.layers))
-        self.step = model.attention.step(self.seq_len, 1)._replace(sketched=cache.sketched, winners=winners)
+        self.step = model.attention.step(self.seq_len, 1)._replace(winners=winners)
         layers = len(model.layers) if self.window > 1 else 1
         shape = layers, self.window, c.num_heads, c.head_dim
         self.q_LWHD = torch.empty(shape, dtype=model.dtype, device=device)
@@ -142,7 +142,7 @@ class DecodeStep:
         if self.window > 1:
             recent_W = self.cache.recent_rows_at(self.seq_len, self.window)
             torch.index_select(self.cache.q_recent, 1, recent_W, out=self.q_LWHD)
-        step = model.attention.with_votes(self.step, self.cache.capacity)
+        step = model.attention.with_votes(self.step._replace(sketched=self.cache.sketched), self.cache.capacity)
         for i, layer in enumerate(model.layers):
             k_GND, v_GND = self.cache.k[i], self.cache.v[i]
             q_WHD = self.q_LWHD[i if self.window > 1 else 0]

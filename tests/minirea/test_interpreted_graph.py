@@ -22,7 +22,7 @@ from minirea.graph import StepGraph
 from minirea.kernels.fused import launch
 from minirea.kernels.fused.arguments import SketchTiles
 from minirea.model import Model, _layer
-from minirea.placement import Placement
+from minirea.placement import NEAR, Placement
 from minirea.sampling import Sampler, SamplingConfig
 from minirea.steps import DecodeStep, PromptStep
 from minirea.weights import load_weights
@@ -247,6 +247,7 @@ def test_a_prompt_is_read_in_captured_steps(
 def test_steps_over_a_far_cache_compute_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: a step of two chunks, then of one token each, whose near rows begin anew in between, before and
     after some are taken back. Local parts are near alone: of the far cache they are NaN while a token is computed.
+    One cache gets sketches, and its keys go to the host, when the step of a token is there already.
     """
     tiles = SketchTiles(BLOCK_N=16, ROOM=16, SURVIVORS=64, LEAST=32, num_stages=2, LIVE_M=4)
     monkeypatch.setattr(launch, "sketch_tiles", lambda _: tiles)
@@ -254,11 +255,16 @@ def test_steps_over_a_far_cache_compute_the_same(tmp_path: Path, monkeypatch: py
     directory = write_checkpoint(tmp_path, tiny_model(**SMALL))
     llm, ids = minirea.load(directory, **SCOPE), random_ids(90, 40)
     found = []
-    for lies in (Placement(), Placement(False, 2, 0, 56), Placement(True, 2, 1, 56)):
+    values, sketched = Placement(False, 2, 0, 56), Placement(True, 2, 1, 56)
+    for first, lies in ((NEAR, NEAR), (sketched, sketched), (values, sketched)):
         model = triton_model(directory, llm)
         sketch, scope = "int8" if lies.sketched else "off", llm.model.attention.config
         model.attention = Attention(model.config, "reattention", scope, "triton", model.device, sketch=sketch)
-        cache = KVCache(model.config, 91, 0, model.device, torch.float32, placements=lambda _, lies=lies: [lies])
+        at = {90: first}
+        cache = KVCache(
+            *(model.config, 90, 0, model.device, torch.float32),
+            placements=lambda capacity, at=at, lies=lies: [at.get(capacity, lies)],
+        )
         model.attention.impl = "torch"
         prefill(model, cache, ids[:70], 30)
         model.attention.impl = "triton"
@@ -269,15 +275,15 @@ def test_steps_over_a_far_cache_compute_the_same(tmp_path: Path, monkeypatch: py
         tokens = []
         for keep in (84, 60):
             cache.rewind(keep)
-            cache.reserve(keep + 2)
             token = DecodeStep(model, cache, 7, Sampler(SamplingConfig(), ids, model.config.vocab_size, model.device))
-            for _ in range(2):
-                model.attention.sketch_keys(cache)
-                with local_parts_of_far_arrays_are_nan(cache, lies):
-                    token.run()
-                cache.seq_len += 1
-                tokens.append(int(token.token))
-        found.append((tokens, [tensor[:, :62] for pair in zip(cache.k, cache.v, strict=True) for tensor in pair]))
+            cache.reserve(91)
+            assert cache.placement == lies
+            model.attention.sketch_keys(cache)
+            with local_parts_of_far_arrays_are_nan(cache, lies):
+                token.run()
+            cache.seq_len += 1
+            tokens.append(int(token.token))
+        found.append((tokens, [tensor[:, :61] for pair in zip(cache.k, cache.v, strict=True) for tensor in pair]))
     for tokens, tensors in found[1:]:
         assert tokens == found[0][0]
         assert all(map(torch.equal, tensors, found[0][1]))

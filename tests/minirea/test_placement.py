@@ -74,8 +74,7 @@ def check_near(cache: KVCache) -> None:
                 assert torch.equal(rows[:, tokens % rows.shape[1]], whole[:, tokens])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("keys", [0, 2])
+@pytest.mark.parametrize(("kind", "keys"), zip(KINDS, (2, 0), strict=True))
 def test_a_session_is_the_same_wherever_its_cache_lies(
     directory: Path, kind: dict[str, Any], keys: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
