@@ -108,6 +108,9 @@ class PromptStep:
 class DecodeStep:
     """The kernels of one decode step over one cache, and the memory between them.
 
+    Steps follow each other, each with one token more. If others than theirs come into the cache, what is kept of the
+    winners does not hold, and a new object has to go on.
+
     Attributes:
         token: int64 [1], the token to feed; afterwards the sampled one.
         seq_len: int32 [1], cached tokens, on the device; `run` adds this step's.

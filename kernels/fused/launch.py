@@ -106,7 +106,7 @@ class Counting(NamedTuple):
 
     @classmethod
     def of(cls, window: int, carries: bool, capacity: int) -> Counting:
-        return cls(window, carries, 0 if carries else pad(capacity))
+        return cls(window, carries, 0 if carries else max(16, pad(capacity)))  # all lengths have one kernel
 
 
 class Layer(NamedTuple):

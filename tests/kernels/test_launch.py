@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +110,24 @@ def test_scratch_bytes_are_those_of_all_steps(
     stored = {id(x) for workspace in workspaces if isinstance(workspace, tuple) for x in workspace}
     stored.discard(id(None))  # of a sketch that there is not
     assert stored == {id(x) for x in kept}
+
+
+@pytest.mark.parametrize(
+    ("fields", "ranks", "kept"),
+    [
+        ({}, 1, True),
+        ({"span_scope": "kv_head"}, 1, True),
+        ({}, 2, False),  # whose heads vote together
+        ({"max_spans": launch.MAX_ELECTED}, 1, True),
+        ({"max_spans": launch.MAX_ELECTED + 1}, 1, False),
+        ({"max_spans": 0}, 1, False),
+        ({"span_top_k": 8}, 1, False),  # 32 heads have 256 winners
+        ({"span_top_k": 8, "span_scope": "kv_head"}, 1, True),
+    ],
+)
+def test_which_steps_keep_winners(fields: dict[str, Any], ranks: int, kept: bool) -> None:
+    config = replace(ReAttentionConfig(32, 512, 4, 32, 16), **fields)
+    assert launch.Layer(32, 8, 128, torch.bfloat16, config, ranks).keeps_winners() == kept
 
 
 def test_more_winners_than_a_decode_step_sorts_take_no_sketch() -> None:
