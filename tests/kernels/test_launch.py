@@ -120,7 +120,7 @@ def test_scratch_bytes_are_those_of_all_steps(
         ({}, 2, False),  # whose heads vote together
         ({"max_spans": launch.MAX_ELECTED}, 1, True),
         ({"max_spans": launch.MAX_ELECTED + 1}, 1, False),
-        ({"max_spans": 0}, 1, False),
+        ({"max_spans": 0, "decode_spans": 0}, 1, False),
         ({"span_top_k": 8}, 1, False),  # 32 heads have 256 winners
         ({"span_top_k": 8, "span_scope": "kv_head"}, 1, True),
     ],
