@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from minirea.evaluation.frame.records import Place, Record
 
@@ -33,16 +33,17 @@ class Cell(ABC):
         modes: the attention modes that it applies to; None: all that the user asked for.
         fields: ReAttentionConfig fields that replace the user's for this cell (a sweep's), and
             allow_out_of_distribution where they need it. Name them in `places` too.
-
-    `looks_inside`: it needs more of the model than its answers, which one device has and several have not.
     """
-
-    looks_inside: ClassVar[bool] = False
 
     places: tuple[Place, ...]
     tokens: int
     modes: tuple[str, ...] | None = field(default=None, kw_only=True)
     fields: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether it needs more of the model than its answers, which one device has and several have not."""
+        return False
 
     @abstractmethod
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:
@@ -101,6 +102,10 @@ class PromptCell(Cell):
     build: Callable[[], Prompt]
     as_session: bool = field(default=False, kw_only=True)
     sources: int = field(default=0, kw_only=True)
+
+    @property
+    def looks_inside(self) -> bool:
+        return self.sources > 0
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:
         """The answers, each the same as if its whole prompt had been read from the beginning."""

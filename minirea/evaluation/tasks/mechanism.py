@@ -90,8 +90,11 @@ class _Prompt(NamedTuple):
 class OverlapCell(Cell):
     """One record: for each layer and head, what the selection has in common with attention."""
 
-    looks_inside: ClassVar[bool] = True
     build: Callable[[], Watched]
+
+    @property
+    def looks_inside(self) -> bool:
+        return True
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:  # noqa: ARG002  one place
         from minirea.evaluation.tasks.mechanism_measures import Overlap
@@ -114,8 +117,11 @@ class OverlapCell(Cell):
 class SpreadCell(Cell):
     """One record: the positions that keys got, and for each layer and head the entropy of attention."""
 
-    looks_inside: ClassVar[bool] = True
     build: Callable[[], Watched]
+
+    @property
+    def looks_inside(self) -> bool:
+        return True
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:  # noqa: ARG002  one place
         from minirea.evaluation.tasks.mechanism_measures import Spread

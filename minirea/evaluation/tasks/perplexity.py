@@ -52,7 +52,10 @@ class WindowCell(Cell):
     text: Text
     buckets: str | int
     baseline: bool
-    looks_inside: ClassVar[bool] = True
+
+    @property
+    def looks_inside(self) -> bool:
+        return True
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:
         from minirea.evaluation.tasks.likelihood import nlls_in_range, token_nlls

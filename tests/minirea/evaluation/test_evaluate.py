@@ -406,7 +406,12 @@ def test_a_record_that_cannot_be_summarized_says_why(
 
 
 @pytest.mark.parametrize(
-    ("task", "options"), [("perplexity", {"text": DEMO / "README.md"}), ("mechanism", {"studies": "spread"})]
+    ("task", "options"),
+    [
+        ("perplexity", {"text": DEMO / "README.md"}),
+        *(("mechanism", {"studies": study}) for study in ("spread", "overlap")),
+        ("needle", {"sources": 1}),
+    ],
 )
 def test_what_several_devices_cannot_do_is_refused_before_the_weights_are_read(
     model: Path, monkeypatch: pytest.MonkeyPatch, task: str, options: dict[str, Any]
