@@ -246,7 +246,7 @@ def _quantization(c: JsonObject) -> dict[str, Any]:
         raise q.fail("quant_method", f"one of {', '.join(_QUANT_METHODS)}: minirea reads no other quantized weights")
     if method == "compressed-tensors" and q.values.get("format") not in _QUANT_FORMATS:
         raise q.fail("format", f"one of {', '.join(_QUANT_FORMATS)} with {method}")
-    if method in ("gptq", "awq") or q.values.get("format") == "pack-quantized":
+    if method in ("gptq", "awq") or (method == "compressed-tensors" and q.values["format"] == "pack-quantized"):
         return {"packing": _packing(q, method)}
     if q.values.get("weight_block_size") is not None:
         raise q.fail("weight_block_size", "no such key: minirea reads one scale per tensor or row")
