@@ -12,13 +12,15 @@ from shapes import named
 from testing import random_ids, tiny_model, write_checkpoint
 
 import minirea
-from minirea import memory, plan
+from minirea import api, memory, plan
 from minirea.attention import Attention
 from minirea.cache import KVCache, array_bytes
 from minirea.checkpoint_config import load_config
 from minirea.cli import main
+from minirea.cli.output import footer
 from minirea.config import ModelConfig, ReAttentionConfig
 from minirea.errors import InputError, MemoryLimitError
+from minirea.generate import Stats
 from minirea.kernels.near import near_size
 from minirea.placement import Placement, placements
 
@@ -240,9 +242,28 @@ def test_what_reads_no_host_memory_is_named(directory: Path, capsys: pytest.Capt
             Attention(config, mode, scope, impl, CUDA, cache="host")
         assert Attention(config, mode, scope, impl, CPU, cache="host").placements(99) == [Placement()]
     with pytest.raises(InputError, match="gpus is 2, expected 1: caches in the host's memory do not work"):
-        minirea.api.read_model(directory, cache="host", gpus=2)
+        api.read_model(directory, cache="host", gpus=2)
     with pytest.raises(InputError, match="cache is 'disk', expected one of auto, device, host"):
         minirea.load(directory, cache="disk")
     with pytest.raises(SystemExit):
         main(["generate", "--model", str(directory), "--text", "x", "--cache", "disk"])
     assert "invalid choice: 'disk'" in capsys.readouterr().err
+
+
+def test_the_footer_and_the_plan_say_what_lies_where(
+    directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gigabyte = 10**9
+    sizes = {"cache_bytes": 180 * gigabyte, "host_cache_bytes": 105 * gigabyte, "sketch_bytes": 34 * gigabyte}
+    text = footer(Stats(9, **sizes), "length")
+    assert "cache 180.00 GB (105.00 GB of it in the host's memory, 34.00 GB of it int8 sketches), peak" in text
+    assert "cache 180.00 GB, peak" in footer(Stats(9, cache_bytes=180 * gigabyte), "length")
+    found = memory.MemoryPlan(cache=2 * gigabyte, num_tokens=9, host_cache=3 * gigabyte)
+    monkeypatch.setattr(api.ModelFiles, "plan", lambda *_: found)
+    command = ["generate", "--model", str(directory), "--text", "x", "--dry-run"]
+    monkeypatch.setattr(memory, "available_bytes", lambda _: 100 * gigabyte)
+    monkeypatch.setattr("minirea.cli.commands.encode", lambda *_, **__: [5])
+    assert main(command) == 0
+    assert "cache       2.00 GB, and 3.00 GB in the host's memory\n" in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["host_cache_bytes"] == 3 * gigabyte
