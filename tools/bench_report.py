@@ -137,6 +137,7 @@ def kernel_tables(rows: list[Row], machine: Row) -> list[str]:
             (decode_cells(row, bytes_per_us) for row in decode),
         ),
         *sketch_table(decode, bytes_per_us),
+        *voting_table(decode, bytes_per_us),
         *phase_table(decode, bytes_per_us),
         *table(
             ("prefill, keys", "queries", "score and pick", "one chunk's launch", "each of several", "SDPA"),
@@ -168,6 +169,30 @@ def sketch_table(decode: list[Row], bytes_per_us: float) -> list[str]:
     return table(head, (cells(row) for row in decode if "sketched" in row))
 
 
+def voting_table(decode: list[Row], bytes_per_us: float) -> list[str]:
+    """Steps in which several tokens vote, in results that have them."""
+
+    def cells(row: Row) -> list[str]:
+        voting = row["voting"]
+        floor, kept, searched = sum(voting["bytes"].values()) / bytes_per_us, voting["kept_us"], voting["searched_us"]
+        return [
+            f"{row['context']:,}",
+            f"{floor:,.1f} us",
+            f"{kept:,.1f} us",
+            f"{kept / floor:.2f}",
+            f"{searched:,.1f} us",
+        ]
+
+    head = (
+        "decode with votes of earlier tokens, keys",
+        "floor",
+        "their winners kept",
+        "times the floor",
+        "all searched for",
+    )
+    return table(head, (cells(row) for row in decode if "voting" in row))
+
+
 def phase_table(decode: list[Row], bytes_per_us: float) -> list[str]:
     """Phases alone, a column for each context; a floor follows where the phase has one."""
 
@@ -191,17 +216,20 @@ def prefill_cells(row: Row) -> list[str]:
 
 
 def model_tables(rows: list[Row], machine: Row) -> list[str]:
-    bytes_per_ms = machine["copy_gb_per_s"] * 1e6
+    bytes_per_ms, told = machine["copy_gb_per_s"] * 1e6, any("cache" in row for row in rows)
 
     def peak(row: Row) -> str:
         return f"{row['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in row else "-"
 
+    def caches(row: Row) -> list[str]:
+        return [row.get("cache", "-").removeprefix("cache ")] if told else []
+
     def decode_row(row: Row) -> list[str]:
         cells = [f"{row['context']:,}", named_engine(row), f"{row['decode_ms']:.3f} ms"]
         if "step_bytes" not in row:
-            return [*cells, "-", "-", peak(row)]
+            return [*cells, "-", "-", *caches(row), peak(row)]
         floor = row["step_bytes"] / bytes_per_ms + row.get("host_ms", 0)
-        return [*cells, f"{floor:.3f} ms", f"{row['decode_ms'] / floor:.2f}", peak(row)]
+        return [*cells, f"{floor:.3f} ms", f"{row['decode_ms'] / floor:.2f}", *caches(row), peak(row)]
 
     def prefill_row(row: Row) -> list[str]:
         read, seconds = row["prefill_tokens"], row["prefill_seconds"]
@@ -211,7 +239,7 @@ def model_tables(rows: list[Row], machine: Row) -> list[str]:
     by_context = sorted(rows, key=lambda row: row.get("context", 0))  # stable: engines stay in order
     return [
         *table(
-            ("tokens cached", "engine", "per token", "floor", "times the floor", "peak memory"),
+            ("tokens cached", "engine", "per token", "floor", "times the floor", *["cache"] * told, "peak memory"),
             (decode_row(row) for row in by_context if "decode_ms" in row),
         ),
         *table(

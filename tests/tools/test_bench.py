@@ -14,6 +14,7 @@ import bench
 import bench_context
 import bench_machine
 import bench_model
+import bench_report
 import pytest
 import torch
 from bench_machine import Lengths, lengths, tokens
@@ -48,13 +49,16 @@ copy_bandwidth = functools.cache(bench_machine.copy_bandwidth)  # measured once
 
 @pytest.fixture
 def measure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> BenchRun:
-    """Runs bench.py with such words, in this process, and returns what its last line says."""
+    """Runs bench.py with such words, in this process; returns its result, for which `report` has tables."""
     monkeypatch.setattr(bench_machine, "copy_bandwidth", copy_bandwidth)
 
     def run(*words: str) -> dict[str, Any]:
         monkeypatch.setattr(sys, "argv", ["bench.py", *words, *ON_CPU])
         bench.main()
-        found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        line = capsys.readouterr().out.splitlines()[-1]
+        found: dict[str, Any] = json.loads(line)
+        measured = any("skipped" not in row for row in found["rows"])
+        assert ("\n| " in bench_report.section("a result", line)) == measured
         return found
 
     return run

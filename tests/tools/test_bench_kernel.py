@@ -137,6 +137,7 @@ def test_every_row_on_a_gpu() -> None:
     small = ["--heads", "8", "--kv-heads", "2", "--head-dim", "64", "--local-size", "512", "--queries", "64"]
     done = run_bench(*small, "--contexts", "2k,3k")
     assert done.returncode == 0, done.stderr
+    assert "\n| " in bench.bench_report.section("kernel", done.stdout.splitlines()[-1])
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert [(row["kind"], row.get("context")) for row in rows] == [
         (kind, context) for kind in ("decode", "prefill") for context in (None, 2048, 3072)

@@ -79,6 +79,9 @@ def test_kernel(tmp_path: Path) -> None:
     }
     text = section(keep(tmp_path, "kernel-x", "kernel", rows))
     assert "\n| 16,384 | 2.5 us | 5.0 us | 2.00 | 1.60 | 44 | 2 of 128 | 70 us |\n" in text
+    rows[2]["voting"] = {"kept_us": 6.0, "searched_us": 18.0, "bytes": {"score, pick": 6e6}}
+    text = section(keep(tmp_path, "kernel-x", "kernel", rows))
+    assert "\n| 16,384 | 3.0 us | 6.0 us | 2.00 | 18.0 us |\n" in text
 
 
 def test_other_commands(tmp_path: Path) -> None:
@@ -93,6 +96,10 @@ def test_other_commands(tmp_path: Path) -> None:
         in text
     )
     assert "| 1,024, the last 512 | minirea | 1,024 | 0.500 s | 3.0 GB |" in text
+    rows[0] |= {"host_ms": 0.6, "cache": "cache 5.0 GB, 2.0 of it on the host"}
+    text = section(keep(tmp_path, "model-x", "model", rows))
+    assert "| 2,048 | minirea | 2.000 ms | 1.600 ms | 1.25 | 5.0 GB, 2.0 of it on the host | 3.0 GB |" in text
+    assert "| 2,048 | transformers | 4.000 ms | - | - | - | - |" in text
     rows = [
         {"kernel": "embed", "arguments": 3, "minirea_us": 2.0, "triton_us": 9.0},
         {"kernel": "b", "arguments": 1, "minirea_us": 3.0},
