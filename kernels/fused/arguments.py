@@ -156,6 +156,7 @@ class Sizes:
     SEQ_LEN_IN_MEMORY: bool
     PRECISION: str  # of float32 products
     SLICES: int  # parts of the middle
+    WHOLE_TILES: bool  # so many cached keys follow the middle that none of its tiles reaches beyond them
     # A launch of both does a whole step. Where other processes have heads that vote too, one launch searches and leaves
     # its winners, int32 [rows, K_PAD], where a whole step leaves its output; when those of all heads are gathered, in
     # the place of its candidates, another one attends.

@@ -227,7 +227,8 @@ def plan_decode(
     programs = min(processors, workers + ballots)
     votes = ballot_rows * config.span_top_k > config.max_spans
     constants |= {"VOTES": votes, "ALONE": programs == 1, "sketch": sketch, "NEAR_K": near_k, "NEAR_V": near_v}
-    c = DecodeSizes(tiles, **constants, SLICES=slices)
+    # Slices are short: what lies behind them would be much of what is read.
+    c = DecodeSizes(tiles, **constants, SLICES=slices, WHOLE_TILES=False)
     if counting:
         c = dataclasses.replace(c, WINDOW=counting.window, MAX_SPANS=config.max_spans, CARRIES=counting.carries)
     shapes: Shapes = {
@@ -300,7 +301,7 @@ def plan_chunks(
     slices = chunk_slices(units, programs, MAX_CANDIDATES // pad(constants["K"]))
     spans_pad = pad(max(1, config.max_spans))
     constants |= {"P_PAD": spans_pad, "PROGRAMS_PAD": pad(programs), "CARRIES": carries, "NEAR_V": near_v}
-    c = ChunkSizes(tiles, **constants, SLICES=slices)
+    c = ChunkSizes(tiles, **constants, SLICES=slices, WHOLE_TILES=config.local_size >= tiles.BLOCK_N)
     ballots = chunks * c.BALLOTS
     levels = rows * (c.VOTING_HEADS // c.BALLOTS) * config.span_top_k // max(1, config.max_spans)
     local_rows = config.dense_size + (chunks - 1) * chunk_size  # a dense chunk's are all
@@ -548,7 +549,7 @@ def sketch_keys(k_cache_GND: torch.Tensor, sketch: Sketch, first: int, last: int
     config = ReAttentionConfig()
     layer = Layer(len(k_cache_GND), len(k_cache_GND), k_cache_GND.shape[2], k_cache_GND.dtype, config)
     tiles = decode_tiles(layer.group, layer.block_d, layer.dtype.itemsize)
-    c = SketchSizes(tiles, **layer.constants(False, WHOLE), SLICES=1)
+    c = SketchSizes(tiles, **layer.constants(False, WHOLE), SLICES=1, WHOLE_TILES=False)
     programs = c.G * cdiv(last - first, c.SKETCHED)
     arguments = (Heads(k_cache_GND, *k_cache_GND.stride()), sketch_rows(sketch, layer), first, last)
     launching.start(sketch_kernel, programs, k_cache_GND.device, arguments, {"c": c, "num_warps": tiles.num_warps})

@@ -85,16 +85,18 @@ def prefetch_spans(k, v, kept_ptr, max_kept, part, mid_lo, mid_hi, span_size, c:
 def masked_stores(count, pairs):
     """Assembly that stores `count` float32 of a thread, each under its own mask; a warp without any skips all of them.
 
-    Operands: count results (zero), addresses, values, masks. With `pairs`, two elements at a time lie side by side.
+    Operands: count results (zero), addresses of rows, columns, values, masks. With `pairs`, two elements at a time lie
+    side by side. Addresses of elements are computed behind the branch.
     """
-    address, value, mask = (range(i * count, (i + 1) * count) for i in (1, 2, 3))
+    row, column, value, mask = (range(i * count, (i + 1) * count) for i in (1, 2, 3, 4))
     step, kind = (2, "v2.f32") if pairs else (1, "f32")
-    lines = ["{ .reg .pred any, wanted; .reg .b32 all; mov.b32 all, 0;"]
+    lines = ["{ .reg .pred any, wanted; .reg .b32 all, bytes; .reg .b64 at; mov.b32 all, 0;"]
     lines += [f"or.b32 all, all, ${mask[i]};" for i in range(0, count, step)]
     lines += ["setp.ne.b32 any, all, 0; vote.sync.any.pred any, any, -1; @!any bra.uni NONE;"]
     for i in range(0, count, step):
         values = f"{{${value[i]}, ${value[i + 1]}}}" if pairs else f"${value[i]}"
-        lines += [f"setp.ne.b32 wanted, ${mask[i]}, 0; @wanted st.global.{kind} [${address[i]}], {values};"]
+        lines += [f"shl.b32 bytes, ${column[i]}, 2; cvt.u64.u32 at, bytes; add.s64 at, at, ${row[i]};"]
+        lines += [f"setp.ne.b32 wanted, ${mask[i]}, 0; @wanted st.global.{kind} [at], {values};"]
     return " ".join([*lines, "NONE:", *(f"mov.b32 ${i}, 0;" for i in range(count)), "}"])
 
 
@@ -105,21 +107,22 @@ def repeat_operands(constraints, count):
 
 
 @triton.jit
-def store_in_place(ptrs, values, mask, PAIRS: tl.constexpr):
-    """`tl.store` of a matrix whose rows are nearly all masked, each thread what it holds.
+def store_in_place(row_ptrs, values, mask_row, PAIRS: tl.constexpr):
+    """`tl.store` of a matrix [M, N] to row_ptrs [M], most of whose rows are masked, each thread what it holds.
 
     `tl.store` first brings the whole tile into memory order through shared memory, which takes longer than the matrix
     product that made it. PAIRS: each thread holds two neighbours of a row at a time, as the matrix unit leaves them.
     """
+    offs_n = tl.arange(0, values.shape[1])[None, :]
     if COMPILED:
         COUNT: tl.constexpr = min(16, max(1, values.numel // tl.extra.cuda.num_threads()))
         tl.inline_asm_elementwise(
             masked_stores(COUNT, PAIRS and COUNT > 1),
-            repeat_operands("=r,l,f,r", COUNT),
-            [ptrs.to(tl.int64), values, mask.to(tl.int32)],
+            repeat_operands("=r,l,r,f,r", COUNT),
+            [row_ptrs.to(tl.int64)[:, None], offs_n, values, mask_row.to(tl.int32)[:, None]],
             dtype=tl.int32,
             is_pure=False,
             pack=COUNT,
         )
     else:
-        tl.store(ptrs, values, mask=mask)
+        tl.store(row_ptrs[:, None] + offs_n, values, mask=mask_row[:, None])

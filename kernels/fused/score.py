@@ -43,24 +43,25 @@ def score(queries, k, lo, hi, block_ptr, tag_ptr, c: tl.constexpr):
     offs_d = tl.arange(0, c.BLOCK_D)
     tag = tl.full([c.BLOCK_M, c.K_PAD], 0, tl.int32) + (offs_k - c.K_PAD)[None, :]
     best = tl.full([c.BLOCK_M, c.K_PAD], 0, tl.float32) + tl.where(offs_k < c.K, float("-inf"), float("inf"))[None, :]
-    threshold = tl.full([c.BLOCK_M], float("-inf"), tl.float32)
     for tile in tl.range(0, tl.cdiv(hi - lo, c.BLOCK_N), num_stages=c.STAGES):
         start = lo + tile * c.BLOCK_N
         k_tile = k.ptr + tl.cast(start, tl.int64) * k.stride_n
-        keys = load_rows(k_tile, offs_n, k.stride_n, offs_n < hi - start, offs_d, k.stride_d, c.D)
+        # Keys beyond hi get no score, so where there are some they may be loaded: a mask takes registers and time.
+        mask_n = offs_n < (c.BLOCK_N if c.WHOLE_TILES else hi - start)
+        keys = load_rows(k_tile, offs_n, k.stride_n, mask_n, offs_d, k.stride_d, c.D)
         scores = tl.dot(queries, tl.trans(keys), input_precision=c.PRECISION)
         if start + c.BLOCK_N > hi:
             scores = tl.where((offs_n < hi - start)[None, :], scores, float("-inf"))
         row_max = tl.max(scores, axis=1)
+        threshold = tl.min(best, axis=1)
         better = row_max > threshold
         worst = tl.max(tl.where(best == threshold[:, None], tag, -c.K_PAD), axis=1)
         slot = worst & (c.K_PAD - 1)
         row_ptrs = block_ptr + (offs_m * c.K_PAD + slot) * c.BLOCK_N
-        store_in_place(row_ptrs[:, None] + offs_n[None, :], scores, better[:, None], queries.dtype != tl.float32)
+        store_in_place(row_ptrs, scores, better, queries.dtype != tl.float32)
         replaced = (tag == worst[:, None]) & better[:, None]
         tag = tl.where(replaced, (tile * c.K_PAD + slot)[:, None], tag)
         best = tl.where(replaced, row_max[:, None], best)
-        threshold = tl.min(best, axis=1)
     tl.store(tag_ptr + offs_m[:, None] * c.K_PAD + offs_k[None, :], tag)
 
 

@@ -150,8 +150,7 @@ def scan(parts, length, sketch, g, lo, hi, scratch, program, c: tl.constexpr):
         reaches = largest_upper >= threshold
         keep = reaches & (kept < c.ROOM)
         slot = slots + tl.minimum(kept, c.ROOM - 1)
-        upper_ptrs = scratch.upper + slot.to(tl.int64)[:, None] * c.SKETCH_N + offs_n[None, :]
-        store_in_place(upper_ptrs, upper, keep[:, None], False)
+        store_in_place(scratch.upper + slot.to(tl.int64) * c.SKETCH_N, upper, keep, False)
         tl.store(scratch.tile + slot, tl.zeros_like(slot) + tile, mask=keep)
         tl.store(scratch.tile_upper + slot, largest_upper, mask=keep)
         kept += reaches.to(tl.int32)
