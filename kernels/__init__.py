@@ -28,6 +28,7 @@ __all__ = [
     "Sketch",
     "Votes",
     "check_sketched",
+    "chunks_of_step",
     "decode_kernels",
     "new_sketch",
     "new_votes",
@@ -256,6 +257,21 @@ def scratch_bytes(
     together = ranks > 1 and config.span_scope == "layer" and config.max_selected > 0
     layer = launch.Layer(num_heads, num_kv_heads, head_dim, dtype, config, ranks if together else 1)
     return launch.scratch_bytes(layer, capacity, steps, device, sketched, carries, window)
+
+
+def chunks_of_step(
+    num_heads: int, num_kv_heads: int, head_dim: int, chunk_size: int, device: torch.device, least: int, most: int
+) -> int:
+    """How many chunks of a prompt, `least` to `most`, keep a GPU busiest in one launch with impl "triton", in half
+    precision; of numbers that do so alike the lowest.
+
+    Args:
+        device: a CUDA device; its number of multiprocessors counts.
+    """
+    from minirea.kernels.fused import launch
+
+    layer = launch.Layer(num_heads, num_kv_heads, head_dim, torch.bfloat16, ReAttentionConfig())
+    return launch.chunks_of_step(layer, chunk_size, device, least, most)
 
 
 def check_sketched(num_heads: int, num_kv_heads: int, head_dim: int, config: ReAttentionConfig) -> None:

@@ -18,6 +18,7 @@ from minirea.kernels import (
     Near,
     Votes,
     check_sketched,
+    chunks_of_step,
     new_votes,
     new_winners,
     prefill_kernels,
@@ -31,8 +32,11 @@ from minirea.rope import apply_rope, for_whole_heads, inverse_frequencies, rope_
 
 # Chunks of a prompt in a step on a GPU. Their matrix products are one, which reads the weights once and has enough rows
 # for all multiprocessors, and so is their attention's launch. Twice as many would be 1% faster and hold twice as much
-# (kernels/README.md). Fewer hold less, where memory is short (minirea.plan.fit_steps).
+# (kernels/README.md). Fewer hold less, where memory is short (minirea.plan.fit_steps). A model with fewer heads than
+# STEP_HEADS has as many rows only with more chunks, and its launches leave fewer multiprocessors idle.
 STEP_CHUNKS: Final = 4
+MOST_STEP_CHUNKS: Final = 12
+STEP_HEADS: Final = 32
 STEP_TOKENS: Final = 2048
 ROTATED_AT_ONCE: Final = 4096  # cached keys, which bounds the memory that it takes
 # Positions in the smallest tables: what most models' scopes hold, so that their caches share one pair.
@@ -64,6 +68,15 @@ class Step(NamedTuple):
     sketched: bool = False
     votes: Votes | None = None
     winners: Tensor | None = None
+
+
+def step_chunks(num_heads: int, num_kv_heads: int, head_dim: int, chunk_size: int, device: torch.device) -> int:
+    """Chunks of a prompt in a step of a model on a CUDA device, where memory is not short."""
+    longest = STEP_TOKENS * MOST_STEP_CHUNKS // STEP_CHUNKS
+    most = min(MOST_STEP_CHUNKS, STEP_CHUNKS * STEP_HEADS // num_heads, longest // chunk_size)
+    if most <= STEP_CHUNKS:
+        return STEP_CHUNKS
+    return chunks_of_step(num_heads, num_kv_heads, head_dim, chunk_size, device, STEP_CHUNKS, most)
 
 
 class Attention:
@@ -105,7 +118,11 @@ class Attention:
         self.impl = resolve_impl(impl, device)
         self.device = device
         self.gather = gather
-        self.step_chunks = STEP_CHUNKS
+        shape = model.num_heads, model.num_kv_heads, model.head_dim
+        alone = self.can_capture and model.part is None
+        self.step_chunks = step_chunks(*shape, config.chunk_size, device) if alone else STEP_CHUNKS
+        more = self.step_chunks > STEP_CHUNKS
+        self.step_limit = max(STEP_TOKENS, self.step_chunks * config.chunk_size) if more else STEP_TOKENS  # tokens
         self.sketch, self.cache = sketch, cache
         if sketch == "int8" and self._selects:
             self._check_sketched()
@@ -209,7 +226,7 @@ class Attention:
         """
         if self.mode == "full":
             return 0
-        return min(self.config.max_scope + STEP_TOKENS, max(LEAST_ROWS, 1 << (capacity - 1).bit_length()))
+        return min(self.config.max_scope + self.step_limit, max(LEAST_ROWS, 1 << (capacity - 1).bit_length()))
 
     def scope_tables(self, capacity: int) -> tuple[Tensor, Tensor]:
         """cos and sin of the positions in a scope, float32 [table_rows(capacity), D/2]; none in mode "full".
@@ -257,7 +274,7 @@ class Attention:
         chunks = self.step_chunks
         if chunk_size == self.config.tail_chunk_size:
             chunks = max(chunks, -(-(self.config.tail_size - 1) // chunk_size))
-        return chunk_size * max(1, min(chunks, STEP_TOKENS // chunk_size))
+        return chunk_size * max(1, min(chunks, self.step_limit // chunk_size))
 
     def step(self, seq_len: int | Tensor, num_tokens: int, chunk_size: int | None = None, horizon: int = 0) -> Step:
         """A step of `num_tokens` queries that ends at `seq_len`.

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from bench_machine import Lengths, describe_machine, lengths, print_machine, print_result
 
-from minirea.attention import STEP_CHUNKS
+from minirea.attention import step_chunks
 from minirea.config import DTYPES, SPAN_SCOPES, ReAttentionConfig, RopeConfig
 from minirea.errors import InputError
 from minirea.kernels.sketch import width
@@ -161,6 +161,10 @@ class Layer:
     def attend_flops(self, keys: float, queries: int) -> float:
         """Causal: of `keys` keys the last query sees all, the one before it all but one."""
         return 4.0 * self.num_heads * queries * (keys - (queries - 1) / 2) * self.head_dim
+
+    def step_chunks(self, chunk_size: int) -> int:
+        """Chunks of a prompt in a step of a model with such layers."""
+        return step_chunks(self.num_heads, self.num_kv_heads, self.head_dim, chunk_size, torch.device("cuda"))
 
     def queries(self, num_queries: int) -> torch.Tensor:
         return torch.randn(num_queries, self.num_heads, self.head_dim, device="cuda", dtype=self.dtype)
@@ -299,7 +303,7 @@ def prefill_row(layer: Layer, seq_len: int, queries: int) -> dict[str, Any]:
     scope = scope_length(step, pairs[0])
     launch = recorded(functools.partial(step, *pairs[0]))
     score_flops = layer.score_flops(seq_len, queries)
-    chunks = min(STEP_CHUNKS, seq_len // queries)
+    chunks = min(layer.step_chunks(queries), seq_len // queries)
     together = attention_step(layer, layer.queries(chunks * queries), seq_len, queries)
     return {
         "pairs": len(pairs),

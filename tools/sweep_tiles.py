@@ -22,7 +22,6 @@ import torch
 from bench_kernel import Layer, add_shape, attention_step, graph_us
 from bench_machine import build, describe_machine, print_machine, print_result
 
-from minirea.attention import STEP_CHUNKS
 from minirea.errors import InputError, MinireaError
 
 CONTEXTS = {"decode": [8192, 131072], "prefill": [32768, 131072]}
@@ -135,7 +134,8 @@ def measure(variant: Variant, layer: Layer, arguments: argparse.Namespace) -> di
     try:
         with launched_as(variant):
             for context in arguments.contexts or CONTEXTS[arguments.kind]:
-                chunks = min(STEP_CHUNKS, context // arguments.queries) if arguments.kind == "prefill" else 0
+                together = layer.step_chunks(arguments.queries) if arguments.kind == "prefill" else 0
+                chunks = min(together, context // arguments.queries)
                 q_THD = layer.queries(chunks * arguments.queries or 1)
                 step = attention_step(layer, q_THD, context, arguments.queries if chunks else None)
                 times[context] = graph_us(step, layer.cache_pairs(context))

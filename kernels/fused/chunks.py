@@ -4,8 +4,7 @@ A chunk has too many winners for one program: votes are counted in memory, and t
 once, into scratch. No chunk needs another, so all go through every phase together, and wait for each other's programs
 only as often as one would.
 
-Every phase numbers its units of work through all chunks and deals them out to the programs in turn; `unit` is where a
-program goes on in the next chunk.
+Every phase numbers its units of work through all chunks and deals them out to the programs in turn (`in_turn`).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -115,8 +114,8 @@ def attend_to_scopes(q, k, v, near, out_ptr, rope, scratch, step, c: tl.constexp
     _, _, first_n = chunk_at(0, step)
     local_lo = tl.where(first_n <= step.dense_size, 0, first_n - step.local_size)
     local_position = tl.minimum(local_lo, step.max_scope - step.local_size)
-    unit = gather_local(k, v, rope, scratch, step, local_lo, local_position, c)
-    gather_far(k, v, rope, scratch, step, local_lo, local_position, unit, c)
+    units = gather_local(k, v, rope, scratch, step, local_lo, local_position, c)
+    gather_far(k, v, rope, scratch, step, local_lo, local_position, units, c)
     all_arrived = arrive(counters)
     # This program's own queries, while others still gather. Through scratch: from registers the product would take them
     # anew for every tile.
@@ -136,18 +135,26 @@ def chunk_at(index, step):
 
 
 @triton.jit
+def in_turn(before, step):
+    """Which of some units is this program's first, where all programs have taken as many as `before` in turn.
+
+    From numbers that no loop carries: Triton 3.6 takes a number that a loop over chunks changes for the one with which
+    the loop began, and the first programs would do all the work.
+    """
+    first = step.program - before % step.programs
+    return tl.where(first < 0, first + step.programs, first)
+
+
+@triton.jit
 def score_chunks(q, k, scratch, step, c: tl.constexpr):
     """Steps 3 and 4: the candidates of every row in every slice of its chunk's middle."""
-    programs = step.programs
-    unit = step.program
     for chunk in range(step.chunks):
         first_query, num_queries, chunk_n = chunk_at(chunk, step)
         if chunk_n > step.dense_size:
             q_chunk = Heads(q.ptr + tl.cast(first_query, tl.int64) * q.stride_n, q.stride_h, q.stride_n, q.stride_d)
             num_rows = num_queries * c.GROUP
             units = tl.cdiv(num_rows, c.BLOCK_M) * c.G * c.SLICES
-            for this in range(unit, units, programs):
-                unit = this + programs
+            for this in range(in_turn(chunk * units, step), units, step.programs):
                 part = this % c.SLICES
                 g = this // c.SLICES % c.G
                 first_row = this // c.SLICES // c.G * c.BLOCK_M
@@ -156,38 +163,30 @@ def score_chunks(q, k, scratch, step, c: tl.constexpr):
                 row = tl.cast((chunk * c.G + g) * step.chunk_rows + first_row, tl.int64)
                 candidate_ptr = scratch.candidate + (row * c.SLICES + part) * c.K_PAD
                 pick(step.block_ptr, step.tag_ptr, candidate_ptr, num_rows - first_row, lo, c)
-            unit -= units
 
 
 @triton.jit
 def merge_chunks(scratch, winner_ptr, step, c: tl.constexpr):
     """Step 4 for other ranks to know: the winners of every row, over all slices."""
-    programs = step.programs
-    unit = step.program
     for chunk in range(step.chunks):
         _, num_queries, chunk_n = chunk_at(chunk, step)
         if chunk_n > step.dense_size:
             units = tl.cdiv(num_queries * c.GROUP, c.COUNT_ROWS) * c.G
-            for this in range(unit, units, programs):
-                unit = this + programs
+            for this in range(in_turn(chunk * units, step), units, step.programs):
                 row = (chunk * c.G + this % c.G) * step.chunk_rows
                 first_row = row + this // c.G * c.COUNT_ROWS
                 last_row = tl.minimum(first_row + c.COUNT_ROWS, row + num_queries * c.GROUP)
                 store_winners(scratch.candidate, winner_ptr, first_row, last_row, c.COUNT_ROWS, c)
-            unit -= units
 
 
 @triton.jit
 def count_chunks(scratch, step, c: tl.constexpr):
     """Step 5: the votes of every row."""
-    programs = step.programs
-    unit = step.program
     for chunk in range(step.chunks):
         _, num_queries, chunk_n = chunk_at(chunk, step)
         if chunk_n > step.dense_size:
             units = tl.cdiv(num_queries * c.GROUP, c.COUNT_ROWS) * c.VOTING_HEADS
-            for this in range(unit, units, programs):
-                unit = this + programs
+            for this in range(in_turn(chunk * units, step), units, step.programs):
                 g = this % c.VOTING_HEADS
                 ballot = chunk * c.BALLOTS + (g if c.BY_HEAD else 0)
                 if c.RANKS > 1:
@@ -199,7 +198,6 @@ def count_chunks(scratch, step, c: tl.constexpr):
                 count_votes(scratch.candidate, scratch.counts + ballot * step.stride_counts,
                             scratch.num_votes + ballot * step.stride_votes, first_row, last_row,
                             step.global_size, chunk_n - step.local_size, step.levels, c)  # fmt: skip
-            unit -= units
 
 
 @triton.jit
@@ -262,12 +260,9 @@ def lay_out_scopes(scratch, step, share, c: tl.constexpr):
 
 @triton.jit
 def gather_local(k, v, rope, scratch, step, local_lo, local_position, c: tl.constexpr):
-    """Step 7: the keys of all local parts, rotated once, to k_rot. Returns where to go on with `gather_far`."""
-    programs = step.programs
-    unit = step.program
+    """Step 7: the keys of all local parts, rotated once, to k_rot. Returns how many units of work that was."""
     units = tl.cdiv(step.n - local_lo, c.BLOCK_R) * c.G
-    for this in range(unit, units, programs):
-        unit = this + programs
+    for this in range(step.program, units, step.programs):
         g = this % c.G
         offs_r = this // c.G * c.BLOCK_R + tl.arange(0, c.BLOCK_R)
         if not c.RELATIVE:
@@ -275,13 +270,15 @@ def gather_local(k, v, rope, scratch, step, local_lo, local_position, c: tl.cons
                                          step.global_size, c.SELECTS)  # fmt: skip
         gather(of_head(k, g), v, rope, scratch.k_rot + tl.cast(g, tl.int64) * step.local_rows * c.D, scratch.v_far,
                local_lo + offs_r, local_position + offs_r, offs_r, offs_r < step.n - local_lo, False, c)  # fmt: skip
-    return unit - units
+    return units
 
 
 @triton.jit
-def gather_far(k, v, rope, scratch, step, local_lo, local_position, unit, c: tl.constexpr):
-    """Step 7: keys, rotated, and values of every scope's far part, to k_rot and v_far."""
-    programs = step.programs
+def gather_far(k, v, rope, scratch, step, local_lo, local_position, before, c: tl.constexpr):
+    """Step 7: keys, rotated, and values of every scope's far part, to k_rot and v_far.
+
+    `before` units of work have been dealt out.
+    """
     heads_per_ballot: tl.constexpr = c.G // c.BALLOTS
     for ballot in range(step.ballots):
         chunk = ballot // c.BALLOTS
@@ -293,8 +290,7 @@ def gather_far(k, v, rope, scratch, step, local_lo, local_position, unit, c: tl.
         num_copied = tl.minimum(tl.cdiv(num_far, c.BLOCK_A) * c.BLOCK_A, num_far + chunk_n - chunk_lo)
         position = local_position + chunk_lo - local_lo - num_far if c.RELATIVE else 0
         units = tl.cdiv(num_copied, c.BLOCK_R) * heads_per_ballot
-        for this in range(unit, units, programs):
-            unit = this + programs
+        for this in range(in_turn(before + ballot * units, step), units, step.programs):
             g = ballot % c.G if c.BY_HEAD else this % c.G
             offs_r = this // heads_per_ballot * c.BLOCK_R + tl.arange(0, c.BLOCK_R)
             mask_r = offs_r < num_copied
@@ -305,19 +301,15 @@ def gather_far(k, v, rope, scratch, step, local_lo, local_position, unit, c: tl.
             head = tl.cast(chunk * c.G + g, tl.int64) * step.far_rows
             gather(of_head(k, g), of_head(v, g), rope, scratch.k_rot + (c.G * step.local_rows + head) * c.D,
                    scratch.v_far + head * c.D, source, position + offs_r, offs_r, mask_r, True, c)  # fmt: skip
-        unit -= units
 
 
 @triton.jit
 def rotate_chunks(q, rope, scratch, step, local_lo, local_position, c: tl.constexpr):
     """Step 7: the queries that this program will attend with, rotated, to q_rot."""
-    programs = step.programs
-    unit = step.program
     for chunk in range(step.chunks):
         first_query, num_queries, chunk_n = chunk_at(chunk, step)
         units = tl.cdiv(num_queries * c.GROUP, c.BLOCK_M) * c.G
-        for this in range(unit, units, programs):
-            unit = this + programs
+        for this in range(in_turn(chunk * units, step), units, step.programs):
             g = this % c.G
             rows = this // c.G * c.BLOCK_M + tl.arange(0, c.BLOCK_M)
             t = rows // c.GROUP
@@ -327,27 +319,22 @@ def rotate_chunks(q, rope, scratch, step, local_lo, local_position, c: tl.conste
             rotate_queries(q, rope, scratch.q_rot, first_query + t, g * c.GROUP + rows % c.GROUP,
                            local_position + chunk_n - local_lo - num_queries + t,
                            (chunk * c.G + g) * step.chunk_rows + rows, t < num_queries, c)  # fmt: skip
-        unit -= units
 
 
 @triton.jit
 def attend_chunks(v, near, out_ptr, scratch, step, local_lo, c: tl.constexpr):
     """Step 8 for every block of rows of every chunk."""
-    programs = step.programs
-    unit = step.program
     for chunk in range(step.chunks):
         first_query, num_queries, chunk_n = chunk_at(chunk, step)
         dense = chunk_n <= step.dense_size
         chunk_lo = tl.where(dense, 0, chunk_n - step.local_size)
         units = tl.cdiv(num_queries * c.GROUP, c.BLOCK_M) * c.G
-        for this in range(unit, units, programs):
-            unit = this + programs
+        for this in range(in_turn(chunk * units, step), units, step.programs):
             g = this % c.G
             ballot = chunk * c.BALLOTS + (g if c.BY_HEAD else 0)
             num_far = far_rows_of(scratch.num_far, ballot, dense, step.global_size, c.SELECTS)
             attend_block(v, near, out_ptr, scratch, step, chunk, g, this // c.G * c.BLOCK_M, first_query, num_queries,
                          num_far, num_far + chunk_n - chunk_lo, local_lo, chunk_lo, c)  # fmt: skip
-        unit -= units
 
 
 @triton.jit

@@ -59,7 +59,7 @@ PASSING: Final = (
     "block", "tag", "upper", "tile", "tile_upper", "live", "threshold", "survivor", "count", "q_rot", "k_rot", "v_far",
 )  # fmt: skip
 # Chunks of a launch, with which its scratch grows.
-MAX_CHUNKS: Final = 8
+MAX_CHUNKS: Final = 16
 
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of the tensors of a scratch
 
@@ -268,6 +268,14 @@ def _needed(shapes: Shapes, work: Work) -> Shapes:
         return shapes
     touched = {"counters", *_OF_THE_SEARCH} if work.searches else shapes.keys() - set(_OF_THE_SEARCH)
     return {name: (dtype, shape if name in touched else (1,)) for name, (dtype, shape) in shapes.items()}
+
+
+def chunks_of_step(layer: Layer, chunk_size: int, device: torch.device, least: int, most: int) -> int:
+    """The fewest chunks with which the programs' last round through blocks of rows leaves least of them idle."""
+    tiles = chunk_tiles(layer.block_d, layer.dtype.itemsize)
+    programs = num_programs(device, tiles)
+    units = layer.num_kv_heads * cdiv(chunk_size * layer.group, tiles.BLOCK_M)
+    return max(range(least, most + 1), key=lambda chunks: chunks * units / cdiv(chunks * units, programs))
 
 
 def chunk_slices(units: int, programs: int, most: int) -> int:

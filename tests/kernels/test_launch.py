@@ -13,8 +13,18 @@ import torch
 pytest.importorskip("triton")
 
 from minirea.errors import InputError
-from minirea.kernels import ReAttentionConfig, check_sketched, new_sketch, new_votes, new_winners, scratch_bytes
+from minirea.kernels import (
+    ReAttentionConfig,
+    check_sketched,
+    chunks_of_step,
+    new_sketch,
+    new_votes,
+    new_winners,
+    scratch_bytes,
+)
 from minirea.kernels.fused import launch  # (which imports triton)
+
+META = torch.device("meta")
 
 
 @pytest.mark.parametrize(
@@ -35,6 +45,23 @@ def test_slices_even_out_the_turns(units: int, programs: int, slices: int) -> No
     assert launch.chunk_slices(units, programs, 1) == 1
 
 
+@pytest.mark.parametrize(
+    ("heads", "most", "chunks"),
+    [
+        ((32, 8, 128), 12, 4),  # 512 blocks of rows, four rounds of 132 but for 16; no more chunks do better
+        ((9, 3, 64), 12, 11),  # 36 blocks a chunk: 396 are three full rounds
+        ((9, 3, 64), 8, 7),
+        ((4, 2, 64), 12, 8),
+        ((28, 4, 128), 4, 4),
+    ],
+)
+def test_chunks_of_a_step_fill_rounds(
+    monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int, int], most: int, chunks: int
+) -> None:
+    monkeypatch.setattr(launch, "num_programs", lambda *_: 132)
+    assert chunks_of_step(*heads, 512, META, 4, most) == chunks
+
+
 def test_a_slice_never_costs_more_than_it_saves() -> None:
     for programs in (1, 5, 78, 114, 132):
         for units in range(1, 600):
@@ -43,7 +70,6 @@ def test_a_slice_never_costs_more_than_it_saves() -> None:
             assert math.ceil(units * slices / programs) / slices <= math.ceil(units / programs)
 
 
-META = torch.device("meta")
 HEADS = [
     (32, 8, 128, torch.bfloat16),
     (9, 3, 64, torch.bfloat16),

@@ -16,7 +16,7 @@ from testing import TINY, random_ids, tiny_model, write_checkpoint, write_tokeni
 
 import minirea
 from minirea import api, memory
-from minirea.attention import LEAST_ROWS, STEP_TOKENS
+from minirea.attention import LEAST_ROWS
 from minirea.cli import main
 from minirea.errors import MemoryLimitError
 from minirea.plan import fit_steps, plan_run, workspace_bytes
@@ -109,6 +109,7 @@ def test_a_step_that_can_be_captured_reads_several_chunks(directory: Path, monke
 def test_steps_have_as_many_chunks_as_fit(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four, two or one, from the plan before the weights are read and from a cache's; none but one is refused."""
     monkeypatch.setattr("minirea.attention.Attention.can_capture", True)
+    monkeypatch.setattr("minirea.attention.step_chunks", lambda *_: 4)
     files = api.read_model(directory, device="cpu", tail_size=0, **SCOPE)
     needed = {}
     for chunks in (1, 2, 4):
@@ -159,12 +160,12 @@ def test_tables_are_as_long_as_the_cache_can_reach(directory: Path, monkeypatch:
         attention = llm.model.attention
         expected = llm.generate(ids, max_tokens=20, ignore_eos=True).token_ids
         assert [len(cos) for cos, _ in attention._tables.values()] == [
-            min(LEAST_ROWS, attention.config.max_scope + STEP_TOKENS)
+            min(LEAST_ROWS, attention.config.max_scope + attention.step_limit)
         ]
         attention._tables.clear()
         with monkeypatch.context() as patch:
             patch.setattr("minirea.attention.LEAST_ROWS", 64)
-            patch.setattr("minirea.attention.STEP_TOKENS", 16)
+            patch.setattr(attention, "step_limit", 16)
             session = llm.session()
             for part in (ids[:50], ids[50:100]):
                 session.prefill(part)
