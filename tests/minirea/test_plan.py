@@ -139,6 +139,7 @@ def test_steps_of_fewer_chunks_come_before_the_host(
 ) -> None:
     """A cache takes 30, or 10 with values on the host, and a step 2 for each chunk."""
     monkeypatch.setattr("minirea.attention.Attention.can_capture", True)
+    monkeypatch.setattr("minirea.attention.step_chunks", lambda *_: 4)
     monkeypatch.setattr(memory, "_available_to_pin", lambda: None)
     monkeypatch.setattr(memory, "available_bytes", lambda _: room)
     attention = api.read_model(directory, device="cpu", **SCOPE).attention
