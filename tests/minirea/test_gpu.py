@@ -92,6 +92,7 @@ def test_captured_steps_fill_the_cache_as_launched_chunks(tmp_path: Path, monkey
     expected = llm.session(406).cache
     parts = [Part(0, 406, 16)]
     assert list(read_one_by_one(llm.model, expected, ids_T.tolist(), parts)) == [16] * 25 + [6]
+    llm.model.attention.step_chunks = 4
     assert llm.model.attention.step_tokens(16) == 64
     for capacity, size in ((50, 16), (70, 32), (500, 64)):
         lengths = [len(ids) for ids in ids_T.split(size)]
@@ -112,6 +113,7 @@ def test_a_tail_in_captured_steps_is_read_as_chunk_by_chunk(tmp_path: Path) -> N
     llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), dtype="float32", **SCOPE | tail)
     model, ids = llm.model, random_ids(406)
     ids_T, sampler = torch.tensor(ids, device="cuda"), Sampler(SamplingConfig(), ids, 97, llm.model.device)
+    model.attention.step_chunks = 4
     parts = cut(model.attention, 0, 405, to_follow=1)
     assert [(part.stop - part.start, part.chunk_size) for part in parts] == [(383, 16), (22, 4)]
     found, expected = llm.session(450).cache, llm.session(450).cache
