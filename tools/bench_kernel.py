@@ -6,7 +6,8 @@ must read (keys that are scored, keys and values of the scope) over the measured
 TFLOP/s. A phase alone runs with the tiles and the grid of the fused launch, in which phases overlap: their times do not
 add up to the launch's, and each holds the price of a launch of its own. A decode step is also timed with int8 sketches
 of the keys; its output must be the same. And as one whose last 8 tokens vote together, over all layers, in blocks of
-32 for 16 spans: with their winners kept from step to step, and with all of them searched for anew, by the chunk kernel.
+32 for 16 spans of 64: with their winners kept from step to step, and with all of them searched for anew, by the chunk
+kernel.
 
 Full attention is torch's scaled_dot_product_attention by each fused backend that takes it, fastest first. Left to
 itself, torch chooses by what a backend can do, not by its speed: a decode step is fast only where the keys of one head
@@ -269,7 +270,7 @@ def voting(layer: Layer, pairs: list[Caches], seq_len: int) -> dict[str, Any]:
     from minirea.kernels import new_votes, new_winners, reattention
 
     spans = min(16, layer.config.max_spans)
-    config = dataclasses.replace(layer.config, vote_size=32, span_size=32, max_spans=spans, decode_spans=spans)
+    config = dataclasses.replace(layer.config, vote_size=32, span_size=64, max_spans=spans, decode_spans=spans)
     q_WHD, (cos, sin) = layer.queries(VOTERS), scope_tables(layer, config, VOTERS)
     heads = layer.num_heads, layer.num_kv_heads
     votes = new_votes(*heads, config, VOTERS, len(pairs), seq_len, q_WHD.device)

@@ -106,10 +106,10 @@ def add_votes(winner, counts_ptr, elected_ptr, max_spans, c: tl.constexpr):
     seen = tl.sum(tl.where(same, weight, 0), axis=1)  # votes of this round, and above them how many come before
     first = (seen < (1 << 16)) & (both != NOWHERE)
     votes = tl.load(counts_ptr + both, mask=first, other=0) + seen
+    tl.debug_barrier()  # all have read: of so few numbers several threads have the same, of which one writes
     tl.store(counts_ptr + both, votes, mask=first)
     ranked = tl.where(first, pack(votes, both), 0)
     ahead = tl.sum((ranked[None, :] > ranked[:, None]).to(tl.int32), axis=1)
-    tl.debug_barrier()  # all threads have read the list
     tl.store(elected_ptr + ahead, both + 1, mask=first & (ahead < max_spans))
     tl.debug_barrier()  # before other threads of this program read list and counts
 

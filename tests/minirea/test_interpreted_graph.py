@@ -245,21 +245,19 @@ def test_a_prompt_is_read_in_captured_steps(
 
 @torch.inference_mode()
 def test_every_answer_has_winners_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer that goes on where the one before it ended, but behind other tokens. Captured steps keep winners from
-    token to token, those of the torch path search for all.
+    """An answer during which the cache grows, and one that goes on where that ended, but behind other tokens. A GPU's
+    steps keep winners from token to token, those of the torch path search for all.
     """
     directory = write_checkpoint(tmp_path, tiny_model(**SMALL | {"vocab_size": 80}))
     llm = minirea.load(directory, **SCOPE | VOTES | CARRIED)
     empty, found = torch.empty, []
     monkeypatch.setattr(Attention, "can_capture", True)
-    monkeypatch.setattr(StepGraph, "_capture", lambda graph: SimpleNamespace(replay=graph.run))
     monkeypatch.setattr("minirea.graph.run_aside", lambda run, _: run())
-    monkeypatch.setattr("minirea.graph.in_order", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "empty", lambda *sizes, **options: empty(*sizes, **options | {"pin_memory": False}))
     for model, decode in ((llm.model, decode_one_by_one), (triton_model(directory, llm), decode_ahead)):
         attention, impl = model.attention, model.attention.impl
-        sizes = model.config, 60, attention.dense_limit
+        sizes = model.config, 50, attention.dense_limit
         cache, tokens = KVCache(*sizes, model.device, torch.float32, recent_size=attention.recent_size), []
         for keep, text, limit in ((0, [*range(3, 53)], 2), (49, [60, 61, 62], 1)):
             cache.rewind(keep)
@@ -270,6 +268,7 @@ def test_every_answer_has_winners_of_its_own(tmp_path: Path, monkeypatch: pytest
             tokens += decode(model, cache, text[-1], sampler, limit)
         found.append((tokens, cache))
     assert found[0][0] == found[1][0]
+    assert found[1][1].capacity > 50
     check_equal(found[0][1], found[1][1])
 
 
