@@ -428,6 +428,7 @@ def launch_decode(
     if sketch is not None:
         sketch_sizes = sketch_sizes or sketch_tiles(layer.head_dim)
     in_memory, device = isinstance(seq_len, torch.Tensor), q_WHD.device
+    inputs = inputs_of(q_WHD, k_cache_GND, v_cache_GND, near, rope, seq_len, config)
     counting = None
     if winners is not None:
         counting = Counting.of(len(q_WHD), votes is not None, k_cache_GND.shape[1])
@@ -445,19 +446,13 @@ def launch_decode(
             decode_kernel,
             programs,
             device,
-            q=queries(q_WHD),
-            k=Heads(k_cache_GND, *k_cache_GND.stride()),
-            v=Heads(v_cache_GND, *v_cache_GND.stride()),
-            near=near,
+            **inputs,
             sketch=None if sketch is None else sketch_rows(sketch, layer),
             out_ptr=out,
-            rope=rope,
             scratch=given,
             winner_ptr=winners,
             stride_counts=None if given.counts is None else given.counts.stride(0),
-            seq_len=seq_len,
             workers=workers,
-            **varying_sizes(config),
             num_positions=rope.cos_ptr.shape[0],
             c=c,
             num_warps=tiles.num_warps,
@@ -500,6 +495,7 @@ def launch_chunks(
     layer = Layer.of(q_THD, k_cache_GND, config, gather)
     tiles = tiles or chunk_tiles(layer.block_d, layer.dtype.itemsize)
     chunks, in_memory, carries = cdiv(T, chunk_size), isinstance(seq_len, torch.Tensor), votes is not None
+    inputs = inputs_of(q_THD, k_cache_GND, v_cache_GND, near, rope, seq_len, config)
 
     def do(work: Work, out: torch.Tensor, winners: torch.Tensor | None = None) -> ChunkScratch:
         sizes = num_programs(device, tiles), in_memory, chunks, chunk_size, N
@@ -514,23 +510,17 @@ def launch_chunks(
             chunk_kernel,
             plan.programs,
             device,
-            q=queries(q_THD),
-            k=Heads(k_cache_GND, *k_cache_GND.stride()),
-            v=Heads(v_cache_GND, *v_cache_GND.stride()),
-            near=near,
+            **inputs,
             out_ptr=out,
-            rope=rope,
             scratch=scratch if winners is None else scratch._replace(candidate=winners),
             stride_counts=scratch.counts.stride(0),
             stride_votes=scratch.num_votes.stride(0),
-            seq_len=seq_len,
             T=T,
             chunks=chunks,
             chunk_size=chunk_size,
             levels=levels,
             local_rows=plan.local_rows,
             far_rows=plan.far_rows,
-            **varying_sizes(config),
             c=plan.c,
             num_warps=tiles.num_warps,
         )
@@ -563,15 +553,23 @@ def sketch_keys(k_cache_GND: torch.Tensor, sketch: Sketch, first: int, last: int
     launching.start(sketch_kernel, programs, k_cache_GND.device, arguments, {"c": c, "num_warps": tiles.num_warps})
 
 
-def queries(q_THD: torch.Tensor) -> Heads:
+def inputs_of(
+    q_THD: torch.Tensor,
+    k_cache_GND: torch.Tensor,
+    v_cache_GND: torch.Tensor,
+    near: Near | None,
+    rope: Rope,
+    seq_len: int | torch.Tensor,
+    config: ReAttentionConfig,
+) -> dict[str, Any]:
+    """What both kernels are given, by the names that they have for it."""
     stride_t, stride_h, stride_d = q_THD.stride()
-    return Heads(q_THD, stride_h, stride_t, stride_d)
-
-
-def varying_sizes(config: ReAttentionConfig) -> dict[str, int]:
-    """The numbers of a config that kernels are not compiled for."""
+    k, v = (Heads(cache, *cache.stride()) for cache in (k_cache_GND, v_cache_GND))
+    # The numbers of a config that kernels are not compiled for.
     names = ("global_size", "local_size", "dense_size", "span_size", "max_spans", "max_scope")
-    return {name: getattr(config, name) for name in names}
+    varying = {name: getattr(config, name) for name in names}
+    q = Heads(q_THD, stride_h, stride_t, stride_d)
+    return {"q": q, "k": k, "v": v, "near": near, "rope": rope, "seq_len": seq_len, **varying}
 
 
 @functools.cache
