@@ -271,11 +271,16 @@ def _needed(shapes: Shapes, work: Work) -> Shapes:
 
 
 def chunks_of_step(layer: Layer, chunk_size: int, device: torch.device, least: int, most: int) -> int:
-    """The fewest chunks with which the programs' last round through blocks of rows leaves least of them idle."""
+    """The fewest chunks with which a launch takes least time for each, by the rounds of its programs."""
     tiles = chunk_tiles(layer.block_d, layer.dtype.itemsize)
     programs = num_programs(device, tiles)
     units = layer.num_kv_heads * cdiv(chunk_size * layer.group, tiles.BLOCK_M)
-    return max(range(least, most + 1), key=lambda chunks: chunks * units / cdiv(chunks * units, programs))
+
+    def time_of(chunks: int) -> float:
+        slices = chunk_slices(pad(chunks) * units, programs, MAX_CANDIDATES)  # as plan_chunks has them
+        return cdiv(chunks * units * slices, programs) * (1 / slices + SLICE_COST) / chunks
+
+    return min(range(least, most + 1), key=time_of)
 
 
 def chunk_slices(units: int, programs: int, most: int) -> int:

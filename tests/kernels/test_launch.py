@@ -52,7 +52,8 @@ def test_slices_even_out_the_turns(units: int, programs: int, slices: int) -> No
         ((9, 3, 64), 12, 11),  # 36 blocks a chunk: 396 are three full rounds
         ((9, 3, 64), 8, 7),
         ((4, 2, 64), 12, 8),
-        ((28, 4, 128), 4, 4),
+        ((16, 8, 128), 8, 4),
+        ((24, 8, 128), 5, 4),
     ],
 )
 def test_chunks_of_a_step_fill_rounds(
