@@ -137,8 +137,8 @@ class Attention:
         c, window, carries = self.model, self.config.vote_window, self.carries_votes
         if window > 1 or carries:
             raise InputError(
-                f"sketch is 'int8', expected 'off' for tokens that vote together (vote_window {window}, carry_votes "
-                f"{carries}), or vote_window=1 and carry_votes=False"
+                f"sketch is 'int8', expected 'off' for tokens that vote together (vote_window={window}, "
+                f"carry_votes={carries}), or vote_window=1 and carry_votes=False"
             )
         if self.impl == "triton":
             check_sketched(c.num_heads, c.num_kv_heads, c.head_dim, self.config)

@@ -256,25 +256,33 @@ def _quantization(c: JsonObject) -> dict[str, Any]:
 def _packing(q: JsonObject, method: str) -> Packing:
     """Of matrices with 4 bits, whose groups of neighbouring columns are whole ones of minirea.quantize."""
     if method == "compressed-tensors":
-        method, q = "pack-quantized", _weights_of_one_group(q)
-        _check_is(q, "num_bits", 4)
-        _check_is(q, "type", "int")
-        if q.values.get("strategy") == "channel":
-            return Packing(method, 0)
-        _check_is(q, "strategy", "group")
-    else:
-        _check_is(q, "bits", 4)
-    if method == "gptq" and q.values.get("checkpoint_format") not in (None, "gptq"):
-        _check_is(q, "checkpoint_format", "gptq_v2")
-        method = "gptq_v2"
+        return _pack_quantized(_weights_of_one_group(q))
+    _check_is(q, "bits", 4)
     if method == "awq":
         _check_is(q, "zero_point", True)
         if str(q.values.get("version") or "gemm").lower() != "gemm":
             raise q.fail("version", '"gemm"')
-    group_size = q.integer("group_size", -1 if method.startswith("gptq") else None, lowest=-1)
+        return Packing(method, _group_size(q))
+    if q.values.get("checkpoint_format") is not None:
+        _check_is(q, "checkpoint_format", "gptq", "gptq_v2")
+        method = q.values["checkpoint_format"]
+    return Packing(method, _group_size(q, -1), act_order=q.boolean("desc_act", False))
+
+
+def _pack_quantized(weights: JsonObject) -> Packing:
+    _check_is(weights, "num_bits", 4)
+    _check_is(weights, "type", "int")
+    _check_is(weights, "strategy", "group", "channel")
+    group_size = _group_size(weights) if weights.values["strategy"] == "group" else 0
+    act_order = weights.values.get("actorder") in ("group", "dynamic")
+    return Packing("pack-quantized", group_size, weights.boolean("symmetric", True), act_order)
+
+
+def _group_size(q: JsonObject, default: int | None = None) -> int:
+    group_size = q.integer("group_size", default, lowest=-1)
     if not group_size or (group_size % _PACKED_GROUP and group_size != -1):
         raise q.fail("group_size", f"a multiple of {_PACKED_GROUP}, or -1 for a whole row")
-    return Packing(method, max(0, group_size))
+    return max(0, group_size)
 
 
 def _weights_of_one_group(q: JsonObject) -> JsonObject:
@@ -289,9 +297,11 @@ def _weights_of_one_group(q: JsonObject) -> JsonObject:
     return weights
 
 
-def _check_is(q: JsonObject, key: str, expected: Any) -> None:
-    if q.values.get(key) != expected or isinstance(q.values[key], bool) != isinstance(expected, bool):
-        raise q.fail(key, f"{shown(expected)}: minirea reads no other weights of this kind")
+def _check_is(q: JsonObject, key: str, *expected: Any) -> None:
+    """One of those that are expected; 1 is not true."""
+    found = q.values.get(key)
+    if not any(found == value and isinstance(found, bool) == isinstance(value, bool) for value in expected):
+        raise q.fail(key, f"{' or '.join(map(shown, expected))}: minirea reads no other weights of this kind")
 
 
 def _dtype(c: JsonObject) -> str | None:

@@ -54,10 +54,14 @@ class Packing(NamedTuple):
     Attributes:
         method: one of minirea.weights.packed.FORMS.
         group_size: columns that share a scale; 0: all of a row.
+        symmetric: zero points that are not stored are 8; else each matrix has its own.
+        act_order: columns may be mixed, so that each matrix stores the groups of its own.
     """
 
     method: str
     group_size: int
+    symmetric: bool = False
+    act_order: bool = False
 
 
 @dataclass(frozen=True)

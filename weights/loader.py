@@ -521,7 +521,8 @@ def _assign(directory: Path, tensors: list[StoredTensor], table: NameTable) -> l
         found = sum(1 for entry in assigned.values() if not table.is_redundant(entry.place))
         problems.append(f"lacks {_listed(missing, table.count() - found)}")
     # Integers are buffers, wherever they are, but for zero points. A parameter without a place means another model.
-    suspects = [tensor.name for tensor in extra if missing or tensor.is_readable or table.quantized]
+    parameters = [t.name for t in extra if t.is_readable or isinstance(t, PackedTensor) or table.quantized]
+    suspects = [tensor.name for tensor in extra] if missing else parameters
     wrong = [name for name in suspects if missing or table.changes_the_model(name)]
     if wrong:
         problems.append(f"holds {_listed(wrong, len(wrong))}, for which the config has no place")
@@ -556,7 +557,7 @@ def _tensors(directory: Path, config: ModelConfig) -> list[StoredTensor]:
     for tensor in tensors:
         module, _, kind = tensor.name.rpartition(".")
         if kind == form.names[0]:
-            merged[tensor.name] = _packed_tensor(tensor, module, by_name, config.packing)
+            merged[tensor.name] = _packed_tensor(tensor, table.find(f"{module}.weight"), by_name, config.packing)
             continue
         belongs = kind in (*form.names, *GROUPS_OF_COLUMNS, *SHAPES)
         # Some exporters give every module a bias, whether the model has one or not.
@@ -566,21 +567,31 @@ def _tensors(directory: Path, config: ModelConfig) -> list[StoredTensor]:
     return list(merged.values())
 
 
-def _packed_tensor(q: StoredTensor, module: str, by_name: Mapping[str, StoredTensor], packing: Packing) -> PackedTensor:
-    """A matrix from the tensor of its q, once those that belong to it are there and have its shape."""
-    form = FORMS[packing.method]
+def _packed_tensor(
+    q: StoredTensor, place: Place | None, by_name: Mapping[str, StoredTensor], packing: Packing
+) -> PackedTensor:
+    """A matrix from the tensor of its q, once those that belong to it are there and have the shapes that its place
+    needs, or without a place those that q implies.
+    """
+    form, module = FORMS[packing.method], q.name.rpartition(".")[0]
     zero, scale = (by_name.get(f"{module}.{name}") for name in form.names[1:])
-    if scale is None or (zero is None and form.rows_last):
-        missing = form.names[2] if scale is None else form.names[1]
+    groups = next((by_name[f"{module}.{name}"] for name in GROUPS_OF_COLUMNS if f"{module}.{name}" in by_name), None)
+    absent = {form.names[2]: scale is None, form.names[1]: zero is None and not packing.symmetric}
+    absent[form.groups] = groups is None and packing.act_order
+    for missing in (name for name, is_absent in absent.items() if is_absent):
         raise InputError(f"{q} comes without {_repr.repr(f'{module}.{missing}')}")
-    N, K = form.shape(q.shape) if len(q.shape) == 2 else (0, 0)
-    group_size = packing.group_size or max(1, K)
+    assert scale is not None
+    stored = form.shape(q.shape) if len(q.shape) == 2 else (0, 0)
+    N, K = place.shape if place and len(place.shape) == 2 else stored
+    if not N or not K or N % 8 or K % 8:
+        found = f"{q} is {q.stored_as} {_repr.repr(list(q.shape))}, of a matrix of shape {[N, K]}"
+        raise InputError(f"{found}, expected multiples of 8 rows and columns")
+    group_size = packing.group_size or K
     for tensor, shape in zip((q, zero, scale), form.shapes(N, K, group_size), strict=True):
         is_right = tensor is None or (tensor.is_readable if tensor is scale else tensor.stored_as == "I32")
-        if tensor is not None and not (N % 8 == 0 and K % 8 == 0 and K and N and is_right and tensor.shape == shape):
+        if tensor is not None and not (is_right and tensor.shape == shape):
             expected = f"{'floating-point numbers' if tensor is scale else 'I32'} {list(shape)}, groups of {group_size}"
             raise InputError(f"{tensor} is {tensor.stored_as} {_repr.repr(list(tensor.shape))}, expected {expected}")
-    groups = next((by_name[f"{module}.{name}"] for name in GROUPS_OF_COLUMNS if f"{module}.{name}" in by_name), None)
     if groups is not None and (groups.stored_as, groups.shape) != ("I32", (K,)):
         raise InputError(f"{groups} is {groups.stored_as} {_repr.repr(list(groups.shape))}, expected I32 {[K]}")
     where = q.path, f"{module}.weight", q.stored_as, (N, K), q.offset, q.nbytes

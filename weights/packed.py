@@ -26,6 +26,7 @@ class Form(NamedTuple):
 
     Attributes:
         names: of the tensors of q, z and s, behind the module's.
+        groups: the name of the one that has each column's group, where columns may be mixed.
         rows_last: in the file.
         packs_rows: eight rows of q share an int32, not eight columns.
         order: which field of an int32 has which of the rows or columns.
@@ -33,6 +34,7 @@ class Form(NamedTuple):
     """
 
     names: tuple[str, str, str]
+    groups: str = "g_idx"
     rows_last: bool = True
     packs_rows: bool = False
     order: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)
@@ -68,7 +70,7 @@ FORMS: Final = {
     "gptq": Form(_OF_GPTQ, added=1),
     "gptq_v2": Form(_OF_GPTQ),
     "awq": Form(_OF_GPTQ, packs_rows=True, order=(0, 4, 1, 5, 2, 6, 3, 7)),
-    "pack-quantized": Form(("weight_packed", "weight_zero_point", "weight_scale"), rows_last=False),
+    "pack-quantized": Form(("weight_packed", "weight_zero_point", "weight_scale"), "weight_g_idx", False),
 }
 GROUPS_OF_COLUMNS: Final = ("g_idx", "weight_g_idx")  # of each column its group, where that is stored
 SHAPES: Final = ("weight_shape",)  # [N, K] as numbers, which the tensors' own shapes say as well

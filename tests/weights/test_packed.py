@@ -10,7 +10,7 @@ import pytest
 import torch
 from packed_checkpoints import KINDS, compressed_config, write_packed
 from safetensors.torch import load_file, save_file
-from testing import oracle_logits, random_ids, tiny_model, write_checkpoint
+from testing import edit_json, oracle_logits, random_ids, tiny_model, write_checkpoint
 
 import minirea
 from minirea import api
@@ -85,13 +85,15 @@ def test_biases_that_are_zero_and_in_no_model_are_left_out(tmp_path: Path) -> No
         ("gptq", {"bits": True}, "bits is true"),
         ("gptq", {"group_size": 48}, "group_size is 48, expected a multiple of 32"),
         ("gptq", {"group_size": 0}, "group_size is 0"),
-        ("gptq", {"checkpoint_format": "marlin"}, 'checkpoint_format is "marlin"'),
+        ("gptq", {"checkpoint_format": "marlin"}, 'checkpoint_format is "marlin", expected "gptq" or "gptq_v2"'),
+        ("gptq", {"desc_act": 1}, "desc_act is 1"),
         ("awq", {"zero_point": False}, "zero_point is false"),
         ("awq", {"version": "gemv"}, 'version is "gemv"'),
         ("awq", {"group_size": None}, "group_size is null"),
         ("compressed-tensors", compressed_config(32, num_bits=8), "num_bits is 8"),
         ("compressed-tensors", compressed_config(32, type="float"), 'type is "float"'),
-        ("compressed-tensors", compressed_config(32, strategy="block"), 'strategy is "block"'),
+        ("compressed-tensors", compressed_config(32, strategy="block"), 'strategy is "block", expected "group" or "ch'),
+        ("compressed-tensors", compressed_config(32, symmetric=0), "symmetric is 0"),
         ("compressed-tensors", {"config_groups": {}}, "config_groups is {}"),
         ("compressed-tensors", {"config_groups": {"a": {"targets": []}}}, "expected a group with weights"),
         ("compressed-tensors", {"config_groups": {"a": 1}}, "a is 1, expected an object"),
@@ -116,8 +118,9 @@ Q0 = "model.layers.0.self_attn.q_proj"
         (lambda t: t.pop(f"{Q0}.scales"), f"comes without '{Q0}.scales'"),
         (lambda t: t.pop(f"{Q0}.qweight"), f"'{Q0}.weight'"),
         (lambda t: t.update({f"{Q0}.qweight": t[f"{Q0}.qweight"].view(torch.uint8)}), "qweight' is U8"),
-        (lambda t: t.update({f"{Q0}.qweight": t[f"{Q0}.qweight"][:, :7]}), "qweight' is I32"),
-        (lambda t: t.update({f"{Q0}.qweight": t[f"{Q0}.qweight"].flatten()}), "qweight' is I32"),
+        (lambda t: t.update({f"{Q0}.qweight": t[f"{Q0}.qweight"][:, :7]}), r"qweight' is I32 .* I32 \[8, 64\]"),
+        (lambda t: t.update({f"{Q0}.qweight": t[f"{Q0}.qweight"][:7]}), r"qweight' is I32 .* expected I32 \[8, 64\]"),
+        (lambda t: t.update({f"{Q0}.qweight": t[f"{Q0}.qweight"].flatten()}), r"qweight' is I32 .* I32 \[8, 64\]"),
         (lambda t: t.update({f"{Q0}.qzeros": t[f"{Q0}.qzeros"][:1]}), "qzeros' is I32 .*groups of 32"),
         (lambda t: t.update({f"{Q0}.scales": t[f"{Q0}.scales"].int()}), "scales' is I32 .* floating-point numbers"),
         (lambda t: t.update({f"{Q0}.scales": t[f"{Q0}.scales"] * torch.inf}), "scales' has a NaN or infinity"),
@@ -131,6 +134,10 @@ Q0 = "model.layers.0.self_attn.q_proj"
             lambda t: t.update({f"lm_head.{k}": t[f"{Q0}.{k}"].clone() for k in ("qweight", "qzeros", "scales")}),
             "lm_head",
         ),
+        (
+            lambda t: t.update({f"{Q0[:-6]}o2.{k}": t[f"{Q0}.{k}"].clone() for k in ("qweight", "qzeros", "scales")}),
+            "o2.weight', for which the config has no place",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change: Any, named: str, tmp_path: Path) -> None:
@@ -139,6 +146,24 @@ def test_what_does_not_fit_is_named(change: Any, named: str, tmp_path: Path) -> 
     change(tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, packed / "model.safetensors")
     with pytest.raises(InputError, match=named):
+        load_weights(packed, load_config(packed), CPU, quantize="int4")
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "name"),
+    [
+        ("gptq", {"desc_act": True}, "g_idx"),
+        ("compressed-tensors", {}, "weight_zero_point"),
+        ("compressed-tensors", compressed_config(32, actorder="group"), "weight_g_idx"),
+    ],
+)
+def test_what_the_config_promises_is_there(kind: str, config: dict[str, Any], name: str, tmp_path: Path) -> None:
+    packed, _ = write_packed(tmp_path, kind)
+    edit_json(packed / "config.json", quantization_config=KINDS[kind][0] | config)
+    tensors = load_file(packed / "model.safetensors")
+    tensors.pop(f"{Q0}.{name}", None)
+    save_file(tensors, packed / "model.safetensors")
+    with pytest.raises(InputError, match=f"comes without '.*{name}'"):
         load_weights(packed, load_config(packed), CPU, quantize="int4")
 
 
