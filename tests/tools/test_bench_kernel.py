@@ -147,7 +147,8 @@ def test_every_row_on_a_gpu() -> None:
     assert len(timed) == 4 and all(row["launch_us"] > 0 and row["sdpa_us"] for row in timed)
     assert [len(row["phase_us"]) for row in timed] == [7, 7, 1, 1]
     assert all(row["sketched"]["launch_us"] > 0 and row["sketched"]["make_us"] > 0 for row in timed[:2])
-    assert [row.get("chunks") for row in timed] == [None, None, 4, 4] and timed[-1]["chunk_us"] > 0
+    chunks = [row.get("chunks") for row in timed]
+    assert chunks[:2] == [None, None] and chunks[2] == chunks[3] >= 4 and timed[-1]["chunk_us"] > 0
     assert all(us > 0 for row in timed for us in [*row["phase_us"].values(), *row["sdpa_us"].values()])
 
 
