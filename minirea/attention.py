@@ -59,6 +59,7 @@ class Step(NamedTuple):
         sketched: every key that the step can select has a sketch; only where the device counts, else the cache tells.
         votes: what its layers' votes add up in, where they do; see `Attention.with_votes`.
         winners: by layer, what the queries of the step before won; see `Attention.new_winners`.
+        winners_on_cpu: the same where minirea.cpu attends; see `Attention.new_winners_on_cpu`.
     """
 
     seq_len: int | Tensor
@@ -68,6 +69,7 @@ class Step(NamedTuple):
     sketched: bool = False
     votes: Votes | None = None
     winners: Tensor | None = None
+    winners_on_cpu: list[cpu.Winners] | None = None
 
 
 def step_chunks(num_heads: int, num_kv_heads: int, head_dim: int, chunk_size: int, device: torch.device) -> int:
@@ -219,6 +221,14 @@ class Attention:
             return None
         return new_winners(self.model.num_heads, self.config.of_decode_step, window, num_layers, self.device)
 
+    def new_winners_on_cpu(self, num_layers: int, dtype: torch.dtype) -> list[cpu.Winners] | None:
+        """For decode steps by minirea.cpu, one behind the other, before the first of them, by layer; None where other
+        code attends, or a token votes alone.
+        """
+        if not self.recent_size or not self._on_cpu(dtype):
+            return None
+        return [cpu.Winners(self.model.num_heads // self.model.num_kv_heads) for _ in range(num_layers)]
+
     def table_rows(self, capacity: int) -> int:
         """Positions in the tables that serve a cache of `capacity` tokens.
 
@@ -252,11 +262,10 @@ class Attention:
         """
         return self.device.type == "cuda" and self.impl == "triton" and self.mode != "full"
 
-    def _on_cpu(self, q_THD: Tensor) -> bool:
+    def _on_cpu(self, dtype: torch.dtype) -> bool:
         """Whether minirea.cpu attends, which does faster what the reference does."""
-        return (
-            self.impl == "torch" and q_THD.is_cpu and q_THD.dtype == torch.float32 and self.config.span_scope == "layer"
-        )
+        plain = self.impl == "torch" and self.config.span_scope == "layer"
+        return plain and self.device.type == "cpu" and dtype == torch.float32
 
     @property
     def depends_on_context(self) -> bool:
@@ -388,9 +397,11 @@ class Attention:
         sketch = (
             cache.sketches[layer] if chunk_size == step.chunk_size == 1 and self._is_sketched(cache, step) else None
         )
-        if sketch is None and isinstance(step.seq_len, int) and step.seq_len > self.dense_size and self._on_cpu(q_THD):
+        on_cpu = sketch is None and self._on_cpu(q_THD.dtype)
+        if on_cpu and isinstance(step.seq_len, int) and step.seq_len > self.dense_size:
             arguments = (q_THD, k_GND, v_GND, step.seq_len, cos, sin, config)
-            return cpu.reattention(*arguments, self.gather, attending, step.votes)
+            kept = None if step.winners_on_cpu is None else step.winners_on_cpu[layer]
+            return cpu.reattention(*arguments, self.gather, attending, step.votes, kept)
         near = cache.near[layer]
         if step.chunk_size > 1:
             cache.bring_ahead(layer)

@@ -40,6 +40,7 @@ _TILE: Final = 1024  # keys that are rotated and multiplied by while they are in
 _SCORES: Final = 1 << 21  # held at a time
 _SCORE_ROWS: Final = 128  # in so many rows at most
 _FEW_WINNERS: Final = 8  # of a row, up to which a search for each is faster than a sort
+_KEYS_TRIED: Final = (129, 1000, 4097)  # whether their scores round alike
 _LARGEST: Final = torch.finfo(torch.float32).max
 _FLASH: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # also gives the sums of exponentials
 
@@ -315,16 +316,18 @@ def reattention(
     gather: Callable[[Tensor], Tensor] | None = None,
     attending: int | None = None,
     votes: Votes | None = None,
+    winners: Winners | None = None,
 ) -> Tensor:
     """`minirea.kernels.reattention` of one chunk, beyond global_size + local_size tokens, with one vote for all heads.
 
     The reference's phases up to the scope; then a chunk is attended to without a mask, and a decode step leaves the
-    local part where it is. Arguments are the reference's, in float32.
+    local part where it is. Arguments are the reference's, in float32; `winners` are this layer's of the step before.
     """
     T, H, D = q_THD.shape
     G = len(k_cache_GND)
     q_GRD = q_THD.unflatten(1, (G, H // G)).transpose(0, 1).reshape(G, -1, D)
-    start_1P, offset_1P, length_1 = choose_scope(q_GRD, k_cache_GND, seq_len, config, score, gather, votes)
+    score_function = score if winners is None else winners.score
+    start_1P, offset_1P, length_1 = choose_scope(q_GRD, k_cache_GND, seq_len, config, score_function, gather, votes)
     S = int(length_1)
     if attending is not None:
         T, q_THD = attending, q_THD[T - attending :]
@@ -346,16 +349,95 @@ def reattention(
     return out_GRD.baddbmm_(p_GRS[..., gathered:], v_cache_GND[:, local]).view(1, H, D)
 
 
-def score(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> Tensor:
-    """The reference's `score` of float32 rows, in tiles that stay in the processor's cache until they are ranked.
+class Winners:
+    """What the queries of one layer's decode steps won, kept from step to step, so that a step searches for its own.
 
-    A row's scores lie side by side here: maxima of blocks are then reduced, and the best blocks copied, in whole runs.
+    Between two steps one key enters the middle. It comes after all others, so that it loses to its equals, and one
+    score brings an earlier query's list up to date. A step that does not follow the one before it, of one token less,
+    searches for all its queries.
+
+    Args:
+        group: rows of a query, H / G.
+    """
+
+    def __init__(self, group: int) -> None:
+        self._group = group
+        self._stop = 0  # of the middle for which the lists hold
+        self._best_GRK = self._index_GRK = torch.empty(0, 0, 0)  # scores, and cache positions as int64
+
+    def score(self, q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> Tensor:
+        """`score` of a decode step's queries, oldest first."""
+        (G, R, D), earlier = q_GRD.shape, q_GRD.shape[1] - self._group
+        first, kept = self._best_GRK.shape[1] - earlier, 0  # rows of the lists that go on begin at `first`
+        # Of few keys the product is another one, and lists grow.
+        if first >= 0 and self._stop == mid_hi - 1 and mid_hi - mid_lo > max(BLOCK, span_top_k):
+            kept = R - _fewest_rows(G, self._group, R, D, torch.get_num_threads())
+        best_GRK, index_GRK = search(q_GRD[:, kept:], k_cache_GND, mid_lo, mid_hi, span_top_k)
+        if kept:
+            rows = slice(first, first + kept)
+            entering_GR = _scores_of_last(q_GRD, k_cache_GND[:, :mid_hi])[:, :kept]
+            held = _with_last(self._best_GRK[:, rows], self._index_GRK[:, rows], entering_GR, mid_hi - 1)
+            best_GRK, index_GRK = torch.cat([held[0], best_GRK], 1), torch.cat([held[1], index_GRK], 1)
+        self._stop, self._best_GRK, self._index_GRK = mid_hi, best_GRK, index_GRK
+        return index_GRK
+
+
+def _scores_of_last(q_GRD: Tensor, k_GND: Tensor) -> Tensor:
+    """Scores of the last key, [G, R], in a product that is large enough to round as one with all keys."""
+    return torch.bmm(q_GRD, k_GND[:, -BLOCK:].mT)[..., -1]
+
+
+def _with_last(best_GRK: Tensor, index_GRK: Tensor, entering_GR: Tensor, position: int) -> tuple[Tensor, Tensor]:
+    """Lists of winners with a key that comes after all others: a full list only takes one that beats its last."""
+    if not bool((entering_GR > best_GRK[..., -1]).any()):
+        return best_GRK, index_GRK
+    both_GRJ = torch.cat([best_GRK, entering_GR[..., None]], -1)
+    best_GRJ, order_GRJ = both_GRJ.sort(dim=-1, descending=True, stable=True)
+    index_GRJ = F.pad(index_GRK, (0, 1), value=position).gather(-1, order_GRJ)
+    return best_GRJ[..., :-1], index_GRJ[..., :-1]
+
+
+@functools.cache
+def _fewest_rows(G: int, group: int, rows: int, D: int, threads: int) -> int:
+    """The fewest rows, of whole queries, whose scores round as when all `rows` are scored; all, if fewer do not.
+
+    Libraries have several kernels, which sum in different orders, and choose one by the processor and a product's
+    shape. So it is tried. How several threads share the product of a single head depends on the number of keys, so that
+    nothing follows from a trial.
+    """
+    if G == 1 and threads > 1:
+        return rows
+    generator = torch.Generator().manual_seed(0)
+    q_GRD, k_GND = (torch.randn(G, n, D, generator=generator, dtype=torch.float32) for n in (rows, _KEYS_TRIED[-1]))
+
+    def rounds_alike(few: int, N: int) -> bool:
+        of_all, of_few = (search(x_GRD, k_GND, 0, N, _FEW_WINNERS) for x_GRD in (q_GRD, q_GRD[:, rows - few :]))
+        scores_GR = torch.bmm(q_GRD, k_GND[:, :N].mT)[..., -1]
+        return torch.equal(of_all[0][:, rows - few :], of_few[0]) and torch.equal(
+            _scores_of_last(q_GRD, k_GND[:, :N]), scores_GR
+        )
+
+    choices = range(group, rows, group)
+    return next((few for few in choices if all(rounds_alike(few, N) for N in _KEYS_TRIED)), rows)
+
+
+def score(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> Tensor:
+    """The reference's `score` of float32 rows."""
+    return search(q_GRD, k_cache_GND, mid_lo, mid_hi, span_top_k)[1]
+
+
+def search(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> tuple[Tensor, Tensor]:
+    """Each row's best scores and their cache positions, [G, R, K], best first and the lower position first of equals.
+
+    Keys are scored in tiles that stay in the processor's cache until they are ranked. A row's scores lie side by side:
+    maxima of blocks are then reduced, and the best blocks copied, in whole runs.
     """
     (G, R, _), K = q_GRD.shape, min(span_top_k, mid_hi - mid_lo)
     rows = min(R, _SCORE_ROWS)
     heads = min(G, _SCORE_ROWS // rows)  # of a decode step all: their operations are then one
-    keys = max(_SCORES // (heads * rows) // BLOCK, 1) * BLOCK
-    best_GRK = torch.empty(G, R, K, dtype=torch.int64)
+    blocks, most = -(-(mid_hi - mid_lo) // BLOCK), max(_SCORES // (heads * rows) // BLOCK, 1)
+    keys = -(-blocks // -(-blocks // most)) * BLOCK  # as many in each tile: the last is no small product
+    best_GRK, index_GRK = (torch.empty(G, R, K, dtype=dtype) for dtype in (torch.float32, torch.int64))
     buffer = torch.empty(heads * rows * (min(keys, mid_hi - mid_lo) + BLOCK), dtype=torch.float32)
     for g, first in itertools.product(range(0, G, heads), range(0, R, rows)):
         part = slice(g, g + heads), slice(first, first + rows)
@@ -371,9 +453,10 @@ def score(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top
             tiles.append(_best_of_tile(score_HRN.view(num_rows, blocks, BLOCK), lo, K))
         score_PC, offs_PC = (torch.cat(parts, 1) for parts in zip(*tiles, strict=True))
         if len(tiles) > 1:
-            offs_PC = offs_PC.gather(1, _largest(score_PC, K)[1])
-        best_GRK[part] = offs_PC.view(*q_HRD.shape[:2], K)
-    return best_GRK
+            score_PC, at_PK = _largest(score_PC, K)
+            offs_PC = offs_PC.gather(1, at_PK)
+        best_GRK[part], index_GRK[part] = (x_PK.view(*q_HRD.shape[:2], K) for x_PK in (score_PC, offs_PC))
+    return best_GRK, index_GRK
 
 
 def _best_of_tile(score_RNM: Tensor, lo: int, num_winners: int) -> tuple[Tensor, Tensor]:

@@ -322,11 +322,16 @@ def has_recent(model: Model, cache: KVCache) -> bool:
 def decode_one_by_one(
     model: Model, cache: KVCache, last_id: int, sampler: Sampler | SharedSampler, limit: int
 ) -> Generator[int, None, None]:
-    """`decode` by the model's ordinary forward pass, each token read before the next step begins."""
+    """`decode` by the model's ordinary forward pass, each token read before the next step begins.
+
+    Its steps keep winners for each other. If others' tokens come into the cache, or some are taken back, a new one has
+    to go on.
+    """
     ids_T = torch.tensor([last_id], dtype=torch.long, device=model.device)
+    winners = model.attention.new_winners_on_cpu(len(model.layers), model.dtype)
     for _ in range(limit):
         model.attention.sketch_keys(cache)
-        ids_T = sampler(model.logits(model.forward(ids_T, cache))[-1])
+        ids_T = sampler(model.logits(model.forward(ids_T, cache, winners_on_cpu=winners))[-1])
         yield int(ids_T)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from minirea.attention import Attention, Step
 from minirea.cache import KVCache
 from minirea.config import ModelConfig
-from minirea.cpu import prepare
+from minirea.cpu import Winners, prepare
 from minirea.kernels import Gather, prefill_kernels
 from minirea.linear import Matrix, add_linear, linear, norm_linear
 
@@ -158,12 +158,20 @@ class Model:
         tensors = [self.embed, self.norm, self.head, *itertools.chain.from_iterable(self.layers)]
         return sum(t.nbytes for t in {id(t): t for t in tensors if t is not None}.values())  # a tied head counts once
 
-    def forward(self, ids_T: Tensor, cache: KVCache, horizon: int = 0, chunk_size: int | None = None) -> Tensor:
+    def forward(
+        self,
+        ids_T: Tensor,
+        cache: KVCache,
+        horizon: int = 0,
+        chunk_size: int | None = None,
+        winners_on_cpu: list[Winners] | None = None,
+    ) -> Tensor:
         """Read T tokens, append them to the cache, and return their hidden states [T, E], before the final norm.
 
-        `horizon` and `chunk_size` are those of Attention.step, for one chunk.
+        `horizon` and `chunk_size` are those of Attention.step, for one chunk; `winners_on_cpu` are what
+        Attention.new_winners_on_cpu made before the first of several decode steps.
         """
-        step = self._begin(ids_T, cache, horizon, chunk_size)
+        step = self._begin(ids_T, cache, horizon, chunk_size)._replace(winners_on_cpu=winners_on_cpu)
         x = Residual(self._embed(ids_T), self.ranks)
         for index in range(len(self.layers)):
             self._block(index, x, cache, step)

@@ -214,6 +214,59 @@ def test_winners_of_integers_are_the_reference_s(
         assert torch.equal(cpu.score(q, k, lo, hi, span_top_k), score_rows(q, k, lo, hi, span_top_k))
 
 
+@pytest.mark.parametrize("span_top_k", [1, 4, 12])
+@pytest.mark.parametrize("values", [1, 50])
+def test_kept_winners_are_those_of_a_search(values: int, span_top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of integers are exact. Of few values nearly all tie; of many, keys that enter win now and then. Steps that
+    do not follow the one before search for all queries: the first ones, after tokens that come together, and after some
+    were taken back.
+    """
+    monkeypatch.setattr(cpu, "_fewest_rows", lambda *shape: shape[1])  # integers need no trial
+    searched, search, takes = [], cpu.search, []
+    monkeypatch.setattr(cpu, "search", lambda q_GRD, *rest: (searched.append(q_GRD.shape[1]), search(q_GRD, *rest))[1])
+    generator = torch.Generator().manual_seed(span_top_k)
+    G, group, window, lo = 2, 3, 8, 5
+    q_GTMD = torch.randint(-values, values + 1, (G, 400, group, 6), generator=generator).float()
+    k_GND = torch.randint(-values, values + 1, (G, 400, 6), generator=generator).float()
+    winners = cpu.Winners(group)
+    ends = [*range(30, 150), *range(152, 200), 199, *range(190, 240), *range(239, 245), 245, 245]
+    for before, hi in zip([0, *ends], ends, strict=False):
+        voters = min(window, hi - 27 if hi < 140 else window)  # a context begins with fewer
+        q_GRD = q_GTMD[:, hi - voters + 1 : hi + 1].flatten(1, 2)
+        expected = cpu.score(q_GRD, k_GND, lo, hi, span_top_k)
+        searched.clear()
+        found = winners.score(q_GRD, k_GND, lo, hi, span_top_k)
+        assert torch.equal(found, expected), hi
+        follows = hi == before + 1 and hi - lo > 64
+        assert searched == [group if follows else voters * group], hi
+        takes.append(follows and bool((found[:, :-group] == hi - 1).any()))
+        if before == hi == 199:  # other keys than those that were taken back
+            k_GND[:, 185:] = k_GND[:, 185:].flip(1)
+    assert values == 1 or sum(takes) > 10
+
+
+def test_kept_winners_take_no_key_that_equals_their_last() -> None:
+    """A key like any other comes after it, in whatever product it is scored."""
+    q_GRD, k_GND, winners = random(2, 4 * 2, 16), random(2, 300, 16, seed=1), cpu.Winners(2)
+    for hi in range(100, 140):
+        k_GND[:, hi - 1] = k_GND[:, (hi * 7) % 90 + 5]
+        assert torch.equal(winners.score(q_GRD, k_GND, 4, hi, 4), cpu.score(q_GRD, k_GND, 4, hi, 4)), hi
+        q_GRD = torch.cat([q_GRD[:, 2:], random(2, 2, 16, seed=hi)], 1)
+
+
+@pytest.mark.parametrize(("G", "group", "D"), [(3, 3, 64), (8, 4, 128), (4, 7, 128), (4, 1, 64), (1, 8, 64), (2, 2, 8)])
+def test_rows_that_are_searched_alone_score_as_with_all_others(G: int, group: int, D: int) -> None:
+    """Also of numbers of keys that were not tried, to the bit."""
+    rows, threads = 8 * group, torch.get_num_threads()
+    few = cpu._fewest_rows(G, group, rows, D, threads)
+    assert few % group == 0 and group <= few <= rows
+    assert cpu._fewest_rows(1, group, rows, D, 2) == rows
+    q_GRD, k_GND = random(G, rows, D), random(G, 2500, D, seed=1)
+    for N in (65, 200, 777, 2496):
+        of_all, of_few = (cpu.search(x_GRD, k_GND, 3, 3 + N, 6) for x_GRD in (q_GRD, q_GRD[:, rows - few :]))
+        assert all(torch.equal(a[:, rows - few :], b) for a, b in zip(of_all, of_few, strict=True))
+
+
 @pytest.mark.parametrize("span_top_k", [0, 4])
 @pytest.mark.parametrize("queries", [1, 2, 40])
 @pytest.mark.parametrize("seq_len", [105, 106, 300, 2000])

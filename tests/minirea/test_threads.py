@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,12 @@ def test_what_the_environment_says_counts() -> None:
 def test_number_of_threads_holds_for_the_command_only(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, seen, environment = torch.get_num_threads(), [], dict(os.environ)
     forward = Model.forward
-    monkeypatch.setattr(Model, "forward", lambda *args: (seen.append(torch.get_num_threads()), forward(*args))[1])
+
+    def counting(*args: Any, **options: Any) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return forward(*args, **options)
+
+    monkeypatch.setattr(Model, "forward", counting)
     for threads in (1, os.cpu_count()):
         seen.clear()
         assert main(generate(model, "--threads", str(threads))) == 0
