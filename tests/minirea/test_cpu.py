@@ -214,8 +214,7 @@ def test_winners_of_integers_are_the_reference_s(
         assert torch.equal(cpu.score(q, k, lo, hi, span_top_k), score_rows(q, k, lo, hi, span_top_k))
 
 
-@pytest.mark.parametrize("span_top_k", [1, 4, 12])
-@pytest.mark.parametrize("values", [1, 50])
+@pytest.mark.parametrize(("values", "span_top_k"), [(1, 1), (1, 4), (50, 4), (50, 12)])
 def test_kept_winners_are_those_of_a_search(values: int, span_top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores of integers are exact. Of few values nearly all tie; of many, keys that enter win now and then. Steps that
     do not follow the one before search for all queries: the first ones, after tokens that come together, and after some
@@ -226,12 +225,12 @@ def test_kept_winners_are_those_of_a_search(values: int, span_top_k: int, monkey
     monkeypatch.setattr(cpu, "search", lambda q_GRD, *rest: (searched.append(q_GRD.shape[1]), search(q_GRD, *rest))[1])
     generator = torch.Generator().manual_seed(span_top_k)
     G, group, window, lo = 2, 3, 8, 5
-    q_GTMD = torch.randint(-values, values + 1, (G, 400, group, 6), generator=generator).float()
-    k_GND = torch.randint(-values, values + 1, (G, 400, 6), generator=generator).float()
+    q_GTMD = torch.randint(-values, values + 1, (G, 150, group, 6), generator=generator).float()
+    k_GND = torch.randint(-values, values + 1, (G, 150, 6), generator=generator).float()
     winners = cpu.Winners(group)
-    ends = [*range(30, 150), *range(152, 200), 199, *range(190, 240), *range(239, 245), 245, 245]
+    ends = [*range(65, 100), *range(102, 120), 119, *range(115, 135), *range(134, 138), 138, 138]
     for before, hi in zip([0, *ends], ends, strict=False):
-        voters = min(window, hi - 27 if hi < 140 else window)  # a context begins with fewer
+        voters = min(window, hi - 64)  # a context begins with fewer
         q_GRD = q_GTMD[:, hi - voters + 1 : hi + 1].flatten(1, 2)
         expected = cpu.score(q_GRD, k_GND, lo, hi, span_top_k)
         searched.clear()
@@ -240,8 +239,8 @@ def test_kept_winners_are_those_of_a_search(values: int, span_top_k: int, monkey
         follows = hi == before + 1 and hi - lo > 64
         assert searched == [group if follows else voters * group], hi
         takes.append(follows and bool((found[:, :-group] == hi - 1).any()))
-        if before == hi == 199:  # other keys than those that were taken back
-            k_GND[:, 185:] = k_GND[:, 185:].flip(1)
+        if before == hi == 119:  # other keys than those that were taken back
+            k_GND[:, 110:] = k_GND[:, 110:].flip(1)
     assert values == 1 or sum(takes) > 10
 
 
