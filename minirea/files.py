@@ -174,6 +174,14 @@ def replacing(path: str | Path) -> Iterator[FileIO]:
         raise InputError(f"{path}: cannot be written: {reason}") from None
 
 
+def replace_file(path: str | Path, content: bytes) -> None:
+    """Write all of a file, or leave the old one. Raises what `replacing` raises."""
+    with replacing(path) as file:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[file.write(rest) :]
+
+
 def check_replaceable(path: str | Path, size: int = 0) -> None:
     """Raise at once what `replacing` would raise for `size` bytes. The file stays as it is."""
 

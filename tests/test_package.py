@@ -67,7 +67,7 @@ ALLOWED = {
         *("evaluation", "api", "config", "generate", "files", "json_object", "sources", "tokenizer", "errors"),
     },
     "minirea.terminal": {"errors"},
-    "minirea.explain": {"evaluation", "explain", "sources", "tokenizer", "errors"},
+    "minirea.explain": {"evaluation", "explain", "files", "sources", "tokenizer", "errors"},
     "minirea.series": {"errors", "files", "json_object"},
     "minirea.chat": {"api", "errors", "files", "generate", "terminal"},
     "minirea.cli": {"cli", "errors", "follower", "ranks", "terminal", "threads"},

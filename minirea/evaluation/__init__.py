@@ -128,8 +128,8 @@ def evaluate(
 def _cells_for(task: Task, model: LLM | ModelFiles) -> Sequence[Cell]:
     """The task's cells. Raises InputError where this model cannot run one of them."""
     cells = task.cells(model.tokenizer)
-    if any(cell.looks_inside for cell in cells):
-        model.check_one_device(f"evaluations that look inside the model, like {task.name},")
+    for what in filter(None, (cell.looks_inside for cell in cells)):
+        model.check_one_device(what)
     return cells
 
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 from minirea.errors import InputError
 from minirea.explain.page import render
 from minirea.explain.picture import draw
+from minirea.files import replace_file
 from minirea.sources import Votes
 from minirea.tokenizer import Tokenizer
 
@@ -47,7 +48,7 @@ class Explanation:
         The picture comes last.
 
         Raises:
-            InputError: a file cannot be written.
+            InputError: a file cannot be written; an old one of its name is left as it was.
             MissingExtraError: matplotlib is not installed; all but the picture is there.
         """
         make_folder(folder)
@@ -60,10 +61,7 @@ class Explanation:
         page = render(self.model, self.ids, self.answer_start, self.votes, self.sources, tokenizer)
         contents = {RECORDS: json.dumps(record, indent=1, ensure_ascii=False) + "\n", PAGE: page}
         for name, content in contents.items():
-            try:
-                (folder / name).write_bytes(content.encode("utf-8", "replace"))
-            except OSError as error:
-                raise InputError(f"out is {str(folder)!r}: {name} cannot be written: {error.strerror}") from None
+            replace_file(folder / name, content.encode("utf-8", "replace"))
         draw(folder / PICTURE, self.model, self.votes, self.answer_start, self.num_layers, self.token_names(tokenizer))
         return [folder / name for name in (*contents, PICTURE)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -9,8 +10,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from minirea.errors import InputError
 from minirea.evaluation.frame.plots import new_figure
+from minirea.files import replace_file
 from minirea.sources import Votes
 
 _COLUMNS: Final = 400  # of the picture: parts of the prompt, however long that is
@@ -55,10 +56,9 @@ def draw(path: Path, model: str, votes: Votes, num_tokens: int, num_layers: int,
         axes[1][0].set_yticks(range(len(names)), names)
     axes[0][0].set_title(f"Where {model} looked for its answer, in a prompt of {num_tokens:,} tokens")
     axes[1][0].set_xlabel("position in the prompt, tokens")
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    replace_file(path, content.getvalue())
 
 
 def binned(votes: Votes, row: Tensor, num_rows: int, num_tokens: int) -> Tensor:

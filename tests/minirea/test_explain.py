@@ -7,6 +7,7 @@ import html.parser
 import itertools
 import json
 import re
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,9 +16,10 @@ import pytest
 import torch
 
 from minirea import cli
+from minirea.errors import InputError
 from minirea.explain import Explanation
 from minirea.explain.page import render, shown_parts
-from minirea.explain.picture import binned
+from minirea.explain.picture import binned, draw
 from minirea.sources import Votes, line_of, sources_of
 from minirea.tokenizer import Tokenizer, load_tokenizer
 
@@ -265,6 +267,29 @@ def test_an_answer_that_used_nothing_is_drawn_too(tmp_path: Path) -> None:
     written = Explanation("demo", [*ids, 5], len(ids), "x", votes, 6, []).write(tmp_path, tokenizer())
     assert all(path.stat().st_size for path in written)
     assert "None: the answer used no part" in (tmp_path / "page.html").read_text()
+
+
+def test_a_full_disk_leaves_the_old_files(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    ids, empty = tokenizer().encode("One line."), torch.empty(0, dtype=torch.int64)
+    votes = Votes(empty, empty, empty, torch.empty(0), 0)
+    before = {
+        p: p.read_bytes() for p in Explanation("demo", [*ids, 5], 3, "x", votes, 6, []).write(tmp_path, tokenizer())
+    }
+    other = Explanation("another", [*ids, 5], 3, "x" * 20, votes, 6, [])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit, name in ((10, "sources.json"), (1000, "page.html")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(InputError, match=f"{name}: cannot be written: File too large"):
+                other.write(tmp_path, tokenizer())
+            with pytest.raises(InputError, match=r"attention\.png: cannot be written: File too large"):
+                draw(tmp_path / "attention.png", "another", votes, 3, 6, ["x"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert set(tmp_path.iterdir()) == set(before)
+        assert all(path.read_bytes() == content for path, content in before.items() if path.name != "sources.json")
+        assert json.loads((tmp_path / "sources.json").read_bytes())
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")

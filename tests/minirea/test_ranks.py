@@ -223,7 +223,7 @@ def test_what_ranks_cannot_do_is_refused_by_name(directory: Path, tmp_path: Path
         ("gpus is 2, expected 1: contexts in files", lambda: session.save(tmp_path / "x.ctx")),
         ("gpus is 2, expected 1: contexts in files", lambda: llm.open_session(tmp_path / "x.ctx")),
         (
-            "gpus is 2, expected 1: evaluations that look inside the model, like perplexity,",
+            "gpus is 2, expected 1: evaluations of perplexity",
             lambda: evaluate("perplexity", llm, text=(str(text),), lengths=(64,)),
         ),
         ("gpus is 2, expected 1: what looks inside", lambda: llm.model.forward(torch.tensor([3]), session.cache)),

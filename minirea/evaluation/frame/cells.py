@@ -41,9 +41,9 @@ class Cell(ABC):
     fields: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
     @property
-    def looks_inside(self) -> bool:
-        """Whether it needs more of the model than its answers, which one device has and several have not."""
-        return False
+    def looks_inside(self) -> str:
+        """What in it, a plural, needs more of the model than its answers, which several devices do not have; or ""."""
+        return ""
 
     @abstractmethod
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:
@@ -104,8 +104,8 @@ class PromptCell(Cell):
     sources: int = field(default=0, kw_only=True)
 
     @property
-    def looks_inside(self) -> bool:
-        return self.sources > 0
+    def looks_inside(self) -> str:
+        return "sources" if self.sources else ""
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:
         """The answers, each the same as if its whole prompt had been read from the beginning."""

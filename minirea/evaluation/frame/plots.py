@@ -6,6 +6,7 @@ trained context, and saving. Pictures of one task's own are in modules next to i
 
 from __future__ import annotations
 
+import io
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from minirea.errors import InputError, MissingExtraError
 from minirea.evaluation.frame.records import Record
 from minirea.evaluation.lengths import short_length
+from minirea.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,9 +111,11 @@ def save(figure: Figure, path: Path) -> Path:
     """Write a PNG and return its path. Raises InputError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    replace_file(path, content.getvalue())
     return path
 
 

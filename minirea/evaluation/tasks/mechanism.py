@@ -93,8 +93,8 @@ class OverlapCell(Cell):
     build: Callable[[], Watched]
 
     @property
-    def looks_inside(self) -> bool:
-        return True
+    def looks_inside(self) -> str:
+        return "studies of attention"
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:  # noqa: ARG002  one place
         from minirea.evaluation.tasks.mechanism_measures import Overlap
@@ -120,8 +120,8 @@ class SpreadCell(Cell):
     build: Callable[[], Watched]
 
     @property
-    def looks_inside(self) -> bool:
-        return True
+    def looks_inside(self) -> str:
+        return "studies of attention"
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:  # noqa: ARG002  one place
         from minirea.evaluation.tasks.mechanism_measures import Spread

@@ -54,8 +54,8 @@ class WindowCell(Cell):
     baseline: bool
 
     @property
-    def looks_inside(self) -> bool:
-        return True
+    def looks_inside(self) -> str:
+        return "evaluations of perplexity"
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:
         from minirea.evaluation.tasks.likelihood import nlls_in_range, token_nlls

@@ -406,20 +406,18 @@ def test_a_record_that_cannot_be_summarized_says_why(
 
 
 @pytest.mark.parametrize(
-    ("task", "options"),
+    ("task", "options", "what"),
     [
-        ("perplexity", {"text": DEMO / "README.md"}),
-        *(("mechanism", {"studies": study}) for study in ("spread", "overlap")),
-        ("needle", {"sources": 1}),
+        ("perplexity", {"text": DEMO / "README.md"}, "evaluations of perplexity"),
+        *(("mechanism", {"studies": study}, "studies of attention") for study in ("spread", "overlap")),
+        ("needle", {"sources": 1}, "sources"),
     ],
 )
 def test_what_several_devices_cannot_do_is_refused_before_the_weights_are_read(
-    model: Path, monkeypatch: pytest.MonkeyPatch, task: str, options: dict[str, Any]
+    model: Path, monkeypatch: pytest.MonkeyPatch, task: str, options: dict[str, Any], what: str
 ) -> None:
     monkeypatch.setattr("minirea.api.ModelFiles.load", lambda *_: pytest.fail("the weights were read"))
-    with pytest.raises(
-        InputError, match=f"gpus is 2, expected 1: evaluations that look inside the model, like {task},"
-    ):
+    with pytest.raises(InputError, match=f"^gpus is 2, expected 1: {what} do not work on several devices$"):
         minirea.evaluate(task, model, device="cpu", gpus=2, lengths=300, **options)
 
 
