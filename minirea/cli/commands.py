@@ -148,11 +148,20 @@ def run_read(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     num_tokens = len(ids) + _length(context)
     warn_beyond_training(files, num_tokens)
     check_replaceable(arguments.save, files.context_bytes(num_tokens))
+
+    def tell() -> None:
+        say(f"\nminirea: interrupted; {printable(arguments.save)} is not written")
+
+    interrupts.finish = tell
     session = _load(files, context, num_tokens, arguments)
     interrupts.raises = True  # an incomplete file is to be removed
     progress = not arguments.quiet
-    session.prefill(ids, progress=progress)
-    session.save(arguments.save, progress=progress)
+    try:
+        session.prefill(ids, progress=progress)
+        session.save(arguments.save, progress=progress)
+    except KeyboardInterrupt:
+        tell()
+        raise
     if progress:
         from minirea.memory import human
 

@@ -177,6 +177,18 @@ def test_ctrl_c_keeps_what_was_generated(model: Path, as_json: bool, pauses: tup
         assert pauses or b"ended by interrupted" in err
 
 
+def test_ctrl_c_while_a_context_is_read_says_that_it_is_not_kept(model: Path, tmp_path: Path) -> None:
+    text, kept = tmp_path / "text", tmp_path / "kept.ctx"
+    text.write_text(PROMPT * 2000)
+    arguments = ["-m", "minirea", "read", "--model", str(model), "--prompt", str(text), "--save", str(kept)]
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    process.stderr.read(1)  # a bar: it has begun to load or to read
+    _, err = interrupt(process)
+    assert err.endswith(f"\nminirea: interrupted; {kept} is not written\n".encode())
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_ctrl_c_at_any_time_of_a_start(model: Path, count: int) -> None:
     """From the first import that is minirea's own, through torch's, to loading."""
