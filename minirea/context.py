@@ -190,13 +190,15 @@ class StoredContext:
                 "other weights, or another config.json"
             )
         settings = self._object(metadata, "settings")
-        for name, expected in origin.settings.items():
-            found = settings.get(name)
-            if found != expected:
-                without = f"leave `{name}` out" if name in settings else "read it anew"
-                advice = without if found is None else "pass the former"
-                says, wanted = _setting(name, found), _setting(name, expected)
-                raise InputError(f"{self.path}: was read with {says}, expected {wanted}: {advice}")
+        differing = [name for name, expected in origin.settings.items() if settings.get(name) != expected]
+        if not differing:
+            return
+        names, advice = [name for name in differing if settings.get(name) is not None], "pass the former"
+        if not names:
+            names = differing[:1]
+            advice = f"leave `{names[0]}` out" if names[0] in settings else "read it anew"
+        found, expected = (" ".join(_setting(name, x.get(name)) for name in names) for x in (settings, origin.settings))
+        raise InputError(f"{self.path}: was read with {found}, expected {expected}: {advice}")
 
     def _notes(self, metadata: dict[str, str]) -> dict[str, str]:
         notes = self._object(metadata, "notes")

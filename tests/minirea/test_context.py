@@ -104,7 +104,9 @@ def test_recent_queries_are_in_the_file(directory: Path, tmp_path: Path) -> None
                 assert torch.equal(*recent)
             expected = session.generate(random_ids(1), max_tokens=4, ignore_eos=True)
             assert opened.generate(random_ids(1), max_tokens=4, ignore_eos=True).token_ids == expected.token_ids
-    with pytest.raises(InputError, match="vote_window=5, expected vote_window=1"):
+    with pytest.raises(
+        InputError, match="with vote_window=5 vote_size=4 decode_spans=2, expected vote_window=1 vote_size=1 d"
+    ):
         minirea.load(directory, **SCOPE).open_session(tmp_path / "a.ctx")
 
 
@@ -165,6 +167,7 @@ def resaved(saved: Path, edit: Callable[[dict[str, str]], object]) -> None:
 def test_each_mismatch_names_both_values(directory: Path, saved: Path, tmp_path: Path) -> None:
     for change, named in (
         ({"local_size": 25}, ("local_size=24", "local_size=25")),
+        ({"local_size": 25, "span_size": 6}, ("with local_size=24 span_size=", "expected local_size=25 span_size=6")),
         ({"carry_votes": True}, ("carry_votes=False", "carry_votes=True")),
         ({"span_scope": "kv_head"}, ("span_scope='layer'", "span_scope='kv_head': pass the former")),
         ({"dtype": "bfloat16"}, ("dtype='float32'", "dtype='bfloat16': pass the former")),
