@@ -92,7 +92,7 @@ def add_input(parser: argparse.ArgumentParser, several: bool = False) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what to generate").add_argument
     add("--max-tokens", type=int, default=256, metavar="N", help="at most so many tokens")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 always takes the best token")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0, the default, always takes the best token")
     add("--top-k", type=int, default=0, metavar="K", help="keep the K best tokens; 0: all")
     add("--top-p", type=float, default=1.0, metavar="P", help="keep the best tokens that reach probability P")
     add("--min-p", type=float, default=0.0, metavar="P", help="keep tokens at least P times as probable as the best")
