@@ -578,9 +578,9 @@ def _packed_tensor(
     groups = next((by_name[f"{module}.{name}"] for name in GROUPS_OF_COLUMNS if f"{module}.{name}" in by_name), None)
     absent = {form.names[2]: scale is None, form.names[1]: zero is None and not packing.symmetric}
     absent[form.groups] = groups is None and packing.act_order
-    for missing in (name for name, is_absent in absent.items() if is_absent):
+    missing = next((name for name, is_absent in absent.items() if is_absent), None)
+    if scale is None or missing:
         raise InputError(f"{q} comes without {_repr.repr(f'{module}.{missing}')}")
-    assert scale is not None
     stored = form.shape(q.shape) if len(q.shape) == 2 else (0, 0)
     N, K = place.shape if place and len(place.shape) == 2 else stored
     if not N or not K or N % 8 or K % 8:

@@ -7,7 +7,7 @@ neighbouring columns of a row a scale s and a zero point z, so that a weight is 
     gptq, gptq_v2     qweight [K/8, N]: columns         qzeros [groups, N/8]: rows         scales [groups, N]
     awq               qweight [K, N/8]: rows            qzeros [groups, N/8]: rows         scales [groups, N]
     pack-quantized    weight_packed [N, K/8]: columns   weight_zero_point [N/8, groups]:   weight_scale [N, groups]
-                                                        rows; without it z = 8
+                                                        rows; without it z = 8, where the config says "symmetric"
 
 "rows" and "columns" are those of the matrix that share an int32. gptq stores z - 1, modulo 16. awq has the rows of an
 int32 in the order 0, 2, 4, 6, 1, 3, 5, 7.
@@ -70,7 +70,9 @@ FORMS: Final = {
     "gptq": Form(_OF_GPTQ, added=1),
     "gptq_v2": Form(_OF_GPTQ),
     "awq": Form(_OF_GPTQ, packs_rows=True, order=(0, 4, 1, 5, 2, 6, 3, 7)),
-    "pack-quantized": Form(("weight_packed", "weight_zero_point", "weight_scale"), "weight_g_idx", False),
+    "pack-quantized": Form(
+        ("weight_packed", "weight_zero_point", "weight_scale"), groups="weight_g_idx", rows_last=False
+    ),
 }
 GROUPS_OF_COLUMNS: Final = ("g_idx", "weight_g_idx")  # of each column its group, where that is stored
 SHAPES: Final = ("weight_shape",)  # [N, K] as numbers, which the tensors' own shapes say as well
