@@ -128,23 +128,18 @@ def reattention(
     _check_tensors(q_THD, k_cache_GND, v_cache_GND, cos, sin)
     _check_seq_len(seq_len)
     T = q_THD.shape[0]
-    if sketch is not None:
-        _check_sketch(sketch, k_cache_GND)
-        if gather is not None:
-            raise InputError("both sketch and gather are given, expected one: steps of several processes read all keys")
-        if votes is not None:
-            raise InputError("both sketch and votes are given, expected one: steps with votes read all keys")
     chunk_size = T if chunk_size is None else _checked_chunk_size(chunk_size, T, return_selection)
     if attending is not None and not (chunk_size == T and 1 <= attending <= T):
         raise InputError(f"attending is {attending}, expected 1 to {T}, the queries of one chunk")
+    _check_apart(sketch=sketch, gather=gather, votes=votes, winners=winners)
+    if sketch is not None:
+        _check_sketch(sketch, k_cache_GND)
     if votes is not None:
         _check_votes(votes, q_THD, k_cache_GND, chunk_size, config, gather)
     if near is not None:
         _check_near(near, k_cache_GND, config, T - chunk_size)
     if winners is not None:
         _check_winners(winners, q_THD, config, T if attending is None else attending)
-        if sketch is not None:
-            raise InputError("both sketch and winners are given, expected one: steps with winners read all keys")
     impl = resolve_impl(impl, q_THD.device)
     if impl == "torch" or not isinstance(seq_len, torch.Tensor) or seq_len.device != q_THD.device:
         seq_len = int(seq_len)
@@ -334,6 +329,14 @@ def _check_tensors(
     devices = {x.device for x in (q_THD, k_cache_GND, v_cache_GND, cos, sin)}
     if len(devices) > 1:
         raise InputError(f"the tensors are on {', '.join(sorted(map(str, devices)))}, expected one device")
+
+
+def _check_apart(sketch: Sketch | None, **others: object) -> None:
+    """What a step with a sketch, which looks at its keys only where it must, cannot be given besides."""
+    reasons = {"gather": "steps of several processes", "votes": "steps with votes", "winners": "steps with winners"}
+    for name, other in others.items():
+        if sketch is not None and other is not None:
+            raise InputError(f"both sketch and {name} are given, expected one: {reasons[name]} read all keys")
 
 
 def _check_sketch(sketch: Sketch, k_cache_GND: torch.Tensor) -> None:

@@ -76,6 +76,7 @@ def decode_kernel(
         q = Heads(q.ptr + (c.WINDOW - 1) * q.stride_n, q.stride_h, 0, q.stride_d)
     else:
         q = Heads(q.ptr, q.stride_h, 0, q.stride_d)  # one token: its stride does not matter
+        voters, fresh = q, None
     dense = n <= dense_size
     program = tl.program_id(0)
     step = Step(
@@ -101,18 +102,10 @@ def decode_kernel(
         if not dense:
             if c.SEARCHES:
                 if program < workers:
-                    if c.WINDOW:
-                        score_slices(voters, k, v, near, sketch, scratch, step, c)
-                    else:
-                        score_slices(q, k, v, near, sketch, scratch, step, c)
+                    score_slices(voters, k, v, near, sketch, scratch, step, c)
             all_arrived = arrive(scratch.counters)
             if c.ALONE and c.ATTENDS:
-                if c.WINDOW:
-                    elect_with_recent(scratch, winner_ptr, stride_counts, step, 0, 1, all_arrived, fresh, c)
-                    prepare_next(voters, k, scratch, winner_ptr, stride_counts, step, 0, 1, c)
-                else:
-                    sort_winners(scratch, 0, 1, step.mid_lo, step.mid_hi, max_spans, c)
-                tl.atomic_add(scratch.counters + SORTED, 1, sem="release", scope="gpu")
+                elect_winners(voters, k, scratch, winner_ptr, stride_counts, step, 0, all_arrived, fresh, c)
             if not c.ATTENDS:
                 if c.ALONE or program >= workers:
                     wait(scratch.counters, all_arrived)
@@ -126,21 +119,10 @@ def decode_kernel(
                 q, k, v, near, out_ptr, rope, tile_rope, scratch, step, unit % c.G, unit // c.G, all_arrived, c
             )
 
-    # Last, since of a kernel's code only the first 64 KiB are fetched ahead, and the workers need those. The first time
-    # sorts what the launch before has left: it brings the code into the cache while the workers still score.
+    # Last, since of a kernel's code only the first 64 KiB are fetched ahead, and the workers need those.
     if c.SELECTS and c.ATTENDS and not c.ALONE:
         if not dense and program >= workers:
-            if c.WINDOW:
-                elect_with_recent(scratch, winner_ptr, stride_counts, step, program - workers, step.selectors,
-                                  all_arrived, fresh, c)  # fmt: skip
-            else:
-                for time in range(c.SORTS):
-                    if time == 1:
-                        wait(scratch.counters, all_arrived)
-                    sort_winners(scratch, program - workers, step.selectors, step.mid_lo, step.mid_hi, max_spans, c)
-            tl.atomic_add(scratch.counters + SORTED, 1, sem="release", scope="gpu")
-            if c.WINDOW:
-                prepare_next(voters, k, scratch, winner_ptr, stride_counts, step, program - workers, step.selectors, c)
+            elect_winners(voters, k, scratch, winner_ptr, stride_counts, step, program - workers, all_arrived, fresh, c)
 
 
 @triton.jit
@@ -151,6 +133,27 @@ def rope_of_a_tile(rope, num_positions, c: tl.constexpr):
     cos = load_rows(rope.cos_ptr, offs_tile, c.D // 2, offs_tile < num_positions, offs_h, 1, c.D // 2)
     sin = load_rows(rope.sin_ptr, offs_tile, c.D // 2, offs_tile < num_positions, offs_h, 1, c.D // 2)
     return Rope(cos, sin)
+
+
+@triton.jit
+def elect_winners(
+    voters, k, scratch, winner_ptr, stride_counts, step, first_ballot, all_arrived, fresh, c: tl.constexpr
+):
+    """Step 5: the winners of every step.selectors-th ballot that are kept, and with WINDOW what the next step needs.
+
+    Where other programs score meanwhile, the first time sorts what the launch before has left: it brings the code into
+    the cache.
+    """
+    if c.WINDOW:
+        elect_with_recent(scratch, winner_ptr, stride_counts, step, first_ballot, step.selectors, all_arrived, fresh, c)
+    else:
+        for time in range(1 if c.ALONE else c.SORTS):
+            if time == 1:
+                wait(scratch.counters, all_arrived)
+            sort_winners(scratch, first_ballot, step.selectors, step.mid_lo, step.mid_hi, step.max_spans, c)
+    tl.atomic_add(scratch.counters + SORTED, 1, sem="release", scope="gpu")
+    if c.WINDOW:
+        prepare_next(voters, k, scratch, winner_ptr, stride_counts, step, first_ballot, step.selectors, c)
 
 
 @triton.jit
