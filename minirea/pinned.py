@@ -51,8 +51,8 @@ class _Pinned:
         with contextlib.suppress(OSError, AttributeError):  # faster to pin, and a GPU has fewer addresses to look up
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.on_cpu = torch.frombuffer(memory, dtype=torch.uint8)
-        # The system clears a page when it is first touched, by the core that touches it: torch's threads do so at
-        # 13 GB/s, and what is there is pinned at 36. Pinning alone would do both on one core, at 5.
+        # The system clears a page when it is first touched, by the core that touches it. Pinning would do so on one
+        # core; after torch's threads have, both take about half as long (kernels/NOTEBOOK.md, 2026-11-26).
         self.on_cpu[::PAGE].zero_()
         address, runtime = self.on_cpu.data_ptr(), torch.cuda.cudart()
         code = runtime.cudaHostRegister(address, len(self.on_cpu), 0)

@@ -81,7 +81,7 @@ def add_shape(parser: argparse.ArgumentParser, contexts: str) -> None:
         ("max-spans", 128, "winners kept after the vote"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
-    parser.add_argument("--span-scope", choices=SPAN_SCOPES, default="layer", help="who votes together")
+    parser.add_argument("--span-scope", choices=SPAN_SCOPES, default="layer", help="which heads vote together")
 
 
 def run(arguments: argparse.Namespace) -> None:

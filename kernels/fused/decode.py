@@ -1,7 +1,7 @@
 """The decode kernel: one query per head, in one cooperative launch.
 
 A decode step has few winners. Most programs are workers, with a slice of one key/value head each; the one or few that
-are left over sort the winners of all workers, who attend to the local part meanwhile. Where earlier tokens vote too,
+are left over sort the winners of all workers, which attend to the local part meanwhile. Where earlier tokens vote too,
 their winners are kept (recent.py), so that the workers' share stays one query.
 """
 
@@ -61,8 +61,8 @@ def decode_kernel(
     c: tl.constexpr,
 ):  # fmt: skip
     """One step of one query per head: q [1, H, D] against k and v [G, N, D], to out [1, H, D]. near and sketch are
-    None without. With WINDOW q is [WINDOW, H, D], and winner_ptr has the winners of all but the last, who vote with it;
-    else it is None, as is stride_counts.
+    None without. With WINDOW q is [WINDOW, H, D], and winner_ptr has the winners of all but the last, which vote with
+    it; else it is None, as is stride_counts.
 
     A worker's unit of work is one slice of one key/value head: first of the middle to score, then of the local part to
     attend to, then of the far part. Attending to the local part needs no selection, so it fills the time until the last

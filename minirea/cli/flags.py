@@ -123,7 +123,7 @@ def add_scope(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     add("--span-size", type=int, metavar="N", help="tokens around each winner (default: 32; 64 for C from 4096)")
     add("--max-spans", type=int, metavar="N", help="winners kept after the vote (default: 256, or half of what fits C)")
     add("--chunk-size", type=int, metavar="N", help="prompt tokens per scope, at most --local-size (default: 512)")
-    add("--span-scope", choices=SPAN_SCOPES, help="who votes together (default: layer)")
+    add("--span-scope", choices=SPAN_SCOPES, help="which heads vote together (default: layer)")
     tail = f"last tokens of a prompt, read in smaller chunks; 0: none (default: {TAIL_SIZE})"
     add("--tail-size", type=int, metavar="N", help=tail)
     add("--tail-chunk-size", type=int, metavar="N", help=f"prompt tokens per scope there (default: {TAIL_CHUNK_SIZE})")
