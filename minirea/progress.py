@@ -18,13 +18,15 @@ def work_of(model: ModelConfig, mode: str, scope: ReAttentionConfig, dense_size:
     """
     E, F, H, G, D = model.hidden_size, model.mlp_size, model.num_heads, model.num_kv_heads, model.head_dim
     products = E * (2 * H + 2 * G) * D + 3 * E * F
-    window = model.sliding_window if mode == "full" else max(dense_size, scope.max_scope)
+    # A token sees those before it, up to so many tokens; one beyond them, only so many.
+    dense = model.sliding_window if mode == "full" else max(dense_size, scope.selecting_scope)
+    seen = dense if mode == "full" else scope.selecting_scope
     selects = mode != "full" and scope.max_selected > 0
     outside = scope.global_size + scope.local_size
 
     def work(n: int) -> float:
-        seen = n if window is None else min(n, window)
-        attended = seen * seen / 2 + seen * (n - seen)
+        first = n if dense is None else min(n, dense)
+        attended = first * first / 2 + (seen or 0) * (n - first)
         scored = ((n - outside) ** 2 - (dense_size - outside) ** 2) / 2 if selects and n > dense_size else 0.0
         return products * n + H * D * (2 * attended + scored)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minirea.config import MODES, SCOPE_FIELDS
+from minirea.config import MODES, SCOPE_FIELDS, ReAttentionConfig
 from minirea.errors import InputError
 from minirea.evaluation.frame.cells import Cell
 from minirea.evaluation.frame.records import Record
@@ -101,11 +101,11 @@ def evaluate(
     fields["allow_out_of_distribution"] = allow_out_of_distribution
     if isinstance(model, api.LLM):
         llm, attention_of_model = model, model.model.attention
-        scope = dataclasses.asdict(attention_of_model.config)
+        config, scope = attention_of_model.config, dataclasses.asdict(attention_of_model.config)
+        if ReAttentionConfig.for_context(llm.config.trained_context, **scope | {"dense_size": None}) == config:
+            del scope["dense_size"]  # the default follows from the fields that are given
         if attention_of_model.mode == "streaming":
             del scope["span_top_k"]  # 0 there, whatever was given
-        if scope["dense_size"] == attention_of_model.config.max_scope:
-            del scope["dense_size"]  # the default follows from the fields that are given
         fields = scope | {name: value for name, value in fields.items() if value is not None}
         cells = _cells_for(chosen, llm)
     else:

@@ -28,12 +28,13 @@ SCOPE = ReAttentionConfig(global_size=4, local_size=24, span_top_k=2, span_size=
 def token_cost(n: int, mode: str, scope: ReAttentionConfig, dense_size: int, window: int | None = None) -> int:
     """Multiplications of the n-th token in a layer."""
     products = 64 * (4 + 2 + 2) * 16 + 64 * 64 + 3 * 64 * 112
-    seen = min(n, window or n) if mode == "full" else min(n, max(dense_size, scope.max_scope))
+    beyond = mode != "full" and n > dense_size
+    seen = min(n, scope.global_size + scope.max_selected + scope.local_size) if beyond else min(n, window or n)
     scored = n - 28 if mode == "reattention" and n > dense_size else 0
     return products + 4 * 16 * (2 * seen + scored)
 
 
-@pytest.mark.parametrize("dense_size", [28, 48])
+@pytest.mark.parametrize("dense_size", [28, 48, 200])
 @pytest.mark.parametrize("mode", ["reattention", "streaming", "full", "window"])
 def test_work_is_the_sum_of_what_tokens_cost(mode: str, dense_size: int) -> None:
     scope = dataclasses.replace(SCOPE, span_top_k=0) if mode == "streaming" else SCOPE

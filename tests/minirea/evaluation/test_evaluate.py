@@ -179,6 +179,20 @@ def test_records_hold_what_a_reader_needs(llm: minirea.LLM) -> None:
     assert len(set(by_mode["full"])) == 12
 
 
+def test_a_models_own_dense_size_stays_and_a_default_follows(llm: minirea.LLM) -> None:
+    """A default follows from fields that an evaluation overrides, also of a model that was loaded for streaming."""
+    options: dict[str, Any] = {"lengths": 300, "samples": 1, "global_size": 2}
+    for mode, fields, expected in (
+        ("reattention", {}, 2 + 64 + 6 * 8),
+        ("streaming", {}, 2 + 64 + 6 * 8),
+        ("reattention", {"dense_size": 116}, 2 + 64 + 6 * 8),  # what the default would be
+        ("reattention", {"dense_size": 100}, 100),
+    ):
+        varied = llm.with_attention(mode, **SCOPE | fields)
+        (record,) = minirea.evaluate("needle", varied, depths=1, **options).records
+        assert record["settings"]["dense_size"] == expected
+
+
 @pytest.mark.parametrize("how", [{}, {"separate": True}, {"as_session": True}])
 def test_sources_of_the_answers_are_noted_and_the_needle_is_the_first(how: dict[str, Any], tmp_path: Path) -> None:
     """The answers are the same without; a directory goes on with the same flags only."""
