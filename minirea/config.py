@@ -175,7 +175,7 @@ class ReAttentionConfig:
         carry_votes: in such a token each layer adds its votes to those of the layers before it, and keeps the winners
             by the sums; False lets every layer vote alone, as the paper does.
         dense_size: up to so many cached tokens a step attends to all of them, at least global_size + local_size, which
-            is what None means. `for_context` sets it to what the scope can hold, or to the trained context (see there).
+            is what None means. `for_context` sets it to what the scope can hold (`max_scope`).
 
     Raises:
         InputError: a value out of range; the message names the field.
@@ -226,11 +226,7 @@ class ReAttentionConfig:
 
     @classmethod
     def for_context(cls, trained_context: int, **fields: Any) -> ReAttentionConfig:
-        """The defaults for a model trained on `trained_context` tokens; `fields` that are not None override them.
-
-        dense_size is what the scope can hold. A model trained on 4,096 to 32,767 tokens attends to all of so many, as
-        in training, and selects beyond.
-        """
+        """The defaults for a model trained on `trained_context` tokens; `fields` that are not None override them."""
         given = {name: value for name, value in fields.items() if value is not None}
         unknown = sorted(set(given) - set(SCOPE_FIELDS))
         if unknown:
@@ -254,12 +250,8 @@ class ReAttentionConfig:
             blocks = {"vote_size": values["span_size"] // 2}
             votes = blocks | {"vote_window": min(8, values["local_size"]), "carry_votes": True}
             values = votes | {"decode_spans": min(16, values["max_spans"])} | values
-        config = cls(**values)
-        if "dense_size" in given:
-            return config
-        selects = config.max_selected > 0
-        dense_size = max(config.selecting_scope, trained_context if medium and selects else 0)
-        return dataclasses.replace(config, dense_size=dense_size)
+        sparse = cls(**values)
+        return sparse if "dense_size" in given else dataclasses.replace(sparse, dense_size=sparse.max_scope)
 
     @functools.cached_property
     def of_decode_step(self) -> ReAttentionConfig:

@@ -135,8 +135,7 @@ def add_scope(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     add("--decode-spans", type=int, metavar="N", help=spans)
     carry = "votes of an answer's tokens add up from layer to layer (default: no; yes for C from 4096)"
     add("--carry-votes", action=argparse.BooleanOptionalAction, help=carry)
-    dense = "see all of so many tokens (default: what the scope can hold; C for C from 4096)"
-    add("--dense-size", type=int, metavar="N", help=dense)
+    add("--dense-size", type=int, metavar="N", help="see all of so many tokens (default: what the scope can hold)")
     add("--allow-out-of-distribution", action="store_true", help="let the scope exceed the trained context")
     return add
 

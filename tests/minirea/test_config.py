@@ -11,39 +11,23 @@ from minirea.errors import InputError
 
 
 @pytest.mark.parametrize(
-    ("trained", "expected", "scopes"),
+    ("trained", "expected", "bound"),
     [
-        (131072, (32, 8192, 256, 512), (16416, 16416)),
-        (32768, (32, 8192, 256, 512), (16416, 16416)),
-        (32767, (32, 4095, 223, 512), (18399, 32767)),
-        (8192, (32, 1024, 55, 512), (4576, 8192)),
-        (4096, (32, 512, 27, 512), (2272, 4096)),
-        (4095, (32, 512, 55, 512), (2304, 2304)),
-        (2048, (32, 512, 23, 512), (1280, 1280)),
-        (256, (4, 64, 2, 64), (132, 132)),
+        (131072, (32, 8192, 256, 512), 16416),
+        (32768, (32, 8192, 256, 512), 16416),
+        (8192, (32, 1024, 55, 512), 4576),
+        (2048, (32, 512, 23, 512), 1280),
+        (256, (4, 64, 2, 64), 132),
     ],
 )
-def test_defaults_follow_the_trained_context(trained: int, expected: tuple[int, ...], scopes: tuple[int, int]) -> None:
-    """`scopes`: the most that a step sees beyond dense_size, and dense_size."""
-    c, medium = ReAttentionConfig.for_context(trained), 4096 <= trained < 32768
+def test_defaults_follow_the_trained_context(trained: int, expected: tuple[int, ...], bound: int) -> None:
+    c = ReAttentionConfig.for_context(trained)
     assert (c.global_size, c.local_size, c.max_spans, c.chunk_size) == expected
-    assert (c.span_top_k, c.span_size, c.span_scope) == ((2, 64) if medium else (4, 32)) + ("layer",)
-    assert (c.selecting_scope, c.dense_size) == scopes
-    assert c.max_scope == c.dense_size <= trained
-    c.check_fits(trained, "max_position_embeddings")
+    assert (c.span_top_k, c.span_size, c.span_scope) == ((2, 64) if trained == 8192 else (4, 32)) + ("layer",)
+    assert c.max_scope == c.dense_size == bound <= trained
     assert (c.tail_size, c.tail_chunk_size) == (TAIL_SIZE, TAIL_CHUNK_SIZE)
-    votes = (8, 32, 16, True) if medium else (1, 1, c.max_spans, False)
+    votes = (8, 32, 16, True) if trained == 8192 else (1, 1, c.max_spans, False)
     assert (c.vote_window, c.vote_size, c.decode_spans, c.carry_votes) == votes
-
-
-def test_the_dense_range_of_a_model_of_middle_context() -> None:
-    """The trained context, whatever the scope; more where that holds more; and nothing of it without a selection."""
-    for fields in ({}, {"max_spans": 2}, {"local_size": 512, "span_size": 16}):
-        assert ReAttentionConfig.for_context(8192, **fields).dense_size == 8192
-    assert ReAttentionConfig.for_context(8192, max_spans=127).dense_size == 32 + 1024 + 127 * 64 > 8192
-    assert ReAttentionConfig.for_context(8192, dense_size=4576).dense_size == 4576
-    for nothing in ({"span_top_k": 0}, {"max_spans": 0}):
-        assert ReAttentionConfig.for_context(8192, **nothing).dense_size == 32 + 1024
 
 
 def test_defaults_of_votes_follow_the_sizes_that_are_given() -> None:
