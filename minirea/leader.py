@@ -136,10 +136,6 @@ class Leader(Ranks):
         self._check_in_step()
         return super().all_reduce(x)
 
-    def start_sum(self, x: Tensor) -> Callable[[], Tensor]:
-        self._check_in_step()
-        return super().start_sum(x)
-
     def all_gather(self, x: Tensor) -> Tensor:
         self._check_in_step()
         return super().all_gather(x)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,54 +40,6 @@ class Layer(NamedTuple):
     gate_up_bias: Tensor | None
     down: Matrix  # [E, F]
     down_bias: Tensor | None
-
-
-# Of a part of a step, at least: so many keep all multiprocessors busy in the products between two sums over ranks.
-ROWS_OF_PARTS: Final = 512
-
-
-class Residual:
-    """The residual stream of a step, x [T, E], to which products are added.
-
-    Of several ranks, the sum of theirs. A large step has two parts, taken and added to in turns: the sum of one
-    crosses between ranks while the other is computed, and is waited for when its part is taken.
-    """
-
-    def __init__(self, x_TE: Tensor, ranks: Ranks | None = None) -> None:
-        self._x_TE, self._ranks = x_TE, ranks
-        self._parts = x_TE.chunk(2 if ranks is not None and len(x_TE) >= 2 * ROWS_OF_PARTS else 1)
-        self._arriving: dict[int, Callable[[], Tensor]] = {}
-        self.count = len(self._parts)
-
-    def rows(self, part: int) -> slice:
-        """Which of the T rows a part has."""
-        each = len(self._parts[0])
-        return slice(part * each, part * each + len(self._parts[part]))
-
-    def part(self, part: int) -> Tensor:
-        """Its rows, with everything that was added to them, [P, E]."""
-        if part in self._arriving:
-            self._parts[part].add_(self._arriving.pop(part)())
-        return self._parts[part]
-
-    def whole(self) -> Tensor:
-        """[T, E]."""
-        for part in range(self.count):
-            self.part(part)
-        return self._x_TE
-
-    def add_linear(
-        self, part: int, y_PK: Tensor, matrix_EK: Matrix, bias_E: Tensor | None, kernels: ModuleType
-    ) -> None:
-        """x += the product, of whose matrix each rank has some columns."""
-        if self._ranks is None:
-            add_linear(self._parts[part], y_PK, matrix_EK, bias_E, kernels)
-            return
-        product_PE = linear(y_PK, matrix_EK, bias_E, kernels)
-        if self.count == 1:  # nothing is computed meanwhile
-            self._x_TE += self._ranks.all_reduce(product_PE)
-        else:
-            self._arriving[part] = self._ranks.start_sum(product_PE)
 
 
 class Model:
@@ -172,11 +122,11 @@ class Model:
         Attention.new_winners_on_cpu made before the first of several decode steps.
         """
         step = self._begin(ids_T, cache, horizon, chunk_size)._replace(winners_on_cpu=winners_on_cpu)
-        x = Residual(self._embed(ids_T), self.ranks)
+        x_TE = self._embed(ids_T)
         for index in range(len(self.layers)):
-            self._block(index, x, cache, step)
+            self._block(index, x_TE, cache, step)
         cache.seq_len += len(ids_T)
-        return x.whole()
+        return x_TE
 
     def read(self, ids_T: Tensor, cache: KVCache, horizon: int = 0, chunk_size: int | None = None) -> None:
         """Like `forward` for tokens whose output is not needed: the last layer only writes their keys and values."""
@@ -188,10 +138,10 @@ class Model:
 
         Where the device counts, no launch depends on a number that the host has: a graph can repeat it.
         """
-        x, last = Residual(self._embed(ids_T), self.ranks), len(self.layers) - 1
+        x_TE, last = self._embed(ids_T), len(self.layers) - 1
         for index in range(last):
-            self._block(index, x, cache, step)
-        self.attention.write(last, self._qkv_of(self.layers[last], x), cache, step)
+            self._block(index, x_TE, cache, step)
+        self.attention.write(last, self._qkv(self.layers[last], x_TE), cache, step)
 
     def logits(self, x_TE: Tensor) -> Tensor:
         """Scores of the next token, float32 [T, V]."""
@@ -215,19 +165,20 @@ class Model:
     def _embed(self, ids_T: Tensor) -> Tensor:
         return F.embedding(ids_T, self.embed).to(self.dtype)
 
-    def _block(self, index: int, x: Residual, cache: KVCache, step: Step) -> None:
-        """One layer, added to the residual stream."""
+    def _block(self, index: int, x_TE: Tensor, cache: KVCache, step: Step) -> None:
+        """One layer, added to the residual stream in place."""
         layer = self.layers[index]
-        out_TK = self.attention(index, self._qkv_of(layer, x), cache, step).flatten(1)
-        for part in range(x.count):
-            x.add_linear(part, out_TK[x.rows(part)], layer.o, layer.o_bias, self.kernels)
-        for part in range(x.count):
-            gate_up_PM = self._norm_linear(x.part(part), layer.mlp_norm, layer.gate_up, layer.gate_up_bias)  # M = 2F
-            x.add_linear(part, self.kernels.swiglu(gate_up_PM), layer.down, layer.down_bias, self.kernels)
+        out_THD = self.attention(index, self._qkv(layer, x_TE), cache, step)
+        self._add_linear(x_TE, out_THD.flatten(1), layer.o, layer.o_bias)
+        gate_up_TM = self._norm_linear(x_TE, layer.mlp_norm, layer.gate_up, layer.gate_up_bias)  # M = 2F
+        self._add_linear(x_TE, self.kernels.swiglu(gate_up_TM), layer.down, layer.down_bias)
 
-    def _qkv_of(self, layer: Layer, x: Residual) -> Tensor:
-        parts = [self._qkv(layer, x.part(part)) for part in range(x.count)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def _add_linear(self, x_TE: Tensor, y_TK: Tensor, matrix_EK: Matrix, bias_E: Tensor | None) -> None:
+        """x_TE += the product; of several ranks, the sum of theirs, each of which has some columns of the matrix."""
+        if self.ranks is None:
+            add_linear(x_TE, y_TK, matrix_EK, bias_E, self.kernels)
+        else:
+            x_TE += self.ranks.all_reduce(linear(y_TK, matrix_EK, bias_E, self.kernels))
 
     def _qkv(self, layer: Layer, x_TE: Tensor) -> Tensor:
         """Query, key and value heads side by side, [T, H + 2G, D]."""

@@ -70,21 +70,6 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
-    def start_sum(self, x: Tensor) -> Callable[[], Tensor]:
-        """`all_reduce`, begun: what is returned waits for it and returns the sum. Until then x belongs to it.
-
-        On a GPU the stream waits, the host does not.
-        """
-        with self._exchange():
-            work = dist.all_reduce(x, async_op=True)
-
-        def arrived() -> Tensor:
-            with self._exchange():
-                work.wait()
-            return x
-
-        return arrived
-
     def all_gather(self, x: Tensor) -> Tensor:
         """The rows of all ranks [size * M, ...], those of rank 0 first, from each one's [M, ...]."""
         out = x.new_empty(self.size * len(x), *x.shape[1:])

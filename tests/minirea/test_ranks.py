@@ -22,7 +22,6 @@ from minirea.errors import InputError, RankError
 from minirea.evaluation import evaluate
 from minirea.follower import Follower
 from minirea.leader import Leader, together
-from minirea.model import ROWS_OF_PARTS
 from minirea.ranks import Launched, Ranks
 
 SCOPE: dict[str, Any] = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5}
@@ -143,28 +142,6 @@ def test_votes_with_earlier_tokens_are_those_of_one_process(directory: Path) -> 
             session.rewind(keep)
             found.append((out.token_ids, out.stats.scope))
     assert found[:3] == found[3:]
-
-
-def set_rows_of_parts(model: Any, _: Any, rows: int) -> Iterator[int]:
-    """On every rank, from then on."""
-    del model
-    minirea.model.ROWS_OF_PARTS = rows  # type: ignore[attr-defined]
-    yield 1
-
-
-def test_sums_that_cross_while_another_part_is_computed(directory: Path) -> None:
-    """Parts of even and odd length, in the chunks of a prompt and where all logits are asked for."""
-    one, two = (minirea.load(directory, device="cpu", gpus=gpus, **SCOPE) for gpus in (1, 2))
-    session, ids = two.session(10), random_ids(150)
-    expected = tokens(one, ids), one.logits(ids)
-    for rows in (8, 3):  # of chunks of 16, and also of the tail's 5
-        list(together(set_rows_of_parts, two.model, session.cache, rows))
-        try:
-            found = tokens(two, ids), two.logits(ids)
-        finally:
-            list(together(set_rows_of_parts, two.model, session.cache, ROWS_OF_PARTS))
-        assert found[0] == expected[0]
-        torch.testing.assert_close(found[1], expected[1], atol=1e-4, rtol=0)
 
 
 def test_sessions_and_streams_that_take_turns(directory: Path) -> None:
