@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,16 +165,19 @@ def test_sums_reach_all_ranks_alike(ranks: int, E: int) -> None:
         assert torch.equal(mine, expected)
 
 
-@pytest.mark.parametrize(("ranks", "shape"), [(2, (6, 4)), (3, (2100,))])
-def test_values_of_all_ranks_are_gathered(ranks: int, shape: tuple[int, ...]) -> None:
-    values = [torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape) + 1e6 * r for r in range(ranks)]
-    every, meetings = rooms(ranks, ranks * values[0].numel()), rooms(ranks, 2)
+@pytest.mark.parametrize(("ranks", "most"), [(2, 24), (3, 2100)])
+def test_values_of_all_ranks_are_gathered(ranks: int, most: int) -> None:
+    """Again and again, as many as a room holds or fewer, while some ranks are late to read what they got."""
+    every = rooms(ranks, 2 * ranks * most)
+    counts = [most, most, most // 3, most, most // 2, most]
+
+    def values(rank: int, turn: int) -> torch.Tensor:
+        return torch.arange(counts[turn], dtype=torch.float32).view(-1, 2) + 1e6 * rank + 1e4 * turn
 
     def work(rank: int) -> None:
-        for turn in range(3):
-            found = peers.gather(values[rank] + turn, every[rank])
-            assert torch.equal(found, torch.cat(values) + turn)
-            assert found.shape == (ranks * shape[0], *shape[1:])
-            peers.add_sums(torch.zeros(1), meetings[rank], turn % 2)  # until all have read theirs
+        for turn in range(len(counts)):
+            found = peers.gather(values(rank, turn), every[rank])
+            time.sleep(0.05 * ((turn + rank) % 2))
+            assert torch.equal(found, torch.cat([values(other, turn) for other in range(ranks)]))
 
     at_once(ranks, work)
