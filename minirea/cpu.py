@@ -40,6 +40,10 @@ _TILE: Final = 1024  # keys that are rotated and multiplied by while they are in
 _SCORES: Final = 1 << 21  # held at a time
 _SCORE_ROWS: Final = 128  # in so many rows at most
 _FEW_WINNERS: Final = 8  # of a row, up to which a search for each is faster than a sort
+HALVED_FROM: Final = 6144  # keys to search, for which a copy of them in bfloat16 saves time
+_STEPS_BEFORE_HALVES: Final = 8
+_HALVED_AT_ONCE: Final = 1024
+_HALF_ROUNDING: Final = 1.01 * 2**-8  # of a number to bfloat16, relative to either
 _KEYS_TRIED: Final = (129, 1000, 4097)  # whether their scores round alike
 _LARGEST: Final = torch.finfo(torch.float32).max
 _FLASH: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # also gives the sums of exponentials
@@ -364,15 +368,18 @@ class Winners:
         self._group = group
         self._stop = 0  # of the middle for which the lists hold
         self._best_GRK = self._index_GRK = torch.empty(0, 0, 0)  # scores, and cache positions as int64
+        self._halves = HalfKeys()
 
     def score(self, q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> Tensor:
         """`score` of a decode step's queries, oldest first."""
         (G, R, D), earlier = q_GRD.shape, q_GRD.shape[1] - self._group
         first, kept = self._best_GRK.shape[1] - earlier, 0  # rows of the lists that go on begin at `first`
+        follows = first >= 0 and self._stop == mid_hi - 1
         # Of few keys the product is another one, and lists grow.
-        if first >= 0 and self._stop == mid_hi - 1 and mid_hi - mid_lo > max(BLOCK, span_top_k):
+        if follows and mid_hi - mid_lo > max(BLOCK, span_top_k):
             kept = R - _fewest_rows(G, self._group, R, D, torch.get_num_threads())
-        best_GRK, index_GRK = search(q_GRD[:, kept:], k_cache_GND, mid_lo, mid_hi, span_top_k)
+        arguments = q_GRD[:, kept:], k_cache_GND, mid_lo, mid_hi, span_top_k
+        best_GRK, index_GRK = (self._halves.search(*arguments) if follows else None) or search(*arguments)
         if kept:
             rows = slice(first, first + kept)
             entering_GR = _scores_of_last(q_GRD, k_cache_GND[:, :mid_hi])[:, :kept]
@@ -380,6 +387,104 @@ class Winners:
             best_GRK, index_GRK = torch.cat([held[0], best_GRK], 1), torch.cat([held[1], index_GRK], 1)
         self._stop, self._best_GRK, self._index_GRK = mid_hi, best_GRK, index_GRK
         return index_GRK
+
+
+class HalfKeys:
+    """A copy of the middle's keys in bfloat16, which says in which few blocks of keys a row's winners can be.
+
+    It is of k - m, with a mean key m that stays: what m adds to the scores of a row changes no order. The product of a
+    key and a query, both rounded, is off by |q - rounded q| |k - m| + |q| |k - m - copy| at most, and its own rounding.
+    Blocks whose best product can reach the K-th best block's are scored in float32, by the product of a whole search.
+
+    A copy is made once it will be used for some steps more, a key at a time from then on.
+    """
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._useful = _has_tiles()
+        self._half_NC = torch.empty(0, 0, dtype=torch.bfloat16)  # C = G D: one product for all heads
+        self._num_keys = 0  # that are copied
+        self._mean_G1D = torch.empty(0, 0, 0)
+        self._norm_G1 = self._error_G1 = torch.empty(0, 0)  # the largest |k - m| and |k - m - copy|
+
+    def search(
+        self, q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """`search` of a step that follows another; None where that has to look at all keys."""
+        self._steps += 1
+        num_blocks = (mid_hi - mid_lo) // BLOCK
+        if not self._useful or num_blocks * BLOCK < HALVED_FROM or self._steps < _STEPS_BEFORE_HALVES:
+            return None
+        self._copy(k_cache_GND, mid_lo, num_blocks * BLOCK)
+        excess_GN = self._excess(q_GRD, num_blocks, span_top_k)
+        count = int((excess_GN >= 0).sum(1).max())
+        if not span_top_k <= count <= num_blocks // 2:  # not finite, or too many
+            self._useful = False
+            return None
+        block_GB = excess_GN.topk(count).indices.sort().values
+        return _best_of_blocks(q_GRD, k_cache_GND[:, mid_lo:mid_hi], block_GB, span_top_k, mid_lo)
+
+    def _copy(self, k_cache_GND: Tensor, mid_lo: int, num_keys: int) -> None:
+        """Go on to `num_keys` keys of the middle."""
+        G, N, D = k_cache_GND.shape
+        if num_keys > len(self._half_NC):  # at first, and for a cache that grew
+            self._half_NC = torch.empty(N - mid_lo, G * D, dtype=torch.bfloat16)
+            self._mean_G1D = k_cache_GND[:, mid_lo : mid_lo + num_keys : BLOCK].mean(1, keepdim=True)
+            self._norm_G1 = self._error_G1 = torch.zeros(G, 1, dtype=torch.float32)
+            self._num_keys = 0
+        for start in range(self._num_keys, num_keys, _HALVED_AT_ONCE):
+            rows = slice(start, min(start + _HALVED_AT_ONCE, num_keys))
+            half_GND = self._half_NC[rows].unflatten(1, (G, D)).transpose(0, 1)
+            k_GND = k_cache_GND[:, mid_lo + rows.start : mid_lo + rows.stop] - self._mean_G1D
+            half_GND.copy_(k_GND)
+            self._norm_G1 = torch.maximum(self._norm_G1, _largest_norm(k_GND))
+            self._error_G1 = torch.maximum(self._error_G1, _largest_norm(k_GND.sub_(half_GND)))
+        self._num_keys = num_keys
+
+    def _excess(self, q_GRD: Tensor, num_blocks: int, span_top_k: int) -> Tensor:
+        """By how much each block's best product is above what a block with a winner has, at least, [G, blocks]: the
+        most of a head's rows.
+        """
+        G, R, D = q_GRD.shape
+        half_GRD = q_GRD.bfloat16()
+        wide_GRGD = torch.zeros(G, R, G, D, dtype=torch.bfloat16)  # each head's rows are zero in other heads' columns
+        wide_GRGD.diagonal(dim1=0, dim2=2).copy_(half_GRD.permute(1, 2, 0))
+        product_NQ = F.linear(self._half_NC[: num_blocks * BLOCK], wide_GRGD.view(G * R, G * D))
+        best_NMQ = product_NQ.view(num_blocks, BLOCK, G * R)
+        while best_NMQ.shape[1] > 1:  # amax over few columns has short inner runs
+            best_NMQ = torch.maximum(*best_NMQ.chunk(2, 1))
+        best_GRN = best_NMQ.view(num_blocks, G, R).permute(1, 2, 0).float()
+        norm_GR, lost_GR = (torch.linalg.vector_norm(x_GRD, dim=-1) for x_GRD in (q_GRD, q_GRD - half_GRD))
+        # Sums of float32, of this product and of the scores themselves, are off by less than D 2^-23 of the norms.
+        sums_G1 = (self._norm_G1 + torch.linalg.vector_norm(self._mean_G1D, dim=-1)) * (D * 2**-22)
+        off_GR = lost_GR * self._norm_G1 + norm_GR * (self._error_G1 + sums_G1)
+        least_GR = best_GRN.topk(span_top_k).values[..., -1]
+        least_GR = least_GR - least_GR.abs() * _HALF_ROUNDING - 2 * off_GR
+        least_GR = least_GR - least_GR.abs() * _HALF_ROUNDING
+        return (best_GRN - least_GR[..., None]).amax(1)
+
+
+def _largest_norm(x_GND: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x_GND, dim=-1).amax(1, keepdim=True)
+
+
+def _best_of_blocks(
+    q_GRD: Tensor, k_GND: Tensor, block_GB: Tensor, span_top_k: int, first: int
+) -> tuple[Tensor, Tensor]:
+    """`search` of these blocks of keys, in ascending order, and of what is left behind the last whole block."""
+    (G, R, D), N, B = q_GRD.shape, k_GND.shape[1], block_GB.shape[1]
+    num_blocks, left = N // BLOCK, N % BLOCK
+    found_GND = torch.empty(G, B * BLOCK + left, D, dtype=torch.float32)
+    for k_ND, block_B, found_ND in zip(k_GND, block_GB, found_GND, strict=True):
+        rows = k_ND[: num_blocks * BLOCK].view(num_blocks, -1)
+        torch.index_select(rows, 0, block_B, out=found_ND[: B * BLOCK].view(B, -1))
+    found_GND[:, B * BLOCK :] = k_GND[:, num_blocks * BLOCK :]
+    score_GRN = torch.bmm(q_GRD, found_GND.mT)
+    best_RK, at_RK = _largest(score_GRN.view(G * R, -1), span_top_k)
+    at_GC = at_RK.view(G, -1)
+    block_GC = F.pad(block_GB, (0, 1), value=num_blocks).gather(1, at_GC // BLOCK)
+    index_GC = block_GC.mul_(BLOCK).add_(at_GC % BLOCK).add_(first)
+    return best_RK.view(G, R, -1), index_GC.view(G, R, -1)
 
 
 def _scores_of_last(q_GRD: Tensor, k_GND: Tensor) -> Tensor:
