@@ -223,11 +223,18 @@ class Attention:
 
     def new_winners_on_cpu(self, num_layers: int, dtype: torch.dtype) -> list[cpu.Winners] | None:
         """For decode steps by minirea.cpu, one behind the other, before the first of them, by layer; None where other
-        code attends, or a token votes alone.
+        code attends, or nothing is selected.
         """
-        if not self.recent_size or not self._on_cpu(dtype):
+        if not self._selects or not self._on_cpu(dtype):
             return None
         return [cpu.Winners(self.model.num_heads // self.model.num_kv_heads) for _ in range(num_layers)]
+
+    def half_bytes_on_cpu(self, num_tokens: int, dtype: torch.dtype) -> int:
+        """What these come to hold, at most, for a cache of `num_tokens`."""
+        if not self._selects or not self._on_cpu(dtype):
+            return 0
+        c = self.model
+        return c.num_layers * cpu.half_bytes(num_tokens, c.num_kv_heads, c.head_dim)
 
     def table_rows(self, capacity: int) -> int:
         """Positions in the tables that serve a cache of `capacity` tokens.

@@ -40,7 +40,7 @@ _TILE: Final = 1024  # keys that are rotated and multiplied by while they are in
 _SCORES: Final = 1 << 21  # held at a time
 _SCORE_ROWS: Final = 128  # in so many rows at most
 _FEW_WINNERS: Final = 8  # of a row, up to which a search for each is faster than a sort
-HALVED_FROM: Final = 6144  # keys to search, for which a copy of them in bfloat16 saves time
+HALVED_FROM: Final = 5120  # keys to search, for which a copy of them in bfloat16 saves time
 _STEPS_BEFORE_HALVES: Final = 8
 _HALVED_AT_ONCE: Final = 1024
 _HALF_ROUNDING: Final = 1.01 * 2**-8  # of a number to bfloat16, relative to either
@@ -417,11 +417,11 @@ class HalfKeys:
             return None
         self._copy(k_cache_GND, mid_lo, num_blocks * BLOCK)
         excess_GN = self._excess(q_GRD, num_blocks, span_top_k)
-        count = int((excess_GN >= 0).sum(1).max())
-        if not span_top_k <= count <= num_blocks // 2:  # not finite, or too many
+        counts = (excess_GN >= 0).sum(1).tolist()
+        if min(counts) < span_top_k or max(counts) > num_blocks // 3:  # not finite, or too many
             self._useful = False
             return None
-        block_GB = excess_GN.topk(count).indices.sort().values
+        block_GB = excess_GN.topk(max(counts)).indices.sort().values
         return _best_of_blocks(q_GRD, k_cache_GND[:, mid_lo:mid_hi], block_GB, span_top_k, mid_lo)
 
     def _copy(self, k_cache_GND: Tensor, mid_lo: int, num_keys: int) -> None:
@@ -462,6 +462,13 @@ class HalfKeys:
         least_GR = least_GR - least_GR.abs() * _HALF_ROUNDING - 2 * off_GR
         least_GR = least_GR - least_GR.abs() * _HALF_ROUNDING
         return (best_GRN - least_GR[..., None]).amax(1)
+
+
+def half_bytes(num_tokens: int, num_kv_heads: int, head_dim: int) -> int:
+    """Of the HalfKeys of one layer, of a cache of so many tokens, at most."""
+    if num_tokens < HALVED_FROM or not _has_tiles():
+        return 0
+    return num_tokens * num_kv_heads * head_dim * torch.bfloat16.itemsize
 
 
 def _largest_norm(x_GND: Tensor) -> Tensor:

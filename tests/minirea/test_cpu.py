@@ -253,6 +253,67 @@ def test_kept_winners_take_no_key_that_equals_their_last() -> None:
         q_GRD = torch.cat([q_GRD[:, 2:], random(2, 2, 16, seed=hi)], 1)
 
 
+@pytest.fixture
+def halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys are copied at once, however few they are, and on any CPU."""
+    monkeypatch.setattr(cpu, "HALVED_FROM", 256)
+    monkeypatch.setattr(cpu, "_STEPS_BEFORE_HALVES", 1)
+    monkeypatch.setattr(cpu, "_HALVED_AT_ONCE", 300)
+    monkeypatch.setattr(cpu, "_has_tiles", lambda: True)
+
+
+@pytest.mark.usefixtures("halved")
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e15])
+@pytest.mark.parametrize(("G", "R", "D", "span_top_k"), [(3, 3, 64, 2), (2, 6, 32, 4), (1, 8, 128, 1), (8, 4, 128, 2)])
+def test_keys_in_half_precision_find_the_winners_of_all(G: int, R: int, D: int, span_top_k: int, scale: float) -> None:
+    """Keys with a large mean, some of them equal; the middle grows, and the cache does once."""
+    mean, halves = random(G, 1, D, seed=5) * 4, cpu.HalfKeys()
+    k_GND = (random(G, 9900, D) + mean) * scale
+    k_GND[:, 7700:7800] = k_GND[:, 300:400]
+    looked_at = 0
+    for hi in (8000, 8001, 8050, 8200, 8800, 9300):
+        cache_GND = k_GND[:, : 8500 if hi < 8500 else 9400].clone()
+        cache_GND[:, hi + 40 :] = torch.nan  # nothing is there yet
+        q_GRD = random(G, R, D, seed=hi) * scale
+        q_GRD[:, 0] = k_GND[:, 300 + hi % 100] - mean[:, 0] * scale  # the best key is one of two that are equal
+        found = halves.search(q_GRD, cache_GND, 5, hi, span_top_k)
+        expected = cpu.search(q_GRD, cache_GND, 5, hi, span_top_k)
+        if found is None:
+            continue
+        looked_at += 1
+        torch.testing.assert_close(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+    assert looked_at == 6
+
+
+@pytest.mark.usefixtures("halved")
+def test_keys_in_half_precision_are_of_no_use() -> None:
+    """Few keys; more blocks that may hold a winner than a third; what is not finite. All keys are searched then."""
+    k_GND, q_GRD = random(2, 1000, 16), random(2, 3, 16, seed=1)
+    assert cpu.HalfKeys().search(q_GRD, k_GND, 5, 200, 2) is None
+    assert cpu.HalfKeys().search(q_GRD, k_GND.sign(), 5, 999, 2) is None
+    assert cpu.HalfKeys().search(q_GRD, k_GND, 5, 999, 6) is None
+    for value in (torch.nan, torch.inf):
+        spoiled = k_GND.clone()
+        spoiled[1, 77, 3] = value
+        halves = cpu.HalfKeys()
+        assert halves.search(q_GRD, spoiled, 5, 999, 2) is None
+        assert halves.search(q_GRD, k_GND, 5, 999, 2) is None  # and it stays so
+
+
+@pytest.mark.usefixtures("halved")
+def test_winners_that_are_kept_and_keys_in_half_precision() -> None:
+    """Integers as large as that no other key comes close: scores are exact."""
+    generator = torch.Generator().manual_seed(3)
+    q_GTMD = torch.randint(-40, 41, (3, 90, 3, 32), generator=generator).float()
+    k_GND = torch.randint(-40, 41, (3, 4400, 32), generator=generator).float()
+    winners, window = cpu.Winners(3), 8
+    for step in range(window, 90):
+        q_GRD, hi = q_GTMD[:, step - window : step].flatten(1, 2), 4200 + step
+        assert torch.equal(winners.score(q_GRD, k_GND, 4, hi, 2), cpu.score(q_GRD, k_GND, 4, hi, 2)), step
+    assert winners._halves._num_keys > 4200 and winners._halves._useful
+
+
 @pytest.mark.parametrize(("G", "group", "D"), [(3, 3, 64), (8, 4, 128), (4, 7, 128), (4, 1, 64), (1, 8, 64), (2, 2, 8)])
 def test_rows_that_are_searched_alone_score_as_with_all_others(G: int, group: int, D: int) -> None:
     """Also of numbers of keys that were not tried, to the bit."""
