@@ -112,8 +112,8 @@ def reattention(
             Queries whose chunk attends to all leave it as it is.
 
     Returns:
-        out_THD, [T, H, D] in q's dtype; with return_selection the pair (out_THD, selection). The selection holds the scope's cache positions, ascending, int64 [S]; with span_scope "kv_head" it
-        is a list of G such tensors.
+        out_THD, [T, H, D] in q's dtype; with return_selection the pair (out_THD, selection). The selection holds the
+        scope's cache positions, ascending, int64 [S]; with span_scope "kv_head" it is a list of G such tensors.
 
     Raises:
         InputError: shapes, dtypes, devices or lengths that do not fit together; the message names the argument. The
@@ -397,7 +397,9 @@ def _check_votes(
         _check_int32(f"votes.{name}", tensor, fits, f"{_shape(expected)} or longer", q_THD.device)
 
 
-def _check_winners(winners: torch.Tensor, q_THD: torch.Tensor, config: ReAttentionConfig, gather: Gather | None) -> None:
+def _check_winners(
+    winners: torch.Tensor, q_THD: torch.Tensor, config: ReAttentionConfig, gather: Gather | None
+) -> None:
     R, *sizes = winners_shape(_voting_heads(q_THD.shape[1], config, gather), config, 1)
     fits = winners.dim() == 3 and len(winners) >= R and list(winners.shape[1:]) == sizes
     _check_int32("winners", winners, fits, f"[at least {R}, {sizes[0]}, {sizes[1]}]", q_THD.device)

@@ -83,9 +83,7 @@ def reattention_reference(
         caches, n, outs_THD = (k_cache_GND, v_cache_GND), seq_len - T, []
         for q_chunk in q_THD.split(chunk_size):
             n += len(q_chunk)
-            out_THD, _ = reattention_reference(
-                q_chunk, *caches, n, cos, sin, config, gather=gather, winners=winners
-            )
+            out_THD, _ = reattention_reference(q_chunk, *caches, n, cos, sin, config, gather=gather, winners=winners)
             outs_THD.append(out_THD)
         return torch.cat(outs_THD), None
     G = k_cache_GND.shape[0]

@@ -271,7 +271,7 @@ class ModelFiles(_Encoder):
     def open_context(self, path: str | Path) -> StoredContext:
         """A file that Session.save has written, its header checked, for LLM.open_session. Errors as there."""
         self.check_one_device("contexts in files")
-        return StoredContext(path, self.config, self.origin(), self.attention.recent_size)
+        return StoredContext(path, self.config, self.origin(), self.attention.winners_shape)
 
     def origin(self) -> Origin:
         """What contexts of this model, under these settings, are known by."""
@@ -413,7 +413,7 @@ class LLM(_Encoder):
         """
         self.check_one_device("contexts in files")
         if not isinstance(context, StoredContext):
-            context = StoredContext(context, self.config, self._origin(), self.model.attention.recent_size)
+            context = StoredContext(context, self.config, self._origin(), self.model.attention.winners_shape)
         try:
             session = self.session(max(len(context.ids), integer("capacity", capacity, 0)))
             context.read_into(session.cache, progress)
@@ -646,7 +646,7 @@ def new_cache(model: Model, capacity: int) -> KVCache:
     workspace = functools.partial(workspace_bytes, attention, model.dtype, quantize=model.quantize)
     sizes = model.config, capacity, attention.dense_limit
     fit_steps(attention, lambda: plan_cache(attention, model.dtype, capacity, model.quantize)[1])
-    arguments = *sizes, model.device, model.dtype, workspace, attention.recent_size
+    arguments = *sizes, model.device, model.dtype, workspace, attention.winners_shape
     if isinstance(model.ranks, Leader):
         return SharedCache(model.ranks, model, *arguments)
     return KVCache(*arguments, placements=attention.placements)

@@ -57,7 +57,7 @@ def heads_of_ballots(num_heads: int, num_kv_heads: int, config: ReAttentionConfi
 def earlier_votes(
     found: list[Found], seq_len: int, num_heads: int, num_kv_heads: int, config: ReAttentionConfig
 ) -> list[dict[int, int]]:
-    """The votes of the vote_window - 1 tokens before the last of seq_len, as each found them in all layers, by ballot."""
+    """Votes of the vote_window - 1 tokens before the last of seq_len, by ballot, as each found them in all layers."""
     votes = []
     for heads in heads_of_ballots(num_heads, num_kv_heads, config):
         votes.append(counted := {})

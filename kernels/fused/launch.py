@@ -375,9 +375,12 @@ def reattention_triton(
         if sketch is not None and T == 1:
             layer.check_sketched()
         if layer.decodes(T) if votes is None else layer.counts():
-            tensors = q_THD, k_cache_GND, v_cache_GND, out_THD
-            options = {"votes": votes, "near": near, "winners": winners}
-            scratch = launch_decode(*tensors, seq_len, rope, config, tiles, gather, sketch, **options)
+            scratch = launch_decode(
+                *(q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, rope, config, tiles, gather, sketch),
+                votes=votes,
+                near=near,
+                winners=winners,
+            )
         else:
             for start, stop, size in cut(T, chunk_size or T, q_THD.dtype):
                 n = seq_len - (T - stop) if stop < T else seq_len

@@ -11,6 +11,8 @@ onto it.
 
 from __future__ import annotations
 
+from typing import Final
+
 import triton
 import triton.language as tl
 
@@ -24,7 +26,10 @@ FINISHED: tl.constexpr = tl.constexpr(1)
 POSITIONS: tl.constexpr = tl.constexpr(2)
 
 
-@triton.jit(do_not_specialize=["seq_len", "global_size", "local_size", "max_spans", "num_winners", "levels", "bits", "vote_bits"])
+VARYING: Final = ("seq_len", "global_size", "local_size", "max_spans", "num_winners", "levels", "bits", "vote_bits")
+
+
+@triton.jit(do_not_specialize=[*VARYING])
 def count_kernel(
     winner_ptr, counts_ptr, elected_ptr, voted_ptr, num_votes_ptr, stride_counts, stride_elected, stride_voted,
     stride_votes, seq_len, global_size, local_size, max_spans, num_winners, levels, bits, vote_bits, c: tl.constexpr,

@@ -45,9 +45,7 @@ def test_more_winners_than_vote_in_a_round() -> None:
 
 
 @pytest.mark.parametrize(("H", "max_spans"), [(4, launch.MAX_ELECTED + 1), (40, 5)])
-def test_more_than_is_compared_takes_the_chunk_kernel(
-    monkeypatch: pytest.MonkeyPatch, H: int, max_spans: int
-) -> None:
+def test_more_than_is_compared_takes_the_chunk_kernel(monkeypatch: pytest.MonkeyPatch, H: int, max_spans: int) -> None:
     """More spans, or more winners."""
     launched: list[int] = []
     chunks = launch.launch_chunks

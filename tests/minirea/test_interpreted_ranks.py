@@ -92,8 +92,8 @@ def test_ranks_decode_what_one_process_does(tmp_path: Path, votes: dict[str, Any
 
     def decode(rank: int) -> list[int]:
         model = part_of_model(directory, llm, ranks, rank)
-        sizes, recent_size = (model.config, 44, model.attention.dense_limit), model.attention.recent_size
-        cache = KVCache(*sizes, CPU, torch.float32, recent_size=recent_size)
+        sizes, shape = (model.config, 44, model.attention.dense_limit), model.attention.winners_shape
+        cache = KVCache(*sizes, CPU, torch.float32, winners_shape=shape)
         prompt = PromptStep(model, cache, 40, 16)
         prompt.set(torch.tensor(ids[:-1]))
         prompt.run()
@@ -101,7 +101,6 @@ def test_ranks_decode_what_one_process_does(tmp_path: Path, votes: dict[str, Any
         step = DecodeStep(model, cache, ids[-1], Sampler(SamplingConfig(), ids, 41, CPU))
         found = []
         for _ in range(3):
-            cache.expect_recent(1)
             step.run()
             cache.seq_len += 1
             found.append(int(step.token))
