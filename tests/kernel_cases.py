@@ -132,6 +132,20 @@ def check_votes(votes: Votes, cast: list[dict[int, int]], impl: str, config: ReA
             assert num_votes == [0, *reached]
 
 
+def check_layers(case: Case, impl: str, num_layers: int = 3) -> None:
+    """Layers of a step of one query, with other queries, each of which selects by the votes of those before it too."""
+    votes, eps = votes_of(case, num_layers), torch.finfo(case.q.dtype).eps
+    cast: list[dict[int, int]] = [{} for _ in votes.counts]
+    for layer in range(num_layers):
+        this = replace(case, q=case.q.roll(layer, -1))
+        out_1HD, selection = reattention(*this.arguments(), impl=impl, return_selection=True, votes=votes)
+        exact_1HD, scopes = reattention_oracle(*this.arguments(), votes=cast)
+        scopes = as_list(scopes)
+        assert [s.tolist() for s in as_list(selection)] == [s.tolist() for s in scopes]
+        assert error(out_1HD, exact_1HD) <= 2 * error(plain_attention(this, scopes), exact_1HD) + 4 * eps
+    check_votes(votes, cast if case.config.max_selected else [{} for _ in cast], impl, case.config)
+
+
 def decode_layers(config: ReAttentionConfig, capacity: int, num_layers: int, **sizes: Any) -> list[Case]:
     """Layers with keys, values and queries of so many tokens, of which steps see some; see `decode_steps`."""
     layers = [make_case(config, capacity, T=capacity, capacity=capacity, seed=i, **sizes) for i in range(num_layers)]

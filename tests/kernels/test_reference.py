@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from kernel_cases import (
     as_list,
     check_decode_steps,
+    check_layers,
     check_votes,
     decode_layers,
     error,
@@ -138,6 +139,12 @@ def test_tokens_count_the_winners_of_those_before(seed: int) -> None:
     at = r.choice([18, 40])
     tokens = [at + 6, at + 7, at + 8, at + 9, at + 8, at + 9, at + 4, at + 5, at + 30, at + 31]
     check_decode_steps(layers, "torch", tokens, [(at - 7, 5), (at, 7), (at + 5, 5)])
+
+
+def test_votes_of_earlier_layers_count() -> None:
+    for seed in range(80):
+        case = random_case(seed)
+        check_layers(replace(case, q=case.q[-1:]), "torch")
 
 
 def test_a_key_of_several_layers_wins_against_one_of_the_last() -> None:
