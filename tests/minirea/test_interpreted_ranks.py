@@ -50,6 +50,9 @@ class ThreadRanks:
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat(self.exchange(x))
 
+    def meet(self) -> None:
+        self.all_reduce(torch.zeros(1))
+
     def run(self, work: Any) -> list[Any]:
         """work(rank) of every rank."""
         results: list[Any] = [None] * self.size
@@ -90,7 +93,7 @@ def test_ranks_decode_what_one_process_does(tmp_path: Path, votes: dict[str, Any
     directory = write_checkpoint(tmp_path, tiny_model(**fields))
     llm, ids, ranks = minirea.load(directory, **SCOPE | votes, tail_size=0), random_ids(41, 41), ThreadRanks(2)
 
-    def decode(rank: int) -> list[int]:
+    def decode(rank: int) -> tuple[list[int], torch.Tensor]:
         model = part_of_model(directory, llm, ranks, rank)
         sizes, shape = (model.config, 44, model.attention.dense_limit), model.attention.winners_shape
         cache = KVCache(*sizes, CPU, torch.float32, winners_shape=shape)
@@ -104,10 +107,13 @@ def test_ranks_decode_what_one_process_does(tmp_path: Path, votes: dict[str, Any
             step.run()
             cache.seq_len += 1
             found.append(int(step.token))
-        return found
+        return found, cache.winners
 
-    expected = llm.generate(ids, max_tokens=3, ignore_eos=True)
-    assert ranks.run(decode) == [expected.token_ids] * 2
+    session = llm.session()
+    expected = session.generate(ids, max_tokens=3, ignore_eos=True)
+    for found, winners in ranks.run(decode):
+        assert found == expected.token_ids
+        assert torch.equal(winners, session.cache.winners)
 
 
 # The kernels that reach other ranks' memory: each rank a process, on memory that they share at equal addresses.

@@ -203,6 +203,35 @@ def test_a_token_counts_what_those_before_it_found(directory: Path, monkeypatch:
     assert sums[-4:] == [0, of_token, 2 * of_token, 3 * of_token] and sums[4] == 4 * of_token
 
 
+@pytest.mark.parametrize("tail", [{}, {"tail_size": 0}, {"tail_size": 3}, {"tail_chunk_size": 1, "tail_size": 20}])
+@pytest.mark.parametrize("lengths", [(120,), (90, 3, 1, 40)])
+def test_a_prompt_leaves_the_winners_of_its_last_tokens(
+    directory: Path, tail: dict[str, int], lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In all layers, as a forward pass of all its chunks does, though steps before its end do without."""
+    llm = minirea.load(directory, **SCOPE | tail, vote_window=4, carry_votes=True)
+    session, cache, attended = llm.session(), llm.session().cache, []
+    last, attend = llm.config.num_layers - 1, Attention.__call__
+    for length in lengths:
+        ids = random_ids(length, seed=length)
+        with torch.inference_mode():
+            for start, stop, chunk_size in chunks(llm.model.attention, cache.seq_len, length):
+                llm.model.forward(torch.tensor(ids[start:stop]), cache, chunk_size=chunk_size)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Attention,
+                "__call__",
+                lambda self, layer, qkv, *rest: (attended.append((layer, len(qkv))), attend(self, layer, qkv, *rest))[
+                    1
+                ],
+            )
+            session.prefill(ids)
+        assert torch.equal(session.cache.winners, cache.winners)
+        assert bool((cache.winners >= 0).all())
+    chunked = sum(tokens for layer, tokens in attended if layer == last)
+    assert 0 < chunked <= (8 + 20 + 16) * len(lengths)
+
+
 @pytest.mark.parametrize(("span_scope", "window"), [("layer", 1), ("layer", 3), ("kv_head", 1), ("kv_head", 3)])
 def test_votes_of_an_answer_add_up_from_layer_to_layer(
     directory: Path, monkeypatch: pytest.MonkeyPatch, span_scope: str, window: int
