@@ -299,15 +299,15 @@ class KVCache:
         """
         return seq_len - 1 if seq_len not in self.marks and seq_len - 1 in self.marks else seq_len
 
-    def rewind(self, seq_len: int) -> None:
-        """Forget every token from `seq_len` on.
+    def rewind(self, seq_len: int, begun: int = 0) -> None:
+        """Forget every token from `seq_len` on; steps that did not end may have left winners of those before `begun`.
 
         The winners that vote with the next token come back where a piece has begun, at the last MARKS such places, or
         where no more than recent_size / 2 tokens are forgotten. Elsewhere fewer vote, as where a context begins.
         """
         if not 0 <= seq_len <= self.seq_len:
             raise ValueError(f"cannot rewind to {seq_len}: the cache holds {self.seq_len} tokens")
-        forgotten, self.seq_len = self.seq_len - seq_len, seq_len
+        forgotten, self.seq_len = max(self.seq_len, begun) - seq_len, seq_len
         self.marks = {place: mark for place, mark in self.marks.items() if place <= seq_len}
         if self.recent_size and forgotten:
             stop = seq_len + min(forgotten, self.recent_size)

@@ -250,7 +250,7 @@ def prefill(model: Model, cache: KVCache, ids: Sequence[int], to_follow: int = 0
             for num_read in steps:
                 bar.update(num_read)
     except BaseException:
-        cache.rewind(cached)
+        cache.rewind(cached, cached + len(ids))
         raise
 
 

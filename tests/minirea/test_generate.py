@@ -455,6 +455,27 @@ def test_rewound_sessions_answer_as_if_nothing_had_been_forgotten(tmp_path: Path
         assert after(*detours) == expected, detours
 
 
+def test_a_prompt_that_fails_leaves_no_winners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the tokens before it come back, also where a step ends after its first layer."""
+    llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), device="cpu", **VOTES)
+    session = llm.session()
+    session.prefill(random_ids(90))
+    before, block, calls = session.cache.winners.clone(), llm.model._block, []
+
+    def failing(*arguments: object) -> None:
+        calls.append(arguments)
+        block(*arguments)
+        if len(calls) == 2:  # in the second step
+            raise RuntimeError("broken")
+
+    monkeypatch.setattr(llm.model, "_block", failing)
+    with pytest.raises(RuntimeError, match="broken"):
+        session.prefill(random_ids(4))
+    rows = torch.arange(85, 90) % 10
+    assert torch.equal(session.cache.winners[:, rows], before[:, rows])
+    assert bool((session.cache.winners[:, torch.arange(90, 94) % 10] == -1).all())
+
+
 def test_a_context_of_streaming_opens_whatever_would_select(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "model", tiny_model())
     session = minirea.load(path, device="cpu", attention="streaming", local_size=24, span_size=8).session()
