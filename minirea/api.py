@@ -529,7 +529,7 @@ class Session:
         """Keep the first `num_tokens` of the context and forget the rest.
 
         Where a piece has ended, at the last MARKS such places, what follows is what would have followed then. Elsewhere
-        the first tokens vote together with fewer before them (`vote_window`).
+        fewer tokens vote with the next one (`vote_window`).
         """
         if not 0 <= (keep := integer("num_tokens", num_tokens, 0)) <= len(self.ids):
             raise InputError(f"num_tokens is {keep}, expected 0 to {len(self.ids)}, the tokens in this session")

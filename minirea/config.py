@@ -169,7 +169,7 @@ class ReAttentionConfig:
             chunk_size where that is less.
         vote_window: for a token of an answer, and the last one of a prompt, the votes of the tokens before it count as
             well, as each found its winners in all layers, so many in all; 1 lets it vote alone, as the paper does. More
-            than 1 needs carry_votes. At most local_size.
+            than 1 needs carry_votes.
         vote_size: so many neighbouring keys are one to the vote: a winner counts as the key in the middle of its block;
             1 counts every key by itself, as the paper does.
         decode_spans: winners kept after the vote of such a token; None means max_spans, which is the most it can be.
@@ -205,7 +205,7 @@ class ReAttentionConfig:
             object.__setattr__(self, name, integer(name, value, lowest, LARGEST_SIZE))
         if self.span_size % 2:
             raise InputError(f"span_size is {self.span_size}, expected an even number: a span has two equal halves")
-        for name in ("chunk_size", "tail_chunk_size", "vote_window"):
+        for name in ("chunk_size", "tail_chunk_size"):
             if getattr(self, name) > self.local_size:
                 raise InputError(
                     f"{name} is {getattr(self, name)}, expected at most local_size ({self.local_size}): "
@@ -252,11 +252,10 @@ class ReAttentionConfig:
         values.setdefault(
             "max_spans", (min(room, 256 * values["span_size"]) if large else room // 2) // values["span_size"]
         )
-        if medium:  # an answer's tokens vote together, over all layers, for few spans (the same entry)
+        if medium:  # earlier tokens and layers vote with an answer's, for few spans (the notebook, same date)
             # A span covers its block and half as much on either side, so that no border of blocks cuts a passage.
             blocks = {"vote_size": values["span_size"] // 2}
-            window = min(8, values["local_size"]) if values.get("carry_votes", True) else 1
-            votes = blocks | {"vote_window": window, "carry_votes": True}
+            votes = blocks | {"vote_window": 8 if values.get("carry_votes", True) else 1, "carry_votes": True}
             values = votes | {"decode_spans": min(16, values["max_spans"])} | values
         sparse = cls(**values)
         return sparse if "dense_size" in given else dataclasses.replace(sparse, dense_size=sparse.max_scope)

@@ -32,7 +32,7 @@ def test_defaults_follow_the_trained_context(trained: int, expected: tuple[int, 
 
 def test_defaults_of_votes_follow_the_sizes_that_are_given() -> None:
     c = ReAttentionConfig.for_context(8192, local_size=4, span_size=16, max_spans=3)
-    assert (c.vote_window, c.vote_size, c.decode_spans, c.carry_votes) == (4, 8, 3, True)
+    assert (c.vote_window, c.vote_size, c.decode_spans, c.carry_votes) == (8, 8, 3, True)
     c = ReAttentionConfig.for_context(8192, vote_window=1, vote_size=1, decode_spans=55, carry_votes=False)
     assert (c.vote_window, c.vote_size, c.decode_spans, c.carry_votes) == (1, 1, 55, False)
     c = ReAttentionConfig.for_context(8192, carry_votes=False)
