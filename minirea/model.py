@@ -150,13 +150,8 @@ class Model:
         x_TE, last = self._embed(ids_T), len(self.layers) - 1
         for index in range(last):
             self._block(index, x_TE, cache, step)
-        qkv_TXD = self._qkv(self.layers[last], x_TE)
-        if not (step.leaves_winners and self.attention.searches(step)):
-            self.attention.write(last, qkv_TXD, cache, step)
-            return
-        self.attention(last, qkv_TXD, cache, step)
-        if self.ranks is not None:
-            self.ranks.meet()  # before the next layer uses the room again in which winners were gathered
+        searches = step.leaves_winners and self.attention.searches(step)
+        (self.attention if searches else self.attention.write)(last, self._qkv(self.layers[last], x_TE), cache, step)
 
     def logits(self, x_TE: Tensor) -> Tensor:
         """Scores of the next token, float32 [T, V]."""

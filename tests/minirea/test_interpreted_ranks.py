@@ -50,9 +50,6 @@ class ThreadRanks:
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat(self.exchange(x))
 
-    def meet(self) -> None:
-        self.all_reduce(torch.zeros(1))
-
     def run(self, work: Any) -> list[Any]:
         """work(rank) of every rank."""
         results: list[Any] = [None] * self.size
