@@ -28,12 +28,11 @@ from minirea.config import (
     IMPLS,
     MODES,
     QUANTIZE,
-    SCOPE_FIELDS,
-    SELECTING_FIELDS,
     SKETCHES,
     ModelConfig,
     Packing,
     ReAttentionConfig,
+    fields_of,
 )
 from minirea.context import Origin, StoredContext, context_bytes, save_context
 from minirea.errors import InputError, MinireaWarning, MissingFileError
@@ -667,10 +666,8 @@ def _origin(
     """What a context is checked against: the settings that keys and values, or what is read next, depend on."""
     if path is None:
         raise InputError("this model has no directory, by which the files of its contexts are known")
-    ignored = {"full": SCOPE_FIELDS, "streaming": SELECTING_FIELDS}
-    names = [name for name in SCOPE_FIELDS if name not in ignored.get(attention.mode, ())]
     settings: dict[str, int | str | None] = {"attention": attention.mode, "dtype": str(dtype).removeprefix("torch.")}
-    settings |= {name: getattr(attention.config, name) for name in names}
+    settings |= {name: getattr(attention.config, name) for name in fields_of(attention.mode)}
     settings["quantize"] = quantize
     return Origin(fingerprint(path, config), Path(path).resolve().name, settings)
 

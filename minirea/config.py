@@ -324,3 +324,9 @@ SCOPE_FIELDS: Final = tuple(field.name for field in dataclasses.fields(ReAttenti
 SELECTING_FIELDS: Final = (
     *("span_top_k", "span_size", "max_spans", "span_scope", "vote_window", "vote_size", "carry_votes", "decode_spans"),
 )
+
+
+def fields_of(mode: str) -> tuple[str, ...]:
+    """Fields of ReAttentionConfig that an attention mode depends on."""
+    ignored = {"full": SCOPE_FIELDS, "streaming": SELECTING_FIELDS}.get(mode, ())
+    return tuple(name for name in SCOPE_FIELDS if name not in ignored)

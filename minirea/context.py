@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minirea.cache import NO_WINNERS, KVCache
-from minirea.config import ModelConfig
+from minirea.config import DTYPES, MODES, QUANTIZE, ModelConfig, ReAttentionConfig, fields_of
 from minirea.errors import InputError
 from minirea.files import check_room, is_there, replacing, unreadable
 from minirea.threads import thread_pool
@@ -139,7 +139,7 @@ class StoredContext:
         self._file = open_file(Path(path))
         try:
             metadata, tensors = read_header(self._file, Path(path))
-            self._check_origin(metadata, origin)
+            self._check_origin(metadata, origin, model.trained_context)
             self.notes = self._notes(metadata)
             self._tensors = {tensor.name: tensor for tensor in tensors}
             self.num_cached = self._check_tensors(model, origin, winners_shape)
@@ -182,7 +182,7 @@ class StoredContext:
         if hasattr(self, "_file"):
             self._file.close()
 
-    def _check_origin(self, metadata: dict[str, str], origin: Origin) -> None:
+    def _check_origin(self, metadata: dict[str, str], origin: Origin, trained_context: int) -> None:
         if metadata.get("format") != FORMAT:
             raise InputError(f"{self.path}: is no context, expected a file that `minirea read --save` has written")
         if metadata.get("version") != VERSION:
@@ -194,16 +194,38 @@ class StoredContext:
                 f"{self.path}: was read by the model {found}, expected {origin.model_name!r} ({origin.model!r}): "
                 "other weights, or another config.json"
             )
-        settings = self._object(metadata, "settings")
+        settings = {"quantize": None} | self._object(metadata, "settings")
         differing = [name for name, expected in origin.settings.items() if settings.get(name) != expected]
         if not differing:
             return
-        names, advice = [name for name in differing if settings.get(name) is not None], "pass the former"
-        if not names:
-            names = differing[:1]
-            advice = f"leave `{names[0]}` out" if names[0] in settings else "read it anew"
-        found, expected = (" ".join(_setting(name, x.get(name)) for name in names) for x in (settings, origin.settings))
-        raise InputError(f"{self.path}: was read with {found}, expected {expected}: {advice}")
+        needed = self._needed(settings, differing, trained_context)
+        names = [name for name in differing if name in settings]
+        found, expected = (_listed({name: x[name] for name in names}) for x in (settings, origin.settings))
+        raise InputError(f"{self.path}: was read with {found}, expected {expected}: load the model {needed}")
+
+    def _needed(self, settings: dict[str, Any], differing: list[str], trained_context: int) -> str:
+        """What to load the model with for a file's settings: all of it at once."""
+        for name, allowed in (("attention", MODES), ("dtype", DTYPES), ("quantize", (None, *QUANTIZE))):
+            if settings.get(name) not in allowed:
+                found = f"{name} {settings.get(name)!r:.40}"
+                raise InputError(f"{self.path}: settings have {found}, expected one of {allowed}")
+        mode = settings["attention"]
+        missing = next((name for name in fields_of(mode) if settings.get(name) is None), None)
+        if missing is not None:
+            raise InputError(
+                f"{self.path}: was read by a build without `{missing}`, expected one with it: read it anew"
+            )
+        arguments: dict[str, Any] = {
+            name: settings[name] for name in ("attention", "dtype", "quantize") if name in differing
+        }
+        scope = {name: settings[name] for name in fields_of(mode)}
+        try:
+            arguments |= _arguments_for(mode, scope, differing, trained_context)
+        except InputError as error:
+            raise InputError(f"{self.path}: settings are none that a model can have: {error}") from None
+        passed = {name: value for name, value in arguments.items() if value is not None}
+        without = ["without `quantize`"] if len(passed) < len(arguments) else []
+        return " and ".join([*([f"with {_listed(passed)}"] if passed else []), *without])
 
     def _notes(self, metadata: dict[str, str]) -> dict[str, str]:
         notes = self._object(metadata, "notes")
@@ -270,8 +292,36 @@ def context_bytes(model: ModelConfig, num_tokens: int, dtype: torch.dtype) -> in
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize * num_tokens
 
 
-def _setting(name: str, value: Any) -> str:
-    return f"no `{name}`" if value is None else f"{name}={value!r:.40}"
+def _arguments_for(mode: str, scope: dict[str, Any], differing: list[str], trained_context: int) -> dict[str, Any]:
+    """Arguments of `load` that give all of `scope`, whatever others are passed with them.
+
+    Those that are `differing`, and of the others each whose default, which may follow from the former, is another one.
+    What else is passed has its value in `scope`, and so changes no default.
+
+    Raises:
+        InputError: no model can have this scope.
+    """
+    fixed = {"span_top_k": 0} if mode == "streaming" else {}
+    whole = ReAttentionConfig.for_context(trained_context, **scope, **fixed)
+    given = {name: value for name, value in scope.items() if name in differing}
+    while True:
+        try:
+            found = ReAttentionConfig.for_context(trained_context, **given, **fixed)
+        except InputError:  # these do not go with the defaults of the others
+            given = scope
+            break
+        other = next((name for name, value in scope.items() if getattr(found, name) != value), None)
+        if other is None:
+            break
+        given = given | {other: scope[other]}
+    beyond = mode != "full" and whole.max_scope > trained_context
+    return given | ({"allow_out_of_distribution": True} if beyond else {})
+
+
+def _listed(settings: dict[str, Any]) -> str:
+    """As Python's arguments."""
+    named = (f"no `{name}`" if value is None else f"{name}={value!r:.40}" for name, value in settings.items())
+    return ", ".join(named)
 
 
 def _parts(cache: KVCache, num_tokens: int) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from testing import random_ids, tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
-from minirea import context, files
+from minirea import api, context, files
 from minirea.errors import InputError
 from minirea.weights import fingerprint
 
@@ -102,7 +102,8 @@ def test_winners_are_in_the_file(directory: Path, tmp_path: Path) -> None:
             expected = session.generate(random_ids(1), max_tokens=4, ignore_eos=True)
             assert opened.generate(random_ids(1), max_tokens=4, ignore_eos=True).token_ids == expected.token_ids
     with pytest.raises(
-        InputError, match="with vote_window=5 vote_size=4 decode_spans=2 carry_votes=True, expected vote_window=1 vote_"
+        InputError,
+        match="with vote_window=5, vote_size=4, decode_spans=2, carry_votes=True, expected vote_window=1, ",
     ):
         minirea.load(directory, **SCOPE).open_session(tmp_path / "a.ctx")
 
@@ -148,12 +149,12 @@ def resaved(saved: Path, edit: Callable[[dict[str, str]], object]) -> None:
 def test_each_mismatch_names_both_values(directory: Path, saved: Path, tmp_path: Path) -> None:
     for change, named in (
         ({"local_size": 25}, ("local_size=24", "local_size=25")),
-        ({"local_size": 25, "span_size": 6}, ("with local_size=24 span_size=", "expected local_size=25 span_size=6")),
+        ({"local_size": 25, "span_size": 6}, ("with local_size=24, span_size=", "expected local_size=25, span_size=6")),
         ({"carry_votes": True}, ("carry_votes=False", "carry_votes=True")),
-        ({"span_scope": "kv_head"}, ("span_scope='layer'", "span_scope='kv_head': pass the former")),
-        ({"dtype": "bfloat16"}, ("dtype='float32'", "dtype='bfloat16': pass the former")),
-        ({"attention": "full"}, ("attention='reattention'", "attention='full': pass the former")),
-        ({"quantize": "int8"}, ("with no `quantize`, expected quantize='int8': leave `quantize` out",)),
+        ({"span_scope": "kv_head"}, ("span_scope='layer'", "span_scope='kv_head': load the model with ")),
+        ({"dtype": "bfloat16"}, ("dtype='float32'", "dtype='bfloat16': load the model with dtype='float32', ")),
+        ({"attention": "full"}, ("='reattention'", "='full': load the model with attention='reattention', ")),
+        ({"quantize": "int8"}, ("with no `quantize`, expected quantize='int8': load", " and without `quantize`")),
     ):
         with pytest.raises(minirea.InputError) as caught:
             minirea.load(directory, **SCOPE | change).open_session(saved)
@@ -161,7 +162,8 @@ def test_each_mismatch_names_both_values(directory: Path, saved: Path, tmp_path:
     quantized = minirea.load(directory, quantize="int8", **SCOPE).session()
     quantized.prefill(random_ids(9))
     quantized.save(tmp_path / "int8.ctx")
-    with pytest.raises(minirea.InputError, match="with quantize='int8', expected no `quantize`: pass the former"):
+    message = "with quantize='int8', expected no `quantize`: load the model with quantize='int8', "
+    with pytest.raises(minirea.InputError, match=message):
         minirea.load(directory, **SCOPE).open_session(tmp_path / "int8.ctx")
     other = write_checkpoint(tmp_path / "another", tiny_model(seed=1))
     with pytest.raises(minirea.InputError, match=r"'tiny' .* expected 'another'"):
@@ -169,6 +171,60 @@ def test_each_mismatch_names_both_values(directory: Path, saved: Path, tmp_path:
     resaved(saved, lambda metadata: metadata.update(version="1"))
     with pytest.raises(minirea.InputError, match="version '1', expected '2': read it anew"):
         minirea.load(directory, **SCOPE).open_session(saved)
+
+
+MEDIUM = {"max_position_embeddings": 8192}  # where defaults follow from other fields
+# Settings that a context is read with, and those that it is opened with.
+RETRIES: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+    ({"span_size": 32, "vote_size": 32}, {}),
+    ({}, {"span_size": 32}),
+    ({"span_size": 32}, {"vote_size": 8}),
+    ({"max_spans": 7}, {"max_spans": 7, "decode_spans": 3}),
+    ({"local_size": 40, "chunk_size": 20}, {"local_size": 600}),
+    ({"dense_size": 300, "local_size": 100}, {"tail_size": 0}),
+    ({"span_size": 32, "attention": "streaming", "local_size": 300}, {"carry_votes": False}),
+    ({"attention": "full", "dtype": "bfloat16"}, {"local_size": 300}),
+    ({"carry_votes": False, "vote_window": 1}, {"attention": "full"}),
+    ({"quantize": "int8", "span_scope": "kv_head"}, {"attention": "streaming"}),
+    ({"max_spans": 500, "allow_out_of_distribution": True}, {"quantize": "int8"}),
+)
+
+
+def test_a_refusal_names_all_that_has_to_be_given(tmp_path: Path) -> None:
+    """Added to what was given, it opens the file: at the first try."""
+    directory = write_checkpoint(tmp_path / "medium", tiny_model(**MEDIUM))
+    for read_with, opened_with in RETRIES:
+        session = minirea.load(directory, **read_with).session()
+        session.prefill([1, 2, 3])
+        session.save(tmp_path / "a.ctx")
+        with pytest.raises(minirea.InputError) as caught:
+            api.read_model(directory, **opened_with).open_context(tmp_path / "a.ctx")
+        advice = str(caught.value).rsplit(": load the model ", 1)[1]
+        passed, _, without = advice.removeprefix("with ").partition(" and ")
+        arguments = eval(f"dict({'' if passed.startswith('without') else passed})")  # as a reader would paste it
+        left = {name: value for name, value in opened_with.items() if f"`{name}`" not in without + passed}
+        api.read_model(directory, **left | arguments).open_context(tmp_path / "a.ctx").close()
+
+
+def test_hostile_settings_are_no_advice(directory: Path, saved: Path) -> None:
+    raw = saved.read_bytes()
+    for change, message in (
+        ({"local_size": None}, "was read by a build without `local_size`"),
+        ({"local_size": "25; rm"}, "settings are none that a model can have: local_size is "),
+        ({"local_size": 25, "chunk_size": 26}, "settings are none that a model can have: chunk_size is 26"),
+        ({"attention": "other"}, "settings have attention 'other', expected one of "),
+        ({"dtype": [1]}, "settings have dtype "),
+        ({"quantize": "`x`"}, "settings have quantize "),
+    ):
+        saved.write_bytes(raw)
+        resaved(
+            saved,
+            lambda metadata, change=change: metadata.update(
+                settings=json.dumps(json.loads(metadata["settings"]) | change)
+            ),
+        )
+        with pytest.raises(minirea.InputError, match=message):
+            minirea.load(directory, **SCOPE).open_session(saved)
 
 
 def test_a_fingerprint_sees_config_names_shapes_and_values(directory: Path, tmp_path: Path) -> None:
