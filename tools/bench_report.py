@@ -174,21 +174,21 @@ def voting_table(decode: list[Row], bytes_per_us: float) -> list[str]:
 
     def cells(row: Row) -> list[str]:
         voting = row["voting"]
-        floor, us = sum(voting["bytes"].values()) / bytes_per_us, voting["votes_us"]
+        floor, kept, searched = sum(voting["bytes"].values()) / bytes_per_us, voting["kept_us"], voting["searched_us"]
         return [
             f"{row['context']:,}",
             f"{floor:,.1f} us",
-            f"{us:,.1f} us",
-            f"{us / floor:.2f}",
-            f"{voting['count_us']:,.1f} us, {voting['layers']} layers",
+            f"{kept:,.1f} us",
+            f"{kept / floor:.2f}",
+            f"{searched:,.1f} us",
         ]
 
     head = (
         "decode with votes of earlier tokens, keys",
         "floor",
-        "launch",
+        "their winners kept",
         "times the floor",
-        "counting them, once a step",
+        "all searched for",
     )
     return table(head, (cells(row) for row in decode if "voting" in row))
 

@@ -74,10 +74,10 @@ class Softmax(NamedTuple):
 class DecodeScratch(NamedTuple):
     """Memory of a decode step."""
 
-    counters: Any  # int64 [2 + G]: of the barrier, of ballots whose winners are sorted, and of each key/value head
+    counters: Any  # int64 [2 + G], with a sketch [2 + 2 G]; see minirea.kernels.fused.decode
     block: Any  # float32 [programs, M, K_PAD, N]
     tag: Any  # int32 [programs, M, K_PAD]
-    candidate: Any  # int64 [H, SLICES, K_PAD]
+    candidate: Any  # int64 [H, SLICES, K_PAD], or [G, WINDOW, GROUP, SLICES, K_PAD]
     kept: Any  # int32 [ballots, KEPT_PAD]
     num_kept: Any  # int32 [ballots]
     partial_acc: Any  # float32 [H, SLICES, D]
@@ -89,12 +89,12 @@ class DecodeScratch(NamedTuple):
     upper: Any = None  # float32 [programs, GROUP, ROOM, SKETCH_N]: upper bounds in the kept tiles
     tile: Any = None  # int32 [programs, GROUP, ROOM]
     tile_upper: Any = None  # float32 [programs, GROUP, ROOM]: the largest of each tile
-    live: Any = None  # int32 [programs, GROUP, ROOM]: which of the kept tiles the last threshold leaves
+    live: Any = None  # int32 [programs, GROUP, ROOM]: which of the kept tiles the threshold leaves
     threshold: Any = None  # float32 [programs, P]
     survivor: Any = None  # int32 [programs, 2, SURVIVORS]: positions and rows
-    count: Any = None  # int32 [programs, 2]: of live tiles and of survivors
+    lower: Any = None  # float32 [H, SLICES, K_PAD]: the best lower bounds of each slice
     found: Any = None  # int32 [G, SLICES]: survivors; more than SURVIVORS where all keys were scored
-    # Where votes are counted in memory, the caller's:
+    # Where votes are counted in memory; the caller's where layers add to them:
     counts: Any = None  # int32 [ballots, N]: votes of each position
     elected: Any = None  # int32 [ballots, P_PAD]: positions with most votes, see `add_votes`
 
@@ -135,9 +135,9 @@ class SketchTiles(NamedTuple):
     BLOCK_N: int  # keys of a tile
     ROOM: int  # tiles that are kept for a row of a slice
     SURVIVORS: int  # of a slice, of all rows together
-    LEAST: int  # keys of a slice; shorter ones are scored without the sketch
+    LEAST: int  # keys of a slice; shorter ones are scored without the sketch, unless keys are far
     num_stages: int
-    LIVE_M: int = 16  # kept tiles whose bounds a program holds in registers
+    LIVE_M: int = 8  # kept tiles whose bounds a program holds in registers
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,6 @@ class Sizes:
     SEARCHES: bool  # steps 3 and 4
     ATTENDS: bool  # steps 5 to 8
     RANKS: int  # processes with so many heads each
-    RECENT: int  # tokens that there is room for to leave winners of, 0 to leave none
 
     @property
     def BLOCK_M(self) -> int:
@@ -244,8 +243,9 @@ class DecodeSizes(Sizes):
     sketch: SketchTiles | None = None
     NEAR_K: int = 0  # rows of the near keys, 0 where the cache itself is near
     NEAR_V: int = 0  # of the near values
-    COUNTS: bool = False  # votes are counted in memory, the caller's, and add up from launch to launch
-    MAX_SPANS: int = 0  # with COUNTS, to lay out lists
+    WINDOW: int = 0  # tokens that vote, whose votes are counted in memory; 0: this one's are compared in registers
+    MAX_SPANS: int = 0  # with WINDOW, to lay out lists
+    CARRIES: bool = False  # with WINDOW: counts are the caller's, and add up from launch to launch
 
     @property
     def SKETCH(self) -> bool:
@@ -279,7 +279,7 @@ class DecodeSizes(Sizes):
 
     @property
     def LEAST(self) -> int:
-        return self._sketch.LEAST
+        return 1 if self.NEAR_K else self._sketch.LEAST
 
     @property
     def LIVE_M(self) -> int:
@@ -310,7 +310,12 @@ class DecodeSizes(Sizes):
     @property
     def KEPT_PAD(self) -> int:
         """Positions that a ballot can keep."""
-        return self.P_PAD if self.COUNTS else self.W_PAD
+        return self.P_PAD if self.WINDOW else self.W_PAD
+
+    @property
+    def EARLY_ROWS(self) -> int:
+        """Rows of a ballot that are of earlier tokens."""
+        return (self.WINDOW - 1) * self.BALLOT_ROWS
 
     @property
     def ROUND_PAD(self) -> int:
@@ -322,8 +327,21 @@ class DecodeSizes(Sizes):
         return self.ROUND_PAD // self.K_PAD
 
     @property
-    def ROUNDS(self) -> int:
+    def EARLY_ROUNDS(self) -> int:
+        """In which earlier tokens vote; one in any case, which brings the code into the cache."""
+        return max(1, -(-self.EARLY_ROWS // self.ROUND_ROWS))
+
+    @property
+    def OWN_ROUNDS(self) -> int:
+        """In which this step's token votes."""
         return -(-self.BALLOT_ROWS // self.ROUND_ROWS)
+
+    @property
+    def UPDATED_M(self) -> int:
+        """Rows that a key is scored for at a time. Up to 32 the matrix unit is used in one way, beyond in another."""
+        if self.BLOCK_M > 32:
+            return self.BLOCK_M
+        return max(16, min(32, pad((self.WINDOW - 1) * self.GROUP)))
 
     @property
     def SLICES_PAD(self) -> int:
@@ -339,21 +357,6 @@ class DecodeSizes(Sizes):
         """Query heads that `combine` joins at a time."""
         most = MAX_PARTIALS // (self.SLICES_PAD * self.BLOCK_D)
         return max(1, min(max(pad(self.GROUP), self.tiles.num_warps), most))
-
-
-@dataclass(frozen=True)
-class CountSizes:
-    """What the kernel that counts the votes of earlier tokens is compiled for."""
-
-    BALLOTS: int
-    OF_TOKEN: int  # winners of a token in a layer, of one ballot
-    EARLIER: int  # tokens
-    RECENT: int  # tokens that winners are kept of
-    VOTE_SIZE: int
-    SEQ_LEN_IN_MEMORY: bool
-    BY_LEVEL: bool  # for the chunk kernel; else there is a list of the positions with most votes
-    BLOCK: int = 256  # winners that are counted at a time
-    BLOCK_V: int = 1024  # positions with votes that are compared at a time
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Steps 3 and 4 with half the bytes: keys are looked at as int8, and only those that can win are read.
 
-minirea.kernels.sketch has the bounds. One pass over a slice's sketches keeps every key tile that may hold a survivor,
-then the survivors are found, then scored as `score` would. A slice with more survivors than there is room for, as with
-many equal keys, is scored by `score` itself.
+minirea.kernels.sketch has the bounds. One pass over a slice's sketches keeps every key tile that may hold a survivor;
+then the slices of a head tell each other their best bounds; then the survivors are found, and scored as `score` would.
+A slice with more survivors than there is room for, as with many equal keys, is scored by `score` itself.
 
 P is the number of query heads of a key/value head, padded; a matrix of 2P rows holds the two parts of their integers.
 """
@@ -17,6 +17,7 @@ import triton.language as tl
 from minirea.kernels import sketch as bounds
 from minirea.kernels.fused.memory import load_rows, of_head, prefetch_rows, store_in_place
 from minirea.kernels.fused.order import NO_KEY, NO_SCORE, TAKEN, pack, to_order
+from minirea.kernels.fused.sync import arrive, wait
 
 LEVELS: tl.constexpr = tl.constexpr(float(bounds.LEVELS))
 SMALLEST: tl.constexpr = tl.constexpr(bounds.SMALLEST)
@@ -121,7 +122,7 @@ def scan(parts, length, sketch, g, lo, hi, scratch, program, c: tl.constexpr):
 
     A tile can be left out of a row if its largest upper bound is below `threshold`, the K-th largest of the largest
     lower bounds of tiles so far: then K keys have larger scores. Returns how many tiles may hold survivors, [P], of
-    which the first ROOM are kept, and the last threshold, [P].
+    which the first ROOM are kept, and the K largest of those lower bounds, [P, K_PAD], infinite in all other places.
     """
     offs_m = tl.arange(0, c.SKETCH_M)
     offs_k = tl.arange(0, c.K_PAD)
@@ -158,39 +159,71 @@ def scan(parts, length, sketch, g, lo, hi, scratch, program, c: tl.constexpr):
         better = (offs_k[None, :] == worst[:, None]) & (largest_lower > threshold)[:, None]
         best = tl.where(better, largest_lower[:, None], best)
         threshold = tl.min(best, axis=1)
-    return kept, threshold
+    return kept, best
+
+
+@triton.jit
+def threshold_of_slices(best, g, part, scratch, counter_ptr, c: tl.constexpr):
+    """The K-th largest lower bound of all slices of head g, [P], from those of each: K keys reach it, whichever slices
+    they are in. Infinite for rows without a query.
+
+    By its own bounds alone every slice has survivors, most of which other slices rule out: read one by one from all
+    over the cache, they cost more than this wait.
+    """
+    threshold = tl.min(best, axis=1)
+    if c.SLICES > 1:  # then each is another program's
+        offs_m = tl.arange(0, c.SKETCH_M)
+        offs_k = tl.arange(0, c.K_PAD)[None, :]
+        offs_c = tl.arange(0, c.CANDIDATES_PAD)[None, :]
+        mask_m = (offs_m < c.GROUP)[:, None]
+        lower_ptrs = scratch.lower + (g * c.GROUP + offs_m)[:, None] * c.CANDIDATES
+        tl.store(lower_ptrs + part * c.K_PAD + offs_k, best, mask=mask_m & (offs_k < c.K))
+        wait(counter_ptr, arrive(counter_ptr, c.SLICES))
+        present = mask_m & (offs_c < c.CANDIDATES) & (offs_c % c.K_PAD < c.K)
+        lower = tl.load(lower_ptrs + offs_c, mask=present, other=float("-inf"))
+        for _ in range(c.K):
+            threshold = tl.max(lower, axis=1)
+            place = tl.min(tl.where(lower == threshold[:, None], offs_c, c.CANDIDATES_PAD), axis=1)
+            lower = tl.where(offs_c == place[:, None], float("-inf"), lower)
+        threshold = tl.where(offs_m < c.GROUP, threshold, float("inf"))
+    return threshold
 
 
 @triton.jit
 def live_tiles(kept, threshold, scratch, program, c: tl.constexpr):
-    """Which of the kept tiles the last threshold leaves: writes their places in scratch.live, in any order, and returns
-    how many there are.
-    """
+    """Which of the kept tiles the threshold leaves: writes their places in scratch.live, returns how many there are."""
     first_slot = program * (c.GROUP * c.ROOM)
-    count_ptr = scratch.count + program * 2
     offs_m = tl.arange(0, c.SKETCH_M)
     offs_r = tl.arange(0, c.ROOM)[None, :]
     slot = offs_m[:, None] * c.ROOM + offs_r
     tl.store(scratch.threshold + program * c.SKETCH_M + offs_m, threshold)
-    tl.store(count_ptr + tl.arange(0, 2), tl.zeros([2], tl.int32))
     tl.debug_barrier()  # other threads of this program wrote what is read here
     upper = tl.load(scratch.tile_upper + first_slot + slot, mask=offs_r < kept[:, None], other=float("-inf"))
     live = (offs_r < kept[:, None]) & (upper >= threshold[:, None])
-    place = tl.atomic_add(count_ptr + tl.zeros_like(slot), 1, mask=live, sem="relaxed", scope="cta")
+    place, num_live = places(live.to(tl.int32))
     tl.store(scratch.live + first_slot + place, slot, mask=live)
     tl.debug_barrier()  # before other threads of this program read them
-    return tl.atomic_add(count_ptr, 0, sem="relaxed", scope="cta")
+    return num_live
+
+
+@triton.jit
+def places(chosen):
+    """Of the ones in int32 [M, N], row by row, the place of each; and how many there are. A prefix sum within rows, in
+    which threads of one warp lie side by side, and one over rows take fewer instructions than one over all.
+    """
+    count = tl.sum(chosen, axis=1)
+    before = tl.cumsum(count, axis=0) - count
+    return before[:, None] + tl.cumsum(chosen, axis=1) - chosen, tl.sum(count, axis=0)
 
 
 @triton.jit
 def survivors(num_live, lo, scratch, program, c: tl.constexpr):
     """The keys of the live tiles whose upper bounds reach their row's threshold.
 
-    Writes them to scratch.survivor, positions and then rows, in any order, unless there are more than SURVIVORS;
-    returns how many there are. A prefix sum would have an order, and four times as many instructions.
+    Writes them to scratch.survivor, positions and then rows, unless there are more than SURVIVORS; returns how many
+    there are.
     """
     first_slot = program * (c.GROUP * c.ROOM)
-    count_ptr = scratch.count + program * 2 + 1
     survivor_ptr = scratch.survivor + program * (2 * c.SURVIVORS)
     offs_n = tl.arange(0, c.SKETCH_N)[None, :]
     found = 0
@@ -204,10 +237,10 @@ def survivors(num_live, lo, scratch, program, c: tl.constexpr):
         upper_ptrs = scratch.upper + (first_slot + slot).to(tl.int64)[:, None] * c.SKETCH_N + offs_n
         upper = tl.load(upper_ptrs, mask=mask_l[:, None], other=float("-inf"))
         survives = (upper >= limit[:, None]) & (upper > float("-inf"))  # beyond the slice it is -inf
-        survives = survives.to(tl.int32)
-        found += tl.sum(tl.sum(survives, axis=1), axis=0)
-        fits = tl.where(found <= c.SURVIVORS, survives, 0) > 0
-        place = tl.atomic_add(count_ptr + tl.zeros_like(survives), 1, mask=fits, sem="relaxed", scope="cta")
+        place, count = places(survives.to(tl.int32))
+        place += found
+        fits = survives & (place < c.SURVIVORS)
+        found += count
         tl.store(survivor_ptr + place, (lo + tile * c.SKETCH_N)[:, None] + offs_n, mask=fits)
         tl.store(survivor_ptr + c.SURVIVORS + place, tl.broadcast_to(row[:, None], upper.shape), mask=fits)
     tl.debug_barrier()  # before other threads of this program read them

@@ -13,8 +13,9 @@ import triton.language as tl
 
 
 @triton.jit
-def arrive(counter_ptr):
-    """Publish what this program has written; returns the count at which every program has arrived.
+def arrive(counter_ptr, PROGRAMS: tl.constexpr = 0):
+    """Publish what this program has written; returns the count at which every program has arrived, or, where only some
+    share the counter, all of these PROGRAMS.
 
     Every program adds one per barrier and none passes before all have, so the counts of a barrier end at the next
     multiple of the number of programs, launch after launch. The debug barrier puts the writes of all threads of the
@@ -22,7 +23,8 @@ def arrive(counter_ptr):
     """
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
-    return (arrived // tl.num_programs(0) + 1) * tl.num_programs(0)
+    programs = PROGRAMS if PROGRAMS else tl.num_programs(0)
+    return (arrived // programs + 1) * programs
 
 
 @triton.jit

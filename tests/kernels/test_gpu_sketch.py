@@ -107,6 +107,23 @@ def test_exact_on_keys_that_try_the_bounds(change: Change) -> None:
         check_equal(case, sketch_of(case, "triton"))
 
 
+def test_slices_know_each_others_bounds() -> None:
+    """Of keys without a pattern few survive, in all slices of a head together; where all large ones are in one slice,
+    none does in the others.
+    """
+    case = make(ReAttentionConfig(4, 64, 4, 32, 128), 350_000, 0, (8, 2, 128))
+    case.k_cache[:, : case.seq_len].normal_(generator=torch.Generator(DEVICE).manual_seed(0))
+    check_equal(case, sketch_of(case, "triton"))
+    slices, _ = found(case)
+    assert 2 * 4 * 4 <= sum(slices) < 4 * len(slices)
+    case.k_cache[:, 100_000:350_000] *= 1e-2
+    check_equal(case, sketch_of(case, "triton"))
+    survivors = torch.tensor(found(case)[0]).view(2, -1)
+    ends = case.config.global_size + -(-(350_000 - 68) // survivors.shape[1]) * torch.arange(1, survivors.shape[1] + 1)
+    far_behind = ends > 100_000 + 350_000 // survivors.shape[1]
+    assert far_behind.any() and not survivors[:, far_behind].any() and int(survivors.sum()) >= 2 * 4 * 4
+
+
 def test_sketches_are_those_of_the_twin() -> None:
     """Up to a unit, also in bfloat16."""
     case = make(ReAttentionConfig(4, 64), 10_000, 0, (8, 8, 128))
