@@ -9,7 +9,7 @@ import torch
 from kernel_cases import as_list, cut_off, decode_layers, make_case, random_case, votes_of
 from near_cases import check_near, far_case, near_of
 from rows_cases import Inputs
-from sketch_cases import real_case, sketch_of
+from sketch_cases import found, real_case, sketch_of
 
 from minirea.errors import InputError
 from minirea.kernels import Near, ReAttentionConfig, new_winners, reattention
@@ -56,6 +56,20 @@ def test_steps_with_sketches(monkeypatch: pytest.MonkeyPatch) -> None:
         check_near(case, sketch=sketch_of(case, "triton"))
         case.k_cache[:, : case.seq_len] = 1.0
         check_near(case, sketch=sketch_of(case, "triton"))
+
+
+@pytest.mark.parametrize("seq_len", [13, 14, 45])
+def test_short_slices_of_far_keys_are_looked_at_by_their_sketches(
+    monkeypatch: pytest.MonkeyPatch, seq_len: int
+) -> None:
+    """From one key on, also where fewer tiles than winners leave no threshold; near keys would be scored."""
+    tiles = SketchTiles(32, 32, 128, 256, num_stages=2, LIVE_M=4)
+    monkeypatch.setattr(launch, "sketch_tiles", lambda _: tiles)
+    case = real_case(ReAttentionConfig(4, 8, 4, 4, 20), seq_len, seq_len, torch.float16, H=4, G=2, D=16)
+    for keys in (False, True):
+        launch._workspaces.clear()
+        check_near(case, sketch=sketch_of(case, "triton"), kinds=[(keys, True)])
+        assert all((survivors <= tiles.SURVIVORS) == keys for survivors in found(case)[0])
 
 
 @pytest.mark.parametrize(("span_scope", "keys", "carries"), [("layer", False, True), ("kv_head", True, False)])
