@@ -19,7 +19,7 @@ from minirea.config import IMPLS, ReAttentionConfig
 from minirea.errors import InputError
 from minirea.kernels.near import Near
 from minirea.kernels.sketch import Sketch, new_sketch, width
-from minirea.kernels.votes import Votes, new_votes, new_winners
+from minirea.kernels.votes import Votes, new_votes, winners_shape
 
 __all__ = [
     "Gather",
@@ -29,16 +29,17 @@ __all__ = [
     "Votes",
     "check_sketched",
     "chunks_of_step",
+    "count_winners",
     "decode_kernels",
     "new_sketch",
     "new_votes",
-    "new_winners",
     "peer_kernels",
     "prefill_kernels",
     "reattention",
     "resolve_impl",
     "scratch_bytes",
     "sketch_keys",
+    "winners_shape",
 ]
 
 
@@ -71,7 +72,6 @@ def reattention(
     return_selection: bool = False,
     chunk_size: int | None = None,
     gather: Gather | None = None,
-    attending: int | None = None,
     sketch: Sketch | None = None,
     votes: Votes | None = None,
     near: Near | None = None,
@@ -98,28 +98,22 @@ def reattention(
             first query on; the last chunk may be shorter. All T without.
         gather: where H and G are only some of a layer's heads, and other processes have as many others each. It is
             called before the one vote over all heads, in every process or in none.
-        attending: of one chunk, only its last so many queries attend; those before them only vote. All T without.
         sketch: for T = 1, int8 copies of the keys, which `sketch_keys` has made of all keys before
             seq_len - local_size. The step looks at them instead of the keys, and selects exactly the same. For T > 1 it
             is ignored. Not with gather or votes, nor in impl "triton" where more than 128 winners vote together.
-        votes: of one chunk, those that the layers before cast in the same step, over caches of as many tokens. This
-            layer's are added, and the sums decide what is elected. `new_votes` makes those of a first layer; they must
-            be zero again before the next step's, and have levels enough for all layers. Up to dense_size cached tokens
-            there is no vote.
+        votes: for T = 1, those that the layers before cast in the same step, and earlier tokens in all layers, over
+            caches of as many tokens. This layer's are added, and the sums decide what is elected. `new_votes` and
+            `count_winners` make those of a first layer. Up to dense_size cached tokens there is no vote.
         near: the newest tokens' keys or values once more, for caches that lie far from the device; see
             minirea.kernels.near. Local parts are read there; impl "torch", and several queries their keys, read them
-            where all others are, and a step with winners the key that leaves its local part next.
-        winners: of a step in which one query attends, memory of this layer from `new_winners`. The step leaves there
-            what its queries won; a step with one token more, whose queries but the last are the last T - 1 of this one,
-            over the same keys, then searches for its last query alone. Any other step must be given new ones, but for
-            one of another length, which finds by itself that they do not hold. What is selected stays the same. All
-            layers that add to the same votes take winners, or none. Ignored by impl "torch", with gather where all
-            heads vote together, and where more than 128 winners of a token vote together or more than 64 are kept.
+            where all others are.
+        winners: takes what each of the last R of these queries has found before any vote, where `winners_shape` says,
+            int32 [R, H, K], for `count_winners` of later steps; H as in the vote, with gather that of all processes.
+            Queries whose chunk attends to all leave it as it is.
 
     Returns:
-        out_THD, [T, H, D] in q's dtype, of the queries that attend; with return_selection the pair (out_THD,
-        selection). The selection holds the scope's cache positions, ascending, int64 [S]; with span_scope "kv_head" it
-        is a list of G such tensors.
+        out_THD, [T, H, D] in q's dtype; with return_selection the pair (out_THD, selection). The selection holds the
+        scope's cache positions, ascending, int64 [S]; with span_scope "kv_head" it is a list of G such tensors.
 
     Raises:
         InputError: shapes, dtypes, devices or lengths that do not fit together; the message names the argument. The
@@ -129,17 +123,15 @@ def reattention(
     _check_seq_len(seq_len)
     T = q_THD.shape[0]
     chunk_size = T if chunk_size is None else _checked_chunk_size(chunk_size, T, return_selection)
-    if attending is not None and not (chunk_size == T and 1 <= attending <= T):
-        raise InputError(f"attending is {attending}, expected 1 to {T}, the queries of one chunk")
-    _check_apart(sketch=sketch, gather=gather, votes=votes, winners=winners)
+    _check_apart(sketch=sketch, gather=gather, votes=votes)
     if sketch is not None:
         _check_sketch(sketch, k_cache_GND)
     if votes is not None:
-        _check_votes(votes, q_THD, k_cache_GND, chunk_size, config, gather)
+        _check_votes(votes, q_THD, k_cache_GND, config, gather)
     if near is not None:
         _check_near(near, k_cache_GND, config, T - chunk_size)
     if winners is not None:
-        _check_winners(winners, q_THD, config, T if attending is None else attending)
+        _check_winners(winners, q_THD, config, gather)
     impl = resolve_impl(impl, q_THD.device)
     if impl == "torch" or not isinstance(seq_len, torch.Tensor) or seq_len.device != q_THD.device:
         seq_len = int(seq_len)
@@ -152,7 +144,7 @@ def reattention(
 
         with torch.autocast(q_THD.device.type, enabled=False):  # the caller's products may be; these are not
             out_THD, selection = reattention_reference(
-                *tensors, int(seq_len), cos, sin, config, *options, sketch, attending, votes
+                *tensors, int(seq_len), cos, sin, config, *options, sketch, votes, winners
             )
     else:
         from minirea.kernels.fused.launch import reattention_triton
@@ -160,8 +152,35 @@ def reattention(
         out_THD, selection = reattention_triton(
             *tensors, seq_len, cos, sin, config, *options, sketch, votes, near, winners
         )
-        out_THD = out_THD[-attending:] if attending else out_THD
     return (out_THD, selection) if return_selection else out_THD
+
+
+def count_winners(
+    votes: Votes, winners_LRHK: torch.Tensor, seq_len: int | torch.Tensor, config: ReAttentionConfig, impl: str = "auto"
+) -> None:
+    """Add the votes of the vote_window - 1 tokens before a step's one, as each has found its winners in every layer.
+
+    Args:
+        votes: of the step, before its first layer, from `new_votes`.
+        winners_LRHK: what `reattention` has left of the last R tokens, int32 [L, R, H, K], R at least vote_window; -1
+            in the rows of tokens that attended to all, and of those that are not there.
+        seq_len: cached tokens with the step's one, as for `reattention`.
+        config: of the step.
+        impl: as for `reattention`.
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit together.
+    """
+    _check_seq_len(seq_len)
+    _check_earlier(votes, winners_LRHK, config)
+    if resolve_impl(impl, votes.counts.device) == "torch":
+        from minirea.kernels.reference import count_winners
+
+        count_winners(votes, winners_LRHK, int(seq_len), config)
+    else:
+        from minirea.kernels.fused import launch
+
+        launch.count_winners(votes, winners_LRHK, seq_len, config)
 
 
 def sketch_keys(
@@ -231,7 +250,6 @@ def scratch_bytes(
     ranks: int = 1,
     sketched: bool = False,
     carries: bool = False,
-    window: int = 0,
 ) -> int:
     """Bytes that impl "triton" keeps for the life of the process once steps of all these sizes have run on one stream.
 
@@ -244,14 +262,13 @@ def scratch_bytes(
         device: a CUDA device; its number of multiprocessors counts.
         ranks: processes with so many heads each.
         sketched: decode steps are called with sketches and without.
-        carries: the steps, of one chunk each, are called with votes, whose own bytes do not count.
-        window: steps of so many queries are called with winners too; 0 for none.
+        carries: the steps, of one query each, are called with votes, whose own bytes do not count.
     """
     from minirea.kernels.fused import launch
 
     together = ranks > 1 and config.span_scope == "layer" and config.max_selected > 0
     layer = launch.Layer(num_heads, num_kv_heads, head_dim, dtype, config, ranks if together else 1)
-    return launch.scratch_bytes(layer, capacity, steps, device, sketched, carries, window)
+    return launch.scratch_bytes(layer, capacity, steps, device, sketched, carries)
 
 
 def chunks_of_step(
@@ -333,7 +350,7 @@ def _check_tensors(
 
 def _check_apart(sketch: Sketch | None, **others: object) -> None:
     """What a step with a sketch, which looks at its keys only where it must, cannot be given besides."""
-    reasons = {"gather": "steps of several processes", "votes": "steps with votes", "winners": "steps with winners"}
+    reasons = {"gather": "steps of several processes", "votes": "steps with votes"}
     for name, other in others.items():
         if sketch is not None and other is not None:
             raise InputError(f"both sketch and {name} are given, expected one: {reasons[name]} read all keys")
@@ -364,38 +381,46 @@ def _check_near(near: Near, k_cache_GND: torch.Tensor, config: ReAttentionConfig
             raise InputError(f"near.{name} is on {rows_GRD.device}, expected {k_cache_GND.device} like k_cache_GND")
 
 
+def _voting_heads(num_heads: int, config: ReAttentionConfig, gather: Gather | None) -> int:
+    return num_heads * gather.ranks if gather is not None and config.span_scope == "layer" else num_heads
+
+
 def _check_votes(
-    votes: Votes,
-    q_THD: torch.Tensor,
-    k_cache_GND: torch.Tensor,
-    chunk_size: int,
-    config: ReAttentionConfig,
-    gather: Gather | None,
+    votes: Votes, q_THD: torch.Tensor, k_cache_GND: torch.Tensor, config: ReAttentionConfig, gather: Gather | None
 ) -> None:
     (T, H, _), (G, N, _) = q_THD.shape, k_cache_GND.shape
-    if chunk_size < T:
-        raise InputError(f"chunk_size is {chunk_size}, expected at least the {T} queries of a step with votes")
-    heads = H * gather.ranks if gather is not None and config.span_scope == "layer" else H
-    least = new_votes(heads, G, config, T, 1, N, torch.device("meta"))
+    if T > 1:
+        raise InputError(f"q_THD has {T} queries, expected one with votes")
+    least = new_votes(_voting_heads(H, config, gather), G, config, 1, N, torch.device("meta"))
     for name, tensor, expected in zip(Votes._fields, votes, least, strict=True):
         fits = tensor.dim() == 2 and len(tensor) == len(expected) and tensor.shape[1] >= expected.shape[1]
-        if tensor.dtype != torch.int32 or not fits or not tensor.is_contiguous():
-            found = f"{tensor.dtype} {_shape(tensor)}{'' if tensor.is_contiguous() else ', not contiguous'}"
-            raise InputError(f"votes.{name} is {found}, expected torch.int32 {_shape(expected)} or longer, contiguous")
-        if tensor.device != q_THD.device:
-            raise InputError(f"votes.{name} is on {tensor.device}, expected {q_THD.device} like q_THD")
+        _check_int32(f"votes.{name}", tensor, fits, f"{_shape(expected)} or longer", q_THD.device)
 
 
-def _check_winners(winners: torch.Tensor, q_THD: torch.Tensor, config: ReAttentionConfig, attending: int) -> None:
-    T, H, _ = q_THD.shape
-    if attending != 1:
-        raise InputError(f"winners are given and {attending} queries attend, expected 1")
-    expected = new_winners(H, config, T, 1, torch.device("meta"))[0]
-    if winners.dtype != expected.dtype or winners.shape != expected.shape or not winners.is_contiguous():
-        found = f"{winners.dtype} {_shape(winners)}{'' if winners.is_contiguous() else ', not contiguous'}"
-        raise InputError(f"winners is {found}, expected {expected.dtype} {_shape(expected)}, contiguous")
-    if winners.device != q_THD.device:
-        raise InputError(f"winners is on {winners.device}, expected {q_THD.device} like q_THD")
+def _check_winners(
+    winners: torch.Tensor, q_THD: torch.Tensor, config: ReAttentionConfig, gather: Gather | None
+) -> None:
+    R, *sizes = winners_shape(_voting_heads(q_THD.shape[1], config, gather), config, 1)
+    fits = winners.dim() == 3 and len(winners) >= R and list(winners.shape[1:]) == sizes
+    _check_int32("winners", winners, fits, f"[at least {R}, {sizes[0]}, {sizes[1]}]", q_THD.device)
+
+
+def _check_earlier(votes: Votes, winners: torch.Tensor, config: ReAttentionConfig) -> None:
+    B, least = len(votes.counts), config.vote_window
+    fits = winners.dim() == 4 and winners.shape[1] >= least and not winners.shape[2] % B
+    expected = f"[layers, at least {least}, a multiple of {B}, winners]"
+    _check_int32("winners_LRHK", winners, fits, expected, votes.counts.device)
+    width = 2 + winners.shape[0] * (least - 1) * winners.shape[2] // B * winners.shape[3]
+    fits = votes.voted.dim() == 2 and votes.voted.shape[1] >= width
+    _check_int32("votes.voted", votes.voted, fits, f"[{B}, at least {width}]", votes.counts.device)
+
+
+def _check_int32(name: str, tensor: torch.Tensor, fits: bool, expected: str, device: torch.device) -> None:
+    if tensor.dtype != torch.int32 or not fits or not tensor.is_contiguous():
+        found = f"{tensor.dtype} {_shape(tensor)}{'' if tensor.is_contiguous() else ', not contiguous'}"
+        raise InputError(f"{name} is {found}, expected torch.int32 {expected}, contiguous")
+    if tensor.device != device:
+        raise InputError(f"{name} is on {tensor.device}, expected {device} like the other tensors")
 
 
 def _check_seq_len(seq_len: int | torch.Tensor) -> None:

@@ -2,9 +2,10 @@
 
 
     score   -> the span_top_k best keys of the middle for every query row (a bounded tile of keys at a time)
+    leave   -> winners for later tokens' votes
     pool    -> winners as the middles of their blocks
     vote    -> the max_spans positions that most rows chose
-    elect   -> the same, of the rows of earlier layers too
+    elect   -> the same, of the rows of earlier layers and tokens too
     select  -> where each part of the scope starts, in the cache and in the scope
     locate  -> row of the scope -> cache position
     rotate  -> RoPE with positions inside the scope
@@ -73,8 +74,8 @@ def reattention_reference(
     chunk_size: int | None = None,
     gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
     sketch: Sketch | None = None,
-    attending: int | None = None,
     votes: Votes | None = None,
+    winners: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
     """ReAttention, phase by phase. Arguments and results are those of `minirea.kernels.reattention`."""
     T, H, D = q_THD.shape
@@ -82,7 +83,8 @@ def reattention_reference(
         caches, n, outs_THD = (k_cache_GND, v_cache_GND), seq_len - T, []
         for q_chunk in q_THD.split(chunk_size):
             n += len(q_chunk)
-            outs_THD.append(reattention_reference(q_chunk, *caches, n, cos, sin, config, gather=gather)[0])
+            out_THD, _ = reattention_reference(q_chunk, *caches, n, cos, sin, config, gather=gather, winners=winners)
+            outs_THD.append(out_THD)
         return torch.cat(outs_THD), None
     G = k_cache_GND.shape[0]
     q_GRD = q_THD.unflatten(1, (G, H // G)).transpose(0, 1).reshape(G, -1, D)
@@ -95,13 +97,13 @@ def reattention_reference(
         lengths, source_BS = [seq_len] * B, None
         k_GSD, v_GSD = k_cache_GND[:, :seq_len].clone(), v_cache_GND[:, :seq_len]
     else:
-        start_BP, offset_BP, length_B = choose_scope(q_GRD, k_cache_GND, seq_len, config, score_function, gather, votes)
+        start_BP, offset_BP, length_B = choose_scope(
+            q_GRD, k_cache_GND, seq_len, config, score_function, gather, votes, winners
+        )
         lengths = length_B.tolist()  # on a GPU the one wait of the step: the scope's length decides the shapes below
         offs_s = torch.arange(max(lengths), device=q_THD.device)
         source_BS = locate(offs_s, start_BP, offset_BP).clamp_(max=seq_len - 1)
         k_GSD, v_GSD = _gather(k_cache_GND, source_BS), _gather(v_cache_GND, source_BS)
-    if attending is not None:
-        T, q_GRD = attending, q_GRD[:, (T - attending) * (H // G) :]
 
     S = max(lengths)
     ragged = min(lengths) < S
@@ -128,12 +130,13 @@ def choose_scope(
     score: ScoreFunction | None = None,
     gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
     votes: Votes | None = None,
+    winners: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Score, vote and select. Where nothing may be selected (streaming), the scope has two parts, global and local.
 
     `score` takes the place of this module's, for a sketch or for a device that has its own. `gather` adds the winners
-    of heads that are elsewhere, where all heads vote together. `votes` are those of earlier layers, to which these are
-    added.
+    of heads that are elsewhere, where all heads vote together. `votes` are those of earlier layers and tokens, to which
+    these are added. `winners` takes what these rows have found.
     """
     mid_lo, mid_hi = config.global_size, seq_len - config.local_size
     B = k_cache_GND.shape[0] if config.span_scope == "kv_head" else 1
@@ -143,6 +146,8 @@ def choose_scope(
         )
         if gather is not None and config.span_scope == "layer":
             winner_GRK = gather(winner_GRK)
+        if winners is not None:
+            leave(winner_GRK, winners, seq_len)
         winner_BW = pool(winner_GRK.view(B, -1), config.vote_size, mid_lo, mid_hi)
         if votes is None:
             kept_BP = vote(winner_BW, config.max_spans)
@@ -239,6 +244,30 @@ def pack_score(score: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def unpack_index(packed: torch.Tensor) -> torch.Tensor:
     return INDEX_MASK - (packed & INDEX_MASK)
+
+
+def leave(winner_GRK: torch.Tensor, winners_RHK: torch.Tensor, seq_len: int) -> None:
+    """Put the winners of a step's last tokens where `count_winners` takes them from."""
+    G, (size, H, _) = len(winner_GRK), winners_RHK.shape
+    winner_THK = winner_GRK.unflatten(1, (-1, H // G)).transpose(0, 1).flatten(1, 2)[-size:]
+    row_T = torch.arange(seq_len - len(winner_THK), seq_len, device=winner_GRK.device) % size
+    missing = winners_RHK.shape[-1] - winner_THK.shape[-1]  # where the middle has fewer keys
+    winners_RHK[row_T] = F.pad(winner_THK, (0, missing), value=-1).int()
+
+
+def count_winners(votes: Votes, winners_LRHK: torch.Tensor, seq_len: int, config: ReAttentionConfig) -> None:
+    """Count the votes of the vote_window - 1 tokens before the last of seq_len, of all layers. Winners that are not in
+    the middle, as after tokens were taken back, do not count.
+    """
+    mid_lo, mid_hi, B = config.global_size, seq_len - config.local_size, len(votes.counts)
+    if mid_hi <= mid_lo:
+        return
+    token_C = torch.arange(seq_len - config.vote_window, seq_len - 1, device=winners_LRHK.device)
+    winner_LCHK = winners_LRHK[:, token_C % winners_LRHK.shape[1]].long()
+    winner_BW = winner_LCHK.unflatten(2, (B, -1)).movedim(2, 0).flatten(1)
+    counts_BW = ((winner_BW >= mid_lo) & (winner_BW < mid_hi)).int()
+    pooled_BW = pool(winner_BW.clamp_(mid_lo, mid_hi - 1), config.vote_size, mid_lo, mid_hi)
+    votes.counts.scatter_add_(1, pooled_BW, counts_BW)
 
 
 def pool(winner_BW: torch.Tensor, vote_size: int, mid_lo: int, mid_hi: int) -> torch.Tensor:

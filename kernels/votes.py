@@ -1,4 +1,4 @@
-"""What votes add up in from layer to layer, and winners that are kept from step to step."""
+"""What votes add up in from layer to layer, and the winners of earlier tokens, which vote with them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ class Votes(NamedTuple):
     """The votes of one step's layers so far, by ballot: one for the layer, or one for each key/value head."""
 
     counts: torch.Tensor  # int32 [ballots, N or more]: of each cache position
-    # With impl "triton" only, the first for steps that are called with winners, the second for others:
+    # With impl "triton" only, the first where the decode kernel votes, `num_votes` where the chunk kernel does:
     elected: torch.Tensor  # int32 [ballots, max_spans or more]: the positions that have most, each with 1 added
+    voted: torch.Tensor  # int32 [ballots, 2 or more]: scratch of `count_winners`
     num_votes: torch.Tensor  # int32 [ballots, levels + 1]: positions that have at least so many
 
 
@@ -22,7 +23,6 @@ def new_votes(
     num_heads: int,
     num_kv_heads: int,
     config: ReAttentionConfig,
-    num_queries: int,
     num_layers: int,
     capacity: int,
     device: torch.device,
@@ -32,16 +32,17 @@ def new_votes(
     Args:
         num_heads: that vote, of all processes where they vote together.
         num_kv_heads: whose ballots are counted here, with span_scope "kv_head".
-        config: of the step.
-        num_queries: that vote in each layer.
+        config: of the step; its vote_window says how many tokens vote.
         capacity: of the cache, tokens.
     """
     by_head = config.span_scope == "kv_head"
     ballots, rows = (num_kv_heads, num_heads // num_kv_heads) if by_head else (1, num_heads)
-    winners = num_queries * rows * config.span_top_k * num_layers
-    levels = winners // max(1, config.max_spans)  # more votes than so many max_spans positions cannot have
-    # Whole blocks of 16 positions, so that caches of all lengths have one kernel. One tensor, to be zeroed at once.
-    widths = (-(-capacity // 16) * 16, elected_size(config.max_spans), levels + 1)
+    winners = rows * config.span_top_k * num_layers  # of one token
+    # More votes than so many max_spans positions cannot have.
+    levels = winners * config.vote_window // max(1, config.max_spans)
+    # Whole blocks of 16 numbers, so that caches of all lengths have one kernel. One tensor, to be zeroed at once.
+    sizes = (capacity, elected_size(config.max_spans), 2 + winners * (config.vote_window - 1))
+    widths = (*(-(-size // 16) * 16 for size in sizes), levels + 1)
     parts = torch.zeros(ballots * sum(widths), dtype=torch.int32, device=device).split([ballots * n for n in widths])
     return Votes(*(part.view(ballots, -1) for part in parts))
 
@@ -51,20 +52,11 @@ def elected_size(max_spans: int) -> int:
     return max(16, 1 << (max_spans - 1).bit_length())
 
 
-def new_winners(
-    num_heads: int, config: ReAttentionConfig, num_queries: int, num_layers: int, device: torch.device
-) -> torch.Tensor:
-    """Winners of no token yet: int64 [L, M], zero. `reattention` takes one layer's, and in impl "triton" keeps there
-    what the next step then need not search for.
+def winners_shape(num_heads: int, config: ReAttentionConfig, rows: int) -> tuple[int, int, int]:
+    """Of the winners [R, H, K] that `reattention` leaves of a layer's last R = `rows` tokens: int32 cache positions,
+    token j's in row j modulo R, best first, -1 where there are fewer than K.
 
     Args:
-        num_heads: of the layer, those of other processes not counted.
-        config: of the step.
-        num_queries: that vote in each layer.
-
-    A layer's first number says for how many cached tokens the others hold. Those begin at the third, packed scores and
-    positions [num_queries, H, span_top_k or more].
+        num_heads: that vote, of all processes where they vote together.
     """
-    rows = num_queries * num_heads
-    size = 2 + rows * (1 << (max(1, config.span_top_k) - 1).bit_length())
-    return torch.zeros(num_layers, size + size % 2, dtype=torch.int64, device=device)  # each layer's 16 bytes aligned
+    return rows, num_heads, max(1, config.span_top_k)

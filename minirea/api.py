@@ -28,12 +28,11 @@ from minirea.config import (
     IMPLS,
     MODES,
     QUANTIZE,
-    SCOPE_FIELDS,
-    SELECTING_FIELDS,
     SKETCHES,
     ModelConfig,
     Packing,
     ReAttentionConfig,
+    fields_of,
 )
 from minirea.context import Origin, StoredContext, context_bytes, save_context
 from minirea.errors import InputError, MinireaWarning, MissingFileError
@@ -271,7 +270,7 @@ class ModelFiles(_Encoder):
     def open_context(self, path: str | Path) -> StoredContext:
         """A file that Session.save has written, its header checked, for LLM.open_session. Errors as there."""
         self.check_one_device("contexts in files")
-        return StoredContext(path, self.config, self.origin(), self.attention.recent_size)
+        return StoredContext(path, self.config, self.origin(), self.attention.winners_shape)
 
     def origin(self) -> Origin:
         """What contexts of this model, under these settings, are known by."""
@@ -413,7 +412,7 @@ class LLM(_Encoder):
         """
         self.check_one_device("contexts in files")
         if not isinstance(context, StoredContext):
-            context = StoredContext(context, self.config, self._origin(), self.model.attention.recent_size)
+            context = StoredContext(context, self.config, self._origin(), self.model.attention.winners_shape)
         try:
             session = self.session(max(len(context.ids), integer("capacity", capacity, 0)))
             context.read_into(session.cache, progress)
@@ -529,7 +528,7 @@ class Session:
         """Keep the first `num_tokens` of the context and forget the rest.
 
         Where a piece has ended, at the last MARKS such places, what follows is what would have followed then. Elsewhere
-        the first tokens vote together with fewer before them (`vote_window`).
+        fewer tokens vote with the next one (`vote_window`).
         """
         if not 0 <= (keep := integer("num_tokens", num_tokens, 0)) <= len(self.ids):
             raise InputError(f"num_tokens is {keep}, expected 0 to {len(self.ids)}, the tokens in this session")
@@ -646,7 +645,7 @@ def new_cache(model: Model, capacity: int) -> KVCache:
     workspace = functools.partial(workspace_bytes, attention, model.dtype, quantize=model.quantize)
     sizes = model.config, capacity, attention.dense_limit
     fit_steps(attention, lambda: plan_cache(attention, model.dtype, capacity, model.quantize)[1])
-    arguments = *sizes, model.device, model.dtype, workspace, attention.recent_size
+    arguments = *sizes, model.device, model.dtype, workspace, attention.winners_shape
     if isinstance(model.ranks, Leader):
         return SharedCache(model.ranks, model, *arguments)
     return KVCache(*arguments, placements=attention.placements)
@@ -667,10 +666,8 @@ def _origin(
     """What a context is checked against: the settings that keys and values, or what is read next, depend on."""
     if path is None:
         raise InputError("this model has no directory, by which the files of its contexts are known")
-    ignored = {"full": SCOPE_FIELDS, "streaming": SELECTING_FIELDS}
-    names = [name for name in SCOPE_FIELDS if name not in ignored.get(attention.mode, ())]
     settings: dict[str, int | str | None] = {"attention": attention.mode, "dtype": str(dtype).removeprefix("torch.")}
-    settings |= {name: getattr(attention.config, name) for name in names}
+    settings |= {name: getattr(attention.config, name) for name in fields_of(attention.mode)}
     settings["quantize"] = quantize
     return Origin(fingerprint(path, config), Path(path).resolve().name, settings)
 

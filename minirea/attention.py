@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minirea import cpu
-from minirea.cache import ALL_TOKENS, KVCache, array_bytes
+from minirea.cache import ALL_TOKENS, NO_WINNERS, KVCache, array_bytes
 from minirea.config import ModelConfig, ReAttentionConfig
 from minirea.errors import InputError
 from minirea.kernels import (
@@ -19,12 +19,13 @@ from minirea.kernels import (
     Votes,
     check_sketched,
     chunks_of_step,
+    count_winners,
     new_votes,
-    new_winners,
     prefill_kernels,
     reattention,
     resolve_impl,
     sketch_keys,
+    winners_shape,
 )
 from minirea.kernels.near import near_size
 from minirea.placement import Placement, placements
@@ -57,9 +58,9 @@ class Step(NamedTuple):
         cos: of the true positions of those that lie below dense_limit, [at most T, 1, D].
         sin: like cos.
         sketched: every key that the step can select has a sketch; only where the device counts, else the cache tells.
-        votes: what its layers' votes add up in, where they do; see `Attention.with_votes`.
-        winners: by layer, what the queries of the step before won; see `Attention.new_winners`.
-        winners_on_cpu: the same where minirea.cpu attends; see `Attention.new_winners_on_cpu`.
+        votes: what its layers' votes add up in, where they do; see `Attention.begin`.
+        leaves_winners: in the cache, for later tokens.
+        half_keys: by layer, where minirea.cpu attends; see `Attention.new_half_keys`.
     """
 
     seq_len: int | Tensor
@@ -68,8 +69,8 @@ class Step(NamedTuple):
     sin: Tensor = _NO_ROWS
     sketched: bool = False
     votes: Votes | None = None
-    winners: Tensor | None = None
-    winners_on_cpu: list[cpu.Winners] | None = None
+    leaves_winners: bool = False
+    half_keys: list[cpu.HalfKeys] | None = None
 
 
 def step_chunks(num_heads: int, num_kv_heads: int, head_dim: int, chunk_size: int, device: torch.device) -> int:
@@ -182,13 +183,23 @@ class Attention:
             worth = array_bytes(c, capacity, torch.bfloat16) >= WORTH_SKETCHING
             sketches = [worth, not worth]
         longest = max(map(self.step_tokens, (self.config.chunk_size, self.config.tail_chunk_size)))
-        near = near_size(self.config.local_size, self.config.dense_size, max(longest, self.config.vote_window))
+        near = near_size(self.config.local_size, self.config.dense_size, longest)
         return placements(c.num_layers, self.cache, sketches, near if self._can_be_far else 0)
 
     @property
-    def recent_size(self) -> int:
-        """How many queries a cache keeps for `vote_window`: twice as many, so that a step may be taken back."""
-        return 2 * self.config.vote_window if self._selects and self.config.vote_window > 1 else 0
+    def winners_shape(self) -> tuple[int, int, int]:
+        """Of what a cache keeps of each layer for `vote_window`: twice as many tokens' winners, so that a step may be
+        taken back.
+        """
+        if not self._selects or self.config.vote_window == 1:
+            return NO_WINNERS
+        return winners_shape(self._voting_heads, self.config, 2 * self.config.vote_window)
+
+    @property
+    def _voting_heads(self) -> int:
+        """Query heads whose winners are known here: with one vote for all heads, those of all ranks."""
+        together = self.config.span_scope == "layer" and self.model.part is not None
+        return self.model.part.whole.num_heads if together and self.model.part else self.model.num_heads
 
     @property
     def carries_votes(self) -> bool:
@@ -201,33 +212,40 @@ class Attention:
 
     def new_votes(self, capacity: int, device: torch.device | None = None) -> Votes:
         """For a decode step over a cache of `capacity` tokens, before its first layer: all zero."""
-        c, config = self.model, self.config.of_decode_step
-        together = self.gather is not None and config.span_scope == "layer"
-        heads = c.num_heads * self.gather.ranks if self.gather is not None and together else c.num_heads
-        sizes = config.vote_window, c.num_layers, capacity
-        return new_votes(heads, c.num_kv_heads, config, *sizes, device or self.device)
+        c = self.model
+        sizes = self._voting_heads, c.num_kv_heads, self.config.of_decode_step, c.num_layers, capacity
+        return new_votes(*sizes, device or self.device)
 
-    def with_votes(self, step: Step, capacity: int) -> Step:
-        """A step that begins, over a cache of `capacity` tokens, with what its layers' votes add up in, if they do."""
-        if self.carries_votes and step.chunk_size == 1:
-            return step._replace(votes=self.new_votes(capacity))
-        return step
-
-    def new_winners(self, window: int, num_layers: int) -> Tensor | None:
-        """For decode steps of `window` queries, one behind the other, before the first of them, by layer; None where
-        they would not be kept, or a token votes alone.
+    def begin(self, step: Step, cache: KVCache, leaves_winners: bool = True) -> Step:
+        """A step before its first layer: with the votes of the tokens before it, if its layers add to any, and whether
+        it leaves winners, if the cache keeps any.
         """
-        if self.impl != "triton" or not self._selects or (window == 1 and not self.carries_votes):
-            return None
-        return new_winners(self.model.num_heads, self.config.of_decode_step, window, num_layers, self.device)
+        step = step._replace(leaves_winners=leaves_winners and cache.recent_size > 0)
+        if not self.carries_votes or step.chunk_size > 1:
+            return step
+        votes = self.new_votes(cache.capacity)
+        if cache.recent_size and self.searches(step):
+            count_winners(votes, cache.winners, step.seq_len, self.config.of_decode_step, self.impl)
+        return step._replace(votes=votes)
 
-    def new_winners_on_cpu(self, num_layers: int, dtype: torch.dtype) -> list[cpu.Winners] | None:
+    def searches(self, step: Step) -> bool:
+        """Whether a step may have winners; False where it is known to attend to all."""
+        return isinstance(step.seq_len, Tensor) or step.seq_len > self.dense_size
+
+    def new_half_keys(self, num_layers: int, dtype: torch.dtype) -> list[cpu.HalfKeys] | None:
         """For decode steps by minirea.cpu, one behind the other, before the first of them, by layer; None where other
-        code attends, or a token votes alone.
+        code attends, or nothing is selected.
         """
-        if not self.recent_size or not self._on_cpu(dtype):
+        if not self._selects or not self._on_cpu(dtype):
             return None
-        return [cpu.Winners(self.model.num_heads // self.model.num_kv_heads) for _ in range(num_layers)]
+        return [cpu.HalfKeys() for _ in range(num_layers)]
+
+    def half_bytes_on_cpu(self, num_tokens: int, dtype: torch.dtype) -> int:
+        """What these come to hold, at most, for a cache of `num_tokens`."""
+        if not self._selects or not self._on_cpu(dtype):
+            return 0
+        c = self.model
+        return c.num_layers * cpu.half_bytes(num_tokens, c.num_kv_heads, c.head_dim)
 
     def table_rows(self, capacity: int) -> int:
         """Positions in the tables that serve a cache of `capacity` tokens.
@@ -278,7 +296,7 @@ class Attention:
         Every chunk has a scope of its own in either case, so that a step is only how the work is divided. The chunks
         of a tail, which are small, make one step. A token that votes with those before it is one by itself.
         """
-        if not self.can_capture or (chunk_size == 1 and (self.recent_size or self.carries_votes)):
+        if not self.can_capture or (chunk_size == 1 and self.carries_votes):
             return chunk_size
         chunks = self.step_chunks
         if chunk_size == self.config.tail_chunk_size:
@@ -319,9 +337,6 @@ class Attention:
         H, T, stop = self.model.num_heads, len(qkv_TXD), step.seq_len
         q_rotated = self.write(layer, qkv_TXD, cache, step)
         if isinstance(stop, Tensor) or stop > self.dense_limit:
-            if step.chunk_size == 1 and cache.recent_size:
-                voters_CHD = torch.cat([cache.recent(layer, self.config.vote_window - 1), qkv_TXD[:, :H]])
-                return self.over_cache(layer, voters_CHD, cache, step, attending=1)
             return self.over_cache(layer, qkv_TXD[:, :H], cache, step)
         assert q_rotated is not None
         start = self._first_visible(stop, T)
@@ -336,14 +351,10 @@ class Attention:
             The queries below dense_limit with RoPE, None if there are none.
         """
         if isinstance(step.seq_len, Tensor):
-            if cache.recent_size:
-                cache.remember_at(layer, qkv_TXD[:, : self.model.num_heads], step.seq_len)
             tensors = qkv_TXD, cache.k[layer], cache.v[layer]
             prefill_kernels(self.impl).write_kv(*tensors, step.seq_len, cache.near[layer])
             return None
         H, G = self.model.num_heads, self.model.num_kv_heads
-        if cache.recent_size:
-            cache.remember(layer, qkv_TXD[:, :H])
         dense_rows = len(step.cos)
         if not dense_rows:
             cache.write(layer, qkv_TXD, None)
@@ -385,30 +396,26 @@ class Attention:
                 sketch_keys(k_GND, sketch, cache.sketched_len, stop, new_mean, self.impl)
         cache.sketched_len = stop
 
-    def over_cache(self, layer: int, q_THD: Tensor, cache: KVCache, step: Step, attending: int | None = None) -> Tensor:
-        """ReAttention of a step whose keys and values the cache already holds. Not for mode "full".
-
-        Args:
-            attending: of queries that are one chunk, only the last so many are the step's, the others vote with them.
-        """
+    def over_cache(self, layer: int, q_THD: Tensor, cache: KVCache, step: Step) -> Tensor:
+        """ReAttention of a step whose keys and values the cache already holds. Not for mode "full"."""
         config = self.config_of(step)
-        chunk_size = len(q_THD) if attending else min(step.chunk_size, len(q_THD))
+        chunk_size = min(step.chunk_size, len(q_THD))
         k_GND, v_GND, (cos, sin) = cache.k[layer], cache.v[layer], self.scope_tables(cache.capacity)
         sketch = (
             cache.sketches[layer] if chunk_size == step.chunk_size == 1 and self._is_sketched(cache, step) else None
         )
+        winners = cache.winners[layer] if step.leaves_winners else None
         on_cpu = sketch is None and self._on_cpu(q_THD.dtype)
         if on_cpu and isinstance(step.seq_len, int) and step.seq_len > self.dense_size:
             arguments = (q_THD, k_GND, v_GND, step.seq_len, cos, sin, config)
-            kept = None if step.winners_on_cpu is None else step.winners_on_cpu[layer]
-            return cpu.reattention(*arguments, self.gather, attending, step.votes, kept)
+            half_keys = None if step.half_keys is None else step.half_keys[layer]
+            return cpu.reattention(*arguments, self.gather, step.votes, winners, half_keys)
         near = cache.near[layer]
         if step.chunk_size > 1:
             cache.bring_ahead(layer)
         if sketch is None and near is not None and near.k is not None:
             k_GND, near = cache.keys_to_score(layer, cache.seq_len + len(q_THD)), Near(None, near.v)
-        winners = None if step.winners is None else step.winners[layer]
-        options = (self.impl, False, chunk_size, self.gather, attending, sketch, step.votes, near, winners)
+        options = (self.impl, False, chunk_size, self.gather, sketch, step.votes, near, winners)
         out_THD: Tensor = reattention(q_THD, k_GND, v_GND, step.seq_len, cos, sin, config, *options)
         return out_THD
 
@@ -443,10 +450,8 @@ class Attention:
             return cache.seq_len
         seq_len = torch.tensor([cache.seq_len], dtype=torch.int32, device=self.device)  # a number would compile anew
         tables = self.scope_tables(cache.capacity)
-        q_CHD = cache.recent(0, self.config.vote_window) if cache.recent_size else q_1HD
-        arguments = (q_CHD, cache.k[0], cache.v[0], seq_len, *tables, self.config.of_decode_step, self.impl)
-        # Those of the first layer. Without winners, that the step left: they are of another one by now.
-        votes = self.new_votes(cache.capacity) if self.carries_votes else None
+        arguments = (q_1HD, cache.k[0], cache.v[0], seq_len, *tables, self.config.of_decode_step, self.impl)
+        votes = self.begin(Step(seq_len, 1), cache).votes
         _, selection = reattention(
             *arguments, return_selection=True, gather=self.gather, votes=votes, near=cache.near[0]
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
@@ -18,7 +19,8 @@ from minirea.pinned import host_tensor
 from minirea.placement import FIRST_SKETCHED_LAYER, NEAR, Placement
 
 ALL_TOKENS: Final = sys.maxsize
-MARKS: Final = 8  # places that a cache can be rewound to with all the queries that were there
+NO_WINNERS: Final = (0, 0, 0)
+MARKS: Final = 8  # places that a cache can be rewound to with all the winners that were there
 
 
 def cache_bytes(
@@ -26,18 +28,19 @@ def cache_bytes(
     capacity: int,
     dense_limit: int,
     dtype: torch.dtype,
-    recent_size: int = 0,
+    winners_shape: tuple[int, int, int] = NO_WINNERS,
     placement: Placement = NEAR,
 ) -> int:
-    """How many bytes a KVCache of `capacity` tokens allocates, with the queries of its marks, on device and host."""
+    """How many bytes a KVCache of `capacity` tokens allocates, with the winners of its marks, on device and host."""
     values, keys = capacity, capacity if dense_limit < ALL_TOKENS else 0
     tokens = values + keys + min(capacity, dense_limit)
-    recent = recent_size + MARKS * (recent_size // 2)
-    heads = tokens * config.num_kv_heads + recent * config.num_heads
+    rows, *sizes = winners_shape
+    winners = config.num_layers * (rows + MARKS * (rows // 2)) * math.prod(sizes) * torch.int32.itemsize
     sketches = all_sketch_bytes(config, capacity) if placement.sketched else 0
     twice = placement.far_arrays * array_bytes(config, placement.near_size, dtype)
     brought = array_bytes(config, capacity, dtype) if placement.far_keys else 0
-    return heads * config.num_layers * config.head_dim * dtype.itemsize + sketches + twice + brought
+    keys_and_values = tokens * config.num_kv_heads * config.num_layers * config.head_dim * dtype.itemsize
+    return keys_and_values + winners + sketches + twice + brought
 
 
 def far_bytes(config: ModelConfig, capacity: int, dtype: torch.dtype, placement: Placement) -> int:
@@ -90,8 +93,9 @@ class KVCache:
     `k` and `v` of a layer share one tensor, so that one copy writes both, unless either is far: `placement` says
     which lie in the host's memory. Tensors of the device they are all the same, and `near` has the newest tokens of
     those that are far once more, in its memory: token j of the last R in row j modulo R.
-    `q_recent` are the last R = `recent_size` queries without RoPE, [L, R, H, D], each at its position modulo R: those
-    that a token which is read by itself votes together with.
+    `winners` are those of the last R = `recent_size` tokens, int32 [L, R, H, K], each at its position modulo R: what
+    votes with a token that is read by itself (minirea.kernels.winners_shape). -1 in the rows of tokens that are not
+    there or have none.
     `sketches` are int8 copies of `k` for decode steps to look at, None in layers without; those of the first
     `sketched_len` tokens are filled.
 
@@ -100,7 +104,7 @@ class KVCache:
         capacity: N, tokens. It is allocated at once and doubles when a conversation outgrows it.
         dense_limit: tokens up to which keys are also kept with RoPE.
         workspace: bytes that a step needs besides a cache of so many tokens, and that must stay free.
-        recent_size: queries that are kept, see `recent`.
+        winners_shape: [R, H, K] of a layer.
         placements: what a cache of so many tokens may be, best first; the first that fits is taken. Sketches, and
             anything that is far, need `k`; what is far needs a dense_limit of 0.
 
@@ -116,7 +120,7 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
         workspace: Callable[[int], int] = lambda _: 0,
-        recent_size: int = 0,
+        winners_shape: tuple[int, int, int] = NO_WINNERS,
         placements: Callable[[int], Sequence[Placement]] = lambda _: [NEAR],
     ) -> None:
         self.device = device
@@ -132,10 +136,8 @@ class KVCache:
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
         self.k_rotated: list[Tensor] = []
-        self.recent_size = recent_size
-        self._recent = [(0, 0)] * config.num_layers  # of which tokens q_recent was written: first, last + 1
-        # Queries of up to R / 2 tokens before a place, [L, C, H, D], and the first of these tokens, by places.
-        self.marks: dict[int, tuple[int, Tensor]] = {}
+        self.winners_shape = winners_shape
+        self.marks: dict[int, Tensor] = {}  # winners of the R / 2 tokens before a place, [L, R / 2, H, K], by places
         self.sketches: list[Sketch | None] = [None] * config.num_layers
         self.near: list[Near | None] = [None] * config.num_layers
         self._brought: BroughtKeys | None = None
@@ -148,7 +150,7 @@ class KVCache:
             self._arrays.append(self._allocate_layer(layer, capacity, self.placement))
             if dense_limit:
                 self.k_rotated.append(self._allocate((config.num_kv_heads, self._rotated(capacity), config.head_dim)))
-        self.q_recent = self._allocate((config.num_layers, recent_size, config.num_heads, config.head_dim))
+        self.winners = self._allocate((config.num_layers, *winners_shape), torch.int32).fill_(-1)
         self._allocate_beside(capacity, self.placement)
         self._name_views()
 
@@ -163,8 +165,13 @@ class KVCache:
         self._near_stop = max(self._near_stop, seq_len)
 
     @property
+    def recent_size(self) -> int:
+        """Tokens whose winners are kept, R."""
+        return self.winners_shape[0]
+
+    @property
     def nbytes(self) -> int:
-        sizes = self.dense_limit, self.dtype, self.recent_size, self.placement
+        sizes = self.dense_limit, self.dtype, self.winners_shape, self.placement
         return cache_bytes(self._config, self.capacity, *sizes)
 
     @property
@@ -268,57 +275,20 @@ class KVCache:
         if self._brought is not None:
             self._brought.begin(layer, self.seq_len)
 
-    def remember(self, layer: int, q_THD: Tensor) -> None:
-        """Keep this step's queries, those of the tokens at [seq_len, seq_len + T), for `recent` of later steps."""
-        stop, kept_CHD = self.seq_len + len(q_THD), q_THD[-self.recent_size :]
-        self.q_recent[layer, self._recent_rows(stop - len(kept_CHD), stop)] = kept_CHD
-        self._recent[layer] = self._first_recent(layer), stop
-
-    def remember_at(self, layer: int, q_THD: Tensor, seq_len: Tensor) -> None:
-        """`remember` for tokens before `seq_len`, int32 [1], which the device counts; see `expect_recent`."""
-        kept_CHD = q_THD[-self.recent_size :]
-        self.q_recent[layer].index_copy_(0, self.recent_rows_at(seq_len, len(kept_CHD)), kept_CHD)
-
-    def expect_recent(self, num_tokens: int) -> None:
-        """A step is about to write the queries of so many tokens behind seq_len by itself."""
-        self._recent = [(self._first_recent(layer), self.seq_len + num_tokens) for layer in range(len(self._recent))]
-
-    def recent_rows_at(self, seq_len: Tensor, count: int) -> Tensor:
-        """Where q_recent holds the queries of the last `count` tokens before `seq_len`, int64 [count]."""
-        return (seq_len.long() + torch.arange(-count, 0, device=self.device)) % self.recent_size
-
-    def recent(self, layer: int, count: int) -> Tensor:
-        """The queries of up to `count` tokens before seq_len, as far as they are kept, [C, H, D]."""
-        first = max(self._first_recent(layer), self.seq_len - count)
-        return self.q_recent[layer, self._recent_rows(first, self.seq_len)]
-
-    @property
-    def recent_from(self) -> int:
-        """The first token from which on all queries are kept: seq_len if there are none."""
-        return self._first_recent(0)
-
-    @recent_from.setter
-    def recent_from(self, token: int) -> None:
-        self._recent = [(token, self.seq_len)] * len(self._recent)
-
-    def _recent_rows(self, start: int, stop: int) -> Tensor:
-        """Where q_recent holds the queries of the tokens [start, stop)."""
+    def _rows_of(self, start: int, stop: int) -> Tensor:
+        """Where winners of the tokens [start, stop) are."""
         return torch.arange(start, stop, device=self.device) % self.recent_size
 
-    def _first_recent(self, layer: int) -> int:
-        """The first token from which on all queries up to seq_len are kept: seq_len if there are none."""
-        first, stop = self._recent[layer]
-        if self.seq_len > stop:  # its last tokens came otherwise
-            return self.seq_len
-        return min(self.seq_len, max(first, stop - self.recent_size))
+    def _before(self, seq_len: int) -> Tensor:
+        """Where those are that a rewind to seq_len needs."""
+        return self._rows_of(seq_len - self.recent_size // 2, seq_len)
 
     def mark(self) -> None:
-        """A piece begins here, which writes over recent queries: keep them for a rewind, as the last of MARKS."""
+        """A piece begins here, which writes over recent winners: keep them for a rewind, as the last of MARKS."""
         if not self.recent_size:
             return
-        first = max(self._first_recent(0), self.seq_len - self.recent_size // 2)
         self.marks.pop(self.seq_len, None)
-        self.marks[self.seq_len] = first, self.q_recent[:, self._recent_rows(first, self.seq_len)]
+        self.marks[self.seq_len] = self.winners[:, self._before(self.seq_len)]
         while len(self.marks) > MARKS:
             del self.marks[next(iter(self.marks))]
 
@@ -329,21 +299,22 @@ class KVCache:
         """
         return seq_len - 1 if seq_len not in self.marks and seq_len - 1 in self.marks else seq_len
 
-    def rewind(self, seq_len: int) -> None:
-        """Forget every token from `seq_len` on.
+    def rewind(self, seq_len: int, begun: int = 0) -> None:
+        """Forget every token from `seq_len` on; steps that did not end may have left winners of those before `begun`.
 
-        The queries that vote with the next token come back where a piece has begun, at the last MARKS such places, or
+        The winners that vote with the next token come back where a piece has begun, at the last MARKS such places, or
         where no more than recent_size / 2 tokens are forgotten. Elsewhere fewer vote, as where a context begins.
         """
         if not 0 <= seq_len <= self.seq_len:
             raise ValueError(f"cannot rewind to {seq_len}: the cache holds {self.seq_len} tokens")
-        self.seq_len = seq_len
+        forgotten, self.seq_len = max(self.seq_len, begun) - seq_len, seq_len
         self.marks = {place: mark for place, mark in self.marks.items() if place <= seq_len}
-        if seq_len in self.marks and self.marks[seq_len][0] < self._first_recent(0):
-            first, q_LCHD = self.marks[seq_len]
+        if self.recent_size and forgotten:
+            stop = seq_len + min(forgotten, self.recent_size)
             with torch.inference_mode():  # in which the cache may have been made
-                self.q_recent[:, self._recent_rows(first, seq_len)] = q_LCHD
-            self._recent = [(first, seq_len)] * len(self._recent)
+                self.winners.index_fill_(1, self._rows_of(seq_len, stop), -1)
+                if seq_len in self.marks:
+                    self.winners[:, self._before(seq_len)] = self.marks[seq_len]
         self.sketched_len = min(self.sketched_len, seq_len)
         self._forget_brought()
 
@@ -374,9 +345,9 @@ class KVCache:
         self._rows = [arrays.rows for arrays in self._arrays]
         self._k_rotated_rows = [k.transpose(0, 1) for k in self.k_rotated]
 
-    def _allocate(self, shape: tuple[int, ...]) -> Tensor:
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         try:
-            return torch.empty(shape, device=self.device, dtype=self.dtype)
+            return torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
         except RuntimeError as error:
             raise memory_limit_of(error) or error from None
 
@@ -449,7 +420,7 @@ class KVCache:
 
     def _plan(self, capacity: int, held: int, placement: Placement, workspace: int) -> MemoryPlan:
         """What it takes to go from `held` tokens to `capacity`: the difference, and a layer that is there twice."""
-        sizes = self.dense_limit, self.dtype, self.recent_size
+        sizes = self.dense_limit, self.dtype, self.winners_shape
         new = cache_bytes(self._config, capacity, *sizes, placement)
         far = far_bytes(self._config, capacity, self.dtype, placement)
         old, old_far = (self.nbytes, self.far_nbytes) if held else (0, 0)

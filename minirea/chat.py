@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from minirea.api import LLM, Session
 from minirea.errors import InputError, MinireaError, printable
@@ -26,6 +26,17 @@ _DOCUMENT_LIMIT: Final = 2**30  # bytes
 _LINE_LIMIT: Final = 2**30  # bytes
 
 
+class Document(NamedTuple):
+    """A text that a message begins with: its name, characters with the empty line after it, and tokens."""
+
+    name: str
+    length: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{printable(self.name, 200)} ({self.tokens:,} token{'s' * (self.tokens != 1)})"
+
+
 class Conversation:
     """Messages, and the session that has read them.
 
@@ -35,12 +46,12 @@ class Conversation:
 
     Attributes:
         messages: what was said, each {"role": ..., "content": ...}.
-        pending: documents that the next message begins with.
+        pending: text of the documents that the next message begins with.
+        documents: for each message of the user those that it begins with; the last entry is of `pending`.
     """
 
     def __init__(self, session: Session, system: str | None = None, allow_special_tokens: bool = False) -> None:
         self.allow_special_tokens = allow_special_tokens
-        self.pending = ""
         self.system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.open(session)
 
@@ -50,26 +61,26 @@ class Conversation:
         Raises:
             InputError: what was saved with it is no conversation; this one stays as it is.
         """
-        messages, base = _saved_conversation(session)
-        self.session, self.messages, self.base, self.pending = session, messages, base, ""
+        self.messages, self.base, self.pending, self.documents = _saved_conversation(session)
+        self.session = session
 
     @property
     def llm(self) -> LLM:
         return self.session.llm
 
-    def add_document(self, text: str, progress: bool = False) -> int:
-        """Put a text before the next message, and read it; returns the number of tokens that were read."""
+    def add_document(self, text: str, name: str = "the document", progress: bool = False) -> Document:
+        """Put a text before the next message, and read it; `tokens` of what is returned are those that were read."""
         before, self.pending = self.pending, f"{self.pending}{text}\n\n"
         try:
-            # What any question after it has in common.
-            first, second = (self._ids([*self.messages, self._message(end)]) for end in ("1", "Why"))
-            ids = self._forget_what_differs(first[: _shared(first, second)])
+            ids = self._forget_what_differs(self._beginning())
             if ids:
                 self.session.prefill(ids, progress)
         except BaseException:
             self.pending = before
             raise
-        return len(ids)
+        document = Document(name, len(text) + 2, len(ids))
+        self.documents[-1].append(document)
+        return document
 
     def stream(self, text: str, **options: Any) -> Iterator[Piece]:
         """Add a message and answer it. What was said of an answer that ends early is kept; of none, nothing is.
@@ -99,26 +110,38 @@ class Conversation:
             if answer:
                 self.messages += [message, {"role": "assistant", "content": answer}]
                 self.pending = ""
+                self.documents.append([])
             else:
                 self.pending = pending
 
-    def undo(self) -> bool:
-        """Forget the last message and its answer; whether there was one."""
-        if not self.messages:
-            return False
-        while self.messages and self.messages.pop()["role"] != "user":
-            pass
+    def undo(self) -> Document | Message | None:
+        """Take the last step back, and return it: a document that no message has yet, or a message with its answer.
+
+        The documents that a message begins with stay, before the next one.
+        """
+        undone: Document | Message | None = None
+        if self.documents[-1]:
+            undone = self.documents[-1].pop()
+            self.pending = self.pending[: len(self.pending) - undone.length]
+        else:
+            while self.messages:
+                undone = self.messages.pop()
+                if undone["role"] == "user":
+                    self.documents.pop()
+                    self.pending = undone["content"][: sum(document.length for document in self.documents[-1])]
+                    break
         self._forget()
-        return True
+        return undone
 
     def reset(self) -> None:
-        """Forget everything that was said."""
-        self.messages, self.pending = [], ""
+        """Forget everything that was said, and all documents."""
+        self.messages, self.pending, self.documents = [], "", [[]]
         self._forget()
 
     def save(self, path: str, progress: bool = False) -> None:
         """Keep the context and the conversation in a file. Errors as of Session.save."""
         notes = {"messages": json.dumps(self.messages), "base": str(self.base)}
+        notes |= {"pending": self.pending, "documents": json.dumps(self.documents)}
         self.session.notes = self.session.notes | notes
         self.session.save(path, progress=progress)
 
@@ -139,9 +162,19 @@ class Conversation:
         self.session.rewind(shared)
         return ids[shared:]
 
+    def _beginning(self) -> list[int]:
+        """What the context has in common whatever the next message says after its documents."""
+        first, second = (self._ids([*self.messages, self._message(end)]) for end in ("1", "Why"))
+        return first[: _shared(first, second)]
+
     def _forget(self) -> None:
-        """Rewind the session to the messages that are left."""
-        ids = self._ids(self.messages, add_generation_prompt=False) if self.messages else self.session.ids[: self.base]
+        """Rewind the session to the messages and documents that are left."""
+        if self.pending:
+            ids = self._beginning()
+        elif self.messages:
+            ids = self._ids(self.messages, add_generation_prompt=False)
+        else:
+            ids = self.session.ids[: self.base]
         self.session.rewind(_shared(self.session.ids, ids))
 
 
@@ -151,13 +184,15 @@ def _shared(one: list[int], other: list[int]) -> int:
     return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _saved_conversation(session: Session) -> tuple[list[Message], int]:
-    """Messages of a session from a file, and the number of tokens before them."""
-    if "messages" not in session.notes:
-        return [], len(session.ids)
+def _saved_conversation(session: Session) -> tuple[list[Message], int, str, list[list[Document]]]:
+    """Messages of a session from a file, the number of tokens before them, and their documents."""
+    notes = session.notes
+    if "messages" not in notes:
+        return [], len(session.ids), "", [[]]
     malformed = InputError("the conversation in this context is malformed")
     try:
-        messages, base = json.loads(session.notes["messages"]), int(session.notes.get("base", ""))
+        messages, base = json.loads(notes["messages"]), int(notes.get("base", ""))
+        pending, given = notes.get("pending", ""), json.loads(notes.get("documents", "null"))
     except (ValueError, RecursionError):
         raise malformed from None
     texts = isinstance(messages, list) and all(
@@ -166,7 +201,28 @@ def _saved_conversation(session: Session) -> tuple[list[Message], int]:
     )
     if not texts or not 0 <= base <= len(session.ids):
         raise malformed
-    return messages, base
+    contents = [*(m["content"] for m in messages if m["role"] == "user"), pending]
+    documents = [[] for _ in contents] if given is None and not pending else _documents(given)
+    if documents is None or len(documents) != len(contents):
+        raise malformed
+    lengths = [sum(document.length for document in before) for before in documents]
+    if any(length > len(content) for length, content in zip(lengths, contents, strict=True)):
+        raise malformed
+    if lengths[-1] != len(pending):
+        raise malformed
+    return messages, base, pending, documents
+
+
+def _documents(given: Any) -> list[list[Document]] | None:
+    """Documents as JSON has them; None of what is malformed."""
+    try:
+        documents = [[Document(*document) for document in before] for before in given]
+    except TypeError:
+        return None
+    for name, *numbers in (document for before in documents for document in before):
+        if not isinstance(name, str) or any(type(number) is not int or number < 0 for number in numbers):
+            return None
+    return documents
 
 
 class Chat:
@@ -175,6 +231,7 @@ class Chat:
     Args:
         options: of Session.stream.
         footer: lines of statistics about an answer's last piece.
+        worded: a message of an error, in the words of the command line.
         progress: show bars.
     """
 
@@ -184,12 +241,14 @@ class Chat:
         interrupts: Interrupts,
         options: dict[str, Any],
         footer: Callable[[Any, str | None], str],
+        worded: Callable[[str], str],
         progress: bool = True,
     ) -> None:
         self.conversation = conversation
         self.interrupts = interrupts
         self.options = options
         self.footer = footer
+        self.worded = worded
         self.progress = progress
         self.last: Piece | None = None
         self.failed = False
@@ -208,7 +267,7 @@ class Chat:
                 if not self._take(line):
                     break
             except MinireaError as error:
-                say(f"minirea: error: {error}")
+                say(f"minirea: error: {self.worded(str(error))}")
                 self.failed = True
         return 1 if self.failed and not self.in_terminal else 0
 
@@ -287,11 +346,16 @@ class Chat:
 
     def _reset(self, _: str) -> None:
         self.conversation.reset()
-        say("minirea: everything said is forgotten")
+        say("minirea: everything said is forgotten, and every document")
 
     def _undo(self, _: str) -> None:
-        done = self.conversation.undo()
-        say("minirea: the last message and its answer are forgotten" if done else "minirea: nothing was said yet")
+        undone = self.conversation.undo()
+        if isinstance(undone, Document):
+            say(f"minirea: {undone} is forgotten")
+        elif undone is not None:
+            say(f"minirea: the last message and its answer are forgotten{self._to_come()}")
+        else:
+            say("minirea: nothing was said yet, and no document was read")
 
     def _save(self, path: str) -> None:
         self.conversation.save(path, self.progress)
@@ -304,7 +368,13 @@ class Chat:
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         said = len(self.conversation.messages) // 2
-        say(f"minirea: {len(session.ids):,} tokens, {said} answer{'s' * (said != 1)} among them, opened from {path}")
+        answers = f"{said} answer{'s' * (said != 1)} among them"
+        say(f"minirea: {len(session.ids):,} tokens, {answers}, opened from {path}{self._to_come()}")
+
+    def _to_come(self) -> str:
+        """What the next message begins with."""
+        documents = self.conversation.documents[-1]
+        return f"; the next message begins with {', '.join(map(str, documents))}" if documents else ""
 
     def _file(self, path: str) -> None:
         try:
@@ -315,12 +385,13 @@ class Chat:
             ) from None
         if not text:
             raise InputError(f"{path}: is empty, expected some text")
-        count = self.conversation.add_document(text, self.progress)
-        say(f"minirea: {count:,} tokens of {path} read, which the next message begins with")
+        document = self.conversation.add_document(text, path, self.progress)
+        say(f"minirea: {document.tokens:,} tokens of {path} read, which the next message begins with")
 
     def _stats(self, _: str) -> None:
         tokens = len(self.conversation.session.ids)
-        say(f"context     {tokens:,} tokens, {len(self.conversation.messages)} messages")
+        messages = len(self.conversation.messages)
+        say(f"context     {tokens:,} tokens, {messages} message{'s' * (messages != 1)}{self._to_come()}")
         if self.last is not None:
             say(self.footer(self.last.stats, self.last.finish_reason))
 
@@ -338,8 +409,8 @@ class Chat:
 # What each command does, what it needs and what /help says of it.
 COMMANDS: Final[dict[str, tuple[Callable[[Chat, str], None], str, str]]] = {
     "file": (Chat._file, "FILE", "read a document, which the next message begins with"),
-    "undo": (Chat._undo, "", "forget the last message and its answer"),
-    "reset": (Chat._reset, "", "forget everything that was said"),
+    "undo": (Chat._undo, "", "forget the last message and its answer, or the document read since"),
+    "reset": (Chat._reset, "", "forget everything that was said, and every document"),
     "save": (Chat._save, "FILE", "keep the context and the conversation in a file"),
     "load": (Chat._load, "FILE", "go on with a kept one"),
     "sources": (Chat._sources, "", "passages that the last answer used most"),

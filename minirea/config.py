@@ -167,8 +167,9 @@ class ReAttentionConfig:
             by itself; 0 reads them like the others, as the paper does.
         tail_chunk_size: queries of a prompt's tail that share one scope, at most local_size; None means 16, or
             chunk_size where that is less.
-        vote_window: a token of an answer, and the last one of a prompt, votes together with the queries of the tokens
-            before it, so many in all; 1 lets it vote alone, as the paper does. At most local_size.
+        vote_window: for a token of an answer, and the last one of a prompt, the votes of the tokens before it count as
+            well, as each found its winners in all layers, so many in all; 1 lets it vote alone, as the paper does. More
+            than 1 needs carry_votes.
         vote_size: so many neighbouring keys are one to the vote: a winner counts as the key in the middle of its block;
             1 counts every key by itself, as the paper does.
         decode_spans: winners kept after the vote of such a token; None means max_spans, which is the most it can be.
@@ -204,7 +205,7 @@ class ReAttentionConfig:
             object.__setattr__(self, name, integer(name, value, lowest, LARGEST_SIZE))
         if self.span_size % 2:
             raise InputError(f"span_size is {self.span_size}, expected an even number: a span has two equal halves")
-        for name in ("chunk_size", "tail_chunk_size", "vote_window"):
+        for name in ("chunk_size", "tail_chunk_size"):
             if getattr(self, name) > self.local_size:
                 raise InputError(
                     f"{name} is {getattr(self, name)}, expected at most local_size ({self.local_size}): "
@@ -221,6 +222,11 @@ class ReAttentionConfig:
             raise InputError(f"span_scope is {self.span_scope!r}, expected one of {', '.join(SPAN_SCOPES)}")
         if not isinstance(self.carry_votes, bool):
             raise InputError(f"carry_votes is {shown(self.carry_votes)}, expected True or False")
+        if self.vote_window > 1 and not self.carry_votes:
+            raise InputError(
+                f"vote_window is {self.vote_window}, expected 1 without carry_votes: the votes of earlier tokens are "
+                "those of all layers; pass carry_votes=True"
+            )
         if self.max_scope > LARGEST_SIZE:
             raise InputError(f"{self._reach()}, expected at most {LARGEST_SIZE}")
 
@@ -240,15 +246,16 @@ class ReAttentionConfig:
             "span_size": 64 if medium else 32,
         } | given
         # Names a bad value before it is used in arithmetic.
-        cls(**values | dict.fromkeys(_DERIVED) | {"max_spans": given.get("max_spans", 0)})
+        rest = {"max_spans": given.get("max_spans", 0), "vote_window": 1}
+        cls(**values | dict.fromkeys(_DERIVED) | rest)
         room = max(0, trained_context - values["global_size"] - values["local_size"])
         values.setdefault(
             "max_spans", (min(room, 256 * values["span_size"]) if large else room // 2) // values["span_size"]
         )
-        if medium:  # an answer's tokens vote together, over all layers, for few spans (the same entry)
+        if medium:  # earlier tokens and layers vote with an answer's, for few spans (the notebook, same date)
             # A span covers its block and half as much on either side, so that no border of blocks cuts a passage.
             blocks = {"vote_size": values["span_size"] // 2}
-            votes = blocks | {"vote_window": min(8, values["local_size"]), "carry_votes": True}
+            votes = blocks | {"vote_window": 8 if values.get("carry_votes", True) else 1, "carry_votes": True}
             values = votes | {"decode_spans": min(16, values["max_spans"])} | values
         sparse = cls(**values)
         return sparse if "dense_size" in given else dataclasses.replace(sparse, dense_size=sparse.max_scope)
@@ -317,3 +324,9 @@ SCOPE_FIELDS: Final = tuple(field.name for field in dataclasses.fields(ReAttenti
 SELECTING_FIELDS: Final = (
     *("span_top_k", "span_size", "max_spans", "span_scope", "vote_window", "vote_size", "carry_votes", "decode_spans"),
 )
+
+
+def fields_of(mode: str) -> tuple[str, ...]:
+    """Fields of ReAttentionConfig that an attention mode depends on."""
+    ignored = {"full": SCOPE_FIELDS, "streaming": SELECTING_FIELDS}.get(mode, ())
+    return tuple(name for name in SCOPE_FIELDS if name not in ignored)

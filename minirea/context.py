@@ -8,8 +8,7 @@ uses the session keeps with it ("notes"). Its tensors, for L layers, G key/value
     checksums      I64 [1 + blocks]   of ids, then of the blocks of all others in this order
     k.0 ... k.L-1  [G, N, D]          keys without RoPE, or k_rotated.0 ... where only rotated keys are kept
     v.0 ... v.L-1  [G, N, D]
-    q.0 ... q.L-1  [1, R, H D]        recent queries as KVCache.q_recent has them, where settings ask for any; the
-                                      metadata's "recent_from" is the first token that they are of
+    winners.0 ...  I32 [1, R, H K]    of recent tokens, as KVCache.winners has them, where settings ask for any
 
 Keys that are kept with RoPE as well are rotated again when a file is opened. A block is BLOCK_BYTES of one head; its
 checksum is the sum of its bytes as 64-bit integers, which runs at the speed of memory and finds damage, not malice.
@@ -32,19 +31,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minirea.cache import KVCache
-from minirea.config import ModelConfig
+from minirea.cache import NO_WINNERS, KVCache
+from minirea.config import DTYPES, MODES, QUANTIZE, ModelConfig, ReAttentionConfig, fields_of
 from minirea.errors import InputError
 from minirea.files import check_room, is_there, replacing, unreadable
 from minirea.threads import thread_pool
 from minirea.weights.loader import StoredTensor, bytes_of, open_file, read_header
 
 FORMAT: Final = "minirea context"
-VERSION: Final = "1"
+VERSION: Final = "2"
 BLOCK_BYTES: Final = 8 * 2**20
 READERS: Final = 4
 WRITERS: Final = 2  # more write too far apart: disks and file systems like one place after the other
-_STORED_AS: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+_STORED_AS: Final = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def save_context(
     sums = torch.zeros(1 + _num_blocks(parts), dtype=torch.int64)
     shapes = {"ids": (ids_M.dtype, (len(ids),)), "checksums": (sums.dtype, tuple(sums.shape))}
     shapes |= {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}
-    header, offsets = _header(shapes, _metadata(origin, notes) | {"recent_from": str(cache.recent_from)})
+    header, offsets = _header(shapes, _metadata(origin, notes))
     with replacing(path) as file:
         check_room(file, path, offsets["end"])
         _write_at(file, 0, memoryview(header))
@@ -116,11 +121,13 @@ class StoredContext:
         notes: what was saved with it.
     """
 
-    def __init__(self, path: str | Path, model: ModelConfig, origin: Origin, recent_size: int = 0) -> None:
+    def __init__(
+        self, path: str | Path, model: ModelConfig, origin: Origin, winners_shape: tuple[int, int, int] = NO_WINNERS
+    ) -> None:
         """Open and check a file.
 
         Args:
-            recent_size: of the cache that it will be read into.
+            winners_shape: of the cache that it will be read into.
 
         Raises:
             MissingFileError: no such file.
@@ -132,11 +139,10 @@ class StoredContext:
         self._file = open_file(Path(path))
         try:
             metadata, tensors = read_header(self._file, Path(path))
-            self._check_origin(metadata, origin)
+            self._check_origin(metadata, origin, model.trained_context)
             self.notes = self._notes(metadata)
             self._tensors = {tensor.name: tensor for tensor in tensors}
-            self.num_cached = self._check_tensors(model, origin, recent_size)
-            self._recent_from = self._recent_token(metadata) if recent_size else 0
+            self.num_cached = self._check_tensors(model, origin, winners_shape)
             self.ids = self._read_ids(model.vocab_size)
         except BaseException:
             self._file.close()
@@ -168,7 +174,6 @@ class StoredContext:
                 if found != expected[index]:
                     raise InputError(f"{self.path}: is damaged: bytes from {blocks[index].offset} on have changed")
         cache.filled(self.num_cached)
-        cache.recent_from = self._recent_from
 
     def close(self) -> None:
         self._file.close()
@@ -177,7 +182,7 @@ class StoredContext:
         if hasattr(self, "_file"):
             self._file.close()
 
-    def _check_origin(self, metadata: dict[str, str], origin: Origin) -> None:
+    def _check_origin(self, metadata: dict[str, str], origin: Origin, trained_context: int) -> None:
         if metadata.get("format") != FORMAT:
             raise InputError(f"{self.path}: is no context, expected a file that `minirea read --save` has written")
         if metadata.get("version") != VERSION:
@@ -189,28 +194,44 @@ class StoredContext:
                 f"{self.path}: was read by the model {found}, expected {origin.model_name!r} ({origin.model!r}): "
                 "other weights, or another config.json"
             )
-        settings = self._object(metadata, "settings")
+        settings = {"quantize": None} | self._object(metadata, "settings")
         differing = [name for name, expected in origin.settings.items() if settings.get(name) != expected]
         if not differing:
             return
-        names, advice = [name for name in differing if settings.get(name) is not None], "pass the former"
-        if not names:
-            names = differing[:1]
-            advice = f"leave `{names[0]}` out" if names[0] in settings else "read it anew"
-        found, expected = (" ".join(_setting(name, x.get(name)) for name in names) for x in (settings, origin.settings))
-        raise InputError(f"{self.path}: was read with {found}, expected {expected}: {advice}")
+        needed = self._needed(settings, differing, trained_context)
+        names = [name for name in differing if name in settings]
+        found, expected = (_listed({name: x[name] for name in names}) for x in (settings, origin.settings))
+        raise InputError(f"{self.path}: was read with {found}, expected {expected}: load the model {needed}")
+
+    def _needed(self, settings: dict[str, Any], differing: list[str], trained_context: int) -> str:
+        """What to load the model with for a file's settings: all of it at once."""
+        for name, allowed in (("attention", MODES), ("dtype", DTYPES), ("quantize", (None, *QUANTIZE))):
+            if settings.get(name) not in allowed:
+                found = f"{name} {settings.get(name)!r:.40}"
+                raise InputError(f"{self.path}: settings have {found}, expected one of {allowed}")
+        mode = settings["attention"]
+        missing = next((name for name in fields_of(mode) if settings.get(name) is None), None)
+        if missing is not None:
+            raise InputError(
+                f"{self.path}: was read by a build without `{missing}`, expected one with it: read it anew"
+            )
+        arguments: dict[str, Any] = {
+            name: settings[name] for name in ("attention", "dtype", "quantize") if name in differing
+        }
+        scope = {name: settings[name] for name in fields_of(mode)}
+        try:
+            arguments |= _arguments_for(mode, scope, differing, trained_context)
+        except InputError as error:
+            raise InputError(f"{self.path}: settings are none that a model can have: {error}") from None
+        passed = {name: value for name, value in arguments.items() if value is not None}
+        without = ["without `quantize`"] if len(passed) < len(arguments) else []
+        return " and ".join([*([f"with {_listed(passed)}"] if passed else []), *without])
 
     def _notes(self, metadata: dict[str, str]) -> dict[str, str]:
         notes = self._object(metadata, "notes")
         if not all(isinstance(value, str) for value in notes.values()):
             raise InputError(f"{self.path}: notes are malformed, expected strings")
         return notes
-
-    def _recent_token(self, metadata: dict[str, str]) -> int:
-        found = metadata.get("recent_from", "")
-        if not (found.isascii() and found.isdigit() and len(found) < 20 and int(found) <= self.num_cached):
-            raise InputError(f"{self.path}: recent_from is {found!r:.40}, expected 0 to {self.num_cached}")
-        return int(found)
 
     def _object(self, metadata: dict[str, str], key: str) -> dict[str, Any]:
         try:
@@ -221,20 +242,22 @@ class StoredContext:
             raise InputError(f"{self.path}: {key} is {metadata.get(key)!r:.80}, expected a JSON object")
         return value
 
-    def _check_tensors(self, model: ModelConfig, origin: Origin, recent_size: int) -> int:
+    def _check_tensors(self, model: ModelConfig, origin: Origin, winners_shape: tuple[int, int, int]) -> int:
         """Whether exactly those of this model are there; returns the number of cached tokens."""
         first = self._tensors.get("v.0")
         cached = first.shape[1] if first and len(first.shape) == 3 else 0
         kv_shape = (model.num_kv_heads, cached, model.head_dim)
-        q_shape = (1, recent_size, model.num_heads * model.head_dim)
-        dtype = _STORED_AS[getattr(torch, str(origin.settings["dtype"]))]
+        dtype = getattr(torch, str(origin.settings["dtype"]))
         keys = "k_rotated" if origin.settings["attention"] == "full" else "k"
-        kinds = {keys: kv_shape, "v": kv_shape} | ({"q": q_shape} if recent_size else {})
+        kinds = {keys: (dtype, kv_shape), "v": (dtype, kv_shape)}
+        if winners_shape != NO_WINNERS:
+            kinds["winners"] = torch.int32, (1, winners_shape[0], winners_shape[1] * winners_shape[2])
         expected: dict[str, tuple[str, list[tuple[int, ...]]]] = {
-            f"{kind}.{layer}": (dtype, [shape]) for kind, shape in kinds.items() for layer in range(model.num_layers)
+            f"{kind}.{layer}": (_STORED_AS[dtype], [shape])
+            for kind, (dtype, shape) in kinds.items()
+            for layer in range(model.num_layers)
         }
-        itemsize = getattr(torch, str(origin.settings["dtype"])).itemsize
-        blocks = model.num_layers * sum(_blocks_of(shape, itemsize) for shape in kinds.values())
+        blocks = model.num_layers * sum(_blocks_of(shape, dtype.itemsize) for dtype, shape in kinds.values())
         expected |= {"ids": ("I64", [(cached,), (cached + 1,)]), "checksums": ("I64", [(1 + blocks,)])}
         for name in sorted(expected.keys() | self._tensors.keys()):
             tensor = self._tensors.get(name)
@@ -269,19 +292,47 @@ def context_bytes(model: ModelConfig, num_tokens: int, dtype: torch.dtype) -> in
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize * num_tokens
 
 
-def _setting(name: str, value: Any) -> str:
-    return f"no `{name}`" if value is None else f"{name}={value!r:.40}"
+def _arguments_for(mode: str, scope: dict[str, Any], differing: list[str], trained_context: int) -> dict[str, Any]:
+    """Arguments of `load` that give all of `scope`, whatever others are passed with them.
+
+    Those that are `differing`, and of the others each whose default, which may follow from the former, is another one.
+    What else is passed has its value in `scope`, and so changes no default.
+
+    Raises:
+        InputError: no model can have this scope.
+    """
+    fixed = {"span_top_k": 0} if mode == "streaming" else {}
+    whole = ReAttentionConfig.for_context(trained_context, **scope, **fixed)
+    given = {name: value for name, value in scope.items() if name in differing}
+    while True:
+        try:
+            found = ReAttentionConfig.for_context(trained_context, **given, **fixed)
+        except InputError:  # these do not go with the defaults of the others
+            given = scope
+            break
+        other = next((name for name, value in scope.items() if getattr(found, name) != value), None)
+        if other is None:
+            break
+        given = given | {other: scope[other]}
+    beyond = mode != "full" and whole.max_scope > trained_context
+    return given | ({"allow_out_of_distribution": True} if beyond else {})
+
+
+def _listed(settings: dict[str, Any]) -> str:
+    """As Python's arguments."""
+    named = (f"no `{name}`" if value is None else f"{name}={value!r:.40}" for name, value in settings.items())
+    return ", ".join(named)
 
 
 def _parts(cache: KVCache, num_tokens: int) -> dict[str, Tensor]:
     """The cache's tensors by their names in a file, of so many tokens, [heads, rows, D] each.
 
-    The layers' keys and values in turn, then their recent queries.
+    The layers' keys and values in turn, then their winners.
     """
     layers = range(len(cache.v))
     parts = {f"{name}.{layer}": part[:, :num_tokens] for layer in layers for name, part in cache.stored(layer).items()}
-    recent = enumerate(cache.q_recent.flatten(2)) if cache.recent_size else ()
-    return parts | {f"q.{layer}": q_RX[None] for layer, q_RX in recent}  # X = H D
+    winners = enumerate(cache.winners.flatten(2)) if cache.recent_size else ()
+    return parts | {f"winners.{layer}": winner_RX[None] for layer, winner_RX in winners}  # X = H K
 
 
 def _rows_per_block(row_bytes: int) -> int:

@@ -40,7 +40,10 @@ _TILE: Final = 1024  # keys that are rotated and multiplied by while they are in
 _SCORES: Final = 1 << 21  # held at a time
 _SCORE_ROWS: Final = 128  # in so many rows at most
 _FEW_WINNERS: Final = 8  # of a row, up to which a search for each is faster than a sort
-_KEYS_TRIED: Final = (129, 1000, 4097)  # whether their scores round alike
+HALVED_FROM: Final = 5120  # keys to search, for which a copy of them in bfloat16 saves time
+_STEPS_BEFORE_HALVES: Final = 8
+_HALVED_AT_ONCE: Final = 1024
+_HALF_ROUNDING: Final = 1.01 * 2**-8  # of a number to bfloat16, relative to either
 _LARGEST: Final = torch.finfo(torch.float32).max
 _FLASH: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # also gives the sums of exponentials
 
@@ -314,23 +317,21 @@ def reattention(
     sin: Tensor,
     config: ReAttentionConfig,
     gather: Callable[[Tensor], Tensor] | None = None,
-    attending: int | None = None,
     votes: Votes | None = None,
-    winners: Winners | None = None,
+    winners: Tensor | None = None,
+    half_keys: HalfKeys | None = None,
 ) -> Tensor:
     """`minirea.kernels.reattention` of one chunk, beyond global_size + local_size tokens, with one vote for all heads.
 
     The reference's phases up to the scope; then a chunk is attended to without a mask, and a decode step leaves the
-    local part where it is. Arguments are the reference's, in float32; `winners` are this layer's of the step before.
+    local part where it is. Arguments are the reference's, in float32; `half_keys` are this layer's.
     """
     T, H, D = q_THD.shape
     G = len(k_cache_GND)
     q_GRD = q_THD.unflatten(1, (G, H // G)).transpose(0, 1).reshape(G, -1, D)
-    score_function = score if winners is None else winners.score
-    start_1P, offset_1P, length_1 = choose_scope(q_GRD, k_cache_GND, seq_len, config, score_function, gather, votes)
+    options = score if half_keys is None else half_keys.score, gather, votes, winners
+    start_1P, offset_1P, length_1 = choose_scope(q_GRD, k_cache_GND, seq_len, config, *options)
     S = int(length_1)
-    if attending is not None:
-        T, q_THD = attending, q_THD[T - attending :]
     q_THD = rotate(q_THD.clone(), cos[S - T : S, None], sin[S - T : S, None])
     gathered = S if T > 1 else S - config.local_size
     source_S = locate(torch.arange(gathered), start_1P, offset_1P)[0]
@@ -349,85 +350,116 @@ def reattention(
     return out_GRD.baddbmm_(p_GRS[..., gathered:], v_cache_GND[:, local]).view(1, H, D)
 
 
-class Winners:
-    """What the queries of one layer's decode steps won, kept from step to step, so that a step searches for its own.
+class HalfKeys:
+    """A copy of the middle's keys in bfloat16, which says in which few blocks of keys a row's winners can be.
 
-    Between two steps one key enters the middle. It comes after all others, so that it loses to its equals, and one
-    score brings an earlier query's list up to date. A step that does not follow the one before it, of one token less,
-    searches for all its queries.
+    It is of k - m, with a mean key m that stays: what m adds to the scores of a row changes no order. The product of a
+    key and a query, both rounded, is off by |q - rounded q| |k - m| + |q| |k - m - copy| at most, and its own rounding.
+    Blocks whose best product can reach the K-th best block's are scored in float32, by the product of a whole search.
 
-    Args:
-        group: rows of a query, H / G.
+    A copy is made once it will be used for some steps more, a key at a time from then on. It is of one layer's decode
+    steps, which follow each other: if others' tokens come into the cache, or some are taken back, a new one has to go
+    on.
     """
 
-    def __init__(self, group: int) -> None:
-        self._group = group
-        self._stop = 0  # of the middle for which the lists hold
-        self._best_GRK = self._index_GRK = torch.empty(0, 0, 0)  # scores, and cache positions as int64
+    def __init__(self) -> None:
+        self._steps = 0
+        self._useful = _has_tiles()
+        self._half_NC = torch.empty(0, 0, dtype=torch.bfloat16)  # C = G D: one product for all heads
+        self._num_keys = 0  # that are copied
+        self._mean_G1D = torch.empty(0, 0, 0)
+        self._norm_G1 = self._error_G1 = torch.empty(0, 0)  # the largest |k - m| and |k - m - copy|
 
     def score(self, q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> Tensor:
-        """`score` of a decode step's queries, oldest first."""
-        (G, R, D), earlier = q_GRD.shape, q_GRD.shape[1] - self._group
-        first, kept = self._best_GRK.shape[1] - earlier, 0  # rows of the lists that go on begin at `first`
-        # Of few keys the product is another one, and lists grow.
-        if first >= 0 and self._stop == mid_hi - 1 and mid_hi - mid_lo > max(BLOCK, span_top_k):
-            kept = R - _fewest_rows(G, self._group, R, D, torch.get_num_threads())
-        best_GRK, index_GRK = search(q_GRD[:, kept:], k_cache_GND, mid_lo, mid_hi, span_top_k)
-        if kept:
-            rows = slice(first, first + kept)
-            entering_GR = _scores_of_last(q_GRD, k_cache_GND[:, :mid_hi])[:, :kept]
-            held = _with_last(self._best_GRK[:, rows], self._index_GRK[:, rows], entering_GR, mid_hi - 1)
-            best_GRK, index_GRK = torch.cat([held[0], best_GRK], 1), torch.cat([held[1], index_GRK], 1)
-        self._stop, self._best_GRK, self._index_GRK = mid_hi, best_GRK, index_GRK
-        return index_GRK
+        """`score` of the next step."""
+        arguments = q_GRD, k_cache_GND, mid_lo, mid_hi, span_top_k
+        found = self.search(*arguments)
+        return score(*arguments) if found is None else found
+
+    def search(self, q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> Tensor | None:
+        """`score` of the next step; None where that has to look at all keys."""
+        self._steps += 1
+        num_blocks = (mid_hi - mid_lo) // BLOCK
+        if not self._useful or num_blocks * BLOCK < HALVED_FROM or self._steps < _STEPS_BEFORE_HALVES:
+            return None
+        self._copy(k_cache_GND, mid_lo, num_blocks * BLOCK)
+        excess_GN = self._excess(q_GRD, num_blocks, span_top_k)
+        counts = (excess_GN >= 0).sum(1).tolist()
+        if min(counts) < span_top_k or max(counts) > num_blocks // 3:  # not finite, or too many
+            self._useful = False
+            return None
+        block_GB = excess_GN.topk(max(counts)).indices.sort().values
+        return _best_of_blocks(q_GRD, k_cache_GND[:, mid_lo:mid_hi], block_GB, span_top_k, mid_lo)
+
+    def _copy(self, k_cache_GND: Tensor, mid_lo: int, num_keys: int) -> None:
+        """Go on to `num_keys` keys of the middle."""
+        G, N, D = k_cache_GND.shape
+        if num_keys > len(self._half_NC):  # at first, and for a cache that grew
+            self._half_NC = torch.empty(N - mid_lo, G * D, dtype=torch.bfloat16)
+            self._mean_G1D = k_cache_GND[:, mid_lo : mid_lo + num_keys : BLOCK].mean(1, keepdim=True)
+            self._norm_G1 = self._error_G1 = torch.zeros(G, 1, dtype=torch.float32)
+            self._num_keys = 0
+        for start in range(self._num_keys, num_keys, _HALVED_AT_ONCE):
+            rows = slice(start, min(start + _HALVED_AT_ONCE, num_keys))
+            half_GND = self._half_NC[rows].unflatten(1, (G, D)).transpose(0, 1)
+            k_GND = k_cache_GND[:, mid_lo + rows.start : mid_lo + rows.stop] - self._mean_G1D
+            half_GND.copy_(k_GND)
+            self._norm_G1 = torch.maximum(self._norm_G1, _largest_norm(k_GND))
+            self._error_G1 = torch.maximum(self._error_G1, _largest_norm(k_GND.sub_(half_GND)))
+        self._num_keys = num_keys
+
+    def _excess(self, q_GRD: Tensor, num_blocks: int, span_top_k: int) -> Tensor:
+        """By how much each block's best product is above what a block with a winner has, at least, [G, blocks]: the
+        most of a head's rows.
+        """
+        G, R, D = q_GRD.shape
+        half_GRD = q_GRD.bfloat16()
+        wide_GRGD = torch.zeros(G, R, G, D, dtype=torch.bfloat16)  # each head's rows are zero in other heads' columns
+        wide_GRGD.diagonal(dim1=0, dim2=2).copy_(half_GRD.permute(1, 2, 0))
+        product_NQ = F.linear(self._half_NC[: num_blocks * BLOCK], wide_GRGD.view(G * R, G * D))
+        best_NMQ = product_NQ.view(num_blocks, BLOCK, G * R)
+        while best_NMQ.shape[1] > 1:  # amax over few columns has short inner runs
+            best_NMQ = torch.maximum(*best_NMQ.chunk(2, 1))
+        best_GRN = best_NMQ.view(num_blocks, G, R).permute(1, 2, 0).float()
+        norm_GR, lost_GR = (torch.linalg.vector_norm(x_GRD, dim=-1) for x_GRD in (q_GRD, q_GRD - half_GRD))
+        # Sums of float32, of this product and of the scores themselves, are off by less than D 2^-23 of the norms.
+        sums_G1 = (self._norm_G1 + torch.linalg.vector_norm(self._mean_G1D, dim=-1)) * (D * 2**-22)
+        off_GR = lost_GR * self._norm_G1 + norm_GR * (self._error_G1 + sums_G1)
+        least_GR = best_GRN.topk(span_top_k).values[..., -1]
+        least_GR = least_GR - least_GR.abs() * _HALF_ROUNDING - 2 * off_GR
+        least_GR = least_GR - least_GR.abs() * _HALF_ROUNDING
+        return (best_GRN - least_GR[..., None]).amax(1)
 
 
-def _scores_of_last(q_GRD: Tensor, k_GND: Tensor) -> Tensor:
-    """Scores of the last key, [G, R], in a product that is large enough to round as one with all keys."""
-    return torch.bmm(q_GRD, k_GND[:, -BLOCK:].mT)[..., -1]
+def half_bytes(num_tokens: int, num_kv_heads: int, head_dim: int) -> int:
+    """Of the HalfKeys of one layer, of a cache of so many tokens, at most."""
+    if num_tokens < HALVED_FROM or not _has_tiles():
+        return 0
+    return num_tokens * num_kv_heads * head_dim * torch.bfloat16.itemsize
 
 
-def _with_last(best_GRK: Tensor, index_GRK: Tensor, entering_GR: Tensor, position: int) -> tuple[Tensor, Tensor]:
-    """Lists of winners with a key that comes after all others: a full list only takes one that beats its last."""
-    if not bool((entering_GR > best_GRK[..., -1]).any()):
-        return best_GRK, index_GRK
-    both_GRJ = torch.cat([best_GRK, entering_GR[..., None]], -1)
-    best_GRJ, order_GRJ = both_GRJ.sort(dim=-1, descending=True, stable=True)
-    index_GRJ = F.pad(index_GRK, (0, 1), value=position).gather(-1, order_GRJ)
-    return best_GRJ[..., :-1], index_GRJ[..., :-1]
+def _largest_norm(x_GND: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x_GND, dim=-1).amax(1, keepdim=True)
 
 
-@functools.cache
-def _fewest_rows(G: int, group: int, rows: int, D: int, threads: int) -> int:
-    """The fewest rows, of whole queries, whose scores round as when all `rows` are scored; all, if fewer do not.
-
-    Libraries have several kernels, which sum in different orders, and choose one by the processor and a product's
-    shape. So it is tried. How several threads share the product of a single head depends on the number of keys, so that
-    nothing follows from a trial.
-    """
-    if G == 1 and threads > 1:
-        return rows
-    generator = torch.Generator().manual_seed(0)
-    q_GRD, k_GND = (torch.randn(G, n, D, generator=generator, dtype=torch.float32) for n in (rows, _KEYS_TRIED[-1]))
-
-    def rounds_alike(few: int, N: int) -> bool:
-        of_all, of_few = (search(x_GRD, k_GND, 0, N, _FEW_WINNERS) for x_GRD in (q_GRD, q_GRD[:, rows - few :]))
-        scores_GR = torch.bmm(q_GRD, k_GND[:, :N].mT)[..., -1]
-        return torch.equal(of_all[0][:, rows - few :], of_few[0]) and torch.equal(
-            _scores_of_last(q_GRD, k_GND[:, :N]), scores_GR
-        )
-
-    choices = range(group, rows, group)
-    return next((few for few in choices if all(rounds_alike(few, N) for N in _KEYS_TRIED)), rows)
+def _best_of_blocks(q_GRD: Tensor, k_GND: Tensor, block_GB: Tensor, span_top_k: int, first: int) -> Tensor:
+    """`score` of these blocks of keys, in ascending order, and of what is left behind the last whole block."""
+    (G, R, D), N, B = q_GRD.shape, k_GND.shape[1], block_GB.shape[1]
+    num_blocks, left = N // BLOCK, N % BLOCK
+    found_GND = torch.empty(G, B * BLOCK + left, D, dtype=torch.float32)
+    for k_ND, block_B, found_ND in zip(k_GND, block_GB, found_GND, strict=True):
+        rows = k_ND[: num_blocks * BLOCK].view(num_blocks, -1)
+        torch.index_select(rows, 0, block_B, out=found_ND[: B * BLOCK].view(B, -1))
+    found_GND[:, B * BLOCK :] = k_GND[:, num_blocks * BLOCK :]
+    score_GRN = torch.bmm(q_GRD, found_GND.mT)
+    at_GC = _largest(score_GRN.view(G * R, -1), span_top_k)[1].view(G, -1)
+    block_GC = F.pad(block_GB, (0, 1), value=num_blocks).gather(1, at_GC // BLOCK)
+    index_GC = block_GC.mul_(BLOCK).add_(at_GC % BLOCK).add_(first)
+    return index_GC.view(G, R, -1)
 
 
 def score(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> Tensor:
-    """The reference's `score` of float32 rows."""
-    return search(q_GRD, k_cache_GND, mid_lo, mid_hi, span_top_k)[1]
-
-
-def search(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> tuple[Tensor, Tensor]:
-    """Each row's best scores and their cache positions, [G, R, K], best first and the lower position first of equals.
+    """The reference's `score` of float32 rows: cache positions, [G, R, K].
 
     Keys are scored in tiles that stay in the processor's cache until they are ranked. A row's scores lie side by side:
     maxima of blocks are then reduced, and the best blocks copied, in whole runs.
@@ -437,7 +469,7 @@ def search(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_to
     heads = min(G, _SCORE_ROWS // rows)  # of a decode step all: their operations are then one
     blocks, most = -(-(mid_hi - mid_lo) // BLOCK), max(_SCORES // (heads * rows) // BLOCK, 1)
     keys = -(-blocks // -(-blocks // most)) * BLOCK  # as many in each tile: the last is no small product
-    best_GRK, index_GRK = (torch.empty(G, R, K, dtype=dtype) for dtype in (torch.float32, torch.int64))
+    index_GRK = torch.empty(G, R, K, dtype=torch.int64)
     buffer = torch.empty(heads * rows * (min(keys, mid_hi - mid_lo) + BLOCK), dtype=torch.float32)
     for g, first in itertools.product(range(0, G, heads), range(0, R, rows)):
         part = slice(g, g + heads), slice(first, first + rows)
@@ -453,10 +485,9 @@ def search(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_to
             tiles.append(_best_of_tile(score_HRN.view(num_rows, blocks, BLOCK), lo, K))
         score_PC, offs_PC = (torch.cat(parts, 1) for parts in zip(*tiles, strict=True))
         if len(tiles) > 1:
-            score_PC, at_PK = _largest(score_PC, K)
-            offs_PC = offs_PC.gather(1, at_PK)
-        best_GRK[part], index_GRK[part] = (x_PK.view(*q_HRD.shape[:2], K) for x_PK in (score_PC, offs_PC))
-    return best_GRK, index_GRK
+            offs_PC = offs_PC.gather(1, _largest(score_PC, K)[1])
+        index_GRK[part] = offs_PC.view(*q_HRD.shape[:2], K)
+    return index_GRK
 
 
 def _best_of_tile(score_RNM: Tensor, lo: int, num_winners: int) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from minirea.model import Model
 from minirea.progress import ReadingBar, work_of
 from minirea.ranks import SharedSampler
 from minirea.sampling import NON_FINITE, Sampler, SamplingConfig
-from minirea.steps import Part, chunks, cut
+from minirea.steps import Part, chunks, cut, leaving
 from minirea.tokenizer import Tokenizer
 
 
@@ -250,7 +250,7 @@ def prefill(model: Model, cache: KVCache, ids: Sequence[int], to_follow: int = 0
             for num_read in steps:
                 bar.update(num_read)
     except BaseException:
-        cache.rewind(cached)
+        cache.rewind(cached, cached + len(ids))
         raise
 
 
@@ -263,10 +263,10 @@ def read_one_by_one(
     """
     cache.mark()
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
-    for part in parts:
-        for ids_C in ids_T[part.start : part.stop].split(part.chunk_size):
-            model.read(ids_C, cache, horizon, part.chunk_size)
-            yield len(ids_C)
+    parts = [chunk for part in parts for chunk in part.split(part.chunk_size)]
+    for (start, stop, chunk_size), leaves_winners in zip(parts, leaving(cache, parts, len(ids)), strict=True):
+        model.read(ids_T[start:stop], cache, horizon, chunk_size, leaves_winners)
+        yield stop - start
 
 
 @isolated()
@@ -298,8 +298,7 @@ def decode(
         InputError: the logits are not finite.
     """
     start = cache.seq_len
-    captured = model.attention.can_capture and has_recent(model, cache)
-    steps = decode_ahead if captured else decode_one_by_one
+    steps = decode_ahead if model.attention.can_capture else decode_one_by_one
     shared = SharedSampler(sampler, sampler.takes_best, model.ranks) if model.ranks else sampler
     with contextlib.closing(together(steps, model, cache, last_id, shared, limit)) as token_ids:
         for count, token_id in enumerate(token_ids, 1):
@@ -311,27 +310,19 @@ def decode(
             yield token_id
 
 
-def has_recent(model: Model, cache: KVCache) -> bool:
-    """Whether the cache has all the queries that vote with the next token, as a captured step takes for granted.
-
-    It lacks some in its first tokens, and after it was rewound further than it keeps them.
-    """
-    return not cache.recent_size or cache.seq_len - cache.recent_from >= model.attention.config.vote_window - 1
-
-
 def decode_one_by_one(
     model: Model, cache: KVCache, last_id: int, sampler: Sampler | SharedSampler, limit: int
 ) -> Generator[int, None, None]:
     """`decode` by the model's ordinary forward pass, each token read before the next step begins.
 
-    Its steps keep winners for each other. If others' tokens come into the cache, or some are taken back, a new one has
-    to go on.
+    Its steps share copies of keys. If others' tokens come into the cache, or some are taken back, a new one has to go
+    on.
     """
     ids_T = torch.tensor([last_id], dtype=torch.long, device=model.device)
-    winners = model.attention.new_winners_on_cpu(len(model.layers), model.dtype)
+    half_keys = model.attention.new_half_keys(len(model.layers), model.dtype)
     for _ in range(limit):
         model.attention.sketch_keys(cache)
-        ids_T = sampler(model.logits(model.forward(ids_T, cache, winners_on_cpu=winners))[-1])
+        ids_T = sampler(model.logits(model.forward(ids_T, cache, half_keys=half_keys))[-1])
         yield int(ids_T)
 
 

@@ -18,7 +18,7 @@ from minirea.cache import KVCache
 from minirea.model import Model
 from minirea.ranks import SharedSampler
 from minirea.sampling import Sampler
-from minirea.steps import DecodeStep, Part, PromptStep, compile_decode_step
+from minirea.steps import DecodeStep, Part, PromptStep, compile_decode_step, leaving
 
 # Equal steps of a prompt from which on it pays to capture one: the first two are launched.
 WORTH_CAPTURING: Final = 5
@@ -38,9 +38,9 @@ def read_captured(
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
     steps = [step for part in parts for step in part.split(model.attention.step_tokens(part.chunk_size))]
     sizes = [(part.stop - part.start, part.chunk_size) for part in steps]
-    # Which tokens vote with one that is read by itself is counted on the host, and so are keys that are brought.
-    captured = sizes.count(sizes[0]) >= WORTH_CAPTURING and sizes[0] != (1, 1) if sizes else False
-    captured = captured and not cache.placement.far_keys
+    leaves_winners = leaving(cache, steps, len(ids))  # which is not captured
+    # Keys that are brought are counted on the host.
+    captured = bool(sizes) and sizes.count(sizes[0]) >= WORTH_CAPTURING and not cache.placement.far_keys
     done, step = [torch.cuda.Event(), torch.cuda.Event()], None
     for index, (part, size) in enumerate(zip(steps, sizes, strict=True)):
         if step is None or size != sizes[index - 1]:
@@ -48,7 +48,8 @@ def read_captured(
             graph = StepGraph(step.run, cache)
         cache.reserve(cache.seq_len + size[0])
         step.set(ids_T[part.start : part.stop])
-        if captured and index != 1 and size == sizes[0]:
+        step.leaves_winners = leaves_winners[index]
+        if captured and index != 1 and size == sizes[0] and not step.leaves_winners:
             graph.launch()
         else:
             run_aside(step.run, cache.device)
@@ -164,7 +165,6 @@ class DecodeGraph:
     def launch(self) -> None:
         """Start a step on the current stream. The cache counts its token from now on."""
         self.cache.reserve(self.cache.seq_len + 1)
-        self.cache.expect_recent(1)
         self.step.model.attention.sketch_keys(self.cache)
         self.graph.launch()
         slot = self.launched % 2

@@ -16,7 +16,7 @@ from torch import Tensor
 from minirea.attention import Attention, Step
 from minirea.cache import KVCache
 from minirea.config import ModelConfig
-from minirea.cpu import Winners, prepare
+from minirea.cpu import HalfKeys, prepare
 from minirea.kernels import Gather, prefill_kernels
 from minirea.linear import Matrix, add_linear, linear, norm_linear
 
@@ -114,23 +114,32 @@ class Model:
         cache: KVCache,
         horizon: int = 0,
         chunk_size: int | None = None,
-        winners_on_cpu: list[Winners] | None = None,
+        half_keys: list[HalfKeys] | None = None,
     ) -> Tensor:
         """Read T tokens, append them to the cache, and return their hidden states [T, E], before the final norm.
 
-        `horizon` and `chunk_size` are those of Attention.step, for one chunk; `winners_on_cpu` are what
-        Attention.new_winners_on_cpu made before the first of several decode steps.
+        `horizon` and `chunk_size` are those of Attention.step, for one chunk; `half_keys` are what
+        Attention.new_half_keys made before the first of several decode steps.
         """
-        step = self._begin(ids_T, cache, horizon, chunk_size)._replace(winners_on_cpu=winners_on_cpu)
+        step = self._begin(ids_T, cache, horizon, chunk_size)._replace(half_keys=half_keys)
         x_TE = self._embed(ids_T)
         for index in range(len(self.layers)):
             self._block(index, x_TE, cache, step)
         cache.seq_len += len(ids_T)
         return x_TE
 
-    def read(self, ids_T: Tensor, cache: KVCache, horizon: int = 0, chunk_size: int | None = None) -> None:
-        """Like `forward` for tokens whose output is not needed: the last layer only writes their keys and values."""
-        self.read_at(ids_T, cache, self._begin(ids_T, cache, horizon, chunk_size))
+    def read(
+        self,
+        ids_T: Tensor,
+        cache: KVCache,
+        horizon: int = 0,
+        chunk_size: int | None = None,
+        leaves_winners: bool = True,
+    ) -> None:
+        """Like `forward` for tokens whose output is not needed: the last layer only writes their keys and values, and
+        leaves winners.
+        """
+        self.read_at(ids_T, cache, self._begin(ids_T, cache, horizon, chunk_size, leaves_winners))
         cache.seq_len += len(ids_T)
 
     def read_at(self, ids_T: Tensor, cache: KVCache, step: Step) -> None:
@@ -141,7 +150,8 @@ class Model:
         x_TE, last = self._embed(ids_T), len(self.layers) - 1
         for index in range(last):
             self._block(index, x_TE, cache, step)
-        self.attention.write(last, self._qkv(self.layers[last], x_TE), cache, step)
+        searches = step.leaves_winners and self.attention.searches(step)
+        (self.attention if searches else self.attention.write)(last, self._qkv(self.layers[last], x_TE), cache, step)
 
     def logits(self, x_TE: Tensor) -> Tensor:
         """Scores of the next token, float32 [T, V]."""
@@ -155,12 +165,14 @@ class Model:
         x_1E = self._embed(torch.tensor([token_id], device=self.device))
         return self._qkv(self.layers[0], x_1E)[:, : self.config.num_heads]
 
-    def _begin(self, ids_T: Tensor, cache: KVCache, horizon: int, chunk_size: int | None) -> Step:
+    def _begin(
+        self, ids_T: Tensor, cache: KVCache, horizon: int, chunk_size: int | None, leaves_winners: bool = True
+    ) -> Step:
         """Make room for a step of one chunk."""
         seq_len = cache.seq_len + len(ids_T)
         cache.reserve(seq_len)
         step = self.attention.step(seq_len, len(ids_T), chunk_size, horizon)
-        return self.attention.with_votes(step, cache.capacity)
+        return self.attention.begin(step, cache, leaves_winners)
 
     def _embed(self, ids_T: Tensor) -> Tensor:
         return F.embedding(ids_T, self.embed).to(self.dtype)

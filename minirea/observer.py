@@ -56,8 +56,8 @@ class Step:
         # On the device: as a number, each value would be compiled anew by the fused kernel.
         seq_len = torch.tensor([self.seq_len], dtype=torch.int32, device=self.q_THD.device)
         assert self._selected_by is not None
-        voters, config, votes = self._selected_by
-        arguments = (voters, k_GND, v_GND, seq_len, *attention.scope_tables(self._cache.capacity), config)
+        config, votes = self._selected_by
+        arguments = (self.q_THD, k_GND, v_GND, seq_len, *attention.scope_tables(self._cache.capacity), config)
         _, selection = reattention(*arguments, attention.impl, return_selection=True, votes=copy_of(votes))
         return selection if isinstance(selection, list) else [selection] * G
 
@@ -100,9 +100,8 @@ class Step:
 class Selection(NamedTuple):
     """What a scope was selected by."""
 
-    voters: Tensor  # queries, this step's last, [at least T, H, D]
     config: ReAttentionConfig
-    votes: Votes | None  # of the layers before
+    votes: Votes | None  # of the layers and tokens before
 
 
 def copy_of(votes: Votes | None) -> Votes | None:
@@ -130,11 +129,9 @@ class ObservedAttention(Attention):
         self.observer(Step(self, layer, qkv_TXD[:, : self.model.num_heads], cache, self._selected_by))
         return out_THD
 
-    def over_cache(
-        self, layer: int, q_THD: Tensor, cache: KVCache, step: AttentionStep, attending: int | None = None
-    ) -> Tensor:
-        self._selected_by = Selection(q_THD, self.config_of(step), copy_of(step.votes))
-        return super().over_cache(layer, q_THD, cache, step, attending)
+    def over_cache(self, layer: int, q_THD: Tensor, cache: KVCache, step: AttentionStep) -> Tensor:
+        self._selected_by = Selection(self.config_of(step), copy_of(step.votes))
+        return super().over_cache(layer, q_THD, cache, step)
 
     def all_tables(self, seq_len: int) -> tuple[Tensor, Tensor]:
         """cos and sin of the true positions 0..seq_len-1, [seq_len, D/2], made once for all layers of a step."""

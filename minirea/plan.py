@@ -67,7 +67,7 @@ def plan_cache(
     found, plans = attention.placements(num_tokens), []
     for placement in found:
         far = far_bytes(attention.model, num_tokens, dtype, placement)
-        cache = cache_bytes(attention.model, num_tokens, *sizes, attention.recent_size, placement) - far
+        cache = cache_bytes(attention.model, num_tokens, *sizes, attention.winners_shape, placement) - far
         plans.append(MemoryPlan(weights, loading, cache, workspace, num_tokens, host_cache=far))
     index = first_that_fits(plans, attention.device)
     return found[index], plans[index]
@@ -127,7 +127,7 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int, q
 
     An estimate, rather too high: activations as if none were freed within a block and votes that add up, twice where a
     graph of the step has its own, logits, a part of a quantized matrix made wide, and the scratch of the fused kernel,
-    or a scope's keys and values, gathered and rotated, and a causal mask.
+    or a scope's keys and values, gathered and rotated, a causal mask, and a copy of the keys in half precision.
     """
     c, scope = attention.model, attention.config
     T = min(max(map(attention.step_tokens, (scope.chunk_size, scope.tail_chunk_size))), num_tokens)
@@ -149,7 +149,8 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int, q
     wide = _wide_bytes(attention, dtype, copies) if quantize else 0
     votes = attention.new_votes(num_tokens, torch.device("meta")) if attention.carries_votes else ()
     voted = copies * sum(tensor.nbytes for tensor in votes)
-    return RESERVED[attention.device.type] + activations + logits + gathered + mask + tables + wide + voted
+    halves = attention.half_bytes_on_cpu(num_tokens, dtype)
+    return RESERVED[attention.device.type] + activations + logits + gathered + mask + tables + wide + voted + halves
 
 
 def _wide_bytes(attention: Attention, dtype: torch.dtype, copies: int) -> int:
@@ -169,13 +170,11 @@ def _scratch_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) ->
     sizes_of_model = c.num_heads, c.num_kv_heads, c.head_dim, dtype
     ranks, decode = c.part.ranks if c.part else 1, scope.of_decode_step
     sketched = any(placement.sketched for placement in attention.placements(num_tokens))
-    all_alike = decode is scope and not attention.recent_size and not attention.carries_votes
+    all_alike = decode is scope and not attention.carries_votes
     sketched_here = sketched and all_alike
     scratch = scratch_bytes(*sizes_of_model, scope, num_tokens, steps, attention.device, ranks, sketched_here)
     if all_alike:
         return scratch
-    voting = scope.vote_window if attention.recent_size else 1
-    kept = voting if attention.recent_size or attention.carries_votes else 0
-    options = ranks, sketched, attention.carries_votes, kept
-    own = scratch_bytes(*sizes_of_model, decode, num_tokens, [(voting, voting)], attention.device, *options)
+    options = ranks, sketched, attention.carries_votes
+    own = scratch_bytes(*sizes_of_model, decode, num_tokens, [(1, 1)], attention.device, *options)
     return scratch + own

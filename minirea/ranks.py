@@ -31,7 +31,7 @@ from minirea.sampling import Sampler
 
 # An idle rank waits for the next step inside no collective, but a stopped process may keep the others there.
 _FOREVER: Final = datetime.timedelta(days=365)
-# Of a rank in a decode step; more go like those of a prompt.
+# Of a rank in a launch that exchanges them through a room; more go through a collective.
 MOST_WINNERS: Final = 1024
 ADDRESS: Final = "leader"  # under which the leader says in the store where to call it
 
@@ -144,8 +144,8 @@ class Peers(NamedTuple):
         assert part is not None
         numbers = {
             "sums": 2 * config.hidden_size,
-            "winners": ranks.size * MOST_WINNERS,
-            "logits": ranks.size * part.logits_each,
+            "winners": 2 * ranks.size * MOST_WINNERS,
+            "logits": 2 * ranks.size * part.logits_each,
         }
         each = kernels.MAX_PROGRAMS * ranks.size  # flags of a room
         total = sum(numbers.values()) + len(numbers) * each
@@ -170,7 +170,7 @@ class Peers(NamedTuple):
         return cls(**rooms, handle=handle)
 
     def gather_winners(self, x: Tensor, otherwise: Callable[[Tensor], Tensor]) -> Tensor:
-        """The winners of all ranks, those of a decode step through the room."""
+        """The winners of all ranks: through the room if they are few, as in a decode step."""
         if x.dtype != torch.int32 or x.numel() > MOST_WINNERS:
             return otherwise(x)
         gathered: Tensor = peer_kernels().gather(x, self.winners)

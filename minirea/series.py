@@ -18,6 +18,7 @@ from minirea.files import read_file, unreadable
 from minirea.json_object import JsonObject
 
 _LIMIT: Final = 2**30  # bytes of a file of questions, or of answers
+_EXAMPLE: Final = '{"id": 1, "prompt": "Who?"}'
 
 
 class Question(NamedTuple):
@@ -39,15 +40,15 @@ def read_questions(path: str) -> list[Question]:
         if not line.strip():
             continue
         source = f"{path}: line {number}"
-        values = JsonObject.parse(line, source).values
-        name, prompt = values.get("id"), values.get("prompt")
+        line_object = JsonObject.parse(line, source)
+        name, prompt = line_object.values.get("id"), line_object.values.get("prompt")
         if isinstance(name, bool) or not isinstance(name, (str, int)):
-            raise InputError(f"{source}: id is {name!r:.80}, expected a string or an integer")
+            raise line_object.fail("id", "a string or an integer that names the answer, as in " + _EXAMPLE)
         if not isinstance(prompt, str) or not prompt:
-            raise InputError(f"{source}: prompt is {prompt!r:.80}, expected some text")
+            raise line_object.fail("prompt", "some text, as in " + _EXAMPLE)
         questions.append(Question(name, prompt, source))
     if not questions:
-        raise InputError(f'{path}: holds no questions, expected lines such as {{"id": 1, "prompt": "Who?"}}')
+        raise InputError(f"{path}: holds no questions, expected lines such as {_EXAMPLE}")
     check_ids(questions)
     return questions
 

@@ -140,16 +140,15 @@ def _written_over(cache: KVCache, start: int) -> Iterator[None]:
     """Within it the tokens from `start` on are to be read again; afterwards they are what they were, to the bit."""
     seq_len = cache.seq_len
     kept = [tensor[..., start:seq_len, :].clone() for tensor in cache.tensors]
-    q_recent, recent_from, marks = cache.q_recent.clone(), cache.recent_from, cache.marks
+    winners, marks = cache.winners.clone(), cache.marks
     try:
         cache.rewind(start)
         yield
     finally:
         for tensor, old in zip(cache.tensors, kept, strict=True):
             tensor[..., start : start + old.shape[-2], :] = old
-        cache.q_recent.copy_(q_recent)
+        cache.winners.copy_(winners)
         cache.filled(seq_len)
-        cache.recent_from = recent_from
         cache.marks = marks
 
 

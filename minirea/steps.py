@@ -69,6 +69,14 @@ def chunks(attention: Attention, cached: int, num_tokens: int, to_follow: int = 
     return [chunk for part in cut(attention, cached, num_tokens, to_follow) for chunk in part.split(part.chunk_size)]
 
 
+def leaving(cache: KVCache, parts: Sequence[Part], stop: int) -> list[bool]:
+    """Which parts of a piece leave winners in the cache: those that hold tokens which may vote with one that is read by
+    itself, in this piece or behind its last token, stop - 1.
+    """
+    first = min((part.start for part in parts if part.chunk_size == 1), default=stop)
+    return [cache.recent_size > 0 and part.stop > first - cache.recent_size for part in parts]
+
+
 def num_shared(attention: Attention, shared: int, lengths: Sequence[int]) -> int:
     """How many of the first `shared` tokens of prompts can be read once for all of them: whole chunks before any tail.
 
@@ -88,7 +96,7 @@ class PromptStep:
     """The kernels of one or several chunks of a prompt over one cache."""
 
     def __init__(self, model: Model, cache: KVCache, num_tokens: int, chunk_size: int) -> None:
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.leaves_winners = model, cache, True
         self.ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
         self.seq_len = torch.zeros(1, dtype=torch.int32, device=model.device)
         self.step = model.attention.step(self.seq_len, num_tokens, chunk_size)
@@ -97,19 +105,15 @@ class PromptStep:
         """Which tokens the next run reads, behind those that the cache holds."""
         self.ids_T.copy_(ids_T)
         self.seq_len.fill_(self.cache.seq_len + len(ids_T))
-        self.cache.expect_recent(len(ids_T))
 
     def run(self) -> None:
         """One step, without waiting for the device and without a value from it."""
-        step = self.model.attention.with_votes(self.step, self.cache.capacity)
+        step = self.model.attention.begin(self.step, self.cache, self.leaves_winners)
         self.model.read_at(self.ids_T, self.cache, step)
 
 
 class DecodeStep:
     """The kernels of one decode step over one cache, and the memory between them.
-
-    Steps follow each other, each with one token more. If others than theirs come into the cache, what is kept of the
-    winners does not hold, and a new object has to go on.
 
     Attributes:
         token: int64 [1], the token to feed; afterwards the sampled one.
@@ -124,14 +128,8 @@ class DecodeStep:
         self.token = torch.full((1,), last_id, dtype=torch.int64, device=device)
         self.seq_len = torch.full((1,), cache.seq_len, dtype=torch.int32, device=device)
         self.x_E = torch.empty(c.hidden_size, dtype=model.dtype, device=device)
-        # The queries that vote in each layer, this step's behind those before it. One layer's after the other's where
-        # a token votes alone.
-        self.window = model.attention.config.vote_window if cache.recent_size else 1
-        winners = model.attention.new_winners(self.window, len(model.layers))
-        self.step = model.attention.step(self.seq_len, 1)._replace(winners=winners)
-        layers = len(model.layers) if self.window > 1 else 1
-        shape = layers, self.window, c.num_heads, c.head_dim
-        self.q_LWHD = torch.empty(shape, dtype=model.dtype, device=device)
+        self.step = model.attention.step(self.seq_len, 1)
+        self.q_1HD = torch.empty(1, c.num_heads, c.head_dim, dtype=model.dtype, device=device)
         self.act_F = torch.empty(c.mlp_size, dtype=model.dtype, device=device)
         # Of several ranks: this one's rows of the head, as many as every rank gives to all.
         self.logits_V = torch.zeros(c.part.logits_each if c.part else c.vocab_size, dtype=torch.float32, device=device)
@@ -142,24 +140,17 @@ class DecodeStep:
         """One step, without waiting for the device and without a value from it."""
         model, kernels, x_E, eps = self.model, self.kernels, self.x_E, self.model.config.norm_eps
         kernels.embed(self.token, model.embed, self.seq_len, x_E)
-        if self.window > 1:
-            recent_W = self.cache.recent_rows_at(self.seq_len, self.window)
-            torch.index_select(self.cache.q_recent, 1, recent_W, out=self.q_LWHD)
-        step = model.attention.with_votes(self.step._replace(sketched=self.cache.sketched), self.cache.capacity)
+        step = model.attention.begin(self.step._replace(sketched=self.cache.sketched), self.cache)
         for i, layer in enumerate(model.layers):
             k_GND, v_GND = self.cache.k[i], self.cache.v[i]
-            q_WHD = self.q_LWHD[i if self.window > 1 else 0]
             kernels.norm_qkv(
-                *(x_E, layer.attn_norm, layer.qkv, layer.qkv_bias, eps, self.seq_len, q_WHD[-1], k_GND, v_GND),
+                *(x_E, layer.attn_norm, layer.qkv, layer.qkv_bias, eps, self.seq_len, self.q_1HD[0], k_GND, v_GND),
                 self.cache.near[i],
             )
-            attending = 1 if self.window > 1 else None
-            out_1HD = model.attention.over_cache(i, q_WHD, self.cache, step, attending)
+            out_1HD = model.attention.over_cache(i, self.q_1HD, self.cache, step)
             self._add_product(out_1HD.view(-1), layer.o, layer.o_bias)
             kernels.norm_gate_up(x_E, layer.mlp_norm, layer.gate_up, layer.gate_up_bias, eps, self.act_F)
             self._add_product(self.act_F, layer.down, layer.down_bias)
-        if self.window > 1:
-            self.cache.q_recent.index_copy_(1, recent_W[-1:], self.q_LWHD[:, -1:])
         kernels.norm_logits(x_E, model.norm, model.head, eps, self.logits_V[: len(model.config.head_rows)])
         logits_V = self.logits_V if self.sums is None else self.sums.all_logits(self.logits_V)
         if self.sampler.takes_best:
@@ -226,8 +217,8 @@ def compile_decode_step(model: Model, placement: Placement) -> None:
     config = dataclasses.replace(model.config, num_layers=len(first_layers.layers))
     with contextlib.suppress(Exception), compiling():  # the step itself will raise it
         sizes = config, 16, model.attention.dense_limit
-        recent_size = model.attention.recent_size
-        cache = KVCache(*sizes, model.device, model.dtype, recent_size=recent_size, placements=lambda _: [alike])
+        shape = model.attention.winners_shape
+        cache = KVCache(*sizes, model.device, model.dtype, winners_shape=shape, placements=lambda _: [alike])
         model.attention.write_sketches(cache, 1)
         sampler = Sampler(SamplingConfig(), [], config.vocab_size, model.device)
         DecodeStep(first_layers, cache, 0, sampler).run()

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from oracle import reattention_oracle
+from oracle import Found, earlier_votes, reattention_oracle
 
-from minirea.kernels import ReAttentionConfig, Votes, new_votes, new_winners, reattention
+from minirea.kernels import ReAttentionConfig, Votes, count_winners, new_votes, reattention, winners_shape
 
 
 @dataclass
@@ -113,71 +113,131 @@ def random_case(seed: int, head_dims: tuple[int, ...] = (2, 8, 16, 20), longest_
 
 def votes_of(case: Case, num_layers: int) -> Votes:
     """Before the first of so many layers."""
-    (T, H, _), (G, N, _) = case.q.shape, case.k_cache.shape
-    return new_votes(H, G, case.config, T, num_layers, N, case.q.device)
+    (_, H, _), (G, N, _) = case.q.shape, case.k_cache.shape
+    return new_votes(H, G, case.config, num_layers, N, case.q.device)
 
 
-def check_layers(case: Case, impl: str, num_layers: int = 3, attending: int = 1) -> None:
-    """Layers with other queries, each of which selects by the votes of those before it too."""
+def check_votes(votes: Votes, cast: list[dict[int, int]], impl: str, config: ReAttentionConfig) -> None:
+    """They are those that were cast, and what the kernels keep beside them follows."""
+    for b, ballot in enumerate(cast):
+        assert {j: count for j, count in enumerate(votes.counts[b].tolist()) if count} == ballot
+        if impl != "triton":
+            continue
+        elected, num_votes = votes.elected[b].tolist(), votes.num_votes[b].tolist()
+        best = sorted(ballot, key=lambda j: (-ballot[j], j))[: config.max_spans]
+        reached = [sum(count >= level for count in ballot.values()) for level in range(1, len(num_votes))]
+        if any(elected):
+            assert sorted(j - 1 for j in elected if j) == sorted(best) and not any(num_votes)
+        else:
+            assert num_votes == [0, *reached]
+
+
+def check_layers(case: Case, impl: str, num_layers: int = 3) -> None:
+    """Layers of a step of one query, with other queries, each of which selects by the votes of those before it too."""
     votes, eps = votes_of(case, num_layers), torch.finfo(case.q.dtype).eps
     cast: list[dict[int, int]] = [{} for _ in votes.counts]
     for layer in range(num_layers):
         this = replace(case, q=case.q.roll(layer, -1))
-        out_THD, selection = reattention(
-            *this.arguments(), impl=impl, return_selection=True, attending=attending, votes=votes
-        )
-        exact_THD, scopes = reattention_oracle(*this.arguments(), attending=attending, votes=cast)
+        out_1HD, selection = reattention(*this.arguments(), impl=impl, return_selection=True, votes=votes)
+        exact_1HD, scopes = reattention_oracle(*this.arguments(), votes=cast)
         scopes = as_list(scopes)
         assert [s.tolist() for s in as_list(selection)] == [s.tolist() for s in scopes]
-        limit = 2 * error(plain_attention(this, scopes)[-attending:], exact_THD) + eps
-        assert out_THD.shape == exact_THD.shape and error(out_THD, exact_THD) <= limit
-    for counts, num_votes, ballot in zip(votes.counts.tolist(), votes.num_votes.tolist(), cast, strict=True):
-        ballot = ballot if case.config.max_selected else {}
-        assert {j: count for j, count in enumerate(counts) if count} == ballot
-        if impl == "triton":
-            reached = [sum(count >= level for count in ballot.values()) for level in range(1, len(num_votes))]
-            assert num_votes == [0, *reached]
+        assert error(out_1HD, exact_1HD) <= 2 * error(plain_attention(this, scopes), exact_1HD) + 4 * eps
+    check_votes(votes, cast if case.config.max_selected else [{} for _ in cast], impl, case.config)
 
 
 def decode_layers(config: ReAttentionConfig, capacity: int, num_layers: int, **sizes: Any) -> list[Case]:
     """Layers with keys, values and queries of so many tokens, of which steps see some; see `decode_steps`."""
     layers = [make_case(config, capacity, T=capacity, capacity=capacity, seed=i, **sizes) for i in range(num_layers)]
     for layer in layers:
-        layer.cos, layer.sin = rope_table(min(capacity, config.max_scope), layer.q.shape[2])
+        layer.cos, layer.sin = rope_table(capacity, layer.q.shape[2])
     return layers
 
 
-def cut_off(layer: Case, seq_len: int, window: int) -> Case:
-    """The step of `window` queries that ends with token seq_len - 1. What lies behind it is NaN."""
+def cut_off(layer: Case, seq_len: int, num_queries: int = 1) -> Case:
+    """The step of so many queries that ends with token seq_len - 1. What lies behind it is NaN."""
     k, v = layer.k_cache.clone(), layer.v_cache.clone()
     k[:, seq_len:] = v[:, seq_len:] = torch.nan
-    return replace(layer, q=layer.q[seq_len - window : seq_len], k_cache=k, v_cache=v, seq_len=seq_len)
+    return replace(layer, q=layer.q[seq_len - num_queries : seq_len], k_cache=k, v_cache=v, seq_len=seq_len)
 
 
-def check_decode_steps(layers: list[Case], window: int, carries: bool, seq_lens: Iterable[int]) -> None:
-    """Steps in which the last `window` tokens vote, whose winners are kept, select what the oracle does; in the order
-    of seq_lens, which may go on or jump.
+class Steps:
+    """Steps over several layers, whose tokens leave winners, each checked against the oracle.
+
+    Attributes:
+        winners: int32 [L, R, H, K].
     """
-    config, (_, H, _), device = layers[0].config, layers[0].q.shape, layers[0].q.device
-    winners = new_winners(H, config, window, len(layers), device)
-    votes = votes_of(cut_off(layers[0], window, window), len(layers)) if carries else None
-    for seq_len in seq_lens:
-        cast: list[dict[int, int]] | None = None
-        if votes is not None:
-            cast = [{} for _ in votes.counts]
-            for tensor in votes:
-                tensor.zero_()
-        for layer, kept in zip(layers, winners, strict=True):
-            this = cut_off(layer, seq_len, window)
-            options = {"return_selection": True, "attending": 1, "votes": votes, "winners": kept}
-            out_1HD, selection = reattention(*this.arguments(), impl="triton", **options)
-            exact_1HD, scopes = reattention_oracle(*this.arguments(), attending=1, votes=cast)
+
+    def __init__(self, layers: list[Case], impl: str, rows: int) -> None:
+        self.layers, self.impl, self.config, self.stop = layers, impl, layers[0].config, 0
+        (_, H, _), (G, *_), device = layers[0].q.shape, layers[0].k_cache.shape, layers[0].q.device
+        self.heads = H, G
+        shape = len(layers), *winners_shape(H, self.config, rows)
+        self.winners = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self.found: list[Found] = [{} for _ in layers]
+
+    def go_to(self, seq_len: int) -> None:
+        """Take tokens from seq_len on back, or go on behind tokens that leave nothing."""
+        low, high, R = min(seq_len, self.stop), max(seq_len, self.stop), self.winners.shape[1]
+        for token in range(max(low, high - R), high):
+            self.winners[:, token % R] = -1
+        for layer in self.found:
+            for token, head in list(layer):
+                if token >= low or token < high - R:
+                    del layer[token, head]
+
+    def chunk(self, seq_len: int, num_queries: int, **options: Any) -> None:
+        """Queries of one or several chunks, in which every layer votes alone."""
+        self.go_to(seq_len - num_queries)
+        for layer, winners, found in zip(self.layers, self.winners, self.found, strict=True):
+            this = cut_off(layer, seq_len, num_queries)
+            out_THD = reattention(*this.arguments(), impl=self.impl, winners=winners, **options)
+            chunks = this.chunks(options.get("chunk_size", num_queries))
+            for chunk in chunks:
+                reattention_oracle(*chunk.arguments(), found=found)
+            check_chunks(this, options.get("chunk_size", num_queries), out_THD)
+        self.check_winners(seq_len)
+
+    def token(self, seq_len: int) -> None:
+        """One query, with the votes of tokens and layers before."""
+        self.go_to(seq_len - 1)
+        votes = votes_of(cut_off(self.layers[0], seq_len), len(self.layers))
+        count_winners(votes, self.winners, seq_len, self.config, self.impl)
+        cast = earlier_votes(self.found, seq_len, *self.heads, self.config)
+        check_votes(votes, cast, self.impl, self.config)
+        for layer, winners, found in zip(self.layers, self.winners, self.found, strict=True):
+            this = cut_off(layer, seq_len)
+            options = {"return_selection": True, "votes": votes, "winners": winners}
+            out_1HD, selection = reattention(*this.arguments(), impl=self.impl, **options)
+            exact_1HD, scopes = reattention_oracle(*this.arguments(), votes=cast, found=found)
             scopes = as_list(scopes)
             assert [s.tolist() for s in as_list(selection)] == [s.tolist() for s in scopes], seq_len
-            limit = 2 * error(plain_attention(this, scopes)[-1:], exact_1HD) + torch.finfo(this.q.dtype).eps
+            limit = 2 * error(plain_attention(this, scopes), exact_1HD) + 4 * torch.finfo(this.q.dtype).eps
             assert out_1HD.shape == exact_1HD.shape and error(out_1HD, exact_1HD) <= limit
-        for counts, ballot in zip(votes.counts.tolist(), cast or [], strict=True) if votes is not None else ():
-            assert {j: count for j, count in enumerate(counts) if count} == ballot
+        if seq_len > self.config.dense_size:
+            check_votes(votes, cast, self.impl, self.config)
+        self.check_winners(seq_len)
+
+    def check_winners(self, seq_len: int) -> None:
+        """Those of the last R tokens are the oracle's, in any case of equal scores."""
+        self.stop = seq_len
+        (_, R, H, K), kept = self.winners.shape, self.winners.tolist()
+        for layer, found in zip(kept, self.found, strict=True):
+            for token in range(max(0, seq_len - R), seq_len):
+                expected = [found.get((token, h), []) for h in range(H)]
+                assert layer[token % R] == [winners + [-1] * (K - len(winners)) for winners in expected], token
+
+
+def check_decode_steps(
+    layers: list[Case], impl: str, seq_lens: Iterable[int], chunks: Iterable[tuple[int, int]] = ()
+) -> Steps:
+    """Chunks, (seq_len, queries) each, then tokens, whose lengths may jump: all is the oracle's."""
+    steps = Steps(layers, impl, 2 * layers[0].config.vote_window)
+    for seq_len, num_queries in chunks:
+        steps.chunk(seq_len, num_queries)
+    for seq_len in seq_lens:
+        steps.token(seq_len)
+    return steps
 
 
 def popular_keys_case() -> Case:

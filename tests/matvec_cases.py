@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from kernel_cases import error
 
@@ -110,6 +111,26 @@ def check_tiles(dtype: torch.dtype, device: str, bits: int) -> None:
             check(step.add_product, [3], x_K, w, None, r.normal(19))
     for size in (2**-12, 2**12) if dtype == torch.float16 else (2**-50, 2**40):
         check(step.add_product, [3], x_K * size, w, None, torch.zeros_like(x_K[:19]))
+
+
+def check_spread(dtype: torch.dtype, device: str, bits: int) -> None:
+    """Products of quantized matrices with x whose elements differ widely, or which is not finite."""
+    from minirea.kernels.steps import matvec as step
+
+    K = 520
+    r = Inputs(dtype, device, seed=bits)
+    x_K, w, zero = r.normal(K), r.matrix(3, K, bits), torch.zeros(3, dtype=dtype, device=device)
+    columns = torch.arange(K, device=device)
+    uneven = torch.where(columns % 41 == 7, x_K * 500, torch.where(columns % 128 < 64, x_K, 0 * x_K))
+    below = torch.nextafter(torch.ones_like(x_K), zero[:1]) * x_K.sign()  # a power of two, to which it may round
+    for x in (uneven, below):
+        check(step.add_product, [3], x, w, None, zero)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        spoilt, out = x_K.clone(), zero.clone()
+        spoilt[K // 2 + 5] = value
+        with np.errstate(invalid="ignore"):  # in the interpreter
+            step.add_product(spoilt, w, None, out)
+        assert not out.isfinite().any()
 
 
 def check_best_token(device: str) -> None:

@@ -6,6 +6,8 @@ import torch
 
 from minirea.kernels import ReAttentionConfig
 
+Found = dict[tuple[int, int], list[int]]  # of one layer: token, head -> cache positions, best first
+
 
 def reattention_oracle(
     q_THD: torch.Tensor,
@@ -15,23 +17,23 @@ def reattention_oracle(
     cos: torch.Tensor,
     sin: torch.Tensor,
     config: ReAttentionConfig,
-    attending: int | None = None,
     votes: list[dict[int, int]] | None = None,
+    found: Found | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor]]:
     """Section 3 word for word in float64, one head at a time, with sets instead of layouts.
 
     Arguments as for `minirea.kernels.reattention`; `votes` are positions and how many votes they had before, by ballot,
-    to which new ones are added. Returns float64 [T, H, D] and the selection.
+    to which new ones are added. `found` takes every query's winners. Returns float64 [T, H, D] and the selection.
     """
     T, H, D = q_THD.shape
     group = H // k_cache_GND.shape[0]
     q, k, v, cos, sin = (x.double() for x in (q_THD, k_cache_GND[:, :seq_len], v_cache_GND[:, :seq_len], cos, sin))
     by_head = config.span_scope == "kv_head"
-    ballots = [range(g * group, g * group + group) for g in range(H // group)] if by_head else [range(H)]
-    votes = votes or [{} for _ in ballots]
-    scopes = [_oracle_scope(q, k, seq_len, heads, config, cast) for heads, cast in zip(ballots, votes, strict=True)]
-    T = attending or T
-    q = q[len(q) - T :]
+    ballots = heads_of_ballots(H, H // group, config)
+    votes, found = votes or [{} for _ in ballots], {} if found is None else found
+    scopes = [
+        _oracle_scope(q, k, seq_len, heads, config, cast, found) for heads, cast in zip(ballots, votes, strict=True)
+    ]
 
     out_THD = torch.empty(T, H, D, dtype=torch.float64, device=q.device)
     for h in range(H):
@@ -45,8 +47,45 @@ def reattention_oracle(
     return out_THD, scopes if by_head else scopes[0]
 
 
+def heads_of_ballots(num_heads: int, num_kv_heads: int, config: ReAttentionConfig) -> list[range]:
+    if config.span_scope == "layer":
+        return [range(num_heads)]
+    group = num_heads // num_kv_heads
+    return [range(g * group, g * group + group) for g in range(num_kv_heads)]
+
+
+def earlier_votes(
+    found: list[Found], seq_len: int, num_heads: int, num_kv_heads: int, config: ReAttentionConfig
+) -> list[dict[int, int]]:
+    """Votes of the vote_window - 1 tokens before the last of seq_len, by ballot, as each found them in all layers."""
+    votes = []
+    for heads in heads_of_ballots(num_heads, num_kv_heads, config):
+        votes.append(counted := {})
+        for layer in found:
+            for token in range(seq_len - config.vote_window, seq_len - 1):
+                for h in heads:
+                    _cast(counted, layer.get((token, h), []), seq_len, config)
+    return votes
+
+
+def _cast(votes: dict[int, int], winners: list[int], seq_len: int, config: ReAttentionConfig) -> None:
+    """One vote each for the middle of a winner's block; winners that are not in the middle have none."""
+    mid_lo, mid_hi = config.global_size, seq_len - config.local_size
+    for j in winners:
+        if mid_lo <= j < mid_hi:
+            middle = j // config.vote_size * config.vote_size + config.vote_size // 2
+            counted = min(max(middle, mid_lo), mid_hi - 1)
+            votes[counted] = votes.get(counted, 0) + 1
+
+
 def _oracle_scope(
-    q: torch.Tensor, k: torch.Tensor, seq_len: int, heads: range, config: ReAttentionConfig, votes: dict[int, int]
+    q: torch.Tensor,
+    k: torch.Tensor,
+    seq_len: int,
+    heads: range,
+    config: ReAttentionConfig,
+    votes: dict[int, int],
+    found: Found,
 ) -> torch.Tensor:
     """Steps 1 to 7: the cache positions that one ballot attends to, ascending. Adds to the votes that it had."""
     if seq_len <= config.dense_size:
@@ -54,12 +93,10 @@ def _oracle_scope(
     mid_lo, mid_hi = config.global_size, seq_len - config.local_size
     group = q.shape[1] // k.shape[0]
     for h in heads:
-        for score_n in q[:, h] @ k[h // group, mid_lo:mid_hi].T:
-            for j in score_n.sort(descending=True, stable=True).indices[: config.span_top_k].tolist():
-                block = (mid_lo + j) // config.vote_size
-                middle = block * config.vote_size + config.vote_size // 2
-                counted = min(max(middle, mid_lo), mid_hi - 1)
-                votes[counted] = votes.get(counted, 0) + 1
+        for t, score_n in enumerate(q[:, h] @ k[h // group, mid_lo:mid_hi].T, seq_len - len(q)):
+            best = score_n.sort(descending=True, stable=True).indices[: config.span_top_k]
+            found[t, h] = [mid_lo + j for j in best.tolist()]
+            _cast(votes, found[t, h], seq_len, config)
     kept = sorted(votes, key=lambda j: (-votes[j], j))[: config.max_spans]
     half = config.span_size // 2
     selected = {i for j in kept for i in range(max(j - half, mid_lo), min(j + half, mid_hi))}

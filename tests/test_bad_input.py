@@ -358,6 +358,7 @@ def test_errors_name_flags_on_the_command_line_and_fields_in_python(pristine: Pa
         ('another `device` or dtype="float32"', "another --device or --dtype float32"),
         ("x (local_size 5), or allow_out_of_distribution=True", "x (--local-size 5), or --allow-out-of-distribution"),
         ("x, or local_size=5 and carry_votes=False", "x, or --local-size 5 and --no-carry-votes"),
+        ("with dtype='a', local_size=5, carry_votes=False, and", "with --dtype a --local-size 5 --no-carry-votes, and"),
         ("lower max_tokens: 3 fit", "lower --max-tokens: 3 fit"),
         ("/home/max_tokens/x.max_tokens: my_max_tokens", "/home/max_tokens/x.max_tokens: my_max_tokens"),
     ):

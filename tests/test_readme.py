@@ -90,10 +90,11 @@ def test_python_examples_run_and_find_what_they_ask_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+    pages = ("README.md", "kernels/README.md")
+    blocks = [re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL) for page in pages]
+    assert all(blocks)
+    for page, block in ((page, block) for page, found in zip(pages, blocks, strict=True) for block in found):
+        exec(compile(block, page, "exec"), {})
     assert re.search(r"^green-river +381920\nblue-mountain +557043$", capsys.readouterr().out, re.MULTILINE)
 
 

@@ -5,9 +5,8 @@ caches in turn, so that nothing lies in the L2 cache when a launch needs it. Dec
 must read (keys that are scored, keys and values of the scope) over the measured copy bandwidth; prefill is given in
 TFLOP/s. A phase alone runs with the tiles and the grid of the fused launch, in which phases overlap: their times do not
 add up to the launch's, and each holds the price of a launch of its own. A decode step is also timed with int8 sketches
-of the keys; its output must be the same. And as one whose last 8 tokens vote together, over all layers, in blocks of
-32 for 16 spans of 64: with their winners kept from step to step, and with all of them searched for anew, by the chunk
-kernel.
+of the keys; its output must be the same. And as one whose layers add up the votes of the last 8 tokens, in blocks of 32
+for 16 spans of 64, with the launch that counts those of earlier tokens once for all layers.
 
 Full attention is torch's scaled_dot_product_attention by each fused backend that takes it, fastest first. Left to
 itself, torch chooses by what a backend can do, not by its speed: a decode step is fast only where the keys of one head
@@ -40,7 +39,7 @@ Caches = tuple[Any, ...]
 
 CONTEXTS = {"decode": lengths("8k,16k,32k,128k,1m"), "prefill": lengths("32k,128k")}
 MAX_PAIRS = 16
-VOTERS = 8  # tokens that vote together; the other numbers are in `voting`
+VOTERS = 8  # tokens whose votes count; the other numbers are in `voting`
 MAX_REPLAYS = 20
 SECONDS_PER_TIME = 0.25  # of replays, at least three and at most MAX_REPLAYS
 FUSED_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")  # the other one copies keys to float32
@@ -262,36 +261,37 @@ def sketched(layer: Layer, step: Step, pairs: list[Caches], seq_len: int, scope:
 
 
 def voting(layer: Layer, pairs: list[Caches], seq_len: int) -> dict[str, Any]:
-    """Times and bytes of a decode step in which several tokens vote, each pair of caches being a layer of a model.
-
-    Every replay is the next step. Its queries are those of the one before, which changes what is found, not how long
-    it takes.
+    """Times and bytes of a layer of a decode step that counts the votes of earlier tokens, and of counting them once;
+    each pair of caches is a layer of a model.
     """
-    from minirea.kernels import new_votes, new_winners, reattention
+    from minirea.kernels import count_winners, new_votes, reattention, winners_shape
 
     spans = min(16, layer.config.max_spans)
-    config = dataclasses.replace(layer.config, vote_size=32, span_size=64, max_spans=spans, decode_spans=spans)
-    q_WHD, (cos, sin) = layer.queries(VOTERS), scope_tables(layer, config, VOTERS)
-    heads = layer.num_heads, layer.num_kv_heads
-    votes = new_votes(*heads, config, VOTERS, len(pairs), seq_len, q_WHD.device)
-    lists = new_winners(layer.num_heads, config, VOTERS, len(pairs), q_WHD.device)
-    length = torch.empty(1, dtype=torch.int32, device="cuda")
+    votes: dict[str, Any] = {"vote_size": 32, "vote_window": VOTERS, "carry_votes": True}
+    config = dataclasses.replace(layer.config, **votes, span_size=64, max_spans=spans, decode_spans=spans)
+    q_1HD, (cos, sin) = layer.queries(1), scope_tables(layer, config, 1)
+    shape = len(pairs), *winners_shape(layer.num_heads, config, 2 * VOTERS)
+    winners = torch.randint(seq_len, shape, dtype=torch.int32, device="cuda")
+    length = torch.full((1,), seq_len, dtype=torch.int32, device="cuda")
+    sizes = layer.num_heads, layer.num_kv_heads, config, len(pairs), seq_len, q_1HD.device
+    cast = new_votes(*sizes)
 
-    def step(k_GND: torch.Tensor, v_GND: torch.Tensor, index: int, winners: torch.Tensor | None) -> Any:
-        if index == 0:
-            length.add_(1)
-            for tensor in votes:
-                tensor.zero_()
-        arguments = (q_WHD, k_GND, v_GND, length, cos, sin, config, "triton")
-        return reattention(*arguments, attending=1, votes=votes, winners=winners)
+    def count() -> None:
+        for tensor in cast:
+            tensor.zero_()
+        count_winners(cast, winners, length, config, "triton")
 
-    times = {}
-    for name in ("kept", "searched"):
-        length.fill_(seq_len - MAX_REPLAYS - 8)
-        layers = [(*pair, i, lists[i] if name == "kept" else None) for i, pair in enumerate(pairs)]
-        times[f"{name}_us"] = graph_us(step, layers)
-    scope = min(seq_len, config.max_scope)
-    return times | {"bytes": layer.decode_bytes(seq_len, scope)}
+    def step(k_GND: torch.Tensor, v_GND: torch.Tensor, index: int) -> Any:
+        arguments = (q_1HD, k_GND, v_GND, length, cos, sin, config, "triton")
+        return reattention(*arguments, votes=cast, winners=winners[index])
+
+    count_us = graph_us(count, [()])
+    return {
+        "votes_us": graph_us(step, [(*pair, index) for index, pair in enumerate(pairs)]),
+        "count_us": count_us,
+        "layers": len(pairs),
+        "bytes": layer.decode_bytes(seq_len, min(seq_len, config.max_scope)),
+    }
 
 
 def prefill_row(layer: Layer, seq_len: int, queries: int) -> dict[str, Any]:
@@ -499,10 +499,10 @@ def sketch_lines(sketched: dict[str, Any], without_us: float, bytes_per_us: floa
 
 
 def voting_lines(voting: dict[str, Any], bytes_per_us: float) -> list[str]:
-    us, floor = voting["kept_us"], sum(voting["bytes"].values()) / bytes_per_us
+    us, floor = voting["votes_us"], sum(voting["bytes"].values()) / bytes_per_us
     return [
-        line(f"votes of {VOTERS} tokens, winners kept", us, f"{us / floor:.2f} x floor {floor:,.1f}"),
-        line(f"votes of {VOTERS} tokens, all searched for", voting["searched_us"]),
+        line(f"votes of {VOTERS} tokens", us, f"{us / floor:.2f} x floor {floor:,.1f}"),
+        line("counting those of earlier ones, for all layers", voting["count_us"], f"{voting['layers']} layers"),
     ]
 
 

@@ -365,9 +365,8 @@ def fill_randomly(model: Any, cache: Any, context: int) -> Iterator[None]:
         tensor.normal_()
     cache.filled(context)
     cache.sketched_len = 0
-    if cache.recent_size:  # without queries to vote with, a step would not be a graph
-        cache.q_recent.normal_()
-        cache.recent_from = max(0, context - cache.recent_size)
+    if cache.recent_size:  # as many places as there can be, which real ones are not
+        cache.winners.random_(0, context)
     yield
 
 

@@ -174,21 +174,21 @@ def voting_table(decode: list[Row], bytes_per_us: float) -> list[str]:
 
     def cells(row: Row) -> list[str]:
         voting = row["voting"]
-        floor, kept, searched = sum(voting["bytes"].values()) / bytes_per_us, voting["kept_us"], voting["searched_us"]
+        floor, us = sum(voting["bytes"].values()) / bytes_per_us, voting["votes_us"]
         return [
             f"{row['context']:,}",
             f"{floor:,.1f} us",
-            f"{kept:,.1f} us",
-            f"{kept / floor:.2f}",
-            f"{searched:,.1f} us",
+            f"{us:,.1f} us",
+            f"{us / floor:.2f}",
+            f"{voting['count_us']:,.1f} us, {voting['layers']} layers",
         ]
 
     head = (
         "decode with votes of earlier tokens, keys",
         "floor",
-        "their winners kept",
+        "launch",
         "times the floor",
-        "all searched for",
+        "counting them, once a step",
     )
     return table(head, (cells(row) for row in decode if "voting" in row))
 

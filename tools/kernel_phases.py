@@ -50,7 +50,7 @@ def score_keys(q, k, scratch, seq_len, workers, global_size, local_size, c: tl.c
 @triton.jit(do_not_specialize=VARYING)
 def elect_winners(scratch, max_spans, c: tl.constexpr):
     """`sort_winners`, as the selecting programs do it."""
-    sort_winners(scratch, tl.program_id(0), tl.num_programs(0), 0, 1, max_spans, c)
+    sort_winners(scratch, None, 0, tl.program_id(0), tl.num_programs(0), 0, 1, max_spans, c)
 
 
 @triton.jit(do_not_specialize=[*VARYING, "workers"])

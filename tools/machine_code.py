@@ -22,12 +22,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from minirea.config import ReAttentionConfig
-from minirea.kernels import driver
+from minirea.kernels import driver, launching
 from minirea.kernels.fused import launch
 from minirea.kernels.fused.arguments import Rope
 from minirea.kernels.near import Near, near_size
 from minirea.kernels.sketch import new_sketch
-from minirea.kernels.votes import new_votes, new_winners
+from minirea.kernels.votes import new_votes, winners_shape
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "kernels" / "machine_code.json"
@@ -45,19 +45,21 @@ class Shape(NamedTuple):
     num_queries: int
     chunk_size: int
     sketch: bool = False
-    votes: bool = False  # which add up from layer to layer
+    votes: bool = False  # of earlier layers and tokens, to which it adds
     near: tuple[bool, bool] = (False, False)  # keys, values of local parts are there once more
-    winners: bool = False  # which are kept from step to step
+    winners: bool = False  # which it leaves for later steps
 
 
+COUNTING = "votes of 7 earlier tokens of 32 layers, 9/3 heads of 64"
 SHAPES = {
     "decode, 32/8 heads of 128": Shape(32, 8, 128, 1, 1),
     "four chunks of 512, 32/8 heads of 128": Shape(32, 8, 128, 2048, 512),
     "decode, 9/3 heads of 64": Shape(9, 3, 64, 1, 1),
     "four chunks of 512, 9/3 heads of 64": Shape(9, 3, 64, 2048, 512),
-    "decode with votes of 8 tokens, 9/3 heads of 64": Shape(9, 3, 64, 8, 8, votes=True),
-    "decode with winners of 8 tokens kept, 9/3 heads of 64": Shape(9, 3, 64, 8, 8, votes=True, winners=True),
-    "decode with winners of 8 tokens kept, 32/8 heads of 128": Shape(32, 8, 128, 8, 8, votes=True, winners=True),
+    "decode with votes, 9/3 heads of 64": Shape(9, 3, 64, 1, 1, votes=True, winners=True),
+    "decode with votes, 32/8 heads of 128": Shape(32, 8, 128, 1, 1, votes=True, winners=True),
+    "four chunks of 512 that leave winners, 9/3 heads of 64": Shape(9, 3, 64, 2048, 512, winners=True),
+    COUNTING: Shape(9, 3, 64, 1, 1, votes=True, winners=True),
     "decode with a sketch, 32/8 heads of 128": Shape(32, 8, 128, 1, 1, sketch=True),
     "decode with a sketch, 9/3 heads of 64": Shape(9, 3, 64, 1, 1, sketch=True),
     "decode with near values, 32/8 heads of 128": Shape(32, 8, 128, 1, 1, near=(False, True)),
@@ -68,15 +70,19 @@ SHAPES = {
 }
 
 
-def compiled(shape: Shape) -> driver.Variant:
+def compiled(name: str) -> driver.Variant:
     """The machine code of a step in bfloat16 over a cache of 131,072 tokens."""
-    config = ReAttentionConfig(32, 4096, 4, 32, 16 if shape.winners else 128, vote_size=32 if shape.winners else 1)
+    shape = SHAPES[name]
+    options: dict[str, Any] = {"vote_size": 32, "vote_window": 8, "carry_votes": True} if shape.votes else {}
+    config = ReAttentionConfig(32, 4096, 4, 32, 16 if shape.votes else 128, **options)
     found: list[driver.Variant] = []
 
-    def record(kernel: Any, _programs: int, _device: torch.device, *arguments: Any, **constants: Any) -> None:
+    def record_start(kernel: Any, _programs: int, _device: torch.device, arguments: Any, constants: Any) -> None:
         compiler = driver.Kernel(kernel)
-        constants |= {"launch_cooperative_grid": True}
         found.append(compiler._compile(HOPPER, arguments, constants, compiler.layout(arguments)))
+
+    def record(kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
+        record_start(kernel, programs, device, arguments, constants | {"launch_cooperative_grid": True})
 
     def tensor(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
@@ -85,24 +91,26 @@ def compiled(shape: Shape) -> driver.Variant:
     k_GND, v_GND = (tensor(shape.num_kv_heads, 131072, shape.head_dim) for _ in range(2))
     seq_len = tensor(1, dtype=torch.int32)
     sketch = new_sketch(shape.num_kv_heads, shape.head_dim, 131072, q_THD.device) if shape.sketch else None
-    voters = shape.num_heads, shape.num_kv_heads, config, shape.num_queries
+    voters = shape.num_heads, shape.num_kv_heads, config
     votes = new_votes(*voters, 32, 131072, q_THD.device) if shape.votes else None
+    sizes = 32, *winners_shape(shape.num_heads, config, 16)
+    winners = torch.empty(sizes, dtype=torch.int32, device="meta") if shape.winners else None
     rows = near_size(config.local_size, config.dense_size, 2048)
     near = Near(*(tensor(shape.num_kv_heads, rows, shape.head_dim) if there else None for there in shape.near))
     rope = Rope(*(tensor(config.max_scope + 2048, shape.head_dim // 2, dtype=torch.float32) for _ in range(2)))
     with (
         mock.patch.object(launch, "launch_cooperatively", record),
+        mock.patch.object(launching, "start", record_start),
         mock.patch.object(launch, "num_programs", return_value=PROCESSORS),
     ):
-        if shape.winners:
-            winners = new_winners(shape.num_heads, config, shape.num_queries, 1, q_THD.device)[0]
-            given = (q_THD, k_GND, v_GND, out_THD[:1], seq_len, rope, config)
-            launch.launch_decode(*given, votes=votes, near=near, winners=winners)
+        given, left = (q_THD, k_GND, v_GND, out_THD, seq_len, rope, config), None if winners is None else winners[0]
+        if name == COUNTING:
+            assert votes is not None and winners is not None
+            launch.count_winners(votes, winners, seq_len, config)
         elif shape.num_queries == 1:
-            launch.launch_decode(q_THD, k_GND, v_GND, out_THD, seq_len, rope, config, sketch=sketch, near=near)
+            launch.launch_decode(*given, sketch=sketch, votes=votes, near=near, winners=left)
         else:
-            arguments = (q_THD, k_GND, v_GND, out_THD, seq_len, rope, config, None, shape.chunk_size)
-            launch.launch_chunks(*arguments, votes=votes, near=near)
+            launch.launch_chunks(*given, None, shape.chunk_size, near=near, winners=left)
     return found[0]
 
 
@@ -139,8 +147,8 @@ def main() -> None:
     table = kept() if TABLE.exists() else {}
     before = table.get(triton.__version__, {})
     found = {}
-    for name, shape in SHAPES.items():
-        found[name] = counts(compiled(shape).cubin)
+    for name in SHAPES:
+        found[name] = counts(compiled(name).cubin)
         print(f"{name}\n  now   {found[name]}\n  kept  {before.get(name, 'nothing')}", flush=True)
     if arguments.write:
         table[triton.__version__] = found

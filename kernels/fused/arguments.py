@@ -77,7 +77,7 @@ class DecodeScratch(NamedTuple):
     counters: Any  # int64 [2 + G], with a sketch [2 + 2 G]; see minirea.kernels.fused.decode
     block: Any  # float32 [programs, M, K_PAD, N]
     tag: Any  # int32 [programs, M, K_PAD]
-    candidate: Any  # int64 [H, SLICES, K_PAD], or [G, WINDOW, GROUP, SLICES, K_PAD]
+    candidate: Any  # int64 [H, SLICES, K_PAD]
     kept: Any  # int32 [ballots, KEPT_PAD]
     num_kept: Any  # int32 [ballots]
     partial_acc: Any  # float32 [H, SLICES, D]
@@ -94,7 +94,7 @@ class DecodeScratch(NamedTuple):
     survivor: Any = None  # int32 [programs, 2, SURVIVORS]: positions and rows
     lower: Any = None  # float32 [H, SLICES, K_PAD]: the best lower bounds of each slice
     found: Any = None  # int32 [G, SLICES]: survivors; more than SURVIVORS where all keys were scored
-    # Where votes are counted in memory; the caller's where layers add to them:
+    # Where votes are counted in memory, the caller's:
     counts: Any = None  # int32 [ballots, N]: votes of each position
     elected: Any = None  # int32 [ballots, P_PAD]: positions with most votes, see `add_votes`
 
@@ -163,6 +163,7 @@ class Sizes:
     SEARCHES: bool  # steps 3 and 4
     ATTENDS: bool  # steps 5 to 8
     RANKS: int  # processes with so many heads each
+    RECENT: int  # tokens that there is room for to leave winners of, 0 to leave none
 
     @property
     def BLOCK_M(self) -> int:
@@ -243,9 +244,8 @@ class DecodeSizes(Sizes):
     sketch: SketchTiles | None = None
     NEAR_K: int = 0  # rows of the near keys, 0 where the cache itself is near
     NEAR_V: int = 0  # of the near values
-    WINDOW: int = 0  # tokens that vote, whose votes are counted in memory; 0: this one's are compared in registers
-    MAX_SPANS: int = 0  # with WINDOW, to lay out lists
-    CARRIES: bool = False  # with WINDOW: counts are the caller's, and add up from launch to launch
+    COUNTS: bool = False  # votes are counted in memory, the caller's, and add up from launch to launch
+    MAX_SPANS: int = 0  # with COUNTS, to lay out lists
 
     @property
     def SKETCH(self) -> bool:
@@ -310,12 +310,7 @@ class DecodeSizes(Sizes):
     @property
     def KEPT_PAD(self) -> int:
         """Positions that a ballot can keep."""
-        return self.P_PAD if self.WINDOW else self.W_PAD
-
-    @property
-    def EARLY_ROWS(self) -> int:
-        """Rows of a ballot that are of earlier tokens."""
-        return (self.WINDOW - 1) * self.BALLOT_ROWS
+        return self.P_PAD if self.COUNTS else self.W_PAD
 
     @property
     def ROUND_PAD(self) -> int:
@@ -327,21 +322,8 @@ class DecodeSizes(Sizes):
         return self.ROUND_PAD // self.K_PAD
 
     @property
-    def EARLY_ROUNDS(self) -> int:
-        """In which earlier tokens vote; one in any case, which brings the code into the cache."""
-        return max(1, -(-self.EARLY_ROWS // self.ROUND_ROWS))
-
-    @property
-    def OWN_ROUNDS(self) -> int:
-        """In which this step's token votes."""
+    def ROUNDS(self) -> int:
         return -(-self.BALLOT_ROWS // self.ROUND_ROWS)
-
-    @property
-    def UPDATED_M(self) -> int:
-        """Rows that a key is scored for at a time. Up to 32 the matrix unit is used in one way, beyond in another."""
-        if self.BLOCK_M > 32:
-            return self.BLOCK_M
-        return max(16, min(32, pad((self.WINDOW - 1) * self.GROUP)))
 
     @property
     def SLICES_PAD(self) -> int:
@@ -357,6 +339,21 @@ class DecodeSizes(Sizes):
         """Query heads that `combine` joins at a time."""
         most = MAX_PARTIALS // (self.SLICES_PAD * self.BLOCK_D)
         return max(1, min(max(pad(self.GROUP), self.tiles.num_warps), most))
+
+
+@dataclass(frozen=True)
+class CountSizes:
+    """What the kernel that counts the votes of earlier tokens is compiled for."""
+
+    BALLOTS: int
+    OF_TOKEN: int  # winners of a token in a layer, of one ballot
+    EARLIER: int  # tokens
+    RECENT: int  # tokens that winners are kept of
+    VOTE_SIZE: int
+    SEQ_LEN_IN_MEMORY: bool
+    BY_LEVEL: bool  # for the chunk kernel; else there is a list of the positions with most votes
+    BLOCK: int = 256  # winners that are counted at a time
+    BLOCK_V: int = 1024  # positions with votes that are compared at a time
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from minirea.kernels.fused.arguments import VARYING, Heads, Softmax
 from minirea.kernels.fused.attend import attend_tiles, gather, rotate_queries
 from minirea.kernels.fused.memory import load_rows, near_or, of_head, slice_of
 from minirea.kernels.fused.scope import far_rows_of, locate, select
-from minirea.kernels.fused.score import pick, score_slice, store_winners
+from minirea.kernels.fused.score import leave_winners, pick, score_slice, store_winners, winners_of
 from minirea.kernels.fused.sync import arrive, wait
 from minirea.kernels.fused.vote import count_votes, elect, tally, votes_needed
 
@@ -64,13 +64,13 @@ class Share(NamedTuple):
 
 @triton.jit(do_not_specialize=[*VARYING, "T", "chunks", "chunk_size", "levels", "local_rows", "far_rows"])
 def chunk_kernel(
-    q, k, v, near, out_ptr, rope, scratch, stride_counts, stride_votes,
+    q, k, v, near, out_ptr, rope, scratch, winner_ptr, stride_counts, stride_votes,
     seq_len, T, chunks, chunk_size, levels, local_rows, far_rows,
     global_size, local_size, dense_size, span_size, max_spans, max_scope, c: tl.constexpr,
 ):  # fmt: skip
     """T queries in chunks, each with a scope of its own: q [T, H, D] against k and v [G, N, D], to out [T, H, D].
 
-    `near` has the local parts' values, or is None.
+    `near` has the local parts' values, or is None. winner_ptr takes what the last RECENT queries find, or is None.
     """
     n = tl.load(seq_len).to(tl.int32) if c.SEQ_LEN_IN_MEMORY else seq_len
     program = tl.program_id(0)
@@ -90,7 +90,7 @@ def chunk_kernel(
                 score_chunks(q, k, scratch, step, c)
                 wait(counters, arrive(counters))
             if c.ATTENDS:
-                count_chunks(scratch, step, c)
+                count_chunks(scratch, winner_ptr, step, c)
                 wait(counters, arrive(counters))
                 share = share_of(step)
                 tally_ballots(scratch, step, share, c)
@@ -180,8 +180,8 @@ def merge_chunks(scratch, winner_ptr, step, c: tl.constexpr):
 
 
 @triton.jit
-def count_chunks(scratch, step, c: tl.constexpr):
-    """Step 5: the votes of every row."""
+def count_chunks(scratch, winner_ptr, step, c: tl.constexpr):
+    """Step 5: the votes of every row. Leaves the winners of the last tokens for later ones' votes."""
     for chunk in range(step.chunks):
         _, num_queries, chunk_n = chunk_at(chunk, step)
         if chunk_n > step.dense_size:
@@ -195,9 +195,15 @@ def count_chunks(scratch, step, c: tl.constexpr):
                     row = (chunk * c.G + g) * step.chunk_rows
                 first_row = row + this // c.VOTING_HEADS * c.COUNT_ROWS
                 last_row = tl.minimum(first_row + c.COUNT_ROWS, row + num_queries * c.GROUP)
-                count_votes(scratch.candidate, scratch.counts + ballot * step.stride_counts,
-                            scratch.num_votes + ballot * step.stride_votes, first_row, last_row,
-                            step.global_size, chunk_n - step.local_size, step.levels, c)  # fmt: skip
+                winner = winners_of(scratch.candidate, first_row, last_row, c.COUNT_ROWS, c)
+                if c.RECENT:
+                    rows = first_row + tl.arange(0, c.COUNT_ROWS)
+                    position = chunk_n - num_queries + (rows - row) // c.GROUP
+                    present = (rows < last_row) & (position >= step.n - c.RECENT)
+                    leave_winners(winner, winner_ptr, position, g * c.GROUP + (rows - row) % c.GROUP, present, c)
+                count_votes(winner, scratch.counts + ballot * step.stride_counts,
+                            scratch.num_votes + ballot * step.stride_votes, step.global_size,
+                            chunk_n - step.local_size, step.levels, c)  # fmt: skip
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """The decode kernel: one query per head, in one cooperative launch.
 
 A decode step has few winners. Most programs are workers, with a slice of one key/value head each; the one or few that
-are left over sort the winners of all workers, which attend to the local part meanwhile. Where earlier tokens vote too,
-their winners are kept (recent.py), so that the workers' share stays one query.
+are left over sort the winners of all workers, which attend to the local part meanwhile. Where earlier tokens or layers
+vote too, they add the winners to the votes that there are (recent.py).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,7 +18,7 @@ import triton.language as tl
 from minirea.kernels.fused.arguments import VARYING, Heads, Rope, Softmax
 from minirea.kernels.fused.attend import attend, combine, store_partial
 from minirea.kernels.fused.memory import load_rows, near_or, of_head, prefetch_rows, prefetch_spans, slice_of
-from minirea.kernels.fused.recent import elect_with_recent, prepare_next
+from minirea.kernels.fused.recent import elect_by_counts
 from minirea.kernels.fused.scope import locate, select
 from minirea.kernels.fused.score import pick, score_slice, store_winners
 from minirea.kernels.fused.sketch import (
@@ -53,7 +53,6 @@ class Step(NamedTuple):
     program: Any
     workers: Any
     selectors: Any  # programs that sort winners
-    first_row: Any = None  # of a key/value head, from which on the workers search; only where several tokens vote
 
 
 @triton.jit(do_not_specialize=[*VARYING, "workers"])
@@ -63,22 +62,14 @@ def decode_kernel(
     c: tl.constexpr,
 ):  # fmt: skip
     """One step of one query per head: q [1, H, D] against k and v [G, N, D], to out [1, H, D]. near and sketch are
-    None without. With WINDOW q is [WINDOW, H, D], and winner_ptr has the winners of all but the last, which vote with
-    it; else it is None, as is stride_counts.
+    None without. winner_ptr takes what the query finds, or is None; stride_counts is None where votes are not counted.
 
     A worker's unit of work is one slice of one key/value head: first of the middle to score, then of the local part to
     attend to, then of the far part. Attending to the local part needs no selection, so it fills the time until the last
     worker has scored and the selecting program has sorted the winners.
     """
     n = tl.load(seq_len).to(tl.int32) if c.SEQ_LEN_IN_MEMORY else seq_len
-    if c.WINDOW:
-        voters = q
-        fresh = tl.load(winner_ptr) != n - 1  # these lists are not those of the step before
-        first_row = tl.where(fresh, 0, (c.WINDOW - 1) * c.GROUP)
-        q = Heads(q.ptr + (c.WINDOW - 1) * q.stride_n, q.stride_h, 0, q.stride_d)
-    else:
-        q = Heads(q.ptr, q.stride_h, 0, q.stride_d)  # one token: its stride does not matter
-        voters, fresh = q, None
+    q = Heads(q.ptr, q.stride_h, 0, q.stride_d)  # one token: its stride does not matter
     dense = n <= dense_size
     program = tl.program_id(0)
     step = Step(
@@ -94,7 +85,6 @@ def decode_kernel(
         workers=workers,
         # The programs after the workers select; a program that is alone does both.
         selectors=1 if c.ALONE else tl.num_programs(0) - workers,
-        first_row=first_row if c.WINDOW else None,
     )
     if not c.SKETCH:
         tile_rope = rope_of_a_tile(rope, num_positions, c)  # while this program has nothing else to wait for
@@ -104,10 +94,10 @@ def decode_kernel(
         if not dense:
             if c.SEARCHES:
                 if program < workers:
-                    score_slices(voters, k, v, near, sketch, scratch, step, c)
+                    score_slices(q, k, v, near, sketch, scratch, step, c)
             all_arrived = arrive(scratch.counters)
             if c.ALONE and c.ATTENDS:
-                elect_winners(voters, k, scratch, winner_ptr, stride_counts, step, 0, all_arrived, fresh, c)
+                elect_winners(scratch, winner_ptr, stride_counts, step, 0, all_arrived, c)
             if not c.ATTENDS:
                 if c.ALONE or program >= workers:
                     wait(scratch.counters, all_arrived)
@@ -124,7 +114,7 @@ def decode_kernel(
     # Last, since of a kernel's code only the first 64 KiB are fetched ahead, and the workers need those.
     if c.SELECTS and c.ATTENDS and not c.ALONE:
         if not dense and program >= workers:
-            elect_winners(voters, k, scratch, winner_ptr, stride_counts, step, program - workers, all_arrived, fresh, c)
+            elect_winners(scratch, winner_ptr, stride_counts, step, program - workers, all_arrived, c)
 
 
 @triton.jit
@@ -138,24 +128,21 @@ def rope_of_a_tile(rope, num_positions, c: tl.constexpr):
 
 
 @triton.jit
-def elect_winners(
-    voters, k, scratch, winner_ptr, stride_counts, step, first_ballot, all_arrived, fresh, c: tl.constexpr
-):
-    """Step 5: the winners of every step.selectors-th ballot that are kept, and with WINDOW what the next step needs.
+def elect_winners(scratch, winner_ptr, stride_counts, step, first_ballot, all_arrived, c: tl.constexpr):
+    """Step 5: the winners of every step.selectors-th ballot that are kept.
 
     Where other programs score meanwhile, the first time sorts what the launch before has left: it brings the code into
     the cache.
     """
-    if c.WINDOW:
-        elect_with_recent(scratch, winner_ptr, stride_counts, step, first_ballot, step.selectors, all_arrived, fresh, c)
+    if c.COUNTS:
+        elect_by_counts(scratch, winner_ptr, stride_counts, step, first_ballot, all_arrived, c)
     else:
         for time in range(1 if c.ALONE else c.SORTS):
             if time == 1:
                 wait(scratch.counters, all_arrived)
-            sort_winners(scratch, first_ballot, step.selectors, step.mid_lo, step.mid_hi, step.max_spans, c)
+            sort_winners(scratch, winner_ptr, step.n, first_ballot, step.selectors, step.mid_lo, step.mid_hi,
+                         step.max_spans, c)  # fmt: skip
     tl.atomic_add(scratch.counters + SORTED, 1, sem="release", scope="gpu")
-    if c.WINDOW:
-        prepare_next(voters, k, scratch, winner_ptr, stride_counts, step, first_ballot, step.selectors, c)
 
 
 @triton.jit
@@ -169,14 +156,6 @@ def score_slices(q, k, v, near, sketch, scratch, step, c: tl.constexpr):
         part = unit // c.G
         if c.SKETCH:
             score_with_sketch(q, k, v, near, sketch, block_ptr, tag_ptr, scratch, step, g, part, c)
-        elif c.WINDOW:
-            NUM_ROWS: tl.constexpr = c.WINDOW * c.GROUP
-            lo, hi = slice_of(step.mid_lo, step.mid_hi, part, c.SLICES)
-            for first_row in range(step.first_row, NUM_ROWS, c.BLOCK_M):
-                score_slice(q, of_head(k, g), block_ptr, tag_ptr, g, first_row, NUM_ROWS, lo, hi, c)
-                prefetch_local(k, v, near, step, g, part, c)
-                candidate_ptr = scratch.candidate + ((g * NUM_ROWS + first_row) * c.SLICES + part) * c.K_PAD
-                pick(block_ptr, tag_ptr, candidate_ptr, NUM_ROWS - first_row, lo, c)
         else:
             lo, hi = slice_of(step.mid_lo, step.mid_hi, part, c.SLICES)
             score_slice(q, of_head(k, g), block_ptr, tag_ptr, g, 0, c.GROUP, lo, hi, c)
@@ -274,7 +253,7 @@ def select_and_locate(k, v, scratch, selection_ptr, step, ballot, part, c: tl.co
     """Steps 6 and 7 for one slice of the far rows; returns how many rows are selected in all."""
     num_kept = tl.load(scratch.num_kept + ballot)
     kept_ptr = scratch.kept + ballot * c.KEPT_PAD
-    max_kept = step.max_spans if c.WINDOW else tl.minimum(step.max_spans, c.BALLOT_ROWS * c.K)
+    max_kept = step.max_spans if c.COUNTS else tl.minimum(step.max_spans, c.BALLOT_ROWS * c.K)
     prefetch_spans(k, v, kept_ptr, max_kept, part, step.mid_lo, step.mid_hi, step.span_size, c)
     start, offset, rows = select(kept_ptr, num_kept, step.mid_lo, step.mid_hi, step.span_size, c.KEPT_PAD)
     selected = tl.sum(rows, axis=0)

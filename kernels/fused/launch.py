@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 import math
@@ -20,6 +19,7 @@ from minirea.kernels.fused.arguments import (
     MAX_CANDIDATES,
     ChunkScratch,
     ChunkSizes,
+    CountSizes,
     DecodeScratch,
     DecodeSizes,
     Heads,
@@ -31,6 +31,7 @@ from minirea.kernels.fused.arguments import (
 )
 from minirea.kernels.fused.chunks import chunk_kernel
 from minirea.kernels.fused.decode import decode_kernel
+from minirea.kernels.fused.recent import count_kernel
 from minirea.kernels.fused.sketch import sketch_kernel
 from minirea.kernels.launching import cdiv, launch_cooperatively
 from minirea.kernels.launching import next_power_of_2 as pad
@@ -45,11 +46,13 @@ INTERPRETED: Final = not isinstance(decode_kernel, triton.JITFunction)
 if not INTERPRETED:
     hash(decode_kernel)
     hash(chunk_kernel)
+    hash(count_kernel)
 # The most winners of a ballot that a decode step may hold in registers, where every one is compared with every other:
 # with twice as many a comparison takes 256 registers of every thread, and Triton 3.6 spills them all.
 MAX_WINNERS_IN_REGISTERS: Final = 128
 # The most positions that a decode step counts votes for and keeps: it compares every one with every other as well.
 MAX_ELECTED: Final = 64
+MAX_COUNTING: Final = 64  # programs of a ballot that count winners of earlier tokens
 # What every slice of a block of rows costs besides the products with its keys, as a share of those with all keys: the
 # tiles that it begins with are stored, and its candidates picked and merged. From launches of 144 blocks on 132
 # programs over 131,072 keys: with 4 slices they take 9 % longer than with 2.
@@ -97,16 +100,9 @@ ATTEND: Final = Work(searches=False)
 _OF_THE_SEARCH: Final = ("block", "tag", "candidate")  # scratch
 
 
-class Counting(NamedTuple):
-    """How a decode step counts votes in memory."""
-
-    window: int  # tokens that vote
-    carries: bool  # the caller's votes are added to
-    capacity: int  # positions that scratch has room for, where they are not
-
-    @classmethod
-    def of(cls, window: int, carries: bool, capacity: int) -> Counting:
-        return cls(window, carries, 0 if carries else max(16, pad(capacity)))  # all lengths have one kernel
+def fits_registers(rows: int, span_top_k: int) -> bool:
+    """Whether a decode step can hold the winners of a ballot in registers."""
+    return pad(rows) * pad(span_top_k) <= MAX_WINNERS_IN_REGISTERS
 
 
 class Layer(NamedTuple):
@@ -145,13 +141,12 @@ class Layer(NamedTuple):
     def decodes(self, num_queries: int) -> bool:
         """Whether a step takes the decode kernel."""
         rows = self.group if self.by_head else self.num_heads * self.ranks
-        in_registers = pad(rows) * pad(self.config.span_top_k) <= MAX_WINNERS_IN_REGISTERS
+        in_registers = fits_registers(rows, self.config.span_top_k)
         return num_queries == 1 and (in_registers or not self.config.max_selected)
 
-    def keeps_winners(self) -> bool:
-        """Whether a step of one query that others vote with takes the decode kernel, if it is given their winners."""
-        selects = self.config.max_selected > 0 and self.config.max_spans <= MAX_ELECTED
-        return self.ranks == 1 and selects and self.decodes(1)
+    def counts(self) -> bool:
+        """Whether a step of one query with votes takes the decode kernel."""
+        return self.decodes(1) and self.config.max_spans <= MAX_ELECTED
 
     def check_sketched(self) -> None:
         """Raises InputError where one query has no decode kernel, which is the one that looks at sketches."""
@@ -166,7 +161,7 @@ class Layer(NamedTuple):
         """Room for those of a launch that searches: int32 [rows, K_PAD]."""
         return torch.empty(num_rows, pad(max(1, self.config.span_top_k)), dtype=torch.int32, device=device)
 
-    def constants(self, seq_len_in_memory: bool, work: Work) -> dict[str, Any]:
+    def constants(self, seq_len_in_memory: bool, work: Work, recent: int = 0) -> dict[str, Any]:
         """Fields of `Sizes` that both kernels have alike."""
         config = self.config
         return {
@@ -183,6 +178,7 @@ class Layer(NamedTuple):
             "SEARCHES": work.searches,
             "ATTENDS": work.attends,
             "RANKS": self.ranks if work.attends else 1,
+            "RECENT": recent if work.attends else 0,
         }
 
 
@@ -216,29 +212,30 @@ def plan_decode(
     sketch: SketchTiles | None = None,
     near_k: int = 0,
     near_v: int = 0,
-    counting: Counting | None = None,
+    counts: bool = False,
+    recent: int = 0,
 ) -> DecodePlan:
     """Workers with a slice of one key/value head each, and a program for each ballot besides.
 
     Only where heads have one slice can a worker have several units: slices of a head wait for each other.
     """
     H, G, D, _, config, _ = layer
-    constants = layer.constants(seq_len_in_memory, work)
+    constants = layer.constants(seq_len_in_memory, work, recent)
     ballot_rows, ballots = (layer.group, G) if layer.by_head else (H * constants["RANKS"], 1)
     slices = max(1, min((processors - 1) // G, MAX_CANDIDATES // (pad(ballot_rows) * pad(constants["K"]))))
     workers = max(1, min(processors - 1, G * slices))
     programs = min(processors, workers + ballots)
     votes = ballot_rows * config.span_top_k > config.max_spans
     constants |= {"VOTES": votes, "ALONE": programs == 1, "sketch": sketch, "NEAR_K": near_k, "NEAR_V": near_v}
+    if counts and work.attends:
+        constants |= {"COUNTS": True, "MAX_SPANS": config.max_spans}
     # Slices are short: what lies behind them would be much of what is read.
     c = DecodeSizes(tiles, **constants, SLICES=slices, WHOLE_TILES=False)
-    if counting:
-        c = dataclasses.replace(c, WINDOW=counting.window, MAX_SPANS=config.max_spans, CARRIES=counting.carries)
     shapes: Shapes = {
         "counters": (torch.int64, (2 + (2 * G if sketch else G),)),
         "block": (torch.float32, (programs, c.BLOCK_M, c.K_PAD, c.BLOCK_N)),
         "tag": (torch.int32, (programs, c.BLOCK_M, c.K_PAD)),
-        "candidate": (torch.int64, (max(1, c.WINDOW) * H, slices, c.K_PAD)),
+        "candidate": (torch.int64, (H, slices, c.K_PAD)),
         "kept": (torch.int32, (ballots, c.KEPT_PAD)),
         "num_kept": (torch.int32, (ballots,)),
         "partial_acc": (torch.float32, (H, slices, D)),
@@ -247,9 +244,6 @@ def plan_decode(
         "selection": (torch.int64, (ballots, config.max_scope)),
         "num_far": (torch.int32, (ballots,)),
     }
-    if counting and not counting.carries:
-        shapes["counts"] = (torch.int32, (ballots, counting.capacity))
-        shapes["elected"] = (torch.int32, (ballots, c.P_PAD))
     if sketch:
         rooms = (programs, c.GROUP, sketch.ROOM)
         shapes |= {
@@ -307,10 +301,11 @@ def plan_chunks(
     work: Work = WHOLE,
     carries: bool = False,
     near_v: int = 0,
+    recent: int = 0,
 ) -> ChunkPlan:
     """Sizes by the next powers of two, so that prompts of all lengths share few workspaces and kernels."""
     _, G, D, dtype, config, _ = layer
-    constants = layer.constants(seq_len_in_memory, work)
+    constants = layer.constants(seq_len_in_memory, work, recent)
     chunks, chunk_size = pad(chunks), pad(chunk_size)
     rows = chunk_size * layer.group  # of one key/value head in a chunk
     units = chunks * G * cdiv(rows, tiles.BLOCK_M)
@@ -382,20 +377,20 @@ def reattention_triton(
         layer = Layer.of(q_THD, k_cache_GND, config, gather)
         if sketch is not None and T == 1:
             layer.check_sketched()
-        if winners is not None and layer.keeps_winners():
-            out_THD = out_THD[:1]
-            tensors = q_THD, k_cache_GND, v_cache_GND, out_THD
-            scratch = launch_decode(*tensors, seq_len, rope, config, tiles, votes=votes, near=near, winners=winners)
-        elif layer.decodes(T) and votes is None:
+        if layer.decodes(T) if votes is None else layer.counts():
             scratch = launch_decode(
-                q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, rope, config, tiles, gather, sketch, near=near
+                *(q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, rope, config, tiles, gather, sketch),
+                votes=votes,
+                near=near,
+                winners=winners,
             )
         else:
             for start, stop, size in cut(T, chunk_size or T, q_THD.dtype):
                 n = seq_len - (T - stop) if stop < T else seq_len
                 queries, outputs = q_THD[start:stop], out_THD[start:stop]
                 scratch = launch_chunks(
-                    queries, k_cache_GND, v_cache_GND, outputs, n, rope, config, tiles, size, gather, votes, near
+                    *(queries, k_cache_GND, v_cache_GND, outputs, n, rope, config, tiles, size, gather),
+                    *(votes, near, winners),
                 )
     if not return_selection:
         return out_THD, None
@@ -415,7 +410,7 @@ def cut(num_queries: int, chunk_size: int, dtype: torch.dtype) -> Iterator[tuple
 
 
 def launch_decode(
-    q_WHD: torch.Tensor,
+    q_1HD: torch.Tensor,
     k_cache_GND: torch.Tensor,
     v_cache_GND: torch.Tensor,
     out_1HD: torch.Tensor,
@@ -430,22 +425,20 @@ def launch_decode(
     near: Near | None = None,
     winners: torch.Tensor | None = None,
 ) -> DecodeScratch:
-    """One decode step; returns the scratch that it used. W is 1 but for `winners`, which says whose they are."""
-    layer = Layer.of(q_WHD, k_cache_GND, config, gather)
+    """One decode step; returns the scratch that it used."""
+    layer = Layer.of(q_1HD, k_cache_GND, config, gather)
     tiles = tiles or decode_tiles(layer.group, layer.block_d, layer.dtype.itemsize)
     if sketch is not None:
         sketch_sizes = sketch_sizes or sketch_tiles(layer.head_dim)
-    in_memory, device = isinstance(seq_len, torch.Tensor), q_WHD.device
-    inputs = inputs_of(q_WHD, k_cache_GND, v_cache_GND, near, rope, seq_len, config)
-    counting = None
-    if winners is not None:
-        counting = Counting.of(len(q_WHD), votes is not None, k_cache_GND.shape[1])
+    in_memory, device = isinstance(seq_len, torch.Tensor), q_1HD.device
+    inputs = inputs_of(q_1HD, k_cache_GND, v_cache_GND, near, rope, seq_len, config)
+    counts = votes is not None
 
     def do(work: Work, out: torch.Tensor, gathered: torch.Tensor | None = None) -> DecodeScratch:
-        sizes = work, sketch_sizes, *near_rows(near).values(), counting
+        sizes = work, sketch_sizes, *near_rows(near).values(), counts, recent_of(winners)
         plan = plan_decode(layer, tiles, num_programs(device, tiles), in_memory, *sizes)
         c, programs, workers, shapes = plan
-        key = ("decode", tiles, layer, *work, sketch_sizes, counting)
+        key = ("decode", tiles, layer, *work, sketch_sizes, counts)
         scratch: DecodeScratch = scratch_of(DecodeScratch, key, shapes, device)
         given = scratch if gathered is None else scratch._replace(candidate=gathered)
         if votes is not None:
@@ -458,7 +451,7 @@ def launch_decode(
             sketch=None if sketch is None else sketch_rows(sketch, layer),
             out_ptr=out,
             scratch=given,
-            winner_ptr=winners,
+            winner_ptr=winners if work.attends else None,
             stride_counts=None if given.counts is None else given.counts.stride(0),
             workers=workers,
             num_positions=rope.cos_ptr.shape[0],
@@ -497,6 +490,7 @@ def launch_chunks(
     gather: Gather | None = None,
     votes: Votes | None = None,
     near: Near | None = None,
+    winners: torch.Tensor | None = None,
 ) -> ChunkScratch:
     """Chunks of chunk_size queries, the last of which may be shorter; returns the scratch that they used."""
     (T, H, _), N, device = q_THD.shape, k_cache_GND.shape[1], q_THD.device
@@ -505,9 +499,9 @@ def launch_chunks(
     chunks, in_memory, carries = cdiv(T, chunk_size), isinstance(seq_len, torch.Tensor), votes is not None
     inputs = inputs_of(q_THD, k_cache_GND, v_cache_GND, near, rope, seq_len, config)
 
-    def do(work: Work, out: torch.Tensor, winners: torch.Tensor | None = None) -> ChunkScratch:
+    def do(work: Work, out: torch.Tensor, gathered: torch.Tensor | None = None) -> ChunkScratch:
         sizes = num_programs(device, tiles), in_memory, chunks, chunk_size, N
-        plan = plan_chunks(layer, tiles, *sizes, work, carries, near_rows(near)["NEAR_V"])
+        plan = plan_chunks(layer, tiles, *sizes, work, carries, near_rows(near)["NEAR_V"], recent_of(winners))
         key = ("chunks", tiles, layer, pad(chunks), pad(chunk_size), pad(N), *work, carries)
         scratch: ChunkScratch = scratch_of(ChunkScratch, key, plan.scratch, device)
         levels = plan.levels
@@ -520,7 +514,8 @@ def launch_chunks(
             device,
             **inputs,
             out_ptr=out,
-            scratch=scratch if winners is None else scratch._replace(candidate=winners),
+            scratch=scratch if gathered is None else scratch._replace(candidate=gathered),
+            winner_ptr=winners if work.attends else None,
             stride_counts=scratch.counts.stride(0),
             stride_votes=scratch.num_votes.stride(0),
             T=T,
@@ -535,6 +530,30 @@ def launch_chunks(
         return scratch
 
     return in_parts(do, layer, chunks * chunk_size * H, out_THD, gather)
+
+
+def recent_of(winners: torch.Tensor | None) -> int:
+    return 0 if winners is None else len(winners)
+
+
+def count_winners(
+    votes: Votes, winners_LRHK: torch.Tensor, seq_len: int | torch.Tensor, config: ReAttentionConfig
+) -> None:
+    """Arguments are those of `minirea.kernels.count_winners`."""
+    (L, R, H, K), B, earlier = winners_LRHK.shape, len(votes.counts), config.vote_window - 1
+    num_winners = L * earlier * (H // B) * K
+    if not num_winners:
+        return
+    by_level = not fits_registers(H // B, K) or config.max_spans > MAX_ELECTED
+    in_memory = isinstance(seq_len, torch.Tensor)
+    c = CountSizes(B, H // B * K, earlier, R, config.vote_size, in_memory, by_level)
+    tensors = winners_LRHK, votes.counts, votes.elected, votes.voted, votes.num_votes
+    strides = (tensor.stride(0) for tensor in tensors[1:])
+    sizes = config.global_size, config.local_size, config.max_spans, num_winners, votes.num_votes.shape[1] - 1
+    bits = votes.counts.shape[1].bit_length(), num_winners.bit_length()
+    programs = B * min(MAX_COUNTING, cdiv(num_winners, c.BLOCK))
+    arguments = *tensors, *strides, seq_len, *sizes, *bits
+    launching.start(count_kernel, programs, votes.counts.device, arguments, {"c": c, "num_warps": 4})
 
 
 def sketch_rows(sketch: Sketch, layer: Layer) -> SketchRows:
@@ -644,28 +663,24 @@ def scratch_bytes(
     device: torch.device,
     sketched: bool = False,
     carries: bool = False,
-    window: int = 0,
 ) -> int:
     """Bytes of scratch that steps keep on one stream; see `minirea.kernels`."""
     lengths = [(T, chunk_size) for longest, chunk_size in steps for T in range(1, longest + 1)]
     scratches = []
     works = (WHOLE,) if layer.ranks == 1 else (SEARCH, ATTEND)
-    if any(layer.decodes(T) for T, _ in lengths) and not carries:
+    in_decode = [layer.counts() if carries else layer.decodes(T) for T, _ in lengths]
+    if any(in_decode):
         tiles = decode_tiles(layer.group, layer.block_d, layer.dtype.itemsize)
         programs = num_programs(device, tiles)
-        plans = [plan_decode(layer, tiles, programs, True, work) for work in works]
+        plans = [plan_decode(layer, tiles, programs, True, work, counts=carries) for work in works]
         if sketched:  # beside the layers that have no sketch
             plans.append(plan_decode(layer, tiles, programs, True, sketch=sketch_tiles(layer.head_dim)))
         scratches += [plan.scratch for plan in plans]
-    if window and layer.keeps_winners():
-        tiles = decode_tiles(layer.group, layer.block_d, layer.dtype.itemsize)
-        counting = Counting.of(window, carries, capacity)
-        scratches.append(plan_decode(layer, tiles, num_programs(device, tiles), True, counting=counting).scratch)
     tiles = chunk_tiles(layer.block_d, layer.dtype.itemsize)
     launches = {
         (pad(cdiv(stop - start, size)), pad(size))
-        for T, chunk_size in lengths
-        if carries or not layer.decodes(T)
+        for (T, chunk_size), decodes in zip(lengths, in_decode, strict=True)
+        if not decodes
         for start, stop, size in cut(T, chunk_size, layer.dtype)
     }
     for chunks, chunk_size in launches:

@@ -1,9 +1,8 @@
-"""Section 3, steps 3 to 5, for a decode step whose token votes together with those before it, or layer after layer.
+"""Section 3, step 5, for a decode step whose token votes together with those before it, or layer after layer.
 
-The winners of earlier tokens are kept from step to step (`new_winners` in minirea.kernels.votes). Between two steps one
-key enters the middle, so that a list of winners is brought up to date by one score, and a step searches for its own
-token alone. Votes are counted in memory, and a list of the max_spans positions that have most goes from round to round
-and from layer to layer: votes only grow, so a position that is not on the list and gets no vote in a round cannot get
+Votes are counted in memory, by position. Those of earlier tokens, whose winners every step leaves, are counted once,
+before a step's first layer (`count_kernel`); each layer adds its own. A list of the max_spans positions that have most
+goes from layer to layer: votes only grow, so a position that is not on the list and gets no vote in a layer cannot get
 onto it.
 """
 
@@ -12,73 +11,130 @@ onto it.
 
 from __future__ import annotations
 
+from typing import Final
+
 import triton
 import triton.language as tl
 
-from minirea.kernels.fused.memory import load_rows, of_head
-from minirea.kernels.fused.order import NO_KEY, NO_SCORE, NOWHERE, pack, position_of, take_best, to_order
+from minirea.kernels.fused.order import NOWHERE, pack
+from minirea.kernels.fused.score import leave_winners, winners_of
 from minirea.kernels.fused.sync import wait
 from minirea.kernels.fused.vote import pool, sort
 
-# Where the lists of winners begin; before them lies, for how many cached tokens they hold.
-LISTS: tl.constexpr = tl.constexpr(2)
-LARGEST: tl.constexpr = tl.constexpr((1 << 63) - 1)
+# In a ballot's row of Votes.voted: how many positions have votes, how many programs have counted; these positions.
+FINISHED: tl.constexpr = tl.constexpr(1)
+POSITIONS: tl.constexpr = tl.constexpr(2)
 
 
-@triton.jit
-def lists_of(winner_ptr, n, token, head, c: tl.constexpr):
-    """Where the winners of rows (token, head) lie; token 0 is the oldest that votes, the last one this step's.
-
-    Each is where its place in the context says, modulo WINDOW, so that it stays there until the token votes no more.
-    """
-    return winner_ptr + LISTS + ((n + token) % c.WINDOW * (c.G * c.GROUP) + head) * c.K_PAD
+VARYING: Final = ("seq_len", "global_size", "local_size", "max_spans", "num_winners", "levels", "bits", "vote_bits")
 
 
-@triton.jit
-def elect_with_recent(
-    scratch, winner_ptr, stride_counts, step, first_ballot, ballot_stride, all_arrived, fresh, c: tl.constexpr
+@triton.jit(do_not_specialize=[*VARYING])
+def count_kernel(
+    winner_ptr, counts_ptr, elected_ptr, voted_ptr, num_votes_ptr, stride_counts, stride_elected, stride_voted,
+    stride_votes, seq_len, global_size, local_size, max_spans, num_winners, levels, bits, vote_bits, c: tl.constexpr,
 ):  # fmt: skip
-    """Steps 4 and 5 for some ballots: in rounds, earlier tokens' winners first, while the workers still search for this
-    token's. Where no list holds (fresh), the workers search for all.
+    """Count the num_winners of earlier tokens of each ballot, in all layers: winner_ptr int32 [L, RECENT, H, K].
+
+    Several programs for each ballot; the last of them elects, which compares positions of so many `bits` by numbers of
+    votes of so many vote_bits.
     """
-    for ballot in range(first_ballot, c.BALLOTS, ballot_stride):
+    n = tl.load(seq_len).to(tl.int32) if c.SEQ_LEN_IN_MEMORY else seq_len
+    ballot = tl.program_id(0) % c.BALLOTS
+    part = tl.program_id(0) // c.BALLOTS
+    parts = tl.num_programs(0) // c.BALLOTS
+    counts_ptr += ballot * stride_counts
+    voted_ptr += ballot * stride_voted
+    mid_hi = n - local_size
+    for first in range(part * c.BLOCK, num_winners, parts * c.BLOCK):
+        index = first + tl.arange(0, c.BLOCK)
+        token = index // c.OF_TOKEN % c.EARLIER
+        row = (n - 1 - c.EARLIER + token + c.RECENT) % c.RECENT
+        row = (index // (c.OF_TOKEN * c.EARLIER) * c.RECENT + row) * c.BALLOTS + ballot
+        winner = tl.load(winner_ptr + row * c.OF_TOKEN + index % c.OF_TOKEN, mask=index < num_winners, other=-1)
+        # After tokens were taken back, winners of those before may be in the local part.
+        winner = tl.where((winner >= global_size) & (winner < mid_hi), winner, NOWHERE)
+        winner = pool(winner, global_size, mid_hi, c.VOTE_SIZE)
+        cast = winner != NOWHERE
+        before = tl.atomic_add(counts_ptr + winner, 1, mask=cast, sem="relaxed")
+        if c.BY_LEVEL:
+            levels_ptr = num_votes_ptr + ballot * stride_votes + 1
+            tl.atomic_add(levels_ptr + before, 1, mask=cast & (before < levels), sem="relaxed")
+        else:
+            entering = (cast & (before == 0)).to(tl.int32)
+            num_before = tl.atomic_add(voted_ptr, tl.sum(entering, axis=0), sem="relaxed")
+            slot = num_before + tl.cumsum(entering, axis=0) - 1
+            tl.store(voted_ptr + POSITIONS + slot, winner, mask=entering > 0)
+    if not c.BY_LEVEL:
+        tl.debug_barrier()  # all threads' numbers before this program's one release
+        if tl.atomic_add(voted_ptr + FINISHED, 1, sem="acq_rel", scope="gpu") == parts - 1:
+            elect_most(voted_ptr, counts_ptr, elected_ptr + ballot * stride_elected, max_spans, bits, vote_bits, c)
+
+
+@triton.jit
+def elect_most(voted_ptr, counts_ptr, elected_ptr, max_spans, bits, vote_bits, c: tl.constexpr):
+    """Write the list for `add_votes` from all positions that have votes.
+
+    These are ordered by numbers that no two share; the bits of the last one that is kept are found one by one.
+    """
+    num_voted = tl.load(voted_ptr)
+    threshold = tl.cast(0, tl.int64)
+    reached = num_voted
+    bit = bits + vote_bits - 1
+    while (bit >= 0) & (reached > max_spans):
+        higher = threshold | (tl.cast(1, tl.int64) << bit)
+        count = 0
+        for first in range(0, num_voted, c.BLOCK_V):
+            _, ranked = ranked_positions(voted_ptr, counts_ptr, first, num_voted, bits, c)
+            count += tl.sum((ranked >= higher).to(tl.int32), axis=0)
+        threshold = tl.where(count >= max_spans, higher, threshold)
+        reached = tl.where(count >= max_spans, count, reached)
+        bit -= 1
+    place = 0
+    for first in range(0, num_voted, c.BLOCK_V):
+        position, ranked = ranked_positions(voted_ptr, counts_ptr, first, num_voted, bits, c)
+        kept = ranked >= threshold
+        tl.store(elected_ptr + place + tl.cumsum(kept.to(tl.int32), axis=0) - 1, position + 1, mask=kept)
+        place += tl.sum(kept.to(tl.int32), axis=0)
+
+
+@triton.jit
+def ranked_positions(voted_ptr, counts_ptr, first, num_voted, bits, c: tl.constexpr):
+    """Positions [BLOCK_V], and int64 by which one with more votes, or of equal votes the lower, is larger; -1 beyond
+    the last.
+    """
+    offs_v = first + tl.arange(0, c.BLOCK_V)
+    position = tl.load(voted_ptr + POSITIONS + offs_v, mask=offs_v < num_voted, other=0)
+    votes = tl.load(counts_ptr + position, mask=offs_v < num_voted, other=0).to(tl.int64)
+    ranked = (votes << bits) | ((tl.cast(1, tl.int64) << bits) - 1 - position)
+    return position, tl.where(offs_v < num_voted, ranked, -1)
+
+
+@triton.jit
+def elect_by_counts(scratch, winner_ptr, stride_counts, step, first_ballot, all_arrived, c: tl.constexpr):
+    """Steps 4 and 5 for every step.selectors-th ballot: its winners are added to the votes that there are.
+
+    Where other programs score meanwhile, the first round has no winners: it brings the code into the cache.
+    """
+    for ballot in range(first_ballot, c.BALLOTS, step.selectors):
         counts_ptr = scratch.counts + ballot * stride_counts
         elected_ptr = scratch.elected + ballot * c.P_PAD
-        # There is an early round in any case: it brings the code into the cache.
-        for time in range(c.EARLY_ROUNDS + c.OWN_ROUNDS):
-            own = time >= c.EARLY_ROUNDS
-            searched = own | fresh
+        last_row = (ballot + 1) * c.BALLOT_ROWS
+        for time in range(1 if c.ALONE else 0, c.ROUNDS + 1):
             if not c.ALONE:
-                if searched:
+                if time == 1:
                     wait(scratch.counters, all_arrived)
-            first_row = time * c.ROUND_ROWS + tl.where(own, c.EARLY_ROWS - c.EARLY_ROUNDS * c.ROUND_ROWS, 0)
-            stop_row = tl.where(own, c.EARLY_ROWS + c.BALLOT_ROWS, c.EARLY_ROWS)
-            rows = first_row + tl.arange(0, c.ROUND_ROWS)
-            token = rows // c.BALLOT_ROWS
-            head = ballot * c.BALLOT_ROWS + rows % c.BALLOT_ROWS
-            list_ptrs = lists_of(winner_ptr, step.n, token, head, c)[:, None] + tl.arange(0, c.K_PAD)[None, :]
-            is_kept = (rows < tl.where(searched, 0, stop_row))[:, None]
-            is_found = (rows < tl.where(searched, stop_row, 0))[:, None]
-            best = tl.load(list_ptrs, mask=is_kept, other=NO_KEY)
-            if searched | (time == 0):
-                found = merge_rows(scratch.candidate, token, head, is_found, c)
-                tl.store(list_ptrs, found, mask=is_found)
-                best = tl.where(searched, found, best)
-            winner = position_of(tl.reshape(best, [c.ROUND_PAD]))
-            winner = tl.where(winner < 0, NOWHERE, winner)
-            add_votes(pool(winner, step.mid_lo, step.mid_hi, c.VOTE_SIZE), counts_ptr, elected_ptr, step.max_spans, c)
+            first_row = ballot * c.BALLOT_ROWS + (time - 1) * c.ROUND_ROWS
+            stop_row = tl.where(time == 0, first_row, last_row)
+            winner = winners_of(scratch.candidate, first_row, stop_row, c.ROUND_ROWS, c)
+            if c.RECENT:
+                heads = first_row + tl.arange(0, c.ROUND_ROWS)
+                leave_winners(winner, winner_ptr, step.n - 1, heads, heads < stop_row, c)
+            winner = pool(tl.reshape(winner, [c.ROUND_PAD]), step.mid_lo, step.mid_hi, c.VOTE_SIZE)
+            add_votes(winner, counts_ptr, elected_ptr, step.max_spans, c)
         kept = load_elected(elected_ptr, c.P_PAD, c)
         sort(kept, scratch.kept + ballot * c.KEPT_PAD, scratch.num_kept + ballot, c.KEPT_PAD)
     tl.debug_barrier()  # before these writes are published
-
-
-@triton.jit
-def merge_rows(candidate_ptr, token, head, present, c: tl.constexpr):
-    """The winners of rows (token, head) from all slices' candidates: int64 [rows, K_PAD], NO_KEY where not present."""
-    offs_c = tl.arange(0, c.CANDIDATES_PAD)
-    row = (head // c.GROUP * c.WINDOW + token) * c.GROUP + head % c.GROUP
-    ptrs = candidate_ptr + row.to(tl.int64)[:, None] * c.CANDIDATES + offs_c[None, :]
-    return take_best(tl.load(ptrs, mask=present & (offs_c < c.CANDIDATES)[None, :], other=NO_KEY), c.K, c.K_PAD)
 
 
 @triton.jit
@@ -93,8 +149,7 @@ def load_elected(elected_ptr, SIZE: tl.constexpr, c: tl.constexpr):
 def add_votes(winner, counts_ptr, elected_ptr, max_spans, c: tl.constexpr):
     """Cast the votes of winner int32 [ROUND_PAD], and bring the list of positions with most votes up to date.
 
-    elected_ptr int32 [P_PAD] has up to max_spans of them, each with 1 added, most votes first and of equal votes the
-    lowest position first; zeros follow.
+    elected_ptr int32 [P_PAD] has up to max_spans of them, each with 1 added, no two alike; zeros follow.
     """
     # Both by turns, in one row: what is elected counts as coming before all winners, so that of equal positions one,
     # the first, stands for all.
@@ -112,65 +167,3 @@ def add_votes(winner, counts_ptr, elected_ptr, max_spans, c: tl.constexpr):
     ahead = tl.sum((ranked[None, :] > ranked[:, None]).to(tl.int32), axis=1)
     tl.store(elected_ptr + ahead, both + 1, mask=first & (ahead < max_spans))
     tl.debug_barrier()  # before other threads of this program read list and counts
-
-
-@triton.jit
-def prepare_next(q, k, scratch, winner_ptr, stride_counts, step, first_ballot, ballot_stride, c: tl.constexpr):
-    """Leave lists of winners for the next step, and no votes unless later layers add to them.
-
-    q has this step's token and those before it. It is done while the workers attend.
-    """
-    for ballot in range(first_ballot, c.BALLOTS, ballot_stride):
-        if not c.CARRIES:
-            clear_votes(scratch, winner_ptr, stride_counts, step, ballot, c)
-        if c.WINDOW > 1:
-            for g in range(ballot * (c.G // c.BALLOTS), (ballot + 1) * (c.G // c.BALLOTS)):
-                for first_row in range(c.GROUP, c.WINDOW * c.GROUP, c.UPDATED_M):
-                    enter_key(q, of_head(k, g), winner_ptr, step.n, step.mid_hi, g, first_row, c)
-    if first_ballot == 0:
-        tl.store(winner_ptr, step.n.to(tl.int64))
-
-
-@triton.jit
-def enter_key(q, k, winner_ptr, n, position, g, first_row, c: tl.constexpr):
-    """Bring rows [first_row, first_row + UPDATED_M) of head g up to date with the key at `position`, which enters the
-    middle with the next step. It comes after all others, so that it loses to its equals.
-
-    The product is the one of `score`, so that it rounds as there.
-    """
-    rows = first_row + tl.arange(0, c.UPDATED_M)
-    mask_m = rows < c.WINDOW * c.GROUP
-    heads = g * c.GROUP + rows % c.GROUP
-    offs_k = tl.arange(0, c.K_PAD)[None, :]
-    offs_n = tl.arange(0, 16)
-    offs_d = tl.arange(0, c.BLOCK_D)
-    q_ptrs = q.ptr + (rows // c.GROUP).to(tl.int64)[:, None] * q.stride_n + heads[:, None] * q.stride_h
-    mask_md = mask_m[:, None] & (offs_d < c.D)[None, :]
-    queries = tl.load(q_ptrs + offs_d[None, :] * q.stride_d, mask=mask_md, other=0.0)
-    keys = load_rows(k.ptr, position + offs_n, k.stride_n, offs_n < 1, offs_d, k.stride_d, c.D)
-    scores = tl.dot(queries, tl.trans(keys), input_precision=c.PRECISION)
-    order = to_order(tl.max(tl.where(offs_n[None, :] < 1, scores, float("-inf")), axis=1))
-    entering = tl.where(order > NO_SCORE, pack(order, position), NO_KEY)[:, None]
-    list_ptrs = lists_of(winner_ptr, n, rows // c.GROUP, heads, c)[:, None] + offs_k
-    best = tl.load(list_ptrs, mask=mask_m[:, None] & (offs_k < c.K), other=LARGEST)
-    worst = tl.min(best, axis=1)[:, None]
-    slot = tl.min(tl.where(best == worst, offs_k, c.K_PAD), axis=1)[:, None]
-    tl.store(list_ptrs, tl.broadcast_to(entering, list_ptrs.shape),
-             mask=mask_m[:, None] & (offs_k == slot) & (entering > worst))  # fmt: skip
-
-
-@triton.jit
-def clear_votes(scratch, winner_ptr, stride_counts, step, ballot, c: tl.constexpr):
-    """Zero the counts of the positions that have any, and the list."""
-    for first_row in range(0, c.EARLY_ROWS + c.BALLOT_ROWS, c.ROUND_ROWS):
-        rows = first_row + tl.arange(0, c.ROUND_ROWS)
-        head = ballot * c.BALLOT_ROWS + rows % c.BALLOT_ROWS
-        list_ptrs = lists_of(winner_ptr, step.n, rows // c.BALLOT_ROWS, head, c)
-        present = (rows < c.EARLY_ROWS + c.BALLOT_ROWS)[:, None]
-        best = tl.load(list_ptrs[:, None] + tl.arange(0, c.K_PAD)[None, :], mask=present, other=NO_KEY)
-        winner = position_of(best)
-        position = pool(tl.where(winner < 0, NOWHERE, winner), step.mid_lo, step.mid_hi, c.VOTE_SIZE)
-        tl.store(scratch.counts + ballot * stride_counts + position, 0, mask=position != NOWHERE)
-    offs_p = tl.arange(0, c.P_PAD)
-    tl.store(scratch.elected + ballot * c.P_PAD + offs_p, tl.zeros_like(offs_p))
-    tl.debug_barrier()  # before `enter_key` writes lists

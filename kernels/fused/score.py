@@ -144,6 +144,18 @@ def winners_of(candidate_ptr, first_row, last_row, ROWS: tl.constexpr, c: tl.con
 
 
 @triton.jit
+def leave_winners(winner, winner_ptr, position, head, present, c: tl.constexpr):
+    """Leave rows' winners int32 [rows, K_PAD], by the position of their token and their head, for later tokens' votes.
+
+    winner_ptr int32 [RECENT, heads, K], -1 where there is no winner.
+    """
+    offs_k = tl.arange(0, c.K_PAD)[None, :]
+    row = position % c.RECENT * (c.VOTING_HEADS * c.GROUP) + head
+    found = tl.where(winner == NOWHERE, -1, winner)
+    tl.store(winner_ptr + row[:, None] * c.K + offs_k, found, mask=present[:, None] & (offs_k < c.K))
+
+
+@triton.jit
 def store_winners(candidate_ptr, winner_ptr, first_row, last_row, ROWS: tl.constexpr, c: tl.constexpr):
     """Leave the winners of rows [first_row, last_row) for `winners_of`."""
     winner = merge(candidate_ptr, first_row, last_row, ROWS, c)

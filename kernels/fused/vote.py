@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from minirea.kernels.fused.order import NOWHERE
-from minirea.kernels.fused.score import winners_of
+from minirea.kernels.fused.score import leave_winners, winners_of
 
 
 @triton.jit
@@ -56,11 +56,16 @@ def sort(kept, sorted_ptr, num_kept_ptr, W_PAD: tl.constexpr):
 
 
 @triton.jit
-def sort_winners(scratch, first_ballot, step, mid_lo, mid_hi, max_spans, c: tl.constexpr):
-    """`winners_of`, `pool`, `vote` and `sort` for every step-th ballot of a decode step."""
+def sort_winners(scratch, winner_ptr, n, first_ballot, step, mid_lo, mid_hi, max_spans, c: tl.constexpr):
+    """`winners_of`, `pool`, `vote` and `sort` for every step-th ballot of a decode step. Leaves winners at winner_ptr,
+    if it is not None.
+    """
     for ballot in range(first_ballot, c.BALLOTS, step):
         rows = ballot * c.BALLOT_ROWS
         winner = winners_of(scratch.candidate, rows, rows + c.BALLOT_ROWS, c.BALLOT_ROWS_PAD, c)
+        if c.RECENT:
+            heads = rows + tl.arange(0, c.BALLOT_ROWS_PAD)
+            leave_winners(winner, winner_ptr, n - 1, heads, heads < rows + c.BALLOT_ROWS, c)
         kept = pool(tl.reshape(winner, [c.W_PAD]), mid_lo, mid_hi, c.VOTE_SIZE)
         if c.VOTES:
             kept = vote(kept, max_spans, c.W_PAD)
@@ -69,16 +74,13 @@ def sort_winners(scratch, first_ballot, step, mid_lo, mid_hi, max_spans, c: tl.c
 
 
 @triton.jit
-def count_votes(
-    candidate_ptr, counts_ptr, num_votes_ptr, first_row, last_row, mid_lo, mid_hi, levels, c: tl.constexpr
-):  # fmt: skip
-    """Cast the votes of some rows of one ballot.
+def count_votes(winner, counts_ptr, num_votes_ptr, mid_lo, mid_hi, levels, c: tl.constexpr):
+    """Cast the votes of some rows of one ballot: winner int32 [COUNT_ROWS, K_PAD].
 
     counts_ptr int32 [N] counts by position; num_votes_ptr int32 [levels + 1] counts the positions that have at least
     so many votes. The votes of all programs would add to the same few of these numbers one after the other, so the
     lowest BINS levels are counted here first.
     """
-    winner = winners_of(candidate_ptr, first_row, last_row, c.COUNT_ROWS, c)
     winner = pool(winner, mid_lo, mid_hi, c.VOTE_SIZE)
     cast = winner != NOWHERE
     level = tl.atomic_add(counts_ptr + winner, 1, mask=cast, sem="relaxed") + 1

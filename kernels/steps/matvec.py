@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from minirea.kernels.fused.arguments import Heads
 from minirea.kernels.launching import cdiv, launch, next_power_of_2
 from minirea.kernels.near import Near, near_rows
 from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix
@@ -45,7 +46,9 @@ GROUP_8: tl.constexpr = tl.constexpr(GROUP_SIZE[8])
 GROUP_4: tl.constexpr = tl.constexpr(GROUP_SIZE[4])
 ZERO_8: tl.constexpr = tl.constexpr(ZERO[8])
 ZERO_4: tl.constexpr = tl.constexpr(ZERO[4])
-LOWERED: tl.constexpr = tl.constexpr(69)  # x may be 2^48, far above any activation, and 2^-57 with all its bits
+INTEGER: tl.constexpr = tl.constexpr(1.5 * 2**23)  # a float32 below 2^22 plus this is rounded to an integer
+BITS_OF_INTEGER: tl.constexpr = tl.constexpr(0x4B400000)  # of INTEGER, above those of the integer
+COMPILED: tl.constexpr = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter runs no assembly
 
 
 @triton.jit
@@ -56,7 +59,7 @@ def load_weights(w_ptrs, offs_k, K: tl.constexpr):
 
 @triton.jit
 def product(
-    w_ptr, scale_ptr, rows, x_ptr, norm_ptr, eps, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr,
+    w_ptr, scale_ptr, first, rows, x_ptr, norm_ptr, eps, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr,
     BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """W[rows] . x, or with NORM W[rows] . rms_norm(x): float32 [rows]. W is row-major with K columns.
@@ -64,7 +67,7 @@ def product(
     With BITS w_ptr and scale_ptr are those of a QuantizedMatrix.
     """
     if BITS:
-        out, squares = product_of_words(w_ptr, scale_ptr, rows, x_ptr, norm_ptr, K, NORM, BLOCK_K, BITS, EARLY)
+        out, squares = product_of_words(w_ptr, scale_ptr, first, rows, x_ptr, norm_ptr, K, NORM, BLOCK_K, BITS, EARLY)
     else:
         out, squares = product_of_values(w_ptr, rows, x_ptr, norm_ptr, K, NORM, BLOCK_K, EARLY)
     if NORM:
@@ -130,24 +133,105 @@ def quarters(tile, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def add_field(dot, w, x, field: tl.constexpr, BITS: tl.constexpr, EXACT: tl.constexpr):
-    """dot + (q - ZERO) x for one field of words [rows, units] and x [units] of its columns, or unless EXACT, lowered.
+def load_x(x_ptr, norm_ptr, offs_k, K: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr):
+    """x at offs_k [units, columns] in float32, with NORM times the norm's weights; the sums of its squares [units]."""
+    mask_k = None if EVEN else offs_k < K
+    x = tl.load(x_ptr + offs_k, mask=mask_k, other=None if EVEN else 0.0).to(tl.float32)
+    squares = tl.zeros([x.shape[0]], tl.float32)
+    if NORM:
+        squares = tl.sum(x * x, axis=1)
+        x *= tl.load(norm_ptr + offs_k, mask=mask_k, other=None if EVEN else 0.0).to(tl.float32)
+    return x, squares
 
-    Lowered is dot + 2^-LOWERED q x. Converting q to a number is slow, but where q lies in the 23 lowest bits, they
-    alone already are one: q times a power of two far below 1, which a product takes exactly and at full speed. To make
-    up for that x is raised, once for all rows.
+
+@triton.jit
+def powers(x0, x1, x2, x3):
+    """For x of each unit the smallest power of two that divides them into (-2^15, 2^15), and its inverse.
+
+    Of x [units, columns] float32 [units]. The power is NaN where an x is not finite.
     """
-    MASK: tl.constexpr = (1 << BITS) - 1
-    ZERO: tl.constexpr = ZERO_8 if BITS == 8 else ZERO_4
-    RIGHT: tl.constexpr = 0 if BITS * (field + 1) <= 23 else 16
-    BIT: tl.constexpr = BITS * field - RIGHT
-    RAISED: tl.constexpr = 2.0 ** (149 - BIT - LOWERED)
-    if EXACT:
-        q = (((w >> BITS * field) & MASK) - ZERO).to(tl.float32)
+    top = larger(larger(tl.abs(x0), tl.abs(x1)), larger(tl.abs(x2), tl.abs(x3)))
+    top = tl.max(top.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)  # of floats, NaN above all
+    exponent = (top * (1 + 2.0**-14)).to(tl.int32, bitcast=True) & 0x7F800000  # so that none is rounded to 2^15
+    exponent = tl.maximum(exponent, 16 << 23)  # of a normal number, as are both results
+    power = (exponent - (14 << 23)).to(tl.float32, bitcast=True)
+    inverse = ((134 << 23) - exponent + (134 << 23)).to(tl.float32, bitcast=True)
+    return tl.where(top < float("inf"), power, float("nan")), inverse
+
+
+@triton.jit
+def larger(a, b):
+    """NaN if one of both is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def bytes_of(x0, x1, x2, x3):
+    """x [units, columns] as integers of 16 bits: words of the low bytes of x0 to x3, of the high ones, sums [units]."""
+    i0, i1, i2, i3 = bits_of_integer(x0), bits_of_integer(x1), bits_of_integer(x2), bits_of_integer(x3)
+    COLUMNS: tl.constexpr = 4 * x0.shape[1]
+    SUM_OF_INTEGERS: tl.constexpr = (COLUMNS * BITS_OF_INTEGER + 2**31) % 2**32 - 2**31
+    sum_x = tl.sum(i0 + i1 + i2 + i3, axis=1) - SUM_OF_INTEGERS
+    even = (i0 & 0xFFFF) | (i2 << 16)
+    odd = (i1 & 0xFFFF) | (i3 << 16)
+    low = (even & 0xFF00FF) | ((odd & 0xFF00FF) << 8)
+    high = ((even >> 8) & 0xFF00FF) | (odd & -0xFF0100)
+    return low, high, sum_x
+
+
+@triton.jit
+def bits_of_integer(x):
+    """The nearest integer plus BITS_OF_INTEGER, whose 16 lowest bits are zero."""
+    return (x + INTEGER).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def rest(x):
+    """What rounding to an integer took, times 2^15."""
+    return (x - ((x + INTEGER) - INTEGER)) * 2.0**15
+
+
+@triton.jit
+def dot_words(dot, words, x, U: tl.constexpr, BITS: tl.constexpr, SIGNED: tl.constexpr):
+    """dot [rows, units] + q x, for the q in four words [rows, units] and one byte of each x, in as many words."""
+    w0, w1, w2, w3 = words
+    if BITS == 8:
+        x0, x1, x2, x3 = quarters(x, 1, U)
+        dot = dot_bytes(w0, x0, dot, SIGNED)
+        dot = dot_bytes(w1, x1, dot, SIGNED)
+        dot = dot_bytes(w2, x2, dot, SIGNED)
+        dot = dot_bytes(w3, x3, dot, SIGNED)
     else:
-        q = ((w >> RIGHT) & (MASK << BIT)).to(tl.float32, bitcast=True)
-        x *= RAISED
-    return dot + q * x[None, :]
+        x0, x1, x2, x3 = quarters(x, U, 2)
+        dot = dot_nibbles(w0, x0, dot, SIGNED)
+        dot = dot_nibbles(w1, x1, dot, SIGNED)
+        dot = dot_nibbles(w2, x2, dot, SIGNED)
+        dot = dot_nibbles(w3, x3, dot, SIGNED)
+    return dot
+
+
+@triton.jit
+def dot_nibbles(words, x, dot, SIGNED: tl.constexpr):
+    """dot + the products of the even nibbles of words [rows, units] with bytes of x [units, 2], and of the odd ones."""
+    even, odd = tl.split(x)
+    dot = dot_bytes(words & 0x0F0F0F0F, even[None, :], dot, SIGNED)
+    return dot_bytes((words >> 4) & 0x0F0F0F0F, odd[None, :], dot, SIGNED)
+
+
+@triton.jit
+def dot_bytes(words, x, dot, SIGNED: tl.constexpr):
+    """dot + the products of the four bytes of words with those of x, which have a sign if SIGNED."""
+    if COMPILED:
+        KIND: tl.constexpr = "s32" if SIGNED else "u32"
+        dot = tl.inline_asm_elementwise(
+            "dp4a.u32." + KIND + " $0, $1, $2, $3;", "=r,r,r,r", [words, x, dot], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        shift = tl.arange(0, 4)[None, None, :] * 8
+        bytes_of_x = (x[:, :, None] << (24 - shift)) >> 24
+        bytes_of_x = bytes_of_x if SIGNED else bytes_of_x & 255
+        dot += tl.sum(((words[:, :, None] >> shift) & 255) * bytes_of_x, axis=2)
+    return dot
 
 
 @triton.jit
@@ -157,51 +241,40 @@ def add_tile(
 ):  # fmt: skip
     """acc [rows, units] and squares [units] with a tile's share of the products and of the squares of x.
 
-    A group's scale is multiplied by the sum of a unit's (q - ZERO) x, its offset by the sum of their x. Products are
-    rounded no more than those of (q - ZERO) up to float32's last bits, which count if x is float32.
+    x of a unit are integers of 16 bits times a power of two, off by 2^-15 of the largest of them at most; bfloat16 is
+    off by 2^-9 of each. Float32 x are integers twice: what the first time took is added the second time. The sum of
+    (q - ZERO) x is exact. A group's scale is multiplied by it, its offset by the sum of x.
     """
-    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     R: tl.constexpr = acc.shape[0]
     U: tl.constexpr = acc.shape[1]
-    FIELDS: tl.constexpr = 32 // BITS
+    COLUMNS: tl.constexpr = 4 * 32 // BITS  # of a unit
+    PART: tl.constexpr = COLUMNS // 4
     ZERO: tl.constexpr = ZERO_8 if BITS == 8 else ZERO_4
-    w0, w1, w2, w3 = quarters(w, R, U)
-    dot = tl.zeros([R, U], tl.float32)
-    sum_x = tl.zeros([U], tl.float32)
-    for pair in tl.static_range(0, FIELDS, 2):
-        offs_k = (offs_u * (4 * FIELDS) + 4 * pair)[:, None] + tl.arange(0, 8)[None, :]
-        mask_k = None if EVEN else offs_k < K
-        x = tl.load(x_ptr + offs_k, mask=mask_k, other=None if EVEN else 0.0).to(tl.float32)
-        if NORM:
-            squares += tl.sum(x * x, axis=1)
-            x *= tl.load(norm_ptr + offs_k, mask=mask_k, other=None if EVEN else 0.0).to(tl.float32)
-        sum_x += tl.sum(x, axis=1)
-        x0, x1, x2, x3 = quarters(x, U, 2)
-        x00, x01 = tl.split(x0)
-        x10, x11 = tl.split(x1)
-        x20, x21 = tl.split(x2)
-        x30, x31 = tl.split(x3)
-        part = tl.zeros([R, U], tl.float32) if EXACT else dot
-        part = add_field(part, w0, x00, pair, BITS, EXACT)
-        part = add_field(part, w1, x10, pair, BITS, EXACT)
-        part = add_field(part, w2, x20, pair, BITS, EXACT)
-        part = add_field(part, w3, x30, pair, BITS, EXACT)
-        part = add_field(part, w0, x01, pair + 1, BITS, EXACT)
-        part = add_field(part, w1, x11, pair + 1, BITS, EXACT)
-        part = add_field(part, w2, x21, pair + 1, BITS, EXACT)
-        part = add_field(part, w3, x31, pair + 1, BITS, EXACT)
-        dot = dot + part if EXACT else part
-    if not EXACT:
-        LIFT: tl.constexpr = 2.0**LOWERED
-        dot = dot * LIFT - (sum_x * ZERO)[None, :]
-    acc += (scale << 16).to(tl.float32, bitcast=True) * dot
-    acc += (scale & -65536).to(tl.float32, bitcast=True) * sum_x[None, :]
-    return acc, squares
+    TIMES: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1
+    words = quarters(w, R, U)
+    offs_k = (offs_u * COLUMNS)[:, None] + tl.arange(0, PART)[None, :]
+    x0, squares0 = load_x(x_ptr, norm_ptr, offs_k, K, NORM, EVEN)
+    x1, squares1 = load_x(x_ptr, norm_ptr, offs_k + PART, K, NORM, EVEN)
+    x2, squares2 = load_x(x_ptr, norm_ptr, offs_k + 2 * PART, K, NORM, EVEN)
+    x3, squares3 = load_x(x_ptr, norm_ptr, offs_k + 3 * PART, K, NORM, EVEN)
+    power, inverse = powers(x0, x1, x2, x3)
+    inverse = inverse[:, None]
+    x0, x1, x2, x3 = x0 * inverse, x1 * inverse, x2 * inverse, x3 * inverse
+    for time in tl.static_range(TIMES):
+        if time:
+            x0, x1, x2, x3 = rest(x0), rest(x1), rest(x2), rest(x3)
+            power *= 2.0**-15
+        low, high, sum_x = bytes_of(x0, x1, x2, x3)
+        dot = dot_words(tl.zeros([R, U], tl.int32), words, high, U, BITS, True)
+        dot = dot_words((dot << 8) - (sum_x * ZERO)[None, :], words, low, U, BITS, False)
+        acc += (scale << 16).to(tl.float32, bitcast=True) * power[None, :] * dot.to(tl.float32)
+        acc += (scale & -65536).to(tl.float32, bitcast=True) * (sum_x.to(tl.float32) * power)[None, :]
+    return acc, squares + (squares0 + squares1) + (squares2 + squares3)
 
 
 @triton.jit
 def product_of_words(
-    w_ptr, scale_ptr, rows, x_ptr, norm_ptr, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr,
+    w_ptr, scale_ptr, first_row, rows, x_ptr, norm_ptr, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr,
     BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """product_of_values of a QuantizedMatrix, words with BLOCK_K columns at a time."""
@@ -215,8 +288,8 @@ def product_of_words(
     BLOCK_U: tl.constexpr = BLOCK_K // COLUMNS
     EVEN: tl.constexpr = K % BLOCK_K == 0
     offs_u = tl.arange(0, BLOCK_U)
-    w_ptrs = w_ptr + rows.to(tl.int64)[:, None] * W
-    scale_ptrs = scale_ptr + rows.to(tl.int64)[:, None] * GROUPS
+    w_ptrs = w_ptr + first_row.to(tl.int64) * W + (rows - first_row)[:, None] * W
+    scale_ptrs = scale_ptr + first_row.to(tl.int64) * GROUPS + (rows - first_row)[:, None] * GROUPS
     w, scale = load_words(w_ptrs, scale_ptrs, 0, BLOCK_U, W, UNITS, EVEN)
     if EARLY:
         gdc_wait()
@@ -232,10 +305,14 @@ def product_of_words(
 
 
 @triton.jit
-def my_rows(N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """This program's rows, and which of them exist; the last program repeats row N - 1 instead of reading beyond."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    return tl.minimum(rows, N - 1), rows < N
+def my_rows(N: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr):
+    """This program's first row, its rows, which of them exist; the last program repeats row N - 1 instead of others."""
+    first = tl.program_id(0) * BLOCK_N
+    rows = first + tl.arange(0, BLOCK_N)
+    exist = rows < N
+    if not BITS or N % BLOCK_N:  # rows at distances that are known share the computation of their addresses
+        rows = tl.minimum(rows, N - 1)
+    return first, rows, exist
 
 
 @triton.jit
@@ -255,21 +332,20 @@ def embed_kernel(
 
 @triton.jit
 def norm_qkv_kernel(
-    x_ptr, norm_ptr, w_ptr, scale_ptr, bias_ptr, eps, seq_len_ptr, q_ptr, k_ptr, v_ptr,
-    stride_kg, stride_kn, stride_vg, stride_vn, near,
+    x_ptr, norm_ptr, w_ptr, scale_ptr, bias_ptr, eps, seq_len_ptr, q_ptr, k, v, near,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
     NEAR_K: tl.constexpr, NEAR_V: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    rows, mask = my_rows((H + 2 * G) * D, BLOCK_N)
-    out = product(w_ptr, scale_ptr, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, BITS, EARLY)
+    first, rows, mask = my_rows((H + 2 * G) * D, BLOCK_N, BITS)
+    out = product(w_ptr, scale_ptr, first, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, BITS, EARLY)
     if BIAS:
         out += tl.load(bias_ptr + rows).to(tl.float32)
     out = out.to(q_ptr.dtype.element_ty)
     head = rows // D
     position = tl.load(seq_len_ptr).to(tl.int64) - 1
-    k_ptrs = k_ptr + (head - H).to(tl.int64) * stride_kg + position * stride_kn + rows % D
-    v_ptrs = v_ptr + (head - H - G).to(tl.int64) * stride_vg + position * stride_vn + rows % D
+    k_ptrs = k.ptr + (head - H).to(tl.int64) * k.stride_h + position * k.stride_n + rows % D
+    v_ptrs = v.ptr + (head - H - G).to(tl.int64) * v.stride_h + position * v.stride_n + rows % D
     tl.store(q_ptr + rows, out, mask=mask & (head < H))
     tl.store(k_ptrs, out, mask=mask & (head >= H) & (head < H + G))
     tl.store(v_ptrs, out, mask=mask & (head >= H + G))
@@ -286,8 +362,8 @@ def add_product_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    rows, mask = my_rows(N, BLOCK_N)
-    out = product(w_ptr, scale_ptr, rows, x_ptr, x_ptr, 0.0, K, False, BLOCK_K, BITS, EARLY)
+    first, rows, mask = my_rows(N, BLOCK_N, BITS)
+    out = product(w_ptr, scale_ptr, first, rows, x_ptr, x_ptr, 0.0, K, False, BLOCK_K, BITS, EARLY)
     if BIAS:
         out += tl.load(bias_ptr + rows).to(tl.float32)
     out += tl.load(out_ptr + rows).to(tl.float32)
@@ -301,10 +377,13 @@ def norm_gate_up_kernel(
 ):  # fmt: skip
     """BLOCK_N rows of the matrix are BLOCK_N / 2 features: their gate rows, then their up rows."""
     half: tl.constexpr = BLOCK_N // 2
-    features, mask = my_rows(F, half)
+    first, features, mask = my_rows(F, half, BITS)
     offs_n = tl.arange(0, BLOCK_N)
-    rows = tl.minimum(tl.program_id(0) * half + offs_n % half, F - 1) + offs_n // half * F
-    out = product(w_ptr, scale_ptr, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, BITS, EARLY)
+    rows = first + offs_n % half
+    if not BITS or F % half:
+        rows = tl.minimum(rows, F - 1)
+    rows += offs_n // half * F
+    out = product(w_ptr, scale_ptr, first, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, BITS, EARLY)
     if BIAS:
         out += tl.load(bias_ptr + rows).to(tl.float32)
     offs_f = tl.arange(0, half)[:, None]
@@ -319,8 +398,8 @@ def norm_logits_kernel(
     x_ptr, norm_ptr, w_ptr, scale_ptr, eps, logits_ptr, V: tl.constexpr, K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    rows, mask = my_rows(V, BLOCK_N)
-    out = product(w_ptr, scale_ptr, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, BITS, EARLY)
+    first, rows, mask = my_rows(V, BLOCK_N, BITS)
+    out = product(w_ptr, scale_ptr, first, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, BITS, EARLY)
     tl.store(logits_ptr + rows, out, mask=mask)
 
 
@@ -397,9 +476,8 @@ def tile(matrix: Matrix, piece: int = 4096) -> Tile:
 def tile_of_words(matrix: QuantizedMatrix) -> Tile:
     """Four words per thread and row, in pieces of so many warps of those listed that fill rows best.
 
-    x takes a large part of the instructions, which more rows share: so many as leave a few programs to each
-    multiprocessor. Long rows, of which there are few, take eight warps each. Measured in whole decode steps:
-    kernels/NOTEBOOK.md.
+    Making bytes of x takes a large part of the instructions, which more rows share: so many as leave a few programs to
+    each multiprocessor. Measured in whole decode steps: kernels/NOTEBOOK.md.
     """
     (N, K), bits = matrix.shape, matrix.bits
     columns = 4 * 32 // bits * 32  # of a warp
@@ -409,7 +487,9 @@ def tile_of_words(matrix: QuantizedMatrix) -> Tile:
     elif bits == 4 and N > 5120:
         rows, warps = 8, [2, 1]
     elif bits == 4 and K >= 8192:
-        rows, warps = 8 if N >= 4096 else 4, [8]
+        rows, warps = (8, [4]) if N >= 4096 else (4, [8])
+    elif bits == 4 and N >= 4096 and K >= 4096:
+        rows = 8
     elif bits == 4:
         warps = [2, 1]
     elif N <= 2048 and K >= 8192:
@@ -420,7 +500,7 @@ def tile_of_words(matrix: QuantizedMatrix) -> Tile:
         warps = [2, 1]
     num_warps = min(warps, key=lambda count: cdiv(K, columns * count) * count)
     pieces = cdiv(K, columns * num_warps)
-    # Long rows of 8 bits: 66 registers where nothing bounds them. With 64, none spilled, an eighth program has room.
+    # Long rows of 8 bits: with 64 registers, as many as they take or a few less, an eighth program has room.
     maxnreg = 64 if bits == 8 and rows == 4 and pieces > 2 else None
     return Tile(rows, columns * num_warps, num_warps, bits, maxnreg)
 
@@ -466,10 +546,8 @@ def norm_qkv(
         eps,
         seq_len,
         q_HD,
-        k_cache_GND,
-        v_cache_GND,
-        *k_cache_GND.stride()[:2],
-        *v_cache_GND.stride()[:2],
+        Heads(k_cache_GND, *k_cache_GND.stride()),
+        Heads(v_cache_GND, *v_cache_GND.stride()),
         near,
         H=H,
         G=G,

@@ -4,8 +4,8 @@
     gather     every rank's values -> all of them, on every rank
 
 A program works on one block and needs only the programs of the other ranks that work on the same block: it tells them
-that it has got so far, and waits until they say the same. Flags and turns only grow. What another rank reads or writes
-is used again only two turns later, when the turn between them has shown that it has finished.
+that it has got so far, and waits until they say the same. Flags and turns only grow. Memory that another rank reads or
+writes is used again only two turns later, when the turn between them has shown that it has finished.
 
 Letters: E model width, M values of one rank, R ranks.
 """
@@ -69,18 +69,30 @@ def add_sums_kernel(
 
 @triton.jit(do_not_specialize=["rank"])
 def gather_kernel(
-    values_ptr, rooms_ptr, flags_ptr, turn_ptr, rank, M, per_program, RANKS: tl.constexpr, BLOCK_M: tl.constexpr,
+    values_ptr, out_ptr, rooms_ptr, flags_ptr, turn_ptr, rank, M, capacity, per_program,
+    RANKS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """values int32 [M] to row `rank` of every rank's room, int32 [R, M], to which rooms_ptr int64 [R] points."""
+    """values int32 [M] of all ranks -> out int32 [R, M], by way of every rank's room, int32 [2, R, capacity].
+
+    A rank that is a turn ahead writes to the other half of the rooms, and none is two turns ahead of another.
+    rooms_ptr int64 [R] points to the rooms.
+    """
+    half = tl.load(turn_ptr + tl.program_id(0)) % 2 * RANKS * capacity
     first = tl.program_id(0) * per_program
-    for lo in range(first, tl.minimum(first + per_program, M), BLOCK_M):
+    stop = tl.minimum(first + per_program, M)
+    for lo in range(first, stop, BLOCK_M):
         offs_m = lo + tl.arange(0, BLOCK_M)
-        mask_m = (offs_m < M) & (offs_m < first + per_program)
-        values = tl.load(values_ptr + offs_m, mask=mask_m, other=0)
+        values = tl.load(values_ptr + offs_m, mask=offs_m < stop, other=0)
         for other in range(RANKS):
             theirs = tl.load(rooms_ptr + other).to(tl.pointer_type(tl.int32))
-            tl.store(theirs + rank * M + offs_m, values, mask=mask_m)
+            tl.store(theirs + half + rank * capacity + offs_m, values, mask=offs_m < stop)
     meet(flags_ptr, turn_ptr, rank, RANKS)
+    ours = tl.load(rooms_ptr + rank).to(tl.pointer_type(tl.int32))
+    for lo in range(first, stop, BLOCK_M):
+        offs_m = lo + tl.arange(0, BLOCK_M)
+        for other in range(RANKS):
+            values = tl.load(ours + half + other * capacity + offs_m, mask=offs_m < stop, other=0)
+            tl.store(out_ptr + other * M + offs_m, values, mask=offs_m < stop)
 
 
 class Room(NamedTuple):
@@ -112,13 +124,16 @@ def add_sums(x_E: torch.Tensor, room: Room, parity: int) -> None:
 
 
 def gather(x: torch.Tensor, room: Room) -> torch.Tensor:
-    """The rows of all ranks [R * M, ...] from each one's x [M, ...] of 32 bits; a view of the room.
+    """The rows of all ranks [R * M, ...] from each one's x [M, ...] of 32 bits.
 
-    It may be called again once all ranks have met elsewhere after they have read the result.
+    The room has space for both halves of R times as many values as are gathered at most.
     """
     values = x.contiguous().view(torch.int32).view(-1)
     M, ranks = values.shape[0], len(room.all)
-    programs = min(MAX_PROGRAMS, cdiv(M, BLOCK))
-    arguments = values, room.all, room.flags, room.turns, room.rank, M, cdiv(M, programs)
+    out = values.new_empty(ranks * M)
+    capacity = room.own.shape[0] // (2 * ranks)
+    programs = min(MAX_PROGRAMS, cdiv(capacity, BLOCK))  # whatever M is, each has the same part of a room
+    addresses = room.all, room.flags, room.turns
+    arguments = values, out, *addresses, room.rank, M, capacity, cdiv(capacity, programs)
     start(gather_kernel, programs, x.device, arguments, {"RANKS": ranks, "BLOCK_M": BLOCK})
-    return room.own[: ranks * M].view(x.dtype).view(ranks * x.shape[0], *x.shape[1:])
+    return out.view(x.dtype).view(ranks * x.shape[0], *x.shape[1:])

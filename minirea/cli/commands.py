@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from minirea.checks import integer
 from minirea.cli.inputs import encode, questions_of, read_prompt
+from minirea.cli.messages import as_flags
 from minirea.cli.output import Answer, footer, print_plan, warn_beyond_training
 from minirea.config import SCOPE_FIELDS
 from minirea.errors import InputError, MissingExtraError, printable
@@ -180,7 +181,8 @@ def run_chat(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     from minirea.chat import Chat, Conversation
 
     conversation = Conversation(session, arguments.system, arguments.allow_special_tokens)
-    return Chat(conversation, interrupts, options, footer, not arguments.quiet).run()
+    worded = functools.partial(as_flags, names=set(vars(arguments)))
+    return Chat(conversation, interrupts, options, footer, worded, not arguments.quiet).run()
 
 
 def run_eval(arguments: argparse.Namespace, interrupts: Interrupts) -> int:

@@ -127,7 +127,7 @@ def add_scope(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     tail = f"last tokens of a prompt, read in smaller chunks; 0: none (default: {TAIL_SIZE})"
     add("--tail-size", type=int, metavar="N", help=tail)
     add("--tail-chunk-size", type=int, metavar="N", help=f"prompt tokens per scope there (default: {TAIL_CHUNK_SIZE})")
-    window = "queries that vote for a token of the answer: its own and those before it (default: 1; 8 for C from 4096)"
+    window = "tokens whose votes count for one of the answer, itself included (default: 1; 8 for C from 4096)"
     add("--vote-window", type=int, metavar="N", help=window)
     size = "neighbouring tokens that are one to a vote (default: 1; half of --span-size for C from 4096)"
     add("--vote-size", type=int, metavar="N", help=size)

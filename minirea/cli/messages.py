@@ -17,8 +17,8 @@ def as_flags(message: str, names: set[str]) -> str:
     """A message that names Python's fields, as the command line spells them.
 
     `max_tokens` is --max-tokens wherever it stands, dtype="float32" is --dtype float32, carry_votes=False is
-    --no-carry-votes. A name of one word, which might be a word, counts at the beginning of a message that says what it
-    is, and in backquotes anywhere.
+    --no-carry-votes; a list of these loses its commas, so that it can be pasted. A name of one word, which might be a
+    word, counts at the beginning of a message that says what it is, and in backquotes anywhere.
     """
 
     def flag(match: re.Match[str]) -> str:
@@ -28,9 +28,11 @@ def as_flags(message: str, names: set[str]) -> str:
 
     known, several_words = ("|".join(group) or "(?!)" for group in (names, {name for name in names if "_" in name}))
     before = r"(?<![\w./-])"  # neither in a path nor in another name
+    assigned = rf"{before}({known})=([\w.]+|\"[^\"]*\"|'[^']*')"
+    message = re.sub(rf"({assigned}),(?= ({known})=)", r"\1", message)
     for pattern in (
         rf"`({known})`",
-        rf"{before}({known})=(True|[\w.]+|\"[^\"]*\"|'[^']*')",
+        assigned,
         rf"{before}({several_words})(?![\w/-])",
         rf"^({known})(?= is )",
     ):

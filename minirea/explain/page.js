@@ -1,7 +1,7 @@
 "use strict";
 (function () {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const buttons = Array.from(document.querySelectorAll("#answer button"));
+  const buttons = Array.from(document.querySelectorAll("#answer span"));
   const map = document.getElementById("map");
   const BINS = 300;
   let shaded = [];
@@ -79,7 +79,14 @@
   }
 
   buttons.forEach(function (button, token) {
-    button.addEventListener("click", function () { choose(token); });
+    button.addEventListener("click", function () {
+      if (document.getSelection().isCollapsed) choose(token);  /* else the text is being copied */
+    });
+    button.addEventListener("keydown", function (event) {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      choose(token);
+    });
   });
   map.addEventListener("click", function (event) {
     const box = map.getBoundingClientRect();

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matvec_cases import EPS, SMALL, Inputs, check_all, check_best_token, check_tiles
+from matvec_cases import EPS, SMALL, Inputs, check_all, check_best_token, check_spread, check_tiles
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,6 +33,12 @@ def test_every_kernel_equals_its_twin_with_quantized_matrices(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_of_quantized_matrices_with_any_tile(dtype: torch.dtype, bits: int) -> None:
     check_tiles(dtype, "cuda", bits)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_products_of_quantized_matrices_with_x_of_any_spread(dtype: torch.dtype, bits: int) -> None:
+    check_spread(dtype, "cuda", bits)
 
 
 def test_best_token_is_the_lowest_of_the_best() -> None:

@@ -1,4 +1,4 @@
-"""Decode steps whose tokens vote together, with winners kept from step to step, on a GPU."""
+"""Decode steps that count the votes of earlier tokens, and what steps leave for later ones, on a GPU."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import Case, as_list, check_decode_steps, cut_off, decode_layers, votes_of
+from kernel_cases import Case, as_list, check_decode_steps, check_votes, decode_layers, make_case, votes_of
 
-from minirea.kernels import ReAttentionConfig, new_winners, reattention
+from minirea.kernels import ReAttentionConfig, count_winners, reattention, winners_shape
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 HALF = torch.bfloat16
-# Heads, key/value heads, head_dim, dtype, span_top_k, scope, whether layers add to one vote.
+# Heads, key/value heads, head_dim, dtype, span_top_k, scope; the last two take the chunk kernel.
 SHAPES = [
-    (9, 3, 64, HALF, 2, "layer", True),
-    (9, 3, 64, HALF, 2, "kv_head", True),
-    (32, 8, 128, HALF, 4, "layer", True),
-    (32, 8, 128, HALF, 4, "layer", False),
-    (4, 2, 64, torch.float32, 3, "layer", True),
-    (40, 1, 80, torch.float16, 2, "kv_head", False),
+    (9, 3, 64, HALF, 2, "layer"),
+    (9, 3, 64, HALF, 2, "kv_head"),
+    (32, 8, 128, HALF, 4, "layer"),
+    (4, 2, 64, torch.float32, 3, "layer"),
+    (40, 1, 80, torch.float16, 2, "kv_head"),
+    (40, 8, 128, HALF, 4, "layer"),
+    (80, 1, 64, torch.float32, 4, "layer"),
 ]
 WINDOW = 8
 
@@ -35,9 +36,9 @@ def on_gpu(layer: Case, dtype: torch.dtype) -> Case:
 
 
 def layers_of(shape: tuple[Any, ...], capacity: int, num_layers: int, largest: int = 2) -> list[Case]:
-    H, G, D, dtype, span_top_k, span_scope, _ = shape
-    sizes = {"vote_size": 32, "span_scope": span_scope, "dense_size": 400}
-    config = ReAttentionConfig(4, 100, span_top_k, 16, 12, **sizes)
+    H, G, D, dtype, span_top_k, span_scope = shape
+    votes = {"vote_size": 32, "vote_window": WINDOW, "carry_votes": True}
+    config = ReAttentionConfig(4, 100, span_top_k, 16, 12, span_scope=span_scope, dense_size=400, **votes)
     cases = decode_layers(config, capacity, num_layers, H=H, G=G, D=D, largest=largest)
     return [on_gpu(case, dtype) for case in cases]
 
@@ -66,75 +67,80 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
 def test_steps_in_a_row_select_what_the_oracle_does(shape: tuple[Any, ...]) -> None:
-    """From the dense bound on, and back and ahead by random numbers of tokens."""
+    """Chunks, the first of which is dense, then tokens, back and ahead by random numbers of tokens."""
     r = random.Random(str(shape))
     for largest in (1, 3):
-        n, seq_lens = 398, []
-        for _ in range(12):
+        n, seq_lens = 440, []
+        for _ in range(8):
             seq_lens += [n := n + 1 for _ in range(r.choice([1, 2, 5]))]
             n = max(10, min(1500, n + r.choice([-1, -2, -30, 1, 40, 600])))
-        check_decode_steps(layers_of(shape, 1600, 2, largest), WINDOW, shape[-1], seq_lens)
+        check_decode_steps(layers_of(shape, 1600, 2, largest), "triton", seq_lens, [(400, 30), (438, 38), (440, 2)])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
 def test_a_captured_graph_follows_seq_len(shape: tuple[Any, ...]) -> None:
-    """Replays, each of which goes on with what the one before left, give the bits of steps that search for everything;
-    these select what the torch path does.
+    """Replays, each of which counts what the ones before left, give the bits of launches with that length, and these
+    select what the torch path does.
     """
-    layers, carries = layers_of(shape, 20000, 3), shape[-1]
+    layers = layers_of(shape, 20000, 3)
     seq_len = torch.tensor([9000], device="cuda", dtype=torch.int32)
-    winners = new_winners(shape[0], layers[0].config, WINDOW, len(layers), seq_len.device)
-    votes = votes_of(cut_off(layers[0], WINDOW, WINDOW), len(layers)) if carries else None
-    voters = torch.arange(-WINDOW, 0, device="cuda")
+    sizes = len(layers), *winners_shape(shape[0], layers[0].config, 2 * WINDOW)
+    winners = torch.full(sizes, -1, dtype=torch.int32, device="cuda")
 
-    def step() -> list[torch.Tensor]:
-        for tensor in votes or ():
-            tensor.zero_()
+    def step(n: Any, impl: str, winners: torch.Tensor, selects: bool = False) -> tuple[Any, list[Any]]:
+        votes = votes_of(layers[0], len(layers))
+        count_winners(votes, winners, n, layers[0].config, impl)
         outs = []
-        for layer, kept in zip(layers, winners, strict=True):
-            this = replace(layer, q=layer.q[seq_len + voters], seq_len=seq_len)  # type: ignore[arg-type]
-            options = {"attending": 1, "votes": votes, "winners": kept}
-            outs.append(reattention(*this.arguments(), impl="triton", **options))
-        return outs
+        for layer, left in zip(layers, winners, strict=True):
+            q_1HD = layer.q[n - 1 : n] if isinstance(n, int) else layer.q[n - 1]
+            this = replace(layer, q=q_1HD, seq_len=n)
+            options = {"impl": impl, "votes": votes, "winners": left, "return_selection": selects}
+            outs.append(reattention(*this.arguments(), **options))
+        return votes, outs
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        step()
+        step(seq_len, "triton", winners)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            found = step()
+            votes, found = step(seq_len, "triton", winners)
     torch.cuda.synchronize()
-    for n in (*range(395, 410), *range(9000, 9040), 9036, 19999, 20000, *range(5000, 5010)):
+    winners.fill_(-1)
+    for n in (*range(395, 410), *range(9000, 9020), 9016, 19999, 20000, *range(5000, 5010)):
+        before = [winners.clone() for _ in range(2)]
         seq_len.fill_(n)
         graph.replay()
-        cast = [votes_of(cut_off(layers[0], WINDOW, WINDOW), len(layers)) if carries else None for _ in range(2)]
-        fresh = new_winners(shape[0], layers[0].config, WINDOW, len(layers), seq_len.device)
-        for layer, kept, out_1HD in zip(layers, fresh, found, strict=True):
-            this = replace(layer, q=layer.q[n - WINDOW : n], seq_len=n)
-            options = {"return_selection": True, "attending": 1}
-            ours, selection = reattention(*this.arguments(), impl="triton", votes=cast[0], winners=kept, **options)
-            _, expected = reattention(*this.arguments(), impl="torch", votes=cast[1], **options)
+        ours, theirs = (step(n, impl, kept, True) for impl, kept in zip(("triton", "torch"), before, strict=True))
+        assert torch.equal(winners, before[0]) and torch.equal(winners, before[1])
+        assert torch.equal(votes.counts, ours[0].counts)
+        assert torch.equal(votes.counts, theirs[0].counts)
+        for out_1HD, (expected_1HD, selection), (_, expected) in zip(found, ours[1], theirs[1], strict=True):
+            assert torch.equal(out_1HD, expected_1HD)
             assert all(map(torch.equal, as_list(selection), as_list(expected)))
-            assert torch.equal(out_1HD, ours)
-        if votes is not None:
-            assert torch.equal(votes.counts, cast[1].counts)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
-def test_scores_that_are_kept_are_those_of_a_search(shape: tuple[Any, ...]) -> None:
-    """To the bit, for keys that are rounded when they are scored, half of which are others' copies: they must tie."""
-    (layer,), seq_lens = layers_of(shape, 3000, 1), range(2000, 2200)
+@pytest.mark.parametrize("span_scope", ["layer", "kv_head"])
+def test_votes_of_many_winners(span_scope: str) -> None:
+    """Few positions with many votes, many with few or equal ones, of one layer or of eighty."""
     generator = torch.Generator("cuda").manual_seed(0)
-    for tensor in (layer.q, layer.k_cache):
-        tensor.normal_(generator=generator)
-    layer.k_cache[:, 1000:2900:2] = layer.k_cache[:, 50:1000]
-    (kept,) = new_winners(shape[0], layer.config, WINDOW, 1, layer.q.device)
-    for n in seq_lens:
-        fresh = torch.zeros_like(kept)
-        for lists in (kept, fresh):
-            this = replace(layer, q=layer.q[n - WINDOW : n], seq_len=n)
-            reattention(*this.arguments(), impl="triton", attending=1, winners=lists)
-        K = 1 << (layer.config.span_top_k - 1).bit_length()
-        ours, expected = (lists[2 : 2 + WINDOW * shape[0] * K].view(-1, K).sort(1).values for lists in (kept, fresh))
-        assert int(kept[0]) == int(fresh[0]) == n and torch.equal(ours, expected), n
+    for layers, largest, max_spans in (
+        (30, 4000, 16),
+        (30, 100_000, 64),
+        (80, 100_000, 5),
+        (1, 60, 16),
+        (80, 2000, 64),
+    ):
+        votes = {"vote_size": 32, "vote_window": WINDOW, "carry_votes": True, "span_scope": span_scope}
+        config = ReAttentionConfig(4, 100, 2, 16, max_spans, **votes)
+        case = on_gpu(make_case(config, 300, H=24, G=4), HALF)
+        case = replace(case, k_cache=case.k_cache[:, :1].expand(-1, 100_000, -1))
+        shape = (layers, *winners_shape(24, config, 16))
+        winners = torch.randint(-1, largest, shape, generator=generator, device="cuda", dtype=torch.int32)
+        for _ in range(3):
+            found, expected = votes_of(case, layers), votes_of(case, layers)
+            count_winners(found, winners, 99_000, config, "triton")
+            count_winners(expected, winners, 99_000, config, "torch")
+            assert torch.equal(found.counts, expected.counts)
+            cast = [{j: n for j, n in enumerate(counts) if n} for counts in expected.counts.tolist()]
+            check_votes(found, cast, "triton", config)

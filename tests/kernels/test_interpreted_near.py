@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import as_list, cut_off, decode_layers, make_case, random_case, votes_of
+from kernel_cases import make_case, random_case, votes_of
 from near_cases import check_near, far_case, near_of
 from rows_cases import Inputs
 from sketch_cases import found, real_case, sketch_of
 
 from minirea.errors import InputError
-from minirea.kernels import Near, ReAttentionConfig, new_winners, reattention
+from minirea.kernels import Near, ReAttentionConfig, reattention, winners_shape
 from minirea.kernels.fused import launch
 from minirea.kernels.fused.arguments import SketchTiles
 from minirea.kernels.steps import matvec, reference, rows
@@ -26,17 +26,6 @@ def test_random_steps_are_those_over_a_near_cache() -> None:
     streaming = ReAttentionConfig(4, 8, 0, 4, 0, dense_size=20)
     for T in (1, 6):
         check_near(make_case(streaming, 50, T=T))
-
-
-def test_tokens_that_vote_together_attend_to_near_values() -> None:
-    """And their layers' votes add up."""
-    config = ReAttentionConfig(4, 12, 2, 4, 5, vote_window=3, carry_votes=True)
-    case = make_case(config, 70, T=3)
-    outs = []
-    for this, near in ((case, None), (far_case(case, False, True), near_of(case, False, True))):
-        options = {"impl": "triton", "attending": 1, "votes": votes_of(case, 2), "near": near}
-        outs += [reattention(*this.arguments(), **options) for _ in range(2)]
-    assert torch.equal(torch.cat(outs[:2]), torch.cat(outs[2:])) and not outs[0].isnan().any()
 
 
 def test_chunks_of_one_launch_share_near_values() -> None:
@@ -72,30 +61,20 @@ def test_short_slices_of_far_keys_are_looked_at_by_their_sketches(
         assert all((survivors <= tiles.SURVIVORS) == keys for survivors in found(case)[0])
 
 
-@pytest.mark.parametrize(("span_scope", "keys", "carries"), [("layer", False, True), ("kv_head", True, False)])
-def test_steps_whose_winners_are_kept(span_scope: str, keys: bool, carries: bool) -> None:
-    """From the dense bound on. Of the local part only the key that enters the middle next is read where all others are,
-    and what is kept of it is the same.
-    """
-    config = ReAttentionConfig(3, 9, 2, 4, 4, span_scope=span_scope, vote_size=4, dense_size=20)
-    (layer,) = decode_layers(config, 50, 1, H=4, G=2, D=8, largest=1)
-    near_winners, far_winners = new_winners(4, config, 3, 2, layer.q.device)
-    for seq_len in (20, 21, 22, 23, 40, 41):
-        case = cut_off(layer, seq_len, 3)
-        k_GND, v_GND = case.k_cache.clone(), case.v_cache.clone()
-        start = 0 if seq_len <= config.dense_size else seq_len - config.local_size
-        v_GND[:, start:] = torch.nan
-        if keys:
-            k_GND[:, start + 1 :] = torch.nan
-        far = replace(case, k_cache=k_GND, v_cache=v_GND)
-        found = []
-        for this, near, winners in ((case, None, near_winners), (far, near_of(case, keys, True), far_winners)):
-            votes = votes_of(case, 1) if carries else None
-            options = {"attending": 1, "near": near, "winners": winners, "votes": votes}
-            out_1HD, selection = reattention(*this.arguments(), impl="triton", return_selection=True, **options)
-            found.append((out_1HD, *as_list(selection), winners, *(votes or ())))
-        assert all(map(torch.equal, *found)), seq_len
-        assert not found[0][0].isnan().any()
+@pytest.mark.parametrize(("span_scope", "keys", "H"), [("layer", False, 4), ("kv_head", True, 4), ("layer", False, 40)])
+def test_steps_with_votes(span_scope: str, keys: bool, H: int) -> None:
+    """From the dense bound on, by either kernel: the same output, votes and winners."""
+    votes = {"vote_size": 4, "vote_window": 3, "carry_votes": True}
+    config = ReAttentionConfig(3, 9, 4, 4, 4, span_scope=span_scope, **votes, dense_size=20)
+    for seq_len in (20, 21, 40):
+        case, found = make_case(config, seq_len, H=H, D=8), []
+        for this, near in ((case, None), (far_case(case, keys, True), near_of(case, keys, True))):
+            votes_of_step, winners = votes_of(case, 2), torch.full((6, *winners_shape(H, config, 1)[1:]), -1).int()
+            options = {"near": near, "winners": winners, "votes": votes_of_step}
+            outs = [reattention(*this.arguments(), impl="triton", **options) for _ in range(2)]
+            found.append((*outs, winners, *votes_of_step))
+        assert all(map(torch.equal, *found)) and not found[0][1].isnan().any()
+        assert bool((found[0][2] >= 0).any()) == (seq_len > 20)
 
 
 @pytest.mark.parametrize("seq_len", [3, 13])

@@ -18,8 +18,6 @@ from kernel_cases import (
     Case,
     as_list,
     check_chunks,
-    cut_off,
-    decode_layers,
     error,
     make_case,
     plain_attention,
@@ -30,7 +28,7 @@ from processes import at_once
 from sketch_cases import real_case, sketch_of
 from triton.runtime import interpreter
 
-from minirea.kernels import ReAttentionConfig, new_winners, reattention
+from minirea.kernels import ReAttentionConfig, reattention, winners_shape
 from minirea.kernels.fused import launch as launching
 from minirea.kernels.fused.arguments import Rope, SketchTiles
 
@@ -41,8 +39,9 @@ def _functions_are_read_before_processes_start() -> None:
     config = ReAttentionConfig(2, 8, 3, 4, 5)
     for T in (1, 5):
         case = make_case(config, 60, T=T, H=6, G=2, D=16, largest=2)
-        votes = votes_of(case, 1) if T > 1 else None
-        reattention(*case.arguments(), impl="triton", votes=votes, chunk_size=2 if votes is None else None)
+        winners = torch.empty(6, *winners_shape(6, config, 1)[1:], dtype=torch.int32)
+        for options in ({"votes": votes_of(case, 1), "winners": winners} if T == 1 else {"winners": winners}, {}):
+            reattention(*case.arguments(), impl="triton", chunk_size=2, **options)
     case = real_case(config, 60, 3, H=6, G=2, D=16)
     reattention(*case.arguments(), impl="triton", sketch=sketch_of(case, "torch"))
 
@@ -147,53 +146,54 @@ def test_chunk_barriers(monkeypatch: pytest.MonkeyPatch, span_scope: str) -> Non
     check_growing(monkeypatch, case, 5, (60, 66, 9, 200))
 
 
-@pytest.mark.parametrize(("span_scope", "T", "programs"), [("layer", 1, 5), ("layer", 5, 4), ("kv_head", 5, 3)])
-def test_votes_that_add_up(monkeypatch: pytest.MonkeyPatch, span_scope: str, T: int, programs: int) -> None:
-    """From layer to layer of a step; the next one begins with zeros again. One query, as a decode step has, or more."""
+@pytest.mark.parametrize(
+    ("kernel", "span_scope", "programs"),
+    [("decode", "layer", 5), ("decode", "kv_head", 6), ("chunks", "layer", 5), ("chunks", "kv_head", 3)],
+)
+def test_votes_that_add_up(monkeypatch: pytest.MonkeyPatch, kernel: str, span_scope: str, programs: int) -> None:
+    """From layer to layer of a step of one query; the next one begins with zeros again. In the decode kernel there are
+    four workers, and one or two programs that count votes.
+    """
     launching._workspaces.clear()
     config = ReAttentionConfig(2, 8, 3, 4, 4, span_scope=span_scope, vote_size=4)
-    case = make_case(config, 170, T=T, H=6, G=2, D=16, largest=2)
-    votes = votes_of(case, 3)
+    case = make_case(config, 170, H=6, G=2, D=16, largest=2)
+    votes, winners = votes_of(case, 3), torch.full((4, 6, 3), -1, dtype=torch.int32).share_memory_()
+    for tensor in votes:
+        tensor.share_memory_()
     for seq_len in (170, 150):
         cast: list[dict[int, int]] = [{} for _ in votes.counts]
         for tensor in votes:
             tensor.zero_()
         for layer in range(3):
-            this = replace(case, q=case.q.roll(layer, -1), seq_len=seq_len)
-            out_THD = torch.full_like(case.q, torch.nan).share_memory_()
-            arguments = (*tensors(this), out_THD, seq_len, Rope(case.cos, case.sin), config, None, T, None, votes)
-            workspace = launch(monkeypatch, launching.launch_chunks, programs, arguments)
-            exact_THD, selection = reattention_oracle(*this.arguments(), votes=cast)
-            found, scopes = launching.scopes_of(workspace, seq_len, config), as_list(selection)
-            assert [s.tolist() for s in found] == [s.tolist() for s in scopes]
-            assert error(out_THD, exact_THD) <= 2 * error(plain_attention(this, scopes), exact_THD) + 1e-7
+            this, found = replace(case, q=case.q.roll(layer, -1), seq_len=seq_len), {}
+            out_1HD = torch.full_like(case.q, torch.nan).share_memory_()
+            arguments = (*tensors(this), out_1HD, seq_len, Rope(case.cos, case.sin), config, None)
+            if kernel == "decode":
+                step, arguments = launching.launch_decode, (*arguments, None, None, None, votes, None, winners)
+            else:
+                step, arguments = launching.launch_chunks, (*arguments, 1, None, votes, None, winners)
+            workspace = launch(monkeypatch, step, programs, arguments)
+            exact_1HD, selection = reattention_oracle(*this.arguments(), votes=cast, found=found)
+            scopes = as_list(selection)
+            selected = launching.scopes_of(workspace, seq_len, config)
+            assert [s.tolist() for s in selected] == [s.tolist() for s in scopes]
+            assert error(out_1HD, exact_1HD) <= 2 * error(plain_attention(this, scopes), exact_1HD) + 1e-7
+            assert winners[(seq_len - 1) % 4].tolist() == [found[seq_len - 1, h] for h in range(6)]
 
 
-@pytest.mark.parametrize(("span_scope", "carries", "programs"), [("layer", True, 5), ("kv_head", False, 6)])
-def test_winners_that_are_kept(monkeypatch: pytest.MonkeyPatch, span_scope: str, carries: bool, programs: int) -> None:
-    """Steps in a row, the first of which searches for all tokens, and one that is another context's. Four workers, and
-    one or two programs that count votes while these search.
-    """
+def test_chunks_leave_winners(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the last four tokens of two chunks."""
     launching._workspaces.clear()
-    config = ReAttentionConfig(2, 8, 2, 4, 4, span_scope=span_scope, vote_size=4)
-    layers = decode_layers(config, 90, 2, H=6, G=2, D=16, largest=1)
-    lists = new_winners(6, config, 3, len(layers), torch.device("cpu")).share_memory_()
-    votes = votes_of(cut_off(layers[0], 3, 3), len(layers)) if carries else None
-    for tensor in votes or ():
-        tensor.share_memory_()
-    for seq_len in (70, 71, 60):
-        cast: list[dict[int, int]] | None = [{} for _ in votes.counts] if votes is not None else None
-        for tensor in votes or ():
-            tensor.zero_()
-        for layer, kept in zip(layers, lists, strict=True):
-            this = cut_off(layer, seq_len, 3)
-            out_1HD, rope = torch.full_like(this.q[:1], torch.nan).share_memory_(), Rope(this.cos, this.sin)
-            arguments = (*tensors(this), out_1HD, seq_len, rope, config, None, None, None, None, votes, None, kept)
-            workspace = launch(monkeypatch, launching.launch_decode, programs, arguments)
-            exact_1HD, selection = reattention_oracle(*this.arguments(), attending=1, votes=cast)
-            found, scopes = launching.scopes_of(workspace, seq_len, config), as_list(selection)
-            assert [s.tolist() for s in found] == [s.tolist() for s in scopes]
-            assert error(out_1HD, exact_1HD) <= 2 * error(plain_attention(this, scopes)[-1:], exact_1HD) + 1e-7
+    config = ReAttentionConfig(2, 8, 3, 4, 4)
+    case = make_case(config, 60, T=7, H=6, G=2, D=16, largest=2, dtype=torch.float16)
+    winners, found = torch.full((4, 6, 3), -1, dtype=torch.int32).share_memory_(), {}
+    out_THD = torch.full_like(case.q, torch.nan).share_memory_()
+    arguments = (*tensors(case), out_THD, 60, Rope(case.cos, case.sin), config, None, 5, None, None, None, winners)
+    launch(monkeypatch, launching.launch_chunks, 4, arguments)
+    for chunk in case.chunks(5):
+        reattention_oracle(*chunk.arguments(), found=found)
+    for token in range(56, 60):
+        assert winners[token % 4].tolist() == [found[token, h] for h in range(6)]
 
 
 @pytest.mark.parametrize(("span_scope", "programs"), [("layer", 5), ("kv_head", 7), ("kv_head", 4)])

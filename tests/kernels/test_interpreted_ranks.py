@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernel_cases import Case, as_list, make_case, random_case, rope_table, votes_of
 
-from minirea.kernels import Gather, ReAttentionConfig, Votes, new_votes, reattention
+from minirea.kernels import Gather, ReAttentionConfig, new_votes, reattention, winners_shape
 from minirea.kernels.fused import launch
 
 
@@ -18,10 +18,10 @@ class _NotYetGathered(Exception):  # noqa: N818
     pass
 
 
-def on_ranks(case: Case, ranks: int, impl: str, votes: Sequence[Votes] = (), **options: Any) -> list[Any]:
+def on_ranks(case: Case, ranks: int, impl: str, of_ranks: Sequence[dict[str, Any]] = (), **options: Any) -> list[Any]:
     """What `reattention` returns on each rank. All go up to where they gather, then all go on from there.
 
-    `votes` are those of each rank, if any.
+    `of_ranks` are options of each rank.
     """
     gathered: list[torch.Tensor] = []
     while True:
@@ -37,7 +37,7 @@ def on_ranks(case: Case, ranks: int, impl: str, votes: Sequence[Votes] = (), **o
 
             q, k, v = (x.chunk(ranks, dim)[rank] for x, dim in ((case.q, 1), (case.k_cache, 0), (case.v_cache, 0)))
             part = replace(case, q=q, k_cache=k, v_cache=v)
-            options["votes"] = votes[rank] if votes else None
+            options |= of_ranks[rank] if of_ranks else {}
             try:
                 found.append(reattention(*part.arguments(), impl=impl, gather=Gather(rows, ranks), **options))
             except _NotYetGathered:
@@ -50,18 +50,30 @@ def on_ranks(case: Case, ranks: int, impl: str, votes: Sequence[Votes] = (), **o
 
 def check(case: Case, ranks: int, impls: tuple[str, ...] = ("triton", "torch"), layers: int = 0) -> None:
     """Output and selection are those of one launch for all heads, bit for bit; of layers whose votes add up, if any."""
-    by_head, (T, H, _), (G, N, _) = case.config.span_scope == "kv_head", case.q.shape, case.k_cache.shape
-    part = (H // ranks if by_head else H, G // ranks, case.config, T, layers, N, case.q.device)
+    by_head, H, (G, N, _) = case.config.span_scope == "kv_head", case.q.shape[1], case.k_cache.shape
+    heads = H // ranks if by_head else H
     for impl in impls:
-        votes, parts = (votes_of(case, layers), [new_votes(*part) for _ in range(ranks)]) if layers else (None, [])
+        whole: dict[str, Any] = {"winners": no_winners(case, H)}
+        parts: list[dict[str, Any]] = [{"winners": no_winners(case, heads)} for _ in range(ranks)]
         for layer in range(max(1, layers)):
-            this = replace(case, q=case.q.roll(layer, -1))
-            check_layer(this, ranks, impl, votes, parts)
+            if layers and not layer:
+                whole["votes"] = votes_of(case, layers)
+                for part in parts:
+                    part["votes"] = new_votes(heads, G // ranks, case.config, layers, N, case.q.device)
+            check_layer(replace(case, q=case.q.roll(layer, -1)), ranks, impl, whole, parts)
+            found = [part["winners"] for part in parts]
+            joined = torch.cat(found, 1) if by_head else found[0]
+            assert torch.equal(joined, whole["winners"]) and (by_head or all(torch.equal(x, joined) for x in found))
 
 
-def check_layer(case: Case, ranks: int, impl: str, votes: Votes | None, parts: Sequence[Votes]) -> None:
-    """`votes` are one launch's, `parts` those of the ranks."""
-    expected_THD, expected = reattention(*case.arguments(), impl=impl, return_selection=True, votes=votes)
+def no_winners(case: Case, heads: int) -> torch.Tensor:
+    """Of half of the queries."""
+    return torch.full(winners_shape(heads, case.config, -(-len(case.q) // 2)), -1, dtype=torch.int32)
+
+
+def check_layer(case: Case, ranks: int, impl: str, whole: dict[str, Any], parts: Sequence[dict[str, Any]]) -> None:
+    """`whole` are one launch's votes and winners, `parts` those of the ranks."""
+    expected_THD, expected = reattention(*case.arguments(), impl=impl, return_selection=True, **whole)
     found = on_ranks(case, ranks, impl, parts, return_selection=True)
     assert torch.equal(torch.cat([out for out, _ in found], 1), expected_THD)
     scopes = [as_list(selection) for _, selection in found]
@@ -96,8 +108,8 @@ def test_lengths_around_dense_size() -> None:
 
 @pytest.mark.parametrize("span_scope", ["layer", "kv_head"])
 def test_votes_of_earlier_layers_are_those_of_all_ranks(span_scope: str) -> None:
-    for T in (1, 4):
-        check(make_case(ReAttentionConfig(3, 8, 4, 4, 3, span_scope=span_scope), 100, T=T, H=8, G=4), 2, layers=3)
+    for H in (8, 40):  # by either kernel
+        check(make_case(ReAttentionConfig(3, 8, 4, 4, 3, span_scope=span_scope), 100, H=H, G=4), 2, layers=3)
 
 
 def test_heads_that_vote_alone_gather_nothing() -> None:

@@ -19,7 +19,6 @@ from minirea.kernels import (
     chunks_of_step,
     new_sketch,
     new_votes,
-    new_winners,
     scratch_bytes,
 )
 from minirea.kernels.fused import launch  # (which imports triton)
@@ -88,16 +87,14 @@ CONFIGS = [
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(
-    ("steps", "sketched", "carries", "window"),
+    ("steps", "sketched", "carries"),
     [
-        ([(1, 512)], False, False, 0),
-        ([(1, 512)], True, False, 0),
-        ([(70, 16), (13, 4)], True, False, 0),
-        ([(2048, 512)], False, False, 0),
-        ([(5000, 512), (31, 8)], False, False, 0),
-        ([(1, 1)], False, True, 1),
-        ([(9, 9)], False, True, 9),
-        ([(9, 9)], False, False, 9),
+        ([(1, 512)], False, False),
+        ([(1, 512)], True, False),
+        ([(70, 16), (13, 4)], True, False),
+        ([(2048, 512)], False, False),
+        ([(5000, 512), (31, 8)], False, False),
+        ([(1, 1)], False, True),
     ],
 )
 def test_scratch_bytes_are_those_of_all_steps(
@@ -107,7 +104,6 @@ def test_scratch_bytes_are_those_of_all_steps(
     steps: Iterable[tuple[int, int]],
     sketched: bool,
     carries: bool,
-    window: int,
 ) -> None:
     num_heads, num_kv_heads, head_dim, dtype = heads
     monkeypatch.setattr(launch, "_workspaces", {})
@@ -119,19 +115,16 @@ def test_scratch_bytes_are_those_of_all_steps(
     for longest, chunk_size in steps:
         for T in {*range(1, min(longest, 80) + 1), *range(1, longest + 1, 256), *range(256, longest + 1, 256)}:
             q_THD = torch.empty(T, num_heads, head_dim, dtype=dtype, device=META)
-            votes = new_votes(num_heads, num_kv_heads, config, T, 2, 10_000, META) if carries else None
+            votes = new_votes(num_heads, num_kv_heads, config, 2, 10_000, META) if carries else None
             launch.reattention_triton(
                 q_THD, k_cache, k_cache, 9_000, table, table, config, chunk_size=chunk_size, votes=votes
             )
             if sketched and launch.Layer.of(q_THD, k_cache, config).decodes(T):
                 sketch = new_sketch(num_kv_heads, head_dim, 10_000, META)
                 launch.reattention_triton(q_THD, k_cache, k_cache, 9_000, table, table, config, sketch=sketch)
-    if window:  # the last step's queries and votes
-        winners = new_winners(num_heads, config, window, 1, META)[0]
-        launch.reattention_triton(q_THD, k_cache, k_cache, 9_000, table, table, config, votes=votes, winners=winners)
     workspaces = list(launch._workspaces.values())
     kept = [x for x in workspaces if isinstance(x, torch.Tensor)]
-    kinds = {"sketched": sketched, "carries": carries, "window": window}
+    kinds = {"sketched": sketched, "carries": carries}
     expected = scratch_bytes(num_heads, num_kv_heads, head_dim, dtype, config, 10_000, steps, META, **kinds)
     assert expected == sum(x.nbytes for x in kept)
     stored = {id(x) for workspace in workspaces if isinstance(workspace, tuple) for x in workspace}
@@ -140,21 +133,21 @@ def test_scratch_bytes_are_those_of_all_steps(
 
 
 @pytest.mark.parametrize(
-    ("fields", "ranks", "kept"),
+    ("fields", "ranks", "counted"),
     [
         ({}, 1, True),
         ({"span_scope": "kv_head"}, 1, True),
-        ({}, 2, False),  # whose heads vote together
+        ({}, 2, False),  # whose heads, 64, have 256 winners
         ({"max_spans": launch.MAX_ELECTED}, 1, True),
         ({"max_spans": launch.MAX_ELECTED + 1}, 1, False),
-        ({"max_spans": 0, "decode_spans": 0}, 1, False),
+        ({"span_top_k": 2}, 2, True),
         ({"span_top_k": 8}, 1, False),  # 32 heads have 256 winners
         ({"span_top_k": 8, "span_scope": "kv_head"}, 1, True),
     ],
 )
-def test_which_steps_keep_winners(fields: dict[str, Any], ranks: int, kept: bool) -> None:
+def test_which_steps_with_votes_take_the_decode_kernel(fields: dict[str, Any], ranks: int, counted: bool) -> None:
     config = replace(ReAttentionConfig(32, 512, 4, 32, 16), **fields)
-    assert launch.Layer(32, 8, 128, torch.bfloat16, config, ranks).keeps_winners() == kept
+    assert launch.Layer(32, 8, 128, torch.bfloat16, config, ranks).counts() == counted
 
 
 def test_more_winners_than_a_decode_step_sorts_take_no_sketch() -> None:

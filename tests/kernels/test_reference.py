@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import kernel_cases
@@ -11,12 +13,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import as_list, check_layers, error, make_case, plain_attention, random_case, votes_of
-from oracle import reattention_oracle
+from kernel_cases import (
+    as_list,
+    check_decode_steps,
+    check_layers,
+    check_votes,
+    decode_layers,
+    error,
+    make_case,
+    plain_attention,
+    random_case,
+    votes_of,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minirea.errors import InputError
-from minirea.kernels import ReAttentionConfig, new_sketch, new_winners, reattention, reference
+from minirea.kernels import ReAttentionConfig, count_winners, new_sketch, reattention, reference
 
 
 @pytest.fixture(autouse=True)
@@ -108,32 +120,31 @@ def test_middles_around_whole_blocks(middle: int) -> None:
         check(make_case(ReAttentionConfig(2, 4, 4, 8, 5), 6 + middle, T=2, largest=1, seed=seed))
 
 
-def test_queries_that_only_vote() -> None:
-    """The scope is that of all queries, and what the attending ones see does not depend on the others' outputs."""
-    for seed in range(60):
-        case = random_case(seed)
-        for attending in {1, len(case.q)}:
-            out_THD, selection = reattention(
-                *case.arguments(), impl="torch", return_selection=True, attending=attending
-            )
-            exact_THD, scopes = reattention_oracle(*case.arguments(), attending=attending)
-            assert [s.tolist() for s in as_list(selection)] == [s.tolist() for s in as_list(scopes)]
-            assert out_THD.shape == exact_THD.shape == case.q[-attending:].shape
-            assert error(out_THD, exact_THD) < 2e-6
+SPAN_SCOPES = ("layer", "kv_head")
 
 
-@pytest.mark.parametrize("attending", [0, 4])
-def test_more_attending_queries_than_there_are(attending: int) -> None:
-    case = make_case(ReAttentionConfig(2, 4, 4, 8, 5), 80, T=3)
-    with pytest.raises(InputError, match=f"attending is {attending}, expected 1 to 3"):
-        reattention(*case.arguments(), impl="torch", attending=attending)
+@pytest.mark.parametrize("seed", range(40))
+def test_tokens_count_the_winners_of_those_before(seed: int) -> None:
+    """Chunks, some dense, then tokens one by one, with tokens taken back or skipped in between."""
+    r = random.Random(seed)
+    fields = {"vote_window": r.choice([1, 2, 4, 8]), "carry_votes": True, "vote_size": r.choice([1, 4, 16])}
+    config = ReAttentionConfig(
+        *(r.choice([0, 3]), 9, r.choice([1, 2, 5]), r.choice([2, 8]), r.choice([1, 4, 20])),
+        **fields,
+        span_scope=r.choice(SPAN_SCOPES),
+        dense_size=r.choice([12, 20]),
+    )
+    G = r.choice([1, 2])
+    layers = decode_layers(config, 90, 2, H=G * r.choice([1, 3]), G=G, D=8, largest=r.choice([1, 3]))
+    at = r.choice([18, 40])
+    tokens = [at + 6, at + 7, at + 8, at + 9, at + 8, at + 9, at + 4, at + 5, at + 30, at + 31]
+    check_decode_steps(layers, "torch", tokens, [(at - 7, 5), (at, 7), (at + 5, 5)])
 
 
 def test_votes_of_earlier_layers_count() -> None:
     for seed in range(80):
         case = random_case(seed)
-        for attending in {1, len(case.q)}:
-            check_layers(case, "torch", attending=attending)
+        check_layers(replace(case, q=case.q[-1:]), "torch")
 
 
 def test_a_key_of_several_layers_wins_against_one_of_the_last() -> None:
@@ -152,9 +163,22 @@ def test_a_key_of_several_layers_wins_against_one_of_the_last() -> None:
     assert selected == [[39, 40], [39, 40], [69, 70], [59, 60]]
 
 
+def test_winners_that_lie_in_the_local_part_do_not_count() -> None:
+    """As after tokens were taken back, or as a file may have them."""
+    config = ReAttentionConfig(4, 8, 2, 2, 3, vote_window=4, carry_votes=True)
+    case = make_case(config, 60, H=1, G=1)
+    winners = torch.full((2, 8, 1, 2), -1, dtype=torch.int32)
+    winners[0, :3, 0] = torch.tensor([[51, 52], [3, 4], [2**31 - 1, -(2**31)]])
+    votes = votes_of(case, 2)
+    count_winners(votes, winners, 60, config, "torch")
+    check_votes(votes, [{51: 1, 4: 1}], "torch", config)
+
+
 def test_votes_that_do_not_fit() -> None:
-    case = make_case(ReAttentionConfig(2, 4, 4, 8, 5), 80, T=3, capacity=90)
-    votes = votes_of(case, 1)
+    config = ReAttentionConfig(2, 4, 4, 8, 5, vote_window=3, carry_votes=True)
+    case = make_case(config, 80, capacity=90)
+    votes, winners = votes_of(case, 1), torch.full((6, 4, 4), -1, dtype=torch.int32)
+    three, sketch = replace(case, q=case.q.expand(3, -1, -1)), new_sketch(2, 16, 90, case.q.device)
     for impl in ("torch", "triton"):
         for bad, message in (
             (votes._replace(counts=votes.counts[:, :89]), r"votes.counts is torch.int32 \[1, 89\], .* \[1, 96\] or"),
@@ -169,21 +193,23 @@ def test_votes_that_do_not_fit() -> None:
         ):
             with pytest.raises(InputError, match=message):
                 reattention(*case.arguments(), impl=impl, votes=bad)
-        winners = new_winners(4, case.config, 3, 1, case.q.device)[0]
         for wrong, message in (
-            (winners[2:], r"winners is torch.int64 \[48\], expected torch.int64 \[50\], contiguous"),
-            (winners.int(), "winners is torch.int32"),
+            (winners[:, 1:], r"winners is torch.int32 \[6, 3, 4\], not contiguous, expected .*\[at least 1, 4, 4\]"),
+            (winners.long(), "winners is torch.int64"),
             (winners.to("meta"), "winners is on meta, expected cpu"),
         ):
             with pytest.raises(InputError, match=message):
-                reattention(*case.arguments(), impl=impl, attending=1, winners=wrong)
-        with pytest.raises(InputError, match="winners are given and 3 queries attend, expected 1"):
-            reattention(*case.arguments(), impl=impl, winners=winners)
-        with pytest.raises(InputError, match="chunk_size is 2, expected at least the 3 queries of a step with votes"):
-            reattention(*case.arguments(), impl=impl, chunk_size=2, votes=votes)
-        sketch = new_sketch(2, 16, 90, case.q.device)
-        with pytest.raises(InputError, match="both sketch and winners are given, expected one"):
-            reattention(*case.arguments(), impl=impl, attending=1, sketch=sketch, winners=winners)
+                reattention(*case.arguments(), impl=impl, winners=wrong)
+            with pytest.raises(InputError, match="winners_LRHK is "):
+                count_winners(votes, wrong[None], 80, config, impl)
+        for wrong, message in (
+            (winners[None, :2], r"winners_LRHK is .*\[1, 2, 4, 4\], expected torch.int32 \[layers, at least 3, "),
+            (winners.expand(9, -1, -1, -1).contiguous(), r"votes.voted is .* expected torch.int32 \[1, at least 290\]"),
+        ):
+            with pytest.raises(InputError, match=message):
+                count_winners(votes, wrong, 80, config, impl)
+        with pytest.raises(InputError, match="q_THD has 3 queries, expected one with votes"):
+            reattention(*three.arguments(), impl=impl, votes=votes)
         with pytest.raises(InputError, match="both sketch and votes are given, expected one"):
             reattention(*case.arguments(), impl=impl, sketch=sketch, votes=votes)
 

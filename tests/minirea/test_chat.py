@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 from testing import tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
-from minirea.chat import Conversation
+from minirea.chat import Conversation, Document
 from minirea.cli import main
 
 SCOPE = {"local_size": 24, "global_size": 4, "max_spans": 4, "chunk_size": 16, "dense_size": 60}
@@ -91,13 +92,73 @@ def test_undo_and_reset_leave_the_conversation_that_is_left(llm: minirea.LLM) ->
 def test_a_document_is_read_at_once_and_begins_the_next_message(llm: minirea.LLM) -> None:
     conversation = Conversation(llm.session())
     said(conversation, "hello")
-    assert conversation.add_document("the book " * 30) > 200
-    assert conversation.add_document("another " * 5) >= 40
+    assert conversation.add_document("the book " * 30).tokens > 200
+    assert conversation.add_document("another " * 5).tokens >= 40
     cached = len(conversation.session.ids)
     pieces = list(conversation.stream("who?", max_tokens=3, ignore_eos=True))
     assert pieces[-1].stats.cached_tokens >= cached - 1
     assert conversation.messages[2]["content"] == "the book " * 30 + "\n\n" + "another " * 5 + "\n\nwho?"
     assert conversation.pending == ""
+
+
+def test_undo_takes_back_one_step_at_a_time(llm: minirea.LLM, tmp_path: Path) -> None:
+    """A document, or an exchange whose documents stay; a file of the conversation changes nothing of that."""
+    conversation, states = Conversation(llm.session()), []
+    steps: tuple[Any, ...] = (
+        lambda: said(conversation, "hello"),
+        lambda: conversation.add_document("the book " * 9, "book"),
+        lambda: conversation.add_document("another", "more"),
+        lambda: said(conversation, "who?"),
+        lambda: said(conversation, "why?"),
+        lambda: conversation.add_document("a third", "third"),
+    )
+    for step in steps:
+        states.append((list(conversation.messages), conversation.pending))
+        step()
+    conversation.save(str(tmp_path / "a.ctx"))
+    again = Conversation(llm.open_session(tmp_path / "a.ctx"))
+    assert (again.messages, again.pending, again.documents) == (
+        conversation.messages,
+        conversation.pending,
+        conversation.documents,
+    )
+    expected = ("third", "why?", "the book " * 9 + "\n\nanother\n\nwho?", "more", "book", "hello")
+    for one in (conversation, again):
+        for state, name in zip(reversed(states), expected, strict=True):
+            undone = one.undo()
+            assert isinstance(undone, Document) == (name in ("third", "more", "book"))
+            assert (undone.name if isinstance(undone, Document) else undone["content"]) == name
+            assert (one.messages, one.pending) == state
+            left = one._beginning() if one.pending else rendered(one) if one.messages else []
+            assert one.session.ids == (left if one.pending else left[: len(one.session.ids)])  # read, and not anew
+        assert one.undo() is None
+    assert again.session.ids == []
+
+
+def test_a_document_that_no_message_has_yet_is_kept_in_a_file(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "doc.txt").write_text("a document of some words")
+    lines = f"/file {tmp_path}/doc.txt\n/save {tmp_path}/a.ctx\nwhat?\n"
+    out, err = chat(model, lines)
+    tokens = re.search(r"minirea: (\d+) tokens of", err)
+    assert tokens
+    again, err = chat(model, f"/load {tmp_path}/a.ctx\n/stats\nwhat?\n/undo\n/undo\n/undo\n")
+    assert again == out
+    document = f"{tmp_path}/doc.txt ({tokens[1]} tokens)"
+    begins = f"; the next message begins with {document}"
+    assert f"opened from {tmp_path}/a.ctx{begins}\n" in err and f"0 messages{begins}\n" in err
+    assert err.splitlines()[-3:] == [
+        f"minirea: the last message and its answer are forgotten{begins}",
+        f"minirea: {document} is forgotten",
+        "minirea: nothing was said yet, and no document was read",
+    ]
+
+
+def test_errors_in_a_chat_name_flags(model: Path, tmp_path: Path) -> None:
+    chat(model, f"hello\n/save {tmp_path}/a.ctx\n")
+    assert (
+        "was read with --local-size 24, expected --local-size 20: load the model with --local-size 24 "
+        in (chat(model, f"/load {tmp_path}/a.ctx\n", "--local-size", "20", status=1)[1])
+    )
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])
@@ -160,6 +221,20 @@ def test_a_saved_conversation_that_is_malformed_is_one_line(llm: minirea.LLM, tm
         {"messages": "[]", "base": "-1"},
         {"messages": "[]", "base": "999"},
         {"messages": "[]"},
+        *(
+            {"messages": '[{"role": "user", "content": "ab"}]', "base": "0", "pending": "c", "documents": documents}
+            for documents in ("[", "null", "3", "[[]]", "[[], []]", "[[], [[1, 1, 1]]]", '[[], [["a", 1, "1"]]]')
+        ),
+        *(
+            {"messages": '[{"role": "user", "content": "ab"}]', "base": "0", "documents": documents}
+            for documents in (
+                "[[]]",
+                '[[["a", 3, 1]], []]',
+                '[[["a", -1, 1]], []]',
+                '[[], [["a", 1, 1]]]',
+                '[["abc"], []]',
+            )
+        ),
     ):
         session = llm.session()
         session.prefill("abc")
@@ -196,8 +271,8 @@ def test_answers_alone_are_on_standard_output(model: Path, llm: minirea.LLM, tmp
     expected += answer("/usr")
     conversation.add_document("a document of some words")
     expected += answer("what?")
-    conversation.undo()
-    conversation.undo()
+    for _ in ("what?", "doc.txt", "/usr"):
+        conversation.undo()
     assert out == expected + answer("bye")
     for part in (
         "are forgotten",

@@ -32,9 +32,11 @@ def test_defaults_follow_the_trained_context(trained: int, expected: tuple[int, 
 
 def test_defaults_of_votes_follow_the_sizes_that_are_given() -> None:
     c = ReAttentionConfig.for_context(8192, local_size=4, span_size=16, max_spans=3)
-    assert (c.vote_window, c.vote_size, c.decode_spans, c.carry_votes) == (4, 8, 3, True)
+    assert (c.vote_window, c.vote_size, c.decode_spans, c.carry_votes) == (8, 8, 3, True)
     c = ReAttentionConfig.for_context(8192, vote_window=1, vote_size=1, decode_spans=55, carry_votes=False)
     assert (c.vote_window, c.vote_size, c.decode_spans, c.carry_votes) == (1, 1, 55, False)
+    c = ReAttentionConfig.for_context(8192, carry_votes=False)
+    assert (c.vote_window, c.vote_size, c.decode_spans, c.carry_votes) == (1, 32, 16, False)
 
 
 def test_fields_that_follow_from_others() -> None:
@@ -61,6 +63,8 @@ def test_fields_that_follow_from_others() -> None:
         {"chunk_size": 0},
         {"chunk_size": 2000},
         {"span_scope": "head"},
+        {"vote_window": 2},
+        {"vote_window": 0},
         {"carry_votes": 1},
         {"carry_votes": "no"},
         {"tail_size": -1},

@@ -28,7 +28,7 @@ from minirea.cpu import (
     preparing_bytes,
     rms_norm,
 )
-from minirea.kernels import new_votes
+from minirea.kernels import new_votes, winners_shape
 from minirea.kernels.reference import reattention_reference, score_rows
 from minirea.linear import add_linear, linear, norm_linear
 from minirea.model import Model
@@ -214,56 +214,63 @@ def test_winners_of_integers_are_the_reference_s(
         assert torch.equal(cpu.score(q, k, lo, hi, span_top_k), score_rows(q, k, lo, hi, span_top_k))
 
 
-@pytest.mark.parametrize(("values", "span_top_k"), [(1, 1), (1, 4), (50, 4), (50, 12)])
-def test_kept_winners_are_those_of_a_search(values: int, span_top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores of integers are exact. Of few values nearly all tie; of many, keys that enter win now and then. Steps that
-    do not follow the one before search for all queries: the first ones, after tokens that come together, and after some
-    were taken back.
-    """
-    monkeypatch.setattr(cpu, "_fewest_rows", lambda *shape: shape[1])  # integers need no trial
-    searched, search, takes = [], cpu.search, []
-    monkeypatch.setattr(cpu, "search", lambda q_GRD, *rest: (searched.append(q_GRD.shape[1]), search(q_GRD, *rest))[1])
-    generator = torch.Generator().manual_seed(span_top_k)
-    G, group, window, lo = 2, 3, 8, 5
-    q_GTMD = torch.randint(-values, values + 1, (G, 150, group, 6), generator=generator).float()
-    k_GND = torch.randint(-values, values + 1, (G, 150, 6), generator=generator).float()
-    winners = cpu.Winners(group)
-    ends = [*range(65, 100), *range(102, 120), 119, *range(115, 135), *range(134, 138), 138, 138]
-    for before, hi in zip([0, *ends], ends, strict=False):
-        voters = min(window, hi - 64)  # a context begins with fewer
-        q_GRD = q_GTMD[:, hi - voters + 1 : hi + 1].flatten(1, 2)
-        expected = cpu.score(q_GRD, k_GND, lo, hi, span_top_k)
-        searched.clear()
-        found = winners.score(q_GRD, k_GND, lo, hi, span_top_k)
-        assert torch.equal(found, expected), hi
-        follows = hi == before + 1 and hi - lo > 64
-        assert searched == [group if follows else voters * group], hi
-        takes.append(follows and bool((found[:, :-group] == hi - 1).any()))
-        if before == hi == 119:  # other keys than those that were taken back
-            k_GND[:, 110:] = k_GND[:, 110:].flip(1)
-    assert values == 1 or sum(takes) > 10
+@pytest.fixture
+def halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys are copied at once, however few they are, and on any CPU."""
+    monkeypatch.setattr(cpu, "HALVED_FROM", 256)
+    monkeypatch.setattr(cpu, "_STEPS_BEFORE_HALVES", 1)
+    monkeypatch.setattr(cpu, "_HALVED_AT_ONCE", 300)
+    monkeypatch.setattr(cpu, "_has_tiles", lambda: True)
 
 
-def test_kept_winners_take_no_key_that_equals_their_last() -> None:
-    """A key like any other comes after it, in whatever product it is scored."""
-    q_GRD, k_GND, winners = random(2, 4 * 2, 16), random(2, 300, 16, seed=1), cpu.Winners(2)
-    for hi in range(100, 140):
-        k_GND[:, hi - 1] = k_GND[:, (hi * 7) % 90 + 5]
-        assert torch.equal(winners.score(q_GRD, k_GND, 4, hi, 4), cpu.score(q_GRD, k_GND, 4, hi, 4)), hi
-        q_GRD = torch.cat([q_GRD[:, 2:], random(2, 2, 16, seed=hi)], 1)
+@pytest.mark.usefixtures("halved")
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e15])
+@pytest.mark.parametrize(("G", "R", "D", "span_top_k"), [(3, 3, 64, 2), (2, 6, 32, 4), (1, 8, 128, 1), (8, 4, 128, 2)])
+def test_keys_in_half_precision_find_the_winners_of_all(G: int, R: int, D: int, span_top_k: int, scale: float) -> None:
+    """Keys with a large mean, some of them equal; the middle grows, and the cache does once."""
+    mean, halves = random(G, 1, D, seed=5) * 4, cpu.HalfKeys()
+    k_GND = (random(G, 9900, D) + mean) * scale
+    k_GND[:, 7700:7800] = k_GND[:, 300:400]
+    looked_at = 0
+    for hi in (8000, 8001, 8050, 8200, 8800, 9300):
+        cache_GND = k_GND[:, : 8500 if hi < 8500 else 9400].clone()
+        cache_GND[:, hi + 40 :] = torch.nan  # nothing is there yet
+        q_GRD = random(G, R, D, seed=hi) * scale
+        q_GRD[:, 0] = k_GND[:, 300 + hi % 100] - mean[:, 0] * scale  # the best key is one of two that are equal
+        found = halves.search(q_GRD, cache_GND, 5, hi, span_top_k)
+        if found is None:
+            continue
+        looked_at += 1
+        assert torch.equal(found, cpu.score(q_GRD, cache_GND, 5, hi, span_top_k))
+    assert looked_at == 6
 
 
-@pytest.mark.parametrize(("G", "group", "D"), [(3, 3, 64), (8, 4, 128), (4, 7, 128), (4, 1, 64), (1, 8, 64), (2, 2, 8)])
-def test_rows_that_are_searched_alone_score_as_with_all_others(G: int, group: int, D: int) -> None:
-    """Also of numbers of keys that were not tried, to the bit."""
-    rows, threads = 8 * group, torch.get_num_threads()
-    few = cpu._fewest_rows(G, group, rows, D, threads)
-    assert few % group == 0 and group <= few <= rows
-    assert cpu._fewest_rows(1, group, rows, D, 2) == rows
-    q_GRD, k_GND = random(G, rows, D), random(G, 2500, D, seed=1)
-    for N in (65, 200, 777, 2496):
-        of_all, of_few = (cpu.search(x_GRD, k_GND, 3, 3 + N, 6) for x_GRD in (q_GRD, q_GRD[:, rows - few :]))
-        assert all(torch.equal(a[:, rows - few :], b) for a, b in zip(of_all, of_few, strict=True))
+@pytest.mark.usefixtures("halved")
+def test_keys_in_half_precision_are_of_no_use() -> None:
+    """Few keys; more blocks that may hold a winner than a third; what is not finite. All keys are searched then."""
+    k_GND, q_GRD = random(2, 1000, 16), random(2, 3, 16, seed=1)
+    assert cpu.HalfKeys().search(q_GRD, k_GND, 5, 200, 2) is None
+    assert cpu.HalfKeys().search(q_GRD, k_GND.sign(), 5, 999, 2) is None
+    assert cpu.HalfKeys().search(q_GRD, k_GND, 5, 999, 6) is None
+    for value in (torch.nan, torch.inf):
+        spoiled = k_GND.clone()
+        spoiled[1, 77, 3] = value
+        halves = cpu.HalfKeys()
+        assert halves.search(q_GRD, spoiled, 5, 999, 2) is None
+        assert halves.search(q_GRD, k_GND, 5, 999, 2) is None  # and it stays so
+
+
+@pytest.mark.usefixtures("halved")
+def test_keys_in_half_precision_step_by_step() -> None:
+    """Integers so large that no other key comes close: scores are exact. The first steps search all keys."""
+    generator = torch.Generator().manual_seed(3)
+    q_GTMD = torch.randint(-40, 41, (3, 90, 3, 32), generator=generator).float()
+    k_GND = torch.randint(-40, 41, (3, 4400, 32), generator=generator).float()
+    halves = cpu.HalfKeys()
+    for step in range(90):
+        arguments = q_GTMD[:, step], k_GND, 4, 150 + step if step < 40 else 4200 + step, 2
+        assert torch.equal(halves.score(*arguments), cpu.score(*arguments)), step
+    assert halves._num_keys > 4200 and halves._useful
 
 
 @pytest.mark.parametrize("span_top_k", [0, 4])
@@ -280,14 +287,15 @@ def test_reattention_is_the_reference_s(seq_len: int, queries: int, span_top_k: 
     arguments = (q, k, v, seq_len, angles.cos(), angles.sin(), config)
     before = q.clone(), k.clone(), v.clone()
     torch.testing.assert_close(cpu.reattention(*arguments), reattention_reference(*arguments)[0])
-    ours, theirs = (new_votes(6, 2, config, queries, 2, 2100, q.device) for _ in range(2))
+    ours, theirs = (new_votes(6, 2, config, 2, 2100, q.device) for _ in range(2))
+    found, left = torch.full((2, 16, *winners_shape(6, config, 1)[1:]), -1, dtype=torch.int32)
     for layer in range(2):
         arguments = (q.roll(layer, -1), *arguments[1:])
-        expected, _ = reattention_reference(*arguments, attending=1, votes=theirs)
-        torch.testing.assert_close(cpu.reattention(*arguments, attending=1, votes=ours), expected)
-    assert torch.equal(ours.counts, theirs.counts) and int(ours.counts.sum()) == 2 * queries * 6 * min(
-        span_top_k, seq_len - 104
-    )
+        expected, _ = reattention_reference(*arguments, votes=theirs, winners=left)
+        torch.testing.assert_close(cpu.reattention(*arguments, votes=ours, winners=found), expected)
+        assert torch.equal(found, left) and (found >= 0).sum() == 6 * min(queries, 16) * min(span_top_k, seq_len - 104)
+    assert torch.equal(ours.counts, theirs.counts)
+    assert int(ours.counts.sum()) == 2 * queries * 6 * min(span_top_k, seq_len - 104)
     for tensor, old in zip((q, k, v), before, strict=True):
         assert torch.equal(tensor.nan_to_num(9), old.nan_to_num(9))
 

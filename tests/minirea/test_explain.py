@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 import subprocess
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -307,9 +308,52 @@ def test_a_browser_shades_what_is_chosen(tmp_path: Path) -> None:
         assert 'data-ready="true"' in dom
         assert "<title>Where the answer came from</title>" in dom
         assert dom.count("<rect") >= 1
-        assert dom.count('<button type="button" aria-pressed="true"') == (1 if fragment else 0)
+        assert dom.count('<span role="button" tabindex="0" aria-pressed="true"') == (1 if fragment else 0)
         found = re.findall(r'<span id="t(\d+)"[^>]* style="--w: ?([\d.]+);?"', dom)
         return {int(position): float(weight) for position, weight in found}
 
     assert shaded("") == {3: 1.0, 40: pytest.approx(0.2**0.5, abs=1e-3), 41: pytest.approx(0.8**0.5, abs=1e-3)}
     assert shaded("#a1") == {40: 0.5, 41: 1.0}
+
+
+MEASURE = """<script>
+  const tokens = Array.from(document.querySelectorAll("#answer span")), pressed = [];
+  const note = () => pressed.push(tokens.map(token => Number(token.ariaPressed === "true")));
+  tokens[1].click(); note();
+  for (const key of ["x", "Enter", " "]) {
+    tokens[2].dispatchEvent(new KeyboardEvent("keydown", {key: key, bubbles: true})); note();
+  }
+  const places = tokens.map(token => {
+    const range = document.createRange();
+    range.selectNodeContents(token);
+    const boxes = range.getClientRects(), last = boxes[boxes.length - 1];
+    return [token.textContent, Math.round(last.top), Math.round(last.left)];
+  });
+  getSelection().selectAllChildren(document.getElementById("answer"));
+  const data = {places: places, pressed: pressed, copied: getSelection().toString()};
+  document.documentElement.dataset.measured = encodeURIComponent(JSON.stringify(data));
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_browser_shows_the_answer_as_it_is_written(tmp_path: Path) -> None:
+    """Its lines are lines, what is copied is the answer, and its tokens can be chosen by mouse and by key."""
+    answer = " one\n\ntwo.\n  three\n"
+    page = page_of("A prompt.", answer, votes_at([(0, 1, 1.0)], 3))
+    page = re.sub(r"<meta http-equiv[^>]*>", "", page).replace("</body>", MEASURE)  # a script of our own may run
+    (tmp_path / "page.html").write_text(page)
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'user'}"]
+    command += ["--dump-dom", (tmp_path / "page.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r'data-measured="([^"]*)"', dom)
+    assert found
+    measured = json.loads(urllib.parse.unquote(found[1]))
+    assert "".join(text for text, *_ in measured["places"]) == answer
+    assert measured["copied"].strip() == answer.strip()
+    top = {text.strip(): y for text, y, _ in measured["places"]}
+    line = top["three"] - top["t"]
+    assert line > 0 and abs(top["t"] - top["one"] - 2 * line) <= 2  # pixels, of rounding
+    left = {text.strip(): x for text, _, x in measured["places"]}
+    assert left["t"] < left["three"]
+    pressed = [[i for i, token in enumerate(tokens) if token] for tokens in measured["pressed"]]
+    assert pressed == [[1], [1], [2], []]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +13,6 @@ from hypothesis import strategies as st
 from testing import TINY, random_ids, tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
-from minirea import cpu
-from minirea.attention import Attention
 from minirea.config import ReAttentionConfig
 from minirea.generate import GenerationConfig, StopStrings
 
@@ -436,7 +433,7 @@ VOTES |= {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "
 
 @pytest.mark.parametrize("question_tokens", [1, 3, 30])
 def test_rewound_sessions_answer_as_if_nothing_had_been_forgotten(tmp_path: Path, question_tokens: int) -> None:
-    """Where tokens vote together: queries that what is forgotten has written over come back with the rewind."""
+    """Where tokens vote together: winners that what is forgotten has written over come back with the rewind."""
     llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), device="cpu", **VOTES)
     question = random_ids(question_tokens, seed=1)
 
@@ -458,38 +455,30 @@ def test_rewound_sessions_answer_as_if_nothing_had_been_forgotten(tmp_path: Path
         assert after(*detours) == expected, detours
 
 
-@pytest.mark.parametrize("fields", [{}, {"carry_votes": False, "vote_window": 8}, {"span_scope": "kv_head"}])
-def test_answers_are_those_of_steps_that_search_for_all_their_queries(
-    tmp_path: Path, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tokens, and scores of all tokens to the bit: in long answers, with a prompt between them, and after rewinds."""
-    llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), device="cpu", **VOTES | fields)
-    logits, searched, original, search = [], [], llm.model.logits, cpu.search
-    monkeypatch.setattr(llm.model, "logits", lambda x_TE: (logits.append(original(x_TE)), logits[-1])[1])
-    monkeypatch.setattr(cpu, "_fewest_rows", lambda *shape: shape[1])
-    monkeypatch.setattr(cpu, "search", lambda q_GRD, *rest: (searched.append(q_GRD.shape[1]), search(q_GRD, *rest))[1])
+def test_a_prompt_that_fails_leaves_no_winners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the tokens before it come back, also where a step ends after its first layer."""
+    llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), device="cpu", **VOTES)
+    session = llm.session()
+    session.prefill(random_ids(90))
+    before, block, calls = session.cache.winners.clone(), llm.model._block, []
 
-    def answers() -> list[Any]:
-        logits.clear()
-        session, found = llm.session(), []
-        for read, answered, keep in ((150, 40, 180), (30, 35, 200), (1, 30, 220), (2, 30, None)):
-            found.append(session.generate(random_ids(read, seed=read), max_tokens=answered, ignore_eos=True).token_ids)
-            session.rewind(keep or len(session.ids))
-        return [found, torch.stack([x_TV[-1] for x_TV in logits])]
+    def failing(*arguments: object) -> None:
+        calls.append(arguments)
+        block(*arguments)
+        if len(calls) == 2:  # in the second step
+            raise RuntimeError("broken")
 
-    kept = answers()
-    own = searched.count(2)  # rows of a query
-    monkeypatch.setattr(Attention, "new_winners_on_cpu", lambda *_: None)
-    searched.clear()
-    expected = answers()
-    assert kept[0] == expected[0] and torch.equal(kept[1], expected[1])
-    followed = 40 + 35 + 30 + 30 - 4  # steps, of as many layers as are searched
-    assert own - searched.count(2) == (0 if fields.get("span_scope") else followed * llm.config.num_layers)
+    monkeypatch.setattr(llm.model, "_block", failing)
+    with pytest.raises(RuntimeError, match="broken"):
+        session.prefill(random_ids(4))
+    rows = torch.arange(85, 90) % 10
+    assert torch.equal(session.cache.winners[:, rows], before[:, rows])
+    assert bool((session.cache.winners[:, torch.arange(90, 94) % 10] == -1).all())
 
 
 def test_a_context_of_streaming_opens_whatever_would_select(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "model", tiny_model())
-    session = minirea.load(path, device="cpu", attention="streaming", local_size=24, vote_window=4).session()
+    session = minirea.load(path, device="cpu", attention="streaming", local_size=24, span_size=8).session()
     session.prefill(random_ids(50))
     session.save(tmp_path / "kept")
     opened = minirea.load(path, device="cpu", attention="streaming", local_size=24, max_spans=1, span_size=8)

@@ -152,17 +152,16 @@ def test_graph_gives_the_text_of_the_torch_path(context: int) -> None:
     assert differ <= (0 if context + 500 <= model.attention.dense_size else 5)
 
 
-VOTES = {"vote_window": 3, "vote_size": 4, "decode_spans": 3}
+VOTES = {"vote_window": 3, "vote_size": 4, "decode_spans": 3, "carry_votes": True}
 VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("reattention", {}, {}),
     ("reattention", {"attention_bias": True, "mlp_bias": True, "head_dim": 24}, {}),
     ("reattention", {"family": "Qwen2"}, {}),
     ("reattention", {"tie_word_embeddings": True, "num_key_value_heads": 4}, {}),
     ("reattention", {"hidden_size": 80, "intermediate_size": 5000, "num_key_value_heads": 1, "head_dim": 20}, {}),
-    ("reattention", {}, VOTES),
+    ("reattention", {"num_hidden_layers": 4}, VOTES),
     ("reattention", {"num_hidden_layers": 4}, {"carry_votes": True}),
-    ("reattention", {"num_hidden_layers": 4}, VOTES | {"carry_votes": True}),
-    ("reattention", {"num_hidden_layers": 4}, VOTES | {"carry_votes": True, "span_scope": "kv_head"}),
+    ("reattention", {"num_hidden_layers": 4}, VOTES | {"span_scope": "kv_head"}),
     ("streaming", {}, {}),
 ]
 

@@ -29,8 +29,8 @@ from minirea.weights import load_weights
 
 SCOPE = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5, "chunk_size": 16}
 SCOPE |= {"dense_size": 28}
-VOTES = {"vote_window": 3, "vote_size": 4, "decode_spans": 2}
 CARRIED = {"carry_votes": True}
+VOTES = CARRIED | {"vote_window": 3, "vote_size": 4, "decode_spans": 2}
 # Programs are slow to interpret: the fewer rows, the better.
 SMALL = {"hidden_size": 32, "intermediate_size": 20, "vocab_size": 40, "head_dim": 8}
 VARIANTS: list[dict[str, Any]] = [
@@ -72,20 +72,20 @@ def test_steps_give_the_tokens_of_the_torch_path(
     model = triton_model(directory, session.llm)
     config, attention, cpu = model.config, model.attention, model.device
     sizes = config, prompt_tokens + 3, attention.dense_limit
-    cache = KVCache(*sizes, cpu, torch.float32, recent_size=attention.recent_size)
+    cache = KVCache(*sizes, cpu, torch.float32, winners_shape=attention.winners_shape)
     attention.impl = "torch"
     prefill(model, cache, ids[:-1], 1)
     attention.impl = "triton"
     step = DecodeStep(model, cache, ids[-1], Sampler(SamplingConfig(**options), ids, config.vocab_size, cpu))
     found = []
     for _ in expected:
-        cache.expect_recent(1)
         step.run()
         cache.seq_len += 1
         found.append(int(step.token))
     assert found == expected
     assert int(step.seq_len) == cache.seq_len == prompt_tokens + 3
     check_equal(session.cache, cache, 1e-3)
+    assert torch.equal(session.cache.winners, cache.winners)
     assert attention.scope(cache, model.first_query(expected[-2])) == out.stats.scope
 
 
@@ -121,14 +121,15 @@ def test_steps_with_sketches_compute_the_same(tmp_path: Path, monkeypatch: pytes
 
 
 @torch.inference_mode()
-def test_a_step_over_the_first_layers_holds_queries_of_these_alone(tmp_path: Path) -> None:
+def test_a_step_over_the_first_layers_runs(tmp_path: Path) -> None:
     """As compile_decode_step makes one."""
     llm = minirea.load(write_checkpoint(tmp_path, tiny_model(**SMALL)), **SCOPE | VOTES)
     model = copy.copy(llm.model)
     model.layers, config = model.layers[:1], dataclasses.replace(model.config, num_layers=1)
-    cache = KVCache(config, 8, 0, model.device, torch.float32, recent_size=model.attention.recent_size)
+    cache = KVCache(config, 8, 0, model.device, torch.float32, winners_shape=model.attention.winners_shape)
     step = DecodeStep(model, cache, 0, Sampler(SamplingConfig(), [], config.vocab_size, model.device))
-    assert len(step.q_LWHD) == len(cache.q_recent) == 1
+    assert len(cache.winners) == 1
+    step.run()
 
 
 @torch.inference_mode()
@@ -160,8 +161,8 @@ def test_a_step_of_chunks_that_the_device_counts_fills_the_cache_as_chunks_do(
         dtype,
     )
     ids_T = torch.arange(3, 40)
-    sizes, recent_size = (model.config, 40, model.attention.dense_limit), model.attention.recent_size
-    caches = [KVCache(*sizes, model.device, dtype, recent_size=recent_size) for _ in range(2)]
+    sizes, shape = (model.config, 40, model.attention.dense_limit), model.attention.winners_shape
+    caches = [KVCache(*sizes, model.device, dtype, winners_shape=shape) for _ in range(2)]
     for start, stop in ((0, 20), (20, 37)):
         for ids_C in ids_T[start:stop].split(8):
             model.read(ids_C, caches[0], chunk_size=8)
@@ -171,10 +172,7 @@ def test_a_step_of_chunks_that_the_device_counts_fills_the_cache_as_chunks_do(
         assert caches[1].seq_len == start
         caches[1].seq_len = stop
     check_equal(*caches, rounding)
-    for layer in range(model.config.num_layers - 1):  # of the last one, keys and values are all that is computed
-        expected, found = (cache.recent(layer, 99) for cache in caches)
-        assert len(expected) == len(found) == recent_size
-        torch.testing.assert_close(found, expected, atol=rounding, rtol=0)
+    assert torch.equal(caches[0].winners, caches[1].winners) and bool((caches[0].winners >= 0).all())
 
 
 def check_equal(expected: KVCache, found: KVCache, rounding: float = 1e-5) -> None:
@@ -217,8 +215,8 @@ def test_a_prompt_is_read_in_captured_steps(
     )
     ids, sizes = [*range(3, 60), *range(30)], (model.config, 90, model.attention.dense_limit)
     ids = ids[: cached + sum(launched)] if cached else ids
-    recent_size = model.attention.recent_size
-    caches = [KVCache(*sizes, model.device, torch.float32, recent_size=recent_size) for _ in range(2)]
+    shape = model.attention.winners_shape
+    caches = [KVCache(*sizes, model.device, torch.float32, winners_shape=shape) for _ in range(2)]
     model.attention.impl = "torch"
     for cache in caches:
         prefill(model, cache, ids[:cached])
@@ -241,13 +239,12 @@ def test_a_prompt_is_read_in_captured_steps(
     assert found == launched
     assert caches[0].seq_len == len(ids)
     check_equal(*caches)
+    assert torch.equal(caches[0].winners, caches[1].winners)
 
 
 @torch.inference_mode()
-def test_every_answer_has_winners_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer during which the cache grows, and one that goes on where that ended, but behind other tokens. A GPU's
-    steps keep winners from token to token, those of the torch path search for all.
-    """
+def test_answers_follow_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer during which the cache grows, and one that goes on where that ended, but behind other tokens."""
     directory = write_checkpoint(tmp_path, tiny_model(**SMALL | {"vocab_size": 80}))
     llm = minirea.load(directory, **SCOPE | VOTES | CARRIED)
     empty, found = torch.empty, []
@@ -258,7 +255,7 @@ def test_every_answer_has_winners_of_its_own(tmp_path: Path, monkeypatch: pytest
     for model, decode in ((llm.model, decode_one_by_one), (triton_model(directory, llm), decode_ahead)):
         attention, impl = model.attention, model.attention.impl
         sizes = model.config, 50, attention.dense_limit
-        cache, tokens = KVCache(*sizes, model.device, torch.float32, recent_size=attention.recent_size), []
+        cache, tokens = KVCache(*sizes, model.device, torch.float32, winners_shape=attention.winners_shape), []
         for keep, text, limit in ((0, [*range(3, 53)], 2), (49, [60, 61, 62], 1)):
             cache.rewind(keep)
             attention.impl = "torch"
@@ -270,6 +267,7 @@ def test_every_answer_has_winners_of_its_own(tmp_path: Path, monkeypatch: pytest
     assert found[0][0] == found[1][0]
     assert found[1][1].capacity > 50
     check_equal(found[0][1], found[1][1])
+    assert torch.equal(found[0][1].winners, found[1][1].winners)
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,10 @@ def test_ranks_decode_what_one_process_does(tmp_path: Path, votes: dict[str, Any
     directory = write_checkpoint(tmp_path, tiny_model(**fields))
     llm, ids, ranks = minirea.load(directory, **SCOPE | votes, tail_size=0), random_ids(41, 41), ThreadRanks(2)
 
-    def decode(rank: int) -> list[int]:
+    def decode(rank: int) -> tuple[list[int], torch.Tensor]:
         model = part_of_model(directory, llm, ranks, rank)
-        sizes, recent_size = (model.config, 44, model.attention.dense_limit), model.attention.recent_size
-        cache = KVCache(*sizes, CPU, torch.float32, recent_size=recent_size)
+        sizes, shape = (model.config, 44, model.attention.dense_limit), model.attention.winners_shape
+        cache = KVCache(*sizes, CPU, torch.float32, winners_shape=shape)
         prompt = PromptStep(model, cache, 40, 16)
         prompt.set(torch.tensor(ids[:-1]))
         prompt.run()
@@ -100,14 +101,16 @@ def test_ranks_decode_what_one_process_does(tmp_path: Path, votes: dict[str, Any
         step = DecodeStep(model, cache, ids[-1], Sampler(SamplingConfig(), ids, 41, CPU))
         found = []
         for _ in range(3):
-            cache.expect_recent(1)
             step.run()
             cache.seq_len += 1
             found.append(int(step.token))
-        return found
+        return found, cache.winners
 
-    expected = llm.generate(ids, max_tokens=3, ignore_eos=True)
-    assert ranks.run(decode) == [expected.token_ids] * 2
+    session = llm.session()
+    expected = session.generate(ids, max_tokens=3, ignore_eos=True)
+    for found, winners in ranks.run(decode):
+        assert found == expected.token_ids
+        assert torch.equal(winners, session.cache.winners)
 
 
 # The kernels that reach other ranks' memory: each rank a process, on memory that they share at equal addresses.
@@ -164,16 +167,19 @@ def test_sums_reach_all_ranks_alike(ranks: int, E: int) -> None:
         assert torch.equal(mine, expected)
 
 
-@pytest.mark.parametrize(("ranks", "shape"), [(2, (6, 4)), (3, (2100,))])
-def test_values_of_all_ranks_are_gathered(ranks: int, shape: tuple[int, ...]) -> None:
-    values = [torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape) + 1e6 * r for r in range(ranks)]
-    every, meetings = rooms(ranks, ranks * values[0].numel()), rooms(ranks, 2)
+@pytest.mark.parametrize(("ranks", "most"), [(2, 24), (3, 2100)])
+def test_values_of_all_ranks_are_gathered(ranks: int, most: int) -> None:
+    """Again and again, as many as a room holds or fewer, while some ranks are late to read what they got."""
+    every = rooms(ranks, 2 * ranks * most)
+    counts = [most, most, most // 3, most, most // 2, most]
+
+    def values(rank: int, turn: int) -> torch.Tensor:
+        return torch.arange(counts[turn], dtype=torch.float32).view(-1, 2) + 1e6 * rank + 1e4 * turn
 
     def work(rank: int) -> None:
-        for turn in range(3):
-            found = peers.gather(values[rank] + turn, every[rank])
-            assert torch.equal(found, torch.cat(values) + turn)
-            assert found.shape == (ranks * shape[0], *shape[1:])
-            peers.add_sums(torch.zeros(1), meetings[rank], turn % 2)  # until all have read theirs
+        for turn in range(len(counts)):
+            found = peers.gather(values(rank, turn), every[rank])
+            time.sleep(0.05 * ((turn + rank) % 2))
+            assert torch.equal(found, torch.cat([values(other, turn) for other in range(ranks)]))
 
     at_once(ranks, work)

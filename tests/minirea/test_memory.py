@@ -76,15 +76,15 @@ def test_cache_bytes_are_those_of_its_tensors(dense_limit: int) -> None:
     assert cache.nbytes == per_token * {0: 80, 10: 90, ALL_TOKENS: 80}[dense_limit]
 
 
-@pytest.mark.parametrize("recent_size", [0, 6])
-def test_a_cache_needs_the_room_that_it_takes(monkeypatch: pytest.MonkeyPatch, recent_size: int) -> None:
-    """With the queries that it keeps."""
-    nbytes = KVCache(CONFIG, 40, 10, CPU, torch.float16, recent_size=recent_size).nbytes
+@pytest.mark.parametrize("shape", [(0, 0, 0), (6, 4, 2)])
+def test_a_cache_needs_the_room_that_it_takes(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int]) -> None:
+    """With the winners that it keeps."""
+    nbytes = KVCache(CONFIG, 40, 10, CPU, torch.float16, winners_shape=shape).nbytes
     fake_free(monkeypatch, nbytes)
-    KVCache(CONFIG, 40, 10, CPU, torch.float16, recent_size=recent_size)
+    KVCache(CONFIG, 40, 10, CPU, torch.float16, winners_shape=shape)
     fake_free(monkeypatch, nbytes - 1)
     with pytest.raises(MemoryLimitError):
-        KVCache(CONFIG, 40, 10, CPU, torch.float16, recent_size=recent_size)
+        KVCache(CONFIG, 40, 10, CPU, torch.float16, winners_shape=shape)
 
 
 @pytest.mark.parametrize("dense_limit", [0, 50, ALL_TOKENS])

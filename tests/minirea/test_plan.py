@@ -15,7 +15,7 @@ import torch
 from testing import TINY, random_ids, tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
-from minirea import api, memory
+from minirea import api, cpu, memory
 from minirea.attention import LEAST_ROWS
 from minirea.cli import main
 from minirea.errors import MemoryLimitError
@@ -57,6 +57,24 @@ def test_votes_that_add_up_are_in_the_plan(directory: Path) -> None:
         for num_tokens in (10**6, 2 * 10**6):
             sizes = [workspace_bytes(attention, torch.float32, num_tokens) for attention in (without, carrying)]
             assert 0 <= sizes[1] - sizes[0] - 4 * ballots * num_tokens < 10_000
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_keys_in_half_precision_are_in_the_plan(directory: Path, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where decode steps on a CPU make a copy of them: of float32 keys that are selected from, if there are many."""
+    monkeypatch.setattr(cpu, "_has_tiles", lambda: tiles)
+    heads = (
+        TINY["num_hidden_layers"] * TINY["num_key_value_heads"] * (TINY["hidden_size"] // TINY["num_attention_heads"])
+    )
+    for options, held in (({}, tiles), ({"dtype": "bfloat16"}, False), ({"attention": "full"}, False)):
+        attention = api.read_model(directory, device="cpu", **options, **SCOPE).attention
+        dtype = getattr(torch, options.get("dtype", "float32"))
+        assert attention.half_bytes_on_cpu(100_000, dtype) == held * 100_000 * heads * 2
+        assert attention.half_bytes_on_cpu(cpu.HALVED_FROM - 1, dtype) == 0
+        planned = workspace_bytes(attention, dtype, 100_000)
+        monkeypatch.setattr(cpu, "HALVED_FROM", 100_001)
+        assert planned - workspace_bytes(attention, dtype, 100_000) == held * 100_000 * heads * 2
+        monkeypatch.setattr(cpu, "HALVED_FROM", 5120)
 
 
 def test_what_does_not_fit_is_refused_before_weights_are_read(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,19 @@ def test_contexts_that_do_not_fit_are_one_line_with_the_flag(
     assert_one_line(run(capsys, model, "read", "--text", "a", "--save", "/none/a"), "cannot be written")
 
 
+def test_the_flags_of_a_refusal_can_be_pasted(model: Path, tmp_path: Path, capsys: Captured) -> None:
+    read = ("--attention", "streaming", "--tail-size", "0", "--dense-size", "40", "--max-spans", "3")
+    assert run(capsys, model, "read", "--text", BOOK, "--save", tmp_path / "a.ctx", *read)[0] == 0
+    refused = generate(capsys, model, "--context", tmp_path / "a.ctx", "--text", "a", "--dtype", "bfloat16")
+    assert_one_line(
+        refused, "was read with --attention streaming --dtype float32 ", "expected --attention reattention "
+    )
+    flags = refused[2].rsplit(": load the model with ", 1)[1].split()
+    assert (
+        generate(capsys, model, "--context", tmp_path / "a.ctx", "--text", "a", "--dtype", "bfloat16", *flags)[0] == 0
+    )
+
+
 def test_a_dry_run_counts_the_context(model: Path, book: Path, capsys: Captured) -> None:
     record = json.loads(generate(capsys, model, "--context", book, "--text", "abc", "--dry-run", "--json")[1])
     assert record["prompt_tokens"] == len(BOOK) + 3
@@ -163,10 +176,10 @@ def test_answers_of_another_run_are_refused_and_kept(model: Path, book: Path, tm
 BAD_LINES = {
     "[1]": "line 2: holds a JSON list",
     "{": "line 2: not valid JSON",
-    '{"prompt": "a"}': "line 2: id is None",
-    '{"id": true, "prompt": "a"}': "line 2: id is True",
-    '{"id": 1}': "line 2: prompt is None",
-    '{"id": 1, "prompt": ""}': "line 2: prompt is ''",
+    '{"prompt": "a"}': "line 2: id is absent, expected a string or an integer that names the answer, as in {",
+    '{"id": true, "prompt": "a"}': "line 2: id is true",
+    '{"id": 1}': "line 2: prompt is absent, expected some text",
+    '{"id": 1, "prompt": ""}': 'line 2: prompt is ""',
     '{"id": 0, "prompt": "b"}': "line 2: id 0 is also at",
     "[" * 100_000: "line 2: not valid JSON",
 }

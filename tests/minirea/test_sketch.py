@@ -177,7 +177,7 @@ def test_what_cannot_be_is_refused_in_one_line(directory: Path) -> None:
         minirea.api.read_model(directory, sketch="int8", gpus=TINY["num_key_value_heads"])
     for load in (functools.partial(minirea.load, directory, sketch="int8"), pair(directory)[1].with_attention):
         for votes, said in (
-            ({"vote_window": 4}, "4, carry_votes=False"),
+            ({"vote_window": 4, "carry_votes": True}, "4, carry_votes=True"),
             ({"carry_votes": True}, "1, carry_votes=True"),
         ):
             with pytest.raises(InputError, match=rf"sketch is 'int8', expected 'off' .* \(vote_window={said}\)"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -153,73 +154,108 @@ def test_a_loaded_model_has_no_tables_before_its_weights(directory: Path) -> Non
     assert not files.attention._tables
 
 
-def test_a_token_votes_together_with_those_before_it(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the prompt and of the dense part too, and none that was taken back: the first layer's queries show it,
-    since they depend on a token alone."""
-    llm = minirea.load(directory, **SCOPE, vote_window=5, vote_size=4, decode_spans=1)
-    model, original = llm.model, minirea.attention.cpu.reattention
-    called: list[tuple[int, torch.Tensor]] = []
+def test_a_token_counts_what_those_before_it_found(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In all layers, in whatever chunk; those of the dense part found nothing, and those that are taken back count no
+    more, nor those that are too far back to be kept.
+    """
+    fields = {"vote_window": 5, "vote_size": 4, "decode_spans": 1, "carry_votes": True}
+    llm = minirea.load(directory, **SCOPE, **fields)
+    model, leave, count_winners = llm.model, minirea.kernels.reference.leave, minirea.attention.count_winners
+    num_layers, found, sums = llm.config.num_layers, {}, []
 
-    def spy(q_THD: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_len: int, *rest: Any) -> torch.Tensor:
-        called.append((seq_len, q_THD))
-        return original(q_THD, k, v, seq_len, *rest)
+    def spy(winner_GRK: torch.Tensor, winners_RHK: torch.Tensor, seq_len: int) -> None:
+        layer = next(i for i in range(num_layers) if cache.winners[i].data_ptr() == winners_RHK.data_ptr())
+        of_tokens = winner_GRK.unflatten(1, (-1, 2)).unbind(1)
+        found.update({(seq_len - t, layer): x.flatten().tolist() for t, x in enumerate(reversed(of_tokens), 1)})
+        leave(winner_GRK, winners_RHK, seq_len)
 
-    monkeypatch.setattr("minirea.attention.cpu.reattention", spy)
-    cache = new_cache(model, 10)
+    def check(votes: Any, winners: torch.Tensor, seq_len: int, config: Any, impl: str) -> None:
+        count_winners(votes, winners, seq_len, config, impl)
+        last = [
+            x for token in range(seq_len - 5, seq_len - 1) for i in range(num_layers) for x in found.get((token, i), ())
+        ]
+        mid_hi = seq_len - SCOPE["local_size"]
+        counted = Counter(min(max(j // 4 * 4 + 2, SCOPE["global_size"]), mid_hi - 1) for j in last if j < mid_hi)
+        assert {j: n for j, n in enumerate(votes.counts[0].tolist()) if n} == counted
+        sums.append(counted.total())
 
-    def step(ids: list[int], held: list[int]) -> None:
-        """Read ids behind those that are held, and compare who voted in the first layer."""
-        called.clear()
-        model.forward(torch.tensor(ids), cache)
-        assert cache.seq_len == len(held) + len(ids)
-        if cache.seq_len > model.attention.dense_size:
-            seq_len, q_THD = called[0]
-            voters = [*held, *ids][-5:] if len(ids) == 1 else ids
-            assert seq_len == cache.seq_len
-            torch.testing.assert_close(q_THD, torch.cat([model.first_query(token) for token in voters]))
+    monkeypatch.setattr(minirea.kernels.reference, "leave", spy)
+    monkeypatch.setattr(minirea.attention, "count_winners", check)
+    cache, ids = new_cache(model, 10), random_ids(120)
+
+    def rewind(keep: int) -> None:
+        for token, layer in list(found):
+            if token >= keep or token < cache.seq_len - 10:
+                del found[token, layer]
+        cache.rewind(keep)
 
     with torch.inference_mode():
-        ids = random_ids(120)
-        held: list[int] = []
         for part in (40, 6, 1, 1, 1, 1, 12, 1, 1, 3, 1, 1):
-            step(new := ids[len(held) : len(held) + part], held)
-            held += new
-        cache.rewind(len(held) - 3)
-        held = held[:-3]
+            model.forward(torch.tensor(ids[cache.seq_len : cache.seq_len + part]), cache)
+        rewind(cache.seq_len - 3)
         for token in ids[100:108]:
-            step([token], held)
-            held.append(token)
-        cache.rewind(30)  # further back than queries are kept: what is left votes
-        assert len(cache.recent(0, 99)) == 0
-        model.forward(torch.tensor(ids[:40]), cache)
-        assert cache.seq_len > model.attention.dense_size
-        model.forward(torch.tensor(ids[:1]), cache)
-        voters_5HD = torch.cat([model.first_query(token) for token in [*ids[36:40], ids[0]]])
-        torch.testing.assert_close(called[-2][1], voters_5HD)
+            model.forward(torch.tensor([token]), cache)
+        rewind(50)
+        assert bool((cache.winners == -1).all())
+        for token in ids[:4]:
+            model.forward(torch.tensor([token]), cache)
+    of_token = 4 * SCOPE["span_top_k"] * num_layers
+    assert sums[-4:] == [0, of_token, 2 * of_token, 3 * of_token] and sums[4] == 4 * of_token
+
+
+@pytest.mark.parametrize("tail", [{}, {"tail_size": 0}, {"tail_size": 3}, {"tail_chunk_size": 1, "tail_size": 20}])
+@pytest.mark.parametrize("lengths", [(120,), (90, 3, 1, 40)])
+def test_a_prompt_leaves_the_winners_of_its_last_tokens(
+    directory: Path, tail: dict[str, int], lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In all layers, as a forward pass of all its chunks does, though steps before its end do without."""
+    llm = minirea.load(directory, **SCOPE | tail, vote_window=4, carry_votes=True)
+    session, cache, attended = llm.session(), llm.session().cache, []
+    last, attend = llm.config.num_layers - 1, Attention.__call__
+    for length in lengths:
+        ids = random_ids(length, seed=length)
+        with torch.inference_mode():
+            for start, stop, chunk_size in chunks(llm.model.attention, cache.seq_len, length):
+                llm.model.forward(torch.tensor(ids[start:stop]), cache, chunk_size=chunk_size)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Attention,
+                "__call__",
+                lambda self, layer, qkv, *rest: (attended.append((layer, len(qkv))), attend(self, layer, qkv, *rest))[
+                    1
+                ],
+            )
+            session.prefill(ids)
+        assert torch.equal(session.cache.winners, cache.winners)
+        assert bool((cache.winners >= 0).all())
+    chunked = sum(tokens for layer, tokens in attended if layer == last)
+    assert 0 < chunked <= (8 + 20 + 16) * len(lengths)
 
 
 @pytest.mark.parametrize(("span_scope", "window"), [("layer", 1), ("layer", 3), ("kv_head", 1), ("kv_head", 3)])
 def test_votes_of_an_answer_add_up_from_layer_to_layer(
     directory: Path, monkeypatch: pytest.MonkeyPatch, span_scope: str, window: int
 ) -> None:
-    """Each token's begin with zeros. Chunks of a prompt, and its dense part, have none."""
+    """Each token's begin with those of the tokens before it. Chunks of a prompt have none."""
     seen: list[tuple[int, int, int | None]] = []
 
     def spy(q_GRD: torch.Tensor, k: torch.Tensor, seq_len: int, *rest: Any) -> Any:
-        votes = rest[-1]
+        votes = rest[-2]
         seen.append((seq_len, q_GRD.shape[1] // 2, None if votes is None else int(votes.counts.sum())))
         return choose_scope(q_GRD, k, seq_len, *rest)
 
     choose_scope = minirea.kernels.reference.choose_scope
     for module in ("kernels.reference", "cpu"):
         monkeypatch.setattr(f"minirea.{module}.choose_scope", spy)
-    fields = SCOPE | {"span_scope": span_scope, "vote_window": window, "tail_size": 7}
-    alone, carrying = (minirea.load(directory, **fields, carry_votes=carry) for carry in (False, True))
+    fields = SCOPE | {"span_scope": span_scope, "tail_size": 7}
+    alone, carrying = (
+        minirea.load(directory, **fields, **votes) for votes in ({}, {"vote_window": window, "carry_votes": True})
+    )
     ids = random_ids(100)
     logits_TV = carrying.logits(ids)
     of_chunks, of_the_end = [x for x in seen if x[0] < 100], [x for x in seen if x[0] == 100]
-    num_layers, cast = carrying.config.num_layers, window * 4 * SCOPE["span_top_k"]  # in a layer
-    expected = [(window, cast * layer) for layer in range(num_layers)]
+    num_layers, cast = carrying.config.num_layers, 4 * SCOPE["span_top_k"]  # in a layer
+    expected = [(1, cast * ((window - 1) * num_layers + layer)) for layer in range(num_layers)]
     assert of_chunks and all(votes is None and queries > 1 for _, queries, votes in of_chunks)
     assert [x[1:] for x in of_the_end] == expected
     differs_V = (logits_TV - alone.logits(ids)).abs().amax(1) > 1e-3
@@ -233,7 +269,7 @@ def test_votes_of_an_answer_add_up_from_layer_to_layer(
 
 
 def test_an_answer_keeps_fewer_spans(directory: Path) -> None:
-    scope = {"vote_window": 6, "vote_size": 4}
+    scope = {"vote_window": 6, "vote_size": 4, "carry_votes": True}
     for decode_spans in (0, 1, 3, 5):
         llm = minirea.load(directory, **SCOPE, **scope, decode_spans=decode_spans)
         stats = llm.generate(random_ids(100), max_tokens=3, ignore_eos=True).stats

@@ -79,9 +79,9 @@ def test_kernel(tmp_path: Path) -> None:
     }
     text = section(keep(tmp_path, "kernel-x", "kernel", rows))
     assert "\n| 16,384 | 2.5 us | 5.0 us | 2.00 | 1.60 | 44 | 2 of 128 | 70 us |\n" in text
-    rows[2]["voting"] = {"kept_us": 6.0, "searched_us": 18.0, "bytes": {"score, pick": 6e6}}
+    rows[2]["voting"] = {"votes_us": 6.0, "count_us": 18.0, "layers": 4, "bytes": {"score, pick": 6e6}}
     text = section(keep(tmp_path, "kernel-x", "kernel", rows))
-    assert "\n| 16,384 | 3.0 us | 6.0 us | 2.00 | 18.0 us |\n" in text
+    assert "\n| 16,384 | 3.0 us | 6.0 us | 2.00 | 18.0 us, 4 layers |\n" in text
 
 
 def test_other_commands(tmp_path: Path) -> None:

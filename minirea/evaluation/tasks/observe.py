@@ -25,7 +25,7 @@ def observe_end(model: Model, ids: Sequence[int], num_steps: int, observer: Obse
     # Up to dense_limit, keys are kept both with RoPE and without, in "full" too, whose own caches drop the latter.
     dense_limit = min(model.attention.dense_limit, len(ids))
     cache = KVCache(
-        model.config, len(ids), dense_limit, model.device, model.dtype, recent_size=model.attention.recent_size
+        model.config, len(ids), dense_limit, model.device, model.dtype, winners_shape=model.attention.winners_shape
     )
     prefill(model, cache, list(ids[:observed_start]), len(ids) - observed_start, progress)
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
