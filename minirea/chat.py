@@ -346,6 +346,7 @@ class Chat:
 
     def _reset(self, _: str) -> None:
         self.conversation.reset()
+        self.last = None
         say("minirea: everything said is forgotten, and every document")
 
     def _undo(self, _: str) -> None:
@@ -367,6 +368,7 @@ class Chat:
             self.conversation.open(session)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
+        self.last = None
         said = len(self.conversation.messages) // 2
         answers = f"{said} answer{'s' * (said != 1)} among them"
         say(f"minirea: {len(session.ids):,} tokens, {answers}, opened from {path}{self._to_come()}")

@@ -36,7 +36,7 @@ from minirea.config import DTYPES, MODES, QUANTIZE, ModelConfig, ReAttentionConf
 from minirea.errors import InputError
 from minirea.files import check_room, is_there, replacing, unreadable
 from minirea.threads import thread_pool
-from minirea.weights.loader import StoredTensor, bytes_of, open_file, read_header
+from minirea.weights.loader import MAX_HEADER_BYTES, StoredTensor, bytes_of, open_file, read_header
 
 FORMAT: Final = "minirea context"
 VERSION: Final = "2"
@@ -93,6 +93,9 @@ def save_context(
     shapes = {"ids": (ids_M.dtype, (len(ids),)), "checksums": (sums.dtype, tuple(sums.shape))}
     shapes |= {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}
     header, offsets = _header(shapes, _metadata(origin, notes))
+    if len(header) - 8 > MAX_HEADER_BYTES:  # no reader of the format would open it
+        found = f"its notes take {len(header):,} bytes with what else is in the header"
+        raise InputError(f"{path}: not saved: {found}, expected at most {MAX_HEADER_BYTES:,}")
     with replacing(path) as file:
         check_room(file, path, offsets["end"])
         _write_at(file, 0, memoryview(header))
@@ -136,9 +139,9 @@ class StoredContext:
         self.path = path
         if not is_there(path):
             raise unreadable(path, FileNotFoundError(2, ""))
-        self._file = open_file(Path(path))
+        self._file = open_file(Path(path), "a context")
         try:
-            metadata, tensors = read_header(self._file, Path(path))
+            metadata, tensors = self._header()
             self._check_origin(metadata, origin, model.trained_context)
             self.notes = self._notes(metadata)
             self._tensors = {tensor.name: tensor for tensor in tensors}
@@ -181,6 +184,12 @@ class StoredContext:
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             self._file.close()
+
+    def _header(self) -> tuple[dict[str, str], list[StoredTensor]]:
+        try:
+            return read_header(self._file, Path(self.path))
+        except InputError as error:
+            raise InputError(f"{error}; expected a context, which `minirea read --save` writes") from None
 
     def _check_origin(self, metadata: dict[str, str], origin: Origin, trained_context: int) -> None:
         if metadata.get("format") != FORMAT:

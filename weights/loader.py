@@ -835,8 +835,9 @@ def _fill(transfers: Sequence[_Transfer | _PackedTransfer], device: torch.device
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
-def open_file(path: Path) -> FileIO:
-    check_regular(path, "tensors")
+def open_file(path: Path, what: str = "tensors") -> FileIO:
+    """An open regular file; `what` is expected there, for messages."""
+    check_regular(path, what)
     try:
         return FileIO(path)
     except OSError as error:

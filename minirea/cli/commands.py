@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,7 +17,7 @@ from minirea.cli.inputs import encode, questions_of, read_prompt
 from minirea.cli.messages import as_flags
 from minirea.cli.output import Answer, footer, print_plan, warn_beyond_training
 from minirea.config import SCOPE_FIELDS
-from minirea.errors import InputError, MissingExtraError, printable
+from minirea.errors import InputError, MinireaError, MissingExtraError, printable
 from minirea.files import check_replaceable
 from minirea.terminal import EXIT_INTERRUPTED, Interrupts, put, say
 
@@ -158,16 +159,17 @@ def run_read(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     interrupts.raises = True  # an incomplete file is to be removed
     progress = not arguments.quiet
     try:
+        start = time.perf_counter()
         session.prefill(ids, progress=progress)
+        read = time.perf_counter()
         session.save(arguments.save, progress=progress)
     except KeyboardInterrupt:
         tell()
         raise
     if progress:
-        from minirea.memory import human
-
-        size = human(os.stat(arguments.save).st_size)
-        say(f"context     {num_tokens:,} tokens, {size} in {printable(arguments.save)}")
+        saved = _at_speed(os.stat(arguments.save).st_size, time.perf_counter() - read)
+        say(f"prompt      {len(ids):,} tokens, {len(ids) / (read - start):,.1f} tokens/s")
+        say(f"context     {num_tokens:,} tokens in {printable(arguments.save)}, {saved}")
     return 0
 
 
@@ -238,7 +240,12 @@ def _read_model(arguments: argparse.Namespace) -> tuple[ModelFiles, StoredContex
     from minirea.api import read_model
 
     files = read_model(arguments.model, **{name: getattr(arguments, name) for name in (*_LOAD_OPTIONS, *SCOPE_FIELDS)})
-    return files, files.open_context(arguments.context) if arguments.context else None
+    if not arguments.context:
+        return files, None
+    try:
+        return files, files.open_context(arguments.context)
+    except MinireaError as error:
+        raise type(error)(f"--context {error}") from None
 
 
 def _length(context: StoredContext | None) -> int:
@@ -253,4 +260,17 @@ def _load(files: ModelFiles, context: StoredContext | None, num_tokens: int, arg
     """The weights, and a session with room for `num_tokens` that goes on from the context, if there is one."""
     progress = not arguments.quiet
     llm = files.load(progress, num_tokens)
-    return llm.open_session(context, num_tokens, progress=progress) if context else llm.session(num_tokens)
+    if context is None:
+        return llm.session(num_tokens)
+    start = time.perf_counter()
+    session = llm.open_session(context, num_tokens, progress=progress)
+    if progress:
+        opened = _at_speed(files.context_bytes(context.num_cached), time.perf_counter() - start)
+        say(f"context     {len(context.ids):,} tokens of {printable(arguments.context)}, {opened}")
+    return session
+
+
+def _at_speed(num_bytes: int, seconds: float) -> str:
+    from minirea.memory import human
+
+    return f"{human(num_bytes)} in {seconds:.2f} s, {human(int(num_bytes / max(seconds, 1e-6)))}/s"

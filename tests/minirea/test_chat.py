@@ -141,6 +141,7 @@ def test_a_document_that_no_message_has_yet_is_kept_in_a_file(model: Path, tmp_p
     out, err = chat(model, lines)
     tokens = re.search(r"minirea: (\d+) tokens of", err)
     assert tokens
+    assert "generation" not in chat(model, f"what?\n/reset\n/stats\nwhat?\n/load {tmp_path}/a.ctx\n/stats\n")[1]
     again, err = chat(model, f"/load {tmp_path}/a.ctx\n/stats\nwhat?\n/undo\n/undo\n/undo\n")
     assert again == out
     document = f"{tmp_path}/doc.txt ({tokens[1]} tokens)"

@@ -268,15 +268,31 @@ def test_damage_is_one_line(case: str, saved: Path, llm: minirea.LLM) -> None:
 
 def test_what_is_no_context_is_one_line(directory: Path, llm: minirea.LLM, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "book.txt").write_text("It was a quiet day.")
+    (tmp_path / "empty").write_text("")
     for path, message in (
+        (tmp_path / "book.txt", "not a safetensors file; expected a context, which `minirea read --save` writes"),
+        (tmp_path / "empty", "holds 0 bytes, .*; expected a context, which `minirea read --save` writes"),
         (directory / "model.safetensors", "is no context"),
         (tmp_path / "nothing", "no such file"),
-        (tmp_path, "is a directory, expected a file"),
+        (tmp_path, "is a directory, expected a file with a context"),
         (tmp_path / "pipe", "is a named pipe, expected a file"),
         (Path("/dev/zero"), "is a device, expected a file"),
     ):
         with pytest.raises(minirea.MinireaError, match=message):
             llm.open_session(path)
+
+
+def test_notes_that_no_header_can_hold_are_not_saved(llm: minirea.LLM, saved: Path, monkeypatch: Any) -> None:
+    """As of a conversation about a very long document: such a file could not be opened."""
+    session, before = llm.open_session(saved), saved.read_bytes()
+    length = int.from_bytes(before[:8], "little")
+    monkeypatch.setattr(context, "MAX_HEADER_BYTES", length)
+    session.save(saved)
+    session.notes["messages"] += " " * 8
+    with pytest.raises(InputError, match=r"not saved: its notes take .*, expected at most"):
+        session.save(saved)
+    assert saved.read_bytes() == before
 
 
 def mutated(raw: bytes, rng: random.Random) -> bytes:

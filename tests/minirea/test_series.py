@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def book(model: Path, tmp_path: Path, capsys: Captured) -> Path:
     (tmp_path / "book.txt").write_text(BOOK)
     read = run(capsys, model, "read", "--prompt", tmp_path / "book.txt", "--save", tmp_path / "book.ctx")
-    assert read[:2] == (0, "") and f"context     {len(BOOK):,} tokens" in read[2]
+    assert read[:2] == (0, "") and f"context     {len(BOOK):,} tokens in {tmp_path}/book.ctx, " in read[2]
     return tmp_path / "book.ctx"
 
 
@@ -83,7 +84,9 @@ def test_contexts_that_do_not_fit_are_one_line_with_the_flag(
 ) -> None:
     monkeypatch.setattr("minirea.api.load_weights", lambda *_: pytest.fail("the weights were read"))
     assert_one_line(generate(capsys, model, "--context", book, "--text", "a", "--span-size", "16"), "--span-size 32")
-    assert_one_line(generate(capsys, model, "--context", tmp_path / "none", "--text", "a"), "none: no such file")
+    assert_one_line(
+        generate(capsys, model, "--context", tmp_path / "none", "--text", "a"), "--context", "none: no such file"
+    )
     assert_one_line(generate(capsys, model, "--context", tmp_path / "book.txt", "--text", "a"), "not a safetensors")
     assert_one_line(run(capsys, model, "read", "--text", "a", "--save", tmp_path), "is a directory")
     assert_one_line(run(capsys, model, "read", "--text", "a", "--save", "/none/a"), "cannot be written")
@@ -151,7 +154,9 @@ def test_a_series_goes_on_where_it_was(
     for torn in (two, two + b"{", whole[:-1], two + b"\0" * 40):
         out.write_bytes(torn)
         status, _, err = generate(capsys, model, *arguments)
-        assert (status, err) == (0, "minirea: 3 of 3 answered\n")
+        opened, answered = err.splitlines()
+        assert (status, answered) == (0, "minirea: 3 of 3 answered")
+        assert re.fullmatch(rf"context     237 tokens of {book}, .* in \d+\.\d\d s, .*B/s", opened)
         assert out.read_bytes().startswith(two)
         for line, before in zip(out.read_text().splitlines(), without_time, strict=True):
             assert json.loads(line)["token_ids"] == before["token_ids"]
