@@ -92,7 +92,7 @@ def test_a_captured_graph_follows_seq_len(shape: tuple[Any, ...]) -> None:
         count_winners(votes, winners, n, layers[0].config, impl)
         outs = []
         for layer, left in zip(layers, winners, strict=True):
-            q_1HD = layer.q[n - 1 : n] if isinstance(n, int) else layer.q[n - 1]
+            q_1HD = layer.q[n - 1 : n] if isinstance(n, int) else layer.q[n.long() - 1]
             this = replace(layer, q=q_1HD, seq_len=n)
             options = {"impl": impl, "votes": votes, "winners": left, "return_selection": selects}
             outs.append(reattention(*this.arguments(), **options))
