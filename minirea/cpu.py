@@ -42,7 +42,12 @@ _SCORE_ROWS: Final = 128  # in so many rows at most
 _FEW_WINNERS: Final = 8  # of a row, up to which a search for each is faster than a sort
 HALVED_FROM: Final = 5120  # keys to search, for which a copy of them in bfloat16 saves time
 _STEPS_BEFORE_HALVES: Final = 8
-_HALVED_AT_ONCE: Final = 1024
+MANY_ROWS: Final = 1024  # and keys, of a chunk, for which products in bfloat16 before those in float32 save time
+MANY_KEYS: Final = 3072
+_PRODUCTS: Final = 1 << 25  # of a chunk, at a time: a number is kept of each block of them
+_ALIKE_ROWS: Final = 16  # products of fewer sum in another order: keys that are equal would score otherwise
+_SHARE_OF_BLOCKS: Final = 6  # of them so many parts at most are scored again
+_HALVED_AT_ONCE: Final = 512  # keys, whose products with a chunk stay in the processor's cache
 _HALF_ROUNDING: Final = 1.01 * 2**-8  # of a number to bfloat16, relative to either
 _LARGEST: Final = torch.finfo(torch.float32).max
 _FLASH: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # also gives the sums of exponentials
@@ -421,14 +426,28 @@ class HalfKeys:
         while best_NMQ.shape[1] > 1:  # amax over few columns has short inner runs
             best_NMQ = torch.maximum(*best_NMQ.chunk(2, 1))
         best_GRN = best_NMQ.view(num_blocks, G, R).permute(1, 2, 0).float()
-        norm_GR, lost_GR = (torch.linalg.vector_norm(x_GRD, dim=-1) for x_GRD in (q_GRD, q_GRD - half_GRD))
-        # Sums of float32, of this product and of the scores themselves, are off by less than D 2^-23 of the norms.
-        sums_G1 = (self._norm_G1 + torch.linalg.vector_norm(self._mean_G1D, dim=-1)) * (D * 2**-22)
-        off_GR = lost_GR * self._norm_G1 + norm_GR * (self._error_G1 + sums_G1)
-        least_GR = best_GRN.topk(span_top_k).values[..., -1]
-        least_GR = least_GR - least_GR.abs() * _HALF_ROUNDING - 2 * off_GR
-        least_GR = least_GR - least_GR.abs() * _HALF_ROUNDING
+        off_GR = _off(q_GRD, half_GRD, self._norm_G1, self._error_G1, self._mean_G1D)
+        least_GR = _least_half(best_GRN.topk(span_top_k).values[..., -1], off_GR)
         return (best_GRN - least_GR[..., None]).amax(1)
+
+
+def _off(q: Tensor, half: Tensor, norm: Tensor, error: Tensor, mean: Tensor) -> Tensor:
+    """By how much products of queries [..., D] and keys less a mean key, both in half precision, are off at most.
+
+    Args:
+        norm: of these keys, the largest.
+        error: of what rounding took of a key, the largest norm.
+    """
+    # Sums of float32, of these products and of the scores themselves, are off by less than D 2^-23 of the norms.
+    sums = (norm + torch.linalg.vector_norm(mean, dim=-1)) * (q.shape[-1] * 2**-22)
+    norm_of_q, lost = (torch.linalg.vector_norm(x, dim=-1) for x in (q, q - half))
+    return lost * norm + norm_of_q * (error + sums)
+
+
+def _least_half(best: Tensor, off: Tensor) -> Tensor:
+    """What the product of a winner is at least where `best` is reached by as many keys as there are winners."""
+    least = best - best.abs() * _HALF_ROUNDING - 2 * off
+    return least - least.abs() * _HALF_ROUNDING
 
 
 def half_bytes(num_tokens: int, num_kv_heads: int, head_dim: int) -> int:
@@ -459,12 +478,80 @@ def _best_of_blocks(q_GRD: Tensor, k_GND: Tensor, block_GB: Tensor, span_top_k: 
 
 
 def score(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> Tensor:
-    """The reference's `score` of float32 rows: cache positions, [G, R, K].
+    """The reference's `score` of float32 rows: cache positions, [G, R, K]."""
+    R, K = q_GRD.shape[1], min(span_top_k, mid_hi - mid_lo)
+    if R < MANY_ROWS or mid_hi - mid_lo < MANY_KEYS or not _has_tiles():
+        return _score_all(q_GRD, k_cache_GND, mid_lo, mid_hi, K)
+    rows = max(_SCORE_ROWS, _PRODUCTS // (mid_hi - mid_lo))
+    index_GRK = torch.empty(*q_GRD.shape[:2], K, dtype=torch.int64)
+    for g, first in itertools.product(range(len(q_GRD)), range(0, R, rows)):
+        part = g, slice(first, first + rows)
+        index_GRK[part] = _score_many(q_GRD[part], k_cache_GND[g, mid_lo:mid_hi], K)
+    return index_GRK.add_(mid_lo)
+
+
+def _score_many(q_RD: Tensor, k_ND: Tensor, num_winners: int) -> Tensor:
+    """`score` of many rows of one head, [R, K]. Products in bfloat16 say in which blocks of keys a row's winners can
+    be, as in HalfKeys; the row is scored with those in float32.
+    """
+    num_blocks = len(k_ND) // BLOCK
+    best_BR, off_R = _best_halves(q_RD, k_ND[: num_blocks * BLOCK])
+    least_R = _largest(best_BR.t().contiguous(), num_winners)[0][:, -1]
+    least_R = _least_half(least_R, off_R)
+    block_P, row_P = (best_BR >= least_R).nonzero(as_tuple=True)  # pairs, block by block
+    # Products are compared as integers, which holds for those above zero.
+    if len(row_P) > best_BR.numel() // _SHARE_OF_BLOCKS or not bool((least_R > 0).all()):
+        return _score_all(q_RD[None], k_ND[None], 0, len(k_ND), num_winners)[0]
+    q_PD = q_RD.index_select(0, F.pad(row_P, (0, _ALIKE_ROWS)))
+    score_PM = torch.empty(len(q_PD), BLOCK, dtype=torch.float32)
+    start = 0
+    for block, count in enumerate(torch.bincount(block_P, minlength=num_blocks).tolist()):
+        if count:  # what rows of the next blocks get here they get anew
+            rows, keys = slice(start, start + max(count, _ALIKE_ROWS)), k_ND[block * BLOCK : (block + 1) * BLOCK]
+            torch.mm(q_PD[rows], keys.t(), out=score_PM[rows])
+            start += count
+    best_PK, at_PK = _largest(score_PM[:start], num_winners)
+    at_PK = at_PK.add_((block_P * BLOCK)[:, None])
+    # By rows, whose blocks stay in ascending order, and behind them the keys that are no whole block.
+    order_P = row_P.argsort(stable=True)
+    count_R = torch.bincount(row_P, minlength=len(q_RD))
+    row_P, place_P = row_P[order_P], torch.arange(len(row_P)) - (count_R.cumsum(0) - count_R)[row_P[order_P]]
+    shape = len(q_RD), int(count_R.max()), best_PK.shape[1]
+    best_RCK = torch.full(shape, -torch.inf).index_put_((row_P, place_P), best_PK[order_P])
+    at_RCK = torch.zeros(shape, dtype=torch.int64).index_put_((row_P, place_P), at_PK[order_P])
+    at_J = torch.arange(num_blocks * BLOCK, len(k_ND))
+    score_RJ = (q_RD @ k_ND[-BLOCK:].t())[:, BLOCK - len(at_J) :]
+    at_RK = _largest(torch.cat([best_RCK.flatten(1), score_RJ], 1), num_winners)[1]
+    return torch.cat([at_RCK.flatten(1), at_J.expand(len(q_RD), -1)], 1).gather(1, at_RK)
+
+
+def _best_halves(q_RD: Tensor, k_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """The best product of each row in each whole block of keys, all less their mean and in bfloat16, [N / BLOCK, R],
+    and by how much those of a row can be off, [R], besides their own rounding. Those below zero are not exact.
+    """
+    mean_D = k_ND[::BLOCK].mean(0)
+    half_RD = q_RD.bfloat16()
+    best_BR = torch.empty(len(k_ND) // BLOCK, len(q_RD), dtype=torch.int16)
+    buffer_NR = torch.empty(_HALVED_AT_ONCE, len(q_RD), dtype=torch.bfloat16)
+    norm = error = torch.zeros(())
+    for start in range(0, len(k_ND), _HALVED_AT_ONCE):
+        tile_ND = k_ND[start : start + _HALVED_AT_ONCE] - mean_D
+        half_ND = tile_ND.bfloat16()
+        product_NR = torch.mm(half_ND, half_RD.t(), out=buffer_NR[: len(half_ND)])
+        best = best_BR[start // BLOCK : (start + len(half_ND)) // BLOCK]
+        torch.amax(product_NR.view(torch.int16).view(-1, BLOCK, len(q_RD)), 1, out=best)
+        norm = torch.maximum(norm, _largest_norm(tile_ND[None])[0, 0])
+        error = torch.maximum(error, _largest_norm(tile_ND.sub_(half_ND)[None])[0, 0])
+    return best_BR.view(torch.bfloat16).float(), _off(q_RD, half_RD, norm, error, mean_D)
+
+
+def _score_all(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, num_winners: int) -> Tensor:
+    """`score` by products of all keys in float32.
 
     Keys are scored in tiles that stay in the processor's cache until they are ranked. A row's scores lie side by side:
     maxima of blocks are then reduced, and the best blocks copied, in whole runs.
     """
-    (G, R, _), K = q_GRD.shape, min(span_top_k, mid_hi - mid_lo)
+    (G, R, _), K = q_GRD.shape, num_winners
     rows = min(R, _SCORE_ROWS)
     heads = min(G, _SCORE_ROWS // rows)  # of a decode step all: their operations are then one
     blocks, most = -(-(mid_hi - mid_lo) // BLOCK), max(_SCORES // (heads * rows) // BLOCK, 1)

@@ -230,19 +230,76 @@ def test_keys_in_half_precision_find_the_winners_of_all(G: int, R: int, D: int, 
     """Keys with a large mean, some of them equal; the middle grows, and the cache does once."""
     mean, halves = random(G, 1, D, seed=5) * 4, cpu.HalfKeys()
     k_GND = (random(G, 9900, D) + mean) * scale
-    k_GND[:, 7700:7800] = k_GND[:, 300:400]
+    # For the first query of each head: the best keys, of which half precision does not tell the very best.
+    best_G1D = random(G, 1, D, seed=7) * 1.2 * scale
+    k_GND[:, 107:6000:500] = best_G1D * (1 + 0.002 * random(G, 12, D, seed=8)) + mean * scale
+    k_GND[:, 7700:7900] = k_GND[:, 300:500]
     looked_at = 0
     for hi in (8000, 8001, 8050, 8200, 8800, 9300):
         cache_GND = k_GND[:, : 8500 if hi < 8500 else 9400].clone()
         cache_GND[:, hi + 40 :] = torch.nan  # nothing is there yet
         q_GRD = random(G, R, D, seed=hi) * scale
-        q_GRD[:, 0] = k_GND[:, 300 + hi % 100] - mean[:, 0] * scale  # the best key is one of two that are equal
+        q_GRD[:, 0] = best_G1D[:, 0] + random(G, D, seed=hi + 1) * 0.01 * scale
+        q_GRD[:, 1:2] = k_GND[:, 300:301] - mean * scale  # the best key is one of two that are equal
         found = halves.search(q_GRD, cache_GND, 5, hi, span_top_k)
         if found is None:
             continue
         looked_at += 1
         assert torch.equal(found, cpu.score(q_GRD, cache_GND, 5, hi, span_top_k))
     assert looked_at == 6
+
+
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Chunks are searched by products in half precision, however small. Rows of those that had to be searched anew."""
+    monkeypatch.setattr(cpu, "MANY_ROWS", 20)
+    monkeypatch.setattr(cpu, "MANY_KEYS", 100)
+    monkeypatch.setattr(cpu, "_HALVED_AT_ONCE", 320)
+    monkeypatch.setattr(cpu, "_has_tiles", lambda: True)
+    anew, score_all = [], cpu._score_all
+    monkeypatch.setattr(cpu, "_score_all", lambda q, *rest: (anew.append(q.shape[1]), score_all(q, *rest))[1])
+    return anew
+
+
+@pytest.mark.parametrize("scale", [2.0**-40, 1.0, 2.0**50])
+@pytest.mark.parametrize(("G", "D", "span_top_k"), [(2, 64, 2), (1, 128, 4), (3, 32, 1)])
+def test_rows_of_a_chunk_find_the_winners_of_all_keys(
+    G: int, D: int, span_top_k: int, scale: float, many: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys with a large mean; the best are close to each other, some are equal, some lie behind all whole blocks."""
+    mean_G1D, best_G1D = (random(G, 1, D, seed=5) * 4).round(), random(G, 1, D, seed=7) * 1.2
+    k_GND = random(G, 9000, D) + mean_G1D
+    k_GND[:, 107:6000:500] = best_G1D * (1 + 0.002 * random(G, 12, D, seed=8)) + mean_G1D
+    k_GND[:, 300:500] = k_GND[:, 7700:7900] = k_GND[:, 300:500].round()  # so that their scores are exact
+    k_GND[:, 8510:8527] = k_GND[:, 8510:8527].round()
+    q_GRD = random(G, 150, D, seed=1)
+    q_GRD[:, ::3] = best_G1D + random(G, 50, D, seed=2) * 0.01
+    q_GRD[:, 1::9] = k_GND[:, 300:317] - mean_G1D
+    q_GRD[:, 2::9] = k_GND[:, 8510:8527] - mean_G1D
+    monkeypatch.setattr(cpu, "_PRODUCTS", 100 * 8520)
+    arguments = q_GRD * scale, k_GND * scale, 7, 8527, span_top_k
+    assert torch.equal(cpu.score(*arguments), cpu._score_all(*arguments))
+    assert many == [150]  # by the test alone
+
+
+@pytest.mark.parametrize("values", [1, 3])
+def test_rows_of_a_chunk_with_equals_find_the_first(values: int, many: list[int]) -> None:
+    """Nearly all scores tie: they are searched for among all keys."""
+    generator = torch.Generator().manual_seed(values)
+    q_GRD, k_GND = (torch.randint(-values, values + 1, (2, n, 4), generator=generator).float() for n in (40, 1000))
+    for hi in (300, 323, 999):
+        assert torch.equal(cpu.score(q_GRD, k_GND, 3, hi, 3), score_rows(q_GRD, k_GND, 3, hi, 3))
+    assert set(many) == {40}
+
+
+def test_rows_of_a_chunk_that_are_not_finite_or_score_below_zero(many: list[int]) -> None:
+    q_GRD, k_GND = random(1, 30, 16), random(1, 900, 16, seed=1)
+    for row, value in ((3, torch.nan), (4, torch.inf), (5, 0.0)):
+        spoiled = q_GRD.clone()
+        spoiled[0, row] = value
+        many.clear()
+        index_GRK = cpu.score(spoiled, k_GND, 0, 900, 2)
+        assert many == [30] and bool(((index_GRK >= 0) & (index_GRK < 900)).all())
 
 
 @pytest.mark.usefixtures("halved")
