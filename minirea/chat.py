@@ -261,7 +261,7 @@ class Chat:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  input() edits lines with it, and remembers them
             if self.progress:
-                say("minirea: /help lists what else there is beside messages; Ctrl-D ends")
+                say("minirea: /help lists what there is besides messages; Ctrl-D ends")
         while (line := self._read_line()) is not None:
             try:
                 if not self._take(line):
@@ -317,32 +317,33 @@ class Chat:
 
     def _answer(self, text: str) -> None:
         pieces = self.conversation.stream(text, progress=self.progress, **self.options)
-        said = False
+        said = ended = False
         try:
             for piece in pieces:
                 self.last, said = piece, True
                 put(piece.text)
                 self.interrupts.defer()
                 if self.interrupts.pending and piece.finish_reason is None:
-                    self._end_early(pieces)
+                    ended = True
                     break
         except KeyboardInterrupt:
-            if self.interrupts.pending or said:
-                self._end_early(pieces)
-            else:
+            ended = self.interrupts.pending or said
+            if not ended:
                 say("\nminirea: interrupted before an answer; the message is forgotten")
         finally:
+            if ended:
+                self._end_early(pieces)
             pieces.close()  # type: ignore[attr-defined]  # a generator
             self.interrupts.resume()
         if said:
             put("\n")
+        if ended and self.in_terminal:
+            say("(interrupted; what was said is kept)")
 
     def _end_early(self, pieces: Any) -> None:
         with contextlib.suppress(KeyboardInterrupt, StopIteration):
             self.last = pieces.throw(KeyboardInterrupt)
             put(self.last.text)
-        if self.in_terminal:
-            say("\n(interrupted; what was said is kept)")
 
     def _reset(self, _: str) -> None:
         self.conversation.reset()
