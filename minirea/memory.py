@@ -120,9 +120,12 @@ class MemoryPlan:
 
     def _change(self, device: torch.device) -> str:
         fit = self.tokens_that_fit(device) if self.cache else 0
-        if not fit:
-            return "use a smaller `dtype`, another `device` or a smaller model"
-        return f"shorten the prompt or lower max_tokens: about {fit:,} of {self.num_tokens:,} tokens fit"
+        if fit:
+            return f"shorten the prompt or lower max_tokens: about {fit:,} of {self.num_tokens:,} tokens fit"
+        # So much to work in beside so large a cache grows with it.
+        if min(self.cache, self.workspace) > (available_bytes(device) or 0) - self.weights > 0:
+            return "shorten the prompt or lower max_tokens"
+        return "use a smaller `dtype`, another `device` or a smaller model"
 
 
 def first_that_fits(plans: Sequence[MemoryPlan], device: torch.device) -> int:
