@@ -32,7 +32,10 @@ class JsonObject:
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:  # bad syntax and bad UTF-8 are both ValueErrors
-            raise InputError(f"{source}: not valid JSON: {error}") from None
+            found = str(error)
+            if isinstance(error, json.JSONDecodeError) and b"\n" not in text:  # whose line `source` may name
+                found = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+            raise InputError(f"{source}: not valid JSON: {found}") from None
         if not isinstance(values, dict):
             raise InputError(f"{source}: holds a JSON {type(values).__name__}, expected an object")
         return cls(values, source)

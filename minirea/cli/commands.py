@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from minirea.api import ModelFiles, Session
     from minirea.context import StoredContext
     from minirea.evaluation import Evaluation
+    from minirea.series import Question
 
 _LOAD_OPTIONS: Final = (
     "device",
@@ -98,7 +99,7 @@ def run_series(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     files, context = _read_model(arguments)
     if arguments.sources:
         files.check_one_device("sources")
-    prompts = [encode(files, question.prompt, arguments, continues=context is not None) for question in questions]
+    prompts = [_encode_question(files, question, arguments, context is not None) for question in questions]
     prompt_tokens = _length(context) + max(map(len, prompts))
     num_tokens = prompt_tokens + arguments.max_tokens
     warn_beyond_training(files, num_tokens)
@@ -121,6 +122,15 @@ def run_series(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
             if not arguments.quiet:
                 say(f"minirea: {done} of {len(questions)} answered")
     return 0
+
+
+def _encode_question(
+    files: ModelFiles, question: Question, arguments: argparse.Namespace, continues: bool
+) -> list[int]:
+    try:
+        return encode(files, question.prompt, arguments, continues)
+    except MinireaError as error:
+        raise type(error)(f"{question.source}: {error}") from None
 
 
 def _record_of_answer(

@@ -86,7 +86,8 @@ def questions_of(arguments: argparse.Namespace) -> list[Question]:
 
     if arguments.questions is not None:
         try:
-            return read_questions(arguments.questions)
+            read = read_questions(arguments.questions)
+            return [question._replace(source=f"--questions {question.source}") for question in read]
         except MinireaError as error:
             raise type(error)(f"--questions {error}") from None
     named = [(path, argparse.Namespace(prompt=path, text=None)) for path in arguments.prompts]

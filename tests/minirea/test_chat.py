@@ -378,8 +378,8 @@ def test_in_a_terminal(model: Path, tmp_path: Path) -> None:
     terminal.until("\n")
     os.read(terminal.descriptor, 8)  # the answer has begun
     terminal.type("\x03")
-    terminal.until("what was said is kept")
-    terminal.until("> ")
+    terminal.until("\r\n(interrupted; what was said is kept")
+    assert terminal.until("> ") == ")\r\n"
     terminal.type(f"/save {tmp_path}/a.ctx\n")
     terminal.until("tokens kept in")
     terminal.until("> ")

@@ -180,6 +180,8 @@ def test_answers_of_another_run_are_refused_and_kept(model: Path, book: Path, tm
 
 BAD_LINES = {
     "[1]": "line 2: holds a JSON list",
+    '{"id": 1, "prompt": "a': "line 2: not valid JSON: Unterminated string starting at column 21",
+    '{"id": 1, "prompt": "a \\ud800"}': "line 2: text: character 2 is the lone surrogate",
     "{": "line 2: not valid JSON",
     '{"prompt": "a"}': "line 2: id is absent, expected a string or an integer that names the answer, as in {",
     '{"id": true, "prompt": "a"}': "line 2: id is true",
