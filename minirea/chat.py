@@ -120,23 +120,25 @@ class Conversation:
         The documents that a message begins with stay, before the next one.
         """
         undone: Document | Message | None = None
-        if self.documents[-1]:
-            undone = self.documents[-1].pop()
-            self.pending = self.pending[: len(self.pending) - undone.length]
-        else:
-            while self.messages:
-                undone = self.messages.pop()
-                if undone["role"] == "user":
-                    self.documents.pop()
-                    self.pending = undone["content"][: sum(document.length for document in self.documents[-1])]
-                    break
-        self._forget()
+        with self._whole():
+            if self.documents[-1]:
+                undone = self.documents[-1].pop()
+                self.pending = self.pending[: len(self.pending) - undone.length]
+            else:
+                while self.messages:
+                    undone = self.messages.pop()
+                    if undone["role"] == "user":
+                        self.documents.pop()
+                        self.pending = undone["content"][: sum(document.length for document in self.documents[-1])]
+                        break
+            self._forget()
         return undone
 
     def reset(self) -> None:
         """Forget everything that was said, and all documents."""
-        self.messages, self.pending, self.documents = [], "", [[]]
-        self._forget()
+        with self._whole():
+            self.messages, self.pending, self.documents = [], "", [[]]
+            self._forget()
 
     def save(self, path: str, progress: bool = False) -> None:
         """Keep the context and the conversation in a file. Errors as of Session.save."""
@@ -166,6 +168,16 @@ class Conversation:
         """What the context has in common whatever the next message says after its documents."""
         first, second = (self._ids([*self.messages, self._message(end)]) for end in ("1", "Why"))
         return first[: _shared(first, second)]
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What is interrupted within it, or fails, leaves the conversation as it was."""
+        before = list(self.messages), self.pending, [list(documents) for documents in self.documents]
+        try:
+            yield
+        except BaseException:
+            self.messages, self.pending, self.documents = before
+            raise
 
     def _forget(self) -> None:
         """Rewind the session to the messages and documents that are left."""

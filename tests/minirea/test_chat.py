@@ -135,6 +135,21 @@ def test_undo_takes_back_one_step_at_a_time(llm: minirea.LLM, tmp_path: Path) ->
     assert again.session.ids == []
 
 
+def test_undo_and_reset_that_are_interrupted_leave_the_conversation(llm: minirea.LLM) -> None:
+    conversation = Conversation(llm.session())
+    conversation.add_document("the book", "book")
+    said(conversation, "who?")
+    for document in ("", "another"):
+        if document:
+            conversation.add_document(document)
+        state = [list(conversation.messages), conversation.pending, [list(each) for each in conversation.documents]]
+        for step in (conversation.undo, conversation.reset):
+            interrupted = mock.patch.object(conversation, "_forget", side_effect=KeyboardInterrupt)
+            with interrupted, pytest.raises(KeyboardInterrupt):
+                step()
+            assert [conversation.messages, conversation.pending, conversation.documents] == state
+
+
 def test_a_document_that_no_message_has_yet_is_kept_in_a_file(model: Path, tmp_path: Path) -> None:
     (tmp_path / "doc.txt").write_text("a document of some words")
     lines = f"/file {tmp_path}/doc.txt\n/save {tmp_path}/a.ctx\nwhat?\n"
