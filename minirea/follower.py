@@ -180,13 +180,14 @@ class Follower:
         function: Callable[..., Iterator[Any]],
         model: int,
         cache: int,
-        seq_len: int,
+        rewound: list[int],
         arguments: tuple[Any, ...],
     ) -> None:
         """A generator of steps, over a cache that holds what the leader's does."""
-        if seq_len <= self.caches[cache].seq_len:
-            self.caches[cache].rewind(seq_len)
-        self.caches[cache].seq_len = seq_len
+        for seq_len in rewound:
+            if seq_len <= self.caches[cache].seq_len:
+                self.caches[cache].rewind(seq_len)
+        self.caches[cache].seq_len = rewound[-1]
         self.steps[number] = iter(function(self.models[model], self.caches[cache], *arguments))
 
     def advance(self, number: int) -> None:

@@ -156,7 +156,7 @@ class Leader(Ranks):
             while True:
                 with self._step():
                     if not begun:
-                        where = model.id, cache.id, cache.seq_len
+                        where = model.id, cache.id, cache.rewound()
                         self._tell("begin", number, function, *where, arguments)
                         begun = True
                     self._tell("advance", number)
@@ -409,6 +409,7 @@ class SharedCache(KVCache):
 
     def __init__(self, leader: Leader, model: Model, *arguments: Any) -> None:
         self._leader = leader
+        self._rewound: list[int] = []
         self.id = leader.new_id()
         try:
             with leader.asking("allocate", self.id, model.id, arguments[1]):
@@ -417,6 +418,16 @@ class SharedCache(KVCache):
             leader.drop(self.id)
             raise
         weakref.finalize(self, leader.drop, self.id)
+
+    def rewind(self, seq_len: int, begun: int = 0) -> None:
+        """As KVCache.rewind; the others do it before they begin something."""
+        super().rewind(seq_len, begun)
+        self._rewound.append(seq_len)
+
+    def rewound(self) -> list[int]:
+        """To how many tokens it was taken back since this was called before, and how many it has."""
+        found, self._rewound = [*self._rewound, self.seq_len], []
+        return found
 
     def reserve(self, capacity: int) -> None:
         """As KVCache.reserve, on all ranks. Inside a step the others do it by themselves."""

@@ -144,6 +144,23 @@ def test_votes_with_earlier_tokens_are_those_of_one_process(directory: Path) -> 
     assert found[:3] == found[3:]
 
 
+def winners_of_all(model: Any, cache: Any) -> Iterator[Any]:
+    yield model.ranks.all_gather(cache.winners)
+
+
+def test_all_ranks_take_back_what_one_does(directory: Path) -> None:
+    """Also several times with no step between: first to where a piece has begun, whose winners return, then further."""
+    llm = minirea.load(directory, device="cpu", gpus=2, **SCOPE | {"vote_window": 4, "carry_votes": True})
+    session = llm.session()
+    for num_tokens in (100, 50):
+        session.prefill(random_ids(num_tokens, seed=num_tokens))
+    session.rewind(100)
+    session.rewind(98)
+    ((first, other),) = (found.chunk(2) for found in together(winners_of_all, llm.model, session.cache))
+    assert (first >= 0).any()
+    assert torch.equal(first, other)
+
+
 def test_sessions_and_streams_that_take_turns(directory: Path) -> None:
     """Rewound, grown, left early and side by side, as on one device."""
 
