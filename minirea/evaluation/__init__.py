@@ -7,6 +7,7 @@ of JSON, and draws the pictures.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,11 +102,9 @@ def evaluate(
     fields["allow_out_of_distribution"] = allow_out_of_distribution
     if isinstance(model, api.LLM):
         llm, attention_of_model = model, model.model.attention
-        config, scope = attention_of_model.config, dataclasses.asdict(attention_of_model.config)
-        if ReAttentionConfig.for_context(llm.config.trained_context, **scope | {"dense_size": None}) == config:
-            del scope["dense_size"]  # the default follows from the fields that are given
+        scope = _chosen_fields(attention_of_model.config, llm.config.trained_context)
         if attention_of_model.mode == "streaming":
-            del scope["span_top_k"]  # 0 there, whatever was given
+            scope.pop("span_top_k", None)  # 0 there, whatever was given
         fields = scope | {name: value for name, value in fields.items() if value is not None}
         cells = _cells_for(chosen, llm)
     else:
@@ -123,6 +122,17 @@ def evaluate(
         evaluation = Evaluation(chosen, records, chosen.summarize(records), settings)
         results.summarize({"settings": settings, "environment": environment, "rows": evaluation.rows})
     return evaluation
+
+
+def _chosen_fields(config: ReAttentionConfig, trained_context: int) -> dict[str, Any]:
+    """Those that are not the default which follows from the others: what is overridden beside them may change it."""
+    fields = dataclasses.asdict(config)
+    for name in reversed(SCOPE_FIELDS):
+        others = {other: value for other, value in fields.items() if other != name}
+        with contextlib.suppress(InputError):
+            if ReAttentionConfig.for_context(trained_context, **others) == config:
+                fields = others
+    return fields
 
 
 def _cells_for(task: Task, model: LLM | ModelFiles) -> Sequence[Cell]:

@@ -193,6 +193,14 @@ def test_a_models_own_dense_size_stays_and_a_default_follows(llm: minirea.LLM) -
         assert record["settings"]["dense_size"] == expected
 
 
+def test_what_follows_from_an_overridden_field_follows(llm: minirea.LLM) -> None:
+    """Of a loaded model too: fewer spans are fewer for a decode step, unless the model was loaded with a number."""
+    for fields, expected in (({}, 3), ({"decode_spans": 2}, 2)):
+        varied = llm.with_attention("reattention", **SCOPE | fields)
+        (record,) = minirea.evaluate("needle", varied, lengths=300, samples=1, depths=1, max_spans=3).records
+        assert record["settings"]["decode_spans"] == expected
+
+
 @pytest.mark.parametrize("how", [{}, {"separate": True}, {"as_session": True}])
 def test_sources_of_the_answers_are_noted_and_the_needle_is_the_first(how: dict[str, Any], tmp_path: Path) -> None:
     """The answers are the same without; a directory goes on with the same flags only."""
