@@ -137,7 +137,7 @@ class KVCache:
         self.v: list[Tensor] = []
         self.k_rotated: list[Tensor] = []
         self.winners_shape = winners_shape
-        self.marks: dict[int, Tensor] = {}  # winners of the R / 2 tokens before a place, [L, R / 2, H, K], by places
+        self.marks: dict[int, Tensor] = {}  # where pieces began: winners of the R / 2 tokens before, [L, R / 2, H, K]
         self.sketches: list[Sketch | None] = [None] * config.num_layers
         self.near: list[Near | None] = [None] * config.num_layers
         self._brought: BroughtKeys | None = None
@@ -277,16 +277,16 @@ class KVCache:
 
     def _rows_of(self, start: int, stop: int) -> Tensor:
         """Where winners of the tokens [start, stop) are."""
-        return torch.arange(start, stop, device=self.device) % self.recent_size
+        return torch.arange(start, stop, device=self.device) % max(1, self.recent_size)
 
     def _before(self, seq_len: int) -> Tensor:
         """Where those are that a rewind to seq_len needs."""
         return self._rows_of(seq_len - self.recent_size // 2, seq_len)
 
     def mark(self) -> None:
-        """A piece begins here, which writes over recent winners: keep them for a rewind, as the last of MARKS."""
-        if not self.recent_size:
-            return
+        """A piece begins here, which writes over recent winners, if any are kept: keep those for a rewind, as the last
+        of MARKS.
+        """
         self.marks.pop(self.seq_len, None)
         self.marks[self.seq_len] = self.winners[:, self._before(self.seq_len)]
         while len(self.marks) > MARKS:

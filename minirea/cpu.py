@@ -49,6 +49,7 @@ _ALIKE_ROWS: Final = 16  # products of fewer sum in another order: keys that are
 _SHARE_OF_BLOCKS: Final = 6  # of them so many parts at most are scored again
 _HALVED_AT_ONCE: Final = 512  # keys, whose products with a chunk stay in the processor's cache
 _HALF_ROUNDING: Final = 1.01 * 2**-8  # of a number to bfloat16, relative to either
+_SMALLEST_NORM: Final = 2.0**-40  # squares of smaller numbers, and their products in tiles, may be zero
 _LARGEST: Final = torch.finfo(torch.float32).max
 _FLASH: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # also gives the sums of exponentials
 
@@ -385,7 +386,8 @@ class HalfKeys:
         """`score` of the next step; None where that has to look at all keys."""
         self._steps += 1
         num_blocks = (mid_hi - mid_lo) // BLOCK
-        if not self._useful or num_blocks * BLOCK < HALVED_FROM or self._steps < _STEPS_BEFORE_HALVES:
+        searches_all = num_blocks * BLOCK < HALVED_FROM or num_blocks < span_top_k
+        if searches_all or not self._useful or self._steps < _STEPS_BEFORE_HALVES:
             return None
         self._copy(k_cache_GND, mid_lo, num_blocks * BLOCK)
         excess_GN = self._excess(q_GRD, num_blocks, span_top_k)
@@ -432,7 +434,8 @@ class HalfKeys:
 
 
 def _off(q: Tensor, half: Tensor, norm: Tensor, error: Tensor, mean: Tensor) -> Tensor:
-    """By how much products of queries [..., D] and keys less a mean key, both in half precision, are off at most.
+    """By how much products of queries [..., D] and keys less a mean key, both in half precision, are off at most;
+    infinite where either are too small to tell.
 
     Args:
         norm: of these keys, the largest.
@@ -441,7 +444,8 @@ def _off(q: Tensor, half: Tensor, norm: Tensor, error: Tensor, mean: Tensor) -> 
     # Sums of float32, of these products and of the scores themselves, are off by less than D 2^-23 of the norms.
     sums = (norm + torch.linalg.vector_norm(mean, dim=-1)) * (q.shape[-1] * 2**-22)
     norm_of_q, lost = (torch.linalg.vector_norm(x, dim=-1) for x in (q, q - half))
-    return lost * norm + norm_of_q * (error + sums)
+    off = lost * norm + norm_of_q * (error + sums)
+    return torch.where(torch.minimum(norm_of_q, norm) < _SMALLEST_NORM, torch.inf, off)
 
 
 def _least_half(best: Tensor, off: Tensor) -> Tensor:
@@ -471,7 +475,7 @@ def _best_of_blocks(q_GRD: Tensor, k_GND: Tensor, block_GB: Tensor, span_top_k: 
         torch.index_select(rows, 0, block_B, out=found_ND[: B * BLOCK].view(B, -1))
     found_GND[:, B * BLOCK :] = k_GND[:, num_blocks * BLOCK :]
     score_GRN = torch.bmm(q_GRD, found_GND.mT)
-    at_GC = _largest(score_GRN.view(G * R, -1), span_top_k)[1].view(G, -1)
+    at_GC = _largest(score_GRN.view(G * R, -1), span_top_k)[1].reshape(G, -1)
     block_GC = F.pad(block_GB, (0, 1), value=num_blocks).gather(1, at_GC // BLOCK)
     index_GC = block_GC.mul_(BLOCK).add_(at_GC % BLOCK).add_(first)
     return index_GC.view(G, R, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -308,13 +309,42 @@ def test_keys_in_half_precision_are_of_no_use() -> None:
     k_GND, q_GRD = random(2, 1000, 16), random(2, 3, 16, seed=1)
     assert cpu.HalfKeys().search(q_GRD, k_GND, 5, 200, 2) is None
     assert cpu.HalfKeys().search(q_GRD, k_GND.sign(), 5, 999, 2) is None
-    assert cpu.HalfKeys().search(q_GRD, k_GND, 5, 999, 6) is None
+    for span_top_k in (6, 15, 16, 500):  # of 15 blocks
+        assert cpu.HalfKeys().search(q_GRD, k_GND, 5, 999, span_top_k) is None
     for value in (torch.nan, torch.inf):
         spoiled = k_GND.clone()
         spoiled[1, 77, 3] = value
         halves = cpu.HalfKeys()
         assert halves.search(q_GRD, spoiled, 5, 999, 2) is None
         assert halves.search(q_GRD, k_GND, 5, 999, 2) is None  # and it stays so
+
+
+@pytest.mark.usefixtures("halved")
+@pytest.mark.parametrize("span_top_k", [2, 9, 12])
+def test_keys_in_half_precision_find_many_winners(span_top_k: int) -> None:
+    best_G1D, k_GND = random(2, 1, 64, seed=7), random(2, 4400, 64, seed=1)
+    k_GND[:, 107:4300:200] = best_G1D * (2 + 0.004 * random(2, 21, 64, seed=8))
+    arguments = best_G1D + random(2, 3, 64) * 0.001, k_GND, 4, 4390, span_top_k
+    found = cpu.HalfKeys().search(*arguments)
+    assert found is not None and torch.equal(found, cpu._score_all(*arguments))
+
+
+@pytest.mark.usefixtures("halved", "many")
+@pytest.mark.parametrize("scale", [1e-10, 1e-20, 1e-30, 1e-37, 1e-42])
+def test_winners_of_small_numbers_are_those_of_float32(scale: float) -> None:
+    """Half precision takes numbers near the smallest for zero, and squares of small ones are zero in float32. Scores
+    are differences of large products, or what small elements make of them.
+    """
+    q_GRD, k_GND, uneven_GRD = random(3, 30, 64), random(3, 4400, 64, seed=1), random(3, 30, 64, seed=2)
+    q_GRD[..., 3], q_GRD[..., 4], uneven_GRD[..., 1] = 1, -1, 100
+    wide_GND = k_GND.clone()
+    wide_GND[..., 3:5] += 1000 * random(3, 4400, 1, seed=3)
+    cases = (q_GRD * scale, wide_GND), (q_GRD, wide_GND * scale), (uneven_GRD * scale, k_GND)
+    for (q, k), rows in itertools.product(cases, (3, 30)):
+        arguments = q[:, :rows].contiguous(), k, 4, 4390, 2
+        expected, found = cpu._score_all(*arguments), cpu.HalfKeys().search(*arguments)
+        assert found is None or torch.equal(found, expected)
+        assert torch.equal(cpu.score(*arguments), expected)
 
 
 @pytest.mark.usefixtures("halved")

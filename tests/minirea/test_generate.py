@@ -431,10 +431,15 @@ VOTES = {"vote_window": 5, "vote_size": 4, "decode_spans": 2, "carry_votes": Tru
 VOTES |= {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5, "dense_size": 28}
 
 
+@pytest.mark.parametrize("votes", [VOTES, VOTES | {"vote_window": 1}], ids=["window", "alone"])
 @pytest.mark.parametrize("question_tokens", [1, 3, 30])
-def test_rewound_sessions_answer_as_if_nothing_had_been_forgotten(tmp_path: Path, question_tokens: int) -> None:
-    """Where tokens vote together: winners that what is forgotten has written over come back with the rewind."""
-    llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), device="cpu", **VOTES)
+def test_rewound_sessions_answer_as_if_nothing_had_been_forgotten(
+    tmp_path: Path, question_tokens: int, votes: dict[str, int]
+) -> None:
+    """An answer's last token is read with what follows; and where tokens vote together, winners that what is forgotten
+    has written over come back with the rewind.
+    """
+    llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), device="cpu", **votes)
     question = random_ids(question_tokens, seed=1)
 
     def after(*detours: tuple[int, int]) -> list[list[int]]:
@@ -447,6 +452,7 @@ def test_rewound_sessions_answer_as_if_nothing_had_been_forgotten(tmp_path: Path
             for read, answered in detours:
                 session.generate(random_ids(read, seed=read), max_tokens=answered, ignore_eos=True)
                 session.rewind(tokens)
+                assert session.cache.seq_len == tokens - len(answers)
             answers.append(session.generate(question, max_tokens=8, ignore_eos=True).token_ids)
         return answers
 
