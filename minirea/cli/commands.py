@@ -121,6 +121,8 @@ def run_series(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
             session.rewind(_length(context))
             if not arguments.quiet:
                 say(f"minirea: {done} of {len(questions)} answered")
+    if not left and not arguments.quiet:
+        say(f"minirea: {len(questions)} of {len(questions)} are answered in {arguments.answers}")
     return 0
 
 

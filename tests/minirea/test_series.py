@@ -162,7 +162,8 @@ def test_a_series_goes_on_where_it_was(
             assert json.loads(line)["token_ids"] == before["token_ids"]
     done = out.read_bytes()
     monkeypatch.setattr("minirea.api.load_weights", lambda *_: pytest.fail("nothing is left to answer"))
-    assert generate(capsys, model, *arguments) == (0, "", "")
+    assert generate(capsys, model, *arguments) == (0, "", f"minirea: 3 of 3 are answered in {out}\n")
+    assert generate(capsys, model, *arguments, "--quiet") == (0, "", "")
     assert out.read_bytes() == done
 
 
