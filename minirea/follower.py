@@ -180,14 +180,14 @@ class Follower:
         function: Callable[..., Iterator[Any]],
         model: int,
         cache: int,
-        rewound: list[int],
+        rewound: list[tuple[int, int]],
         arguments: tuple[Any, ...],
     ) -> None:
         """A generator of steps, over a cache that holds what the leader's does."""
-        for seq_len in rewound:
+        for seq_len, stop in rewound:
             if seq_len <= self.caches[cache].seq_len:
-                self.caches[cache].rewind(seq_len)
-        self.caches[cache].seq_len = rewound[-1]
+                self.caches[cache].rewind(seq_len, stop)
+        self.caches[cache].seq_len = rewound[-1][0]
         self.steps[number] = iter(function(self.models[model], self.caches[cache], *arguments))
 
     def advance(self, number: int) -> None:

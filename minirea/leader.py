@@ -409,7 +409,7 @@ class SharedCache(KVCache):
 
     def __init__(self, leader: Leader, model: Model, *arguments: Any) -> None:
         self._leader = leader
-        self._rewound: list[int] = []
+        self._rewound: list[tuple[int, int]] = []
         self.id = leader.new_id()
         try:
             with leader.asking("allocate", self.id, model.id, arguments[1]):
@@ -421,12 +421,13 @@ class SharedCache(KVCache):
 
     def rewind(self, seq_len: int, begun: int = 0) -> None:
         """As KVCache.rewind; the others do it before they begin something."""
+        stop = max(self.seq_len, begun)
         super().rewind(seq_len, begun)
-        self._rewound.append(seq_len)
+        self._rewound.append((seq_len, stop))
 
-    def rewound(self) -> list[int]:
-        """To how many tokens it was taken back since this was called before, and how many it has."""
-        found, self._rewound = [*self._rewound, self.seq_len], []
+    def rewound(self) -> list[tuple[int, int]]:
+        """To how many tokens it was taken back, and from how many, since this was called before; last, what it has."""
+        found, self._rewound = [*self._rewound, (self.seq_len, self.seq_len)], []
         return found
 
     def reserve(self, capacity: int) -> None:

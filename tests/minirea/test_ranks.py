@@ -148,17 +148,30 @@ def winners_of_all(model: Any, cache: Any) -> Iterator[Any]:
     yield model.ranks.all_gather(cache.winners)
 
 
-def test_all_ranks_take_back_what_one_does(directory: Path) -> None:
-    """Also several times with no step between: first to where a piece has begun, whose winners return, then further."""
-    llm = minirea.load(directory, device="cpu", gpus=2, **SCOPE | {"vote_window": 4, "carry_votes": True})
+def raising(error: Exception) -> None:
+    raise error
+
+
+def test_all_ranks_take_back_what_one_does(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also several times with no step between: first to where a piece has begun, whose winners return, then further.
+    Of a piece that is interrupted after its first step, all that was to be read.
+    """
+    votes = {"vote_window": 4, "carry_votes": True, "tail_size": 20, "tail_chunk_size": 3}
+    llm = minirea.load(directory, device="cpu", gpus=2, **SCOPE | votes)
     session = llm.session()
     for num_tokens in (100, 50):
         session.prefill(random_ids(num_tokens, seed=num_tokens))
     session.rewind(100)
     session.rewind(98)
-    ((first, other),) = (found.chunk(2) for found in together(winners_of_all, llm.model, session.cache))
-    assert (first >= 0).any()
-    assert torch.equal(first, other)
+    for _ in range(2):
+        ((first, other),) = (found.chunk(2) for found in together(winners_of_all, llm.model, session.cache))
+        assert (first >= 0).any()
+        assert torch.equal(first, other)
+        session.prefill(random_ids(30))
+        with monkeypatch.context() as patch:
+            patch.setattr("minirea.generate.ReadingBar.update", lambda *_: raising(InterruptedError()))
+            with pytest.raises(InterruptedError):
+                session.prefill(random_ids(12))
 
 
 def test_sessions_and_streams_that_take_turns(directory: Path) -> None:
