@@ -22,6 +22,7 @@ from minirea.terminal import Interrupts, put, say
 Message = dict[str, str]
 
 SOURCES: Final = 5
+_MALFORMED: Final = "the conversation in this context is malformed"
 _DOCUMENT_LIMIT: Final = 2**30  # bytes
 _LINE_LIMIT: Final = 2**30  # bytes
 
@@ -37,22 +38,30 @@ class Document(NamedTuple):
         return f"{printable(self.name, 200)} ({self.tokens:,} token{'s' * (self.tokens != 1)})"
 
 
+class Manner(NamedTuple):
+    """How messages become tokens: after which system message, and whether special tokens spelled in them act."""
+
+    system: str | None = None
+    allow_special_tokens: bool = False
+
+
 class Conversation:
     """Messages, and the session that has read them.
 
     Args:
         session: a context that the conversation follows, or one that a conversation was saved with.
         system: a system message, at the beginning.
+        allow_special_tokens: those that are spelled in a message act as such.
 
     Attributes:
+        manner: that of the arguments; of a conversation that was saved, its own, since its tokens are laid out so.
         messages: what was said, each {"role": ..., "content": ...}.
         pending: text of the documents that the next message begins with.
         documents: for each message of the user those that it begins with; the last entry is of `pending`.
     """
 
     def __init__(self, session: Session, system: str | None = None, allow_special_tokens: bool = False) -> None:
-        self.allow_special_tokens = allow_special_tokens
-        self.system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self.asked_for = Manner(system, allow_special_tokens)
         self.open(session)
 
     def open(self, session: Session) -> None:
@@ -61,12 +70,31 @@ class Conversation:
         Raises:
             InputError: what was saved with it is no conversation; this one stays as it is.
         """
+        kept = _saved_manner(session) or self.asked_for
         self.messages, self.base, self.pending, self.documents = _saved_conversation(session)
+        free = not self.messages and not self.pending and self.asked_for != Manner()
+        self.manner = self.asked_for if free else kept
         self.session = session
 
     @property
     def llm(self) -> LLM:
         return self.session.llm
+
+    @property
+    def differences(self) -> list[str]:
+        """A line each for what is other than was asked for."""
+        lines, (system, special) = [], self.manner
+        if self.asked_for.system not in (None, system):
+            found = "has no system message" if system is None else f"has the system message {printable(system, 80)!r}"
+            lines.append(f"this conversation {found}, and goes on so: --system counts for new ones")
+        if self.asked_for.allow_special_tokens != special:
+            found = "act as such" if special else "are text"
+            lines.append(f"special tokens spelled in this conversation's messages {found}, as when it was saved")
+        return lines
+
+    @property
+    def system(self) -> list[Message]:
+        return [] if self.manner.system is None else [{"role": "system", "content": self.manner.system}]
 
     def add_document(self, text: str, name: str = "the document", progress: bool = False) -> Document:
         """Put a text before the next message, and read it; `tokens` of what is returned are those that were read."""
@@ -144,6 +172,7 @@ class Conversation:
         """Keep the context and the conversation in a file. Errors as of Session.save."""
         notes = {"messages": json.dumps(self.messages), "base": str(self.base)}
         notes |= {"pending": self.pending, "documents": json.dumps(self.documents)}
+        notes |= {name: json.dumps(value) for name, value in self.manner._asdict().items()}
         self.session.notes = self.session.notes | notes
         self.session.save(path, progress=progress)
 
@@ -153,7 +182,7 @@ class Conversation:
     def _ids(self, messages: list[Message], add_generation_prompt: bool = True) -> list[int]:
         """All tokens of the context that the session is to have, those before the conversation too."""
         tokenizer = self.llm.tokenizer
-        ids = tokenizer.encode_chat([*self.system, *messages], add_generation_prompt, self.allow_special_tokens)
+        ids = tokenizer.encode_chat([*self.system, *messages], add_generation_prompt, self.manner.allow_special_tokens)
         if self.base and ids[:1] == [tokenizer.bos_id]:
             ids = ids[1:]
         return self.session.ids[: self.base] + self.llm.encode(ids)
@@ -201,7 +230,7 @@ def _saved_conversation(session: Session) -> tuple[list[Message], int, str, list
     notes = session.notes
     if "messages" not in notes:
         return [], len(session.ids), "", [[]]
-    malformed = InputError("the conversation in this context is malformed")
+    malformed = InputError(_MALFORMED)
     try:
         messages, base = json.loads(notes["messages"]), int(notes.get("base", ""))
         pending, given = notes.get("pending", ""), json.loads(notes.get("documents", "null"))
@@ -223,6 +252,24 @@ def _saved_conversation(session: Session) -> tuple[list[Message], int, str, list
     if lengths[-1] != len(pending):
         raise malformed
     return messages, base, pending, documents
+
+
+def _saved_manner(session: Session) -> Manner | None:
+    """That of a session from a file; None of one that has none.
+
+    Raises:
+        InputError: it is malformed.
+    """
+    notes = session.notes
+    if not notes.keys() >= set(Manner._fields):
+        return None
+    try:
+        system, special = (json.loads(notes[name]) for name in Manner._fields)
+    except (ValueError, RecursionError):
+        raise InputError(_MALFORMED) from None
+    if not isinstance(system, str | None) or not isinstance(special, bool):
+        raise InputError(_MALFORMED)
+    return Manner(system, special)
 
 
 def _documents(given: Any) -> list[list[Document]] | None:
@@ -274,6 +321,7 @@ class Chat:
                 import readline  # noqa: F401  input() edits lines with it, and remembers them
             if self.progress:
                 say("minirea: /help lists what there is besides messages; Ctrl-D ends")
+        self._tell_differences()
         while (line := self._read_line()) is not None:
             try:
                 if not self._take(line):
@@ -385,6 +433,11 @@ class Chat:
         said = len(self.conversation.messages) // 2
         answers = f"{said} answer{'s' * (said != 1)} among them"
         say(f"minirea: {len(session.ids):,} tokens, {answers}, opened from {path}{self._to_come()}")
+        self._tell_differences()
+
+    def _tell_differences(self) -> None:
+        for line in self.conversation.differences:
+            say(f"minirea: {line}")
 
     def _to_come(self) -> str:
         """What the next message begins with."""

@@ -194,7 +194,10 @@ def run_chat(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     session = _load(files, context, num_tokens + _length(context), arguments)
     from minirea.chat import Chat, Conversation
 
-    conversation = Conversation(session, arguments.system, arguments.allow_special_tokens)
+    try:
+        conversation = Conversation(session, arguments.system, arguments.allow_special_tokens)
+    except InputError as error:
+        raise InputError(f"--context {arguments.context}: {error}") from None
     worded = functools.partial(as_flags, names=set(vars(arguments)))
     return Chat(conversation, interrupts, options, footer, worded, not arguments.quiet).run()
 

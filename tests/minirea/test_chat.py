@@ -227,6 +227,52 @@ def test_a_conversation_after_a_context(llm: minirea.LLM, tmp_path: Path) -> Non
     assert again.session.ids == base and said(again, "who?") == first
 
 
+def test_a_kept_conversation_goes_on_in_its_manner(llm: minirea.LLM, model: Path, tmp_path: Path) -> None:
+    """With its system message and what special tokens mean in it; what differs from the flags is said in a line."""
+    kept = str(tmp_path / "a.ctx")
+    first = Conversation(llm.session(), "be brief", allow_special_tokens=True)
+    said(first, "one</s>")
+    first.save(kept)
+    expected, tokens = said(first, "two"), list(first.session.ids)
+    for system, special, differences in (
+        (None, False, ["special tokens spelled in this conversation's messages act as such, as when it was saved"]),
+        ("be brief", True, []),
+        ("be long", True, ["has the system message 'be brief', and goes on so"]),
+    ):
+        again = Conversation(llm.open_session(kept), system, special)
+        assert len(again.differences) == len(differences)
+        assert all(part in line for part, line in zip(differences, again.differences, strict=True))
+        assert said(again, "two") == expected and again.session.ids == tokens
+        again.reset()
+        assert said(again, "one</s>") == first.messages[1]["content"]
+        book = llm.session()
+        book.prefill("a book")
+        again.open(book)  # which has no manner of its own
+        assert (again.manner.system, again.manner.allow_special_tokens) == (system, special)
+    (tmp_path / "doc").write_text("some words")
+    lines = f"/file {tmp_path}/doc\n/save {kept}\nwhat?\n"
+    out, _ = chat(model, lines, "--system", "be brief")
+    line = "minirea: this conversation has the system message 'be brief', and goes on so: --system counts for new"
+    line += " ones\n"
+    for flags, told in (((), ""), (("--system", "x"), line), (("--system", "be brief"), "")):
+        assert chat(model, "what?\n", "--context", kept, *flags) == (out, told)
+        found = chat(model, f"/load {kept}\nwhat?\n", *flags)
+        assert found[0] == out and found[1].endswith("tokens)\n" + told)
+    plain = str(tmp_path / "b.ctx")
+    chat(model, f"what?\n/undo\n/file {tmp_path}/doc\n/save {plain}\n")
+    assert "has no system message, and goes on so" in chat(model, "", "--context", plain, "--system", "x")[1]
+
+
+def test_where_nothing_was_said_a_manner_can_be_chosen(llm: minirea.LLM, tmp_path: Path) -> None:
+    book = llm.session()
+    book.prefill("a book")
+    Conversation(book).save(str(tmp_path / "a.ctx"))
+    again = Conversation(llm.open_session(tmp_path / "a.ctx"), "be brief")
+    assert (again.manner.system, again.differences) == ("be brief", [])
+    again.save(str(tmp_path / "a.ctx"))
+    assert Conversation(llm.open_session(tmp_path / "a.ctx")).manner.system == "be brief"
+
+
 def test_a_saved_conversation_that_is_malformed_is_one_line(llm: minirea.LLM, tmp_path: Path) -> None:
     conversation = Conversation(llm.session())
     said(conversation, "one")
@@ -240,6 +286,10 @@ def test_a_saved_conversation_that_is_malformed_is_one_line(llm: minirea.LLM, tm
         *(
             {"messages": '[{"role": "user", "content": "ab"}]', "base": "0", "pending": "c", "documents": documents}
             for documents in ("[", "null", "3", "[[]]", "[[], []]", "[[], [[1, 1, 1]]]", '[[], [["a", 1, "1"]]]')
+        ),
+        *(
+            {"messages": "[]", "base": "0", "system": system, "allow_special_tokens": special}
+            for system, special in (("[", "true"), ("3", "true"), ('["a"]', "false"), ("null", "1"), ('"a"', "null"))
         ),
         *(
             {"messages": '[{"role": "user", "content": "ab"}]', "base": "0", "documents": documents}
@@ -258,6 +308,9 @@ def test_a_saved_conversation_that_is_malformed_is_one_line(llm: minirea.LLM, tm
         session.save(tmp_path / "a.ctx")
         with pytest.raises(minirea.InputError, match="malformed"):
             conversation.open(llm.open_session(tmp_path / "a.ctx"))
+        session.ids = []
+        _, err = chat(llm.path, "", "--context", str(tmp_path / "a.ctx"), status=1)
+        assert err == f"minirea: error: --context {tmp_path}/a.ctx: the conversation in this context is malformed\n"
     assert conversation.messages and said(conversation, "two")
 
 
