@@ -618,8 +618,8 @@ class Session:
         """While it lasts, no other call may use the session."""
         if self._in_use:
             raise InputError("the session is in use by a stream or a thread: let it end, or close() it, first")
-        self._in_use = True
         try:
+            self._in_use = True
             yield
         finally:
             self._in_use = False

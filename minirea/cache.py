@@ -17,6 +17,7 @@ from minirea.kernels.sketch import Sketch, new_sketch, sketch_bytes
 from minirea.memory import MemoryPlan, first_that_fits
 from minirea.pinned import host_tensor
 from minirea.placement import FIRST_SKETCHED_LAYER, NEAR, Placement
+from minirea.threads import delayed_keyboard_interrupt
 
 ALL_TOKENS: Final = sys.maxsize
 NO_WINNERS: Final = (0, 0, 0)
@@ -307,16 +308,18 @@ class KVCache:
         """
         if not 0 <= seq_len <= self.seq_len:
             raise ValueError(f"cannot rewind to {seq_len}: the cache holds {self.seq_len} tokens")
-        forgotten, self.seq_len = max(self.seq_len, begun) - seq_len, seq_len
-        self.marks = {place: mark for place, mark in self.marks.items() if place <= seq_len}
-        if self.recent_size and forgotten:
-            stop = seq_len + min(forgotten, self.recent_size)
-            with torch.inference_mode():  # in which the cache may have been made
-                self.winners.index_fill_(1, self._rows_of(seq_len, stop), -1)
-                if seq_len in self.marks:
-                    self.winners[:, self._before(seq_len)] = self.marks[seq_len]
-        self.sketched_len = min(self.sketched_len, seq_len)
-        self._forget_brought()
+        forgotten = max(self.seq_len, begun) - seq_len
+        with delayed_keyboard_interrupt():
+            self.seq_len = seq_len
+            self.marks = {place: mark for place, mark in self.marks.items() if place <= seq_len}
+            if self.recent_size and forgotten:
+                stop = seq_len + min(forgotten, self.recent_size)
+                with torch.inference_mode():  # in which the cache may have been made
+                    self.winners.index_fill_(1, self._rows_of(seq_len, stop), -1)
+                    if seq_len in self.marks:
+                        self.winners[:, self._before(seq_len)] = self.marks[seq_len]
+            self.sketched_len = min(self.sketched_len, seq_len)
+            self._forget_brought()
 
     def _forget_brought(self) -> None:
         if self._brought is not None:

@@ -165,11 +165,12 @@ class Leader(Ranks):
                     return
                 yield value
         finally:
-            if hasattr(steps, "close"):
-                steps.close()
-            if begun and not self.ended:
-                with self._lock:
-                    self._tell("close", number)
+            with delayed_keyboard_interrupt():  # so that all ranks end it
+                if hasattr(steps, "close"):
+                    steps.close()
+                if begun and not self.ended:
+                    with self._lock:
+                        self._tell("close", number)
 
     @contextlib.contextmanager
     def asking(self, name: str, *arguments: Any) -> Iterator[None]:
@@ -422,8 +423,9 @@ class SharedCache(KVCache):
     def rewind(self, seq_len: int, begun: int = 0) -> None:
         """As KVCache.rewind; the others do it before they begin something."""
         stop = max(self.seq_len, begun)
-        super().rewind(seq_len, begun)
-        self._rewound.append((seq_len, stop))
+        with delayed_keyboard_interrupt():
+            super().rewind(seq_len, begun)
+            self._rewound.append((seq_len, stop))
 
     def rewound(self) -> list[tuple[int, int]]:
         """To how many tokens it was taken back, and from how many, since this was called before; last, what it has."""

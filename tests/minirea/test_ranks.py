@@ -18,6 +18,7 @@ import torch
 from testing import random_ids, tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
+from minirea.cache import KVCache
 from minirea.errors import InputError, RankError
 from minirea.evaluation import evaluate
 from minirea.follower import Follower
@@ -145,7 +146,28 @@ def test_votes_with_earlier_tokens_are_those_of_one_process(directory: Path) -> 
 
 
 def winners_of_all(model: Any, cache: Any) -> Iterator[Any]:
-    yield model.ranks.all_gather(cache.winners)
+    """Those of its tokens, and of its marks, with their places."""
+    places = torch.tensor([cache.seq_len, *cache.marks]).expand(2, -1)
+    marks = [mark.flatten(1)[:2] for mark in cache.marks.values()]
+    yield model.ranks.all_gather(torch.cat([cache.winners.flatten(1), *marks, places], 1))
+
+
+def check_that_all_hold_the_same(llm: minirea.LLM, cache: Any) -> None:
+    ((first, other),) = (found.chunk(2) for found in together(winners_of_all, llm.model, cache))
+    assert (first >= 0).any()
+    assert torch.equal(first, other)
+
+
+def decode_ahead(model: Any, cache: Any, last_id: int, sampler: Any, limit: int) -> Iterator[int]:
+    """Like minirea.graph.decode_ahead, on a CPU: one step ahead of what is yielded, which is taken back."""
+    ids, start, read = [torch.tensor([last_id])], cache.seq_len, 0
+    try:
+        for read in range(1, limit + 1):
+            for _ in range(min(limit, read + 1) - len(ids) + 1):
+                ids.append(sampler(model.logits(model.forward(ids[-1], cache))[-1]))
+            yield int(ids[read])
+    finally:
+        cache.rewind(start + read)
 
 
 def raising(error: Exception) -> None:
@@ -164,9 +186,7 @@ def test_all_ranks_take_back_what_one_does(directory: Path, monkeypatch: pytest.
     session.rewind(100)
     session.rewind(98)
     for _ in range(2):
-        ((first, other),) = (found.chunk(2) for found in together(winners_of_all, llm.model, session.cache))
-        assert (first >= 0).any()
-        assert torch.equal(first, other)
+        check_that_all_hold_the_same(llm, session.cache)
         session.prefill(random_ids(30))
         with monkeypatch.context() as patch:
             patch.setattr("minirea.generate.ReadingBar.update", lambda *_: raising(InterruptedError()))
@@ -217,6 +237,40 @@ def test_an_interrupted_step_ends_first(directory: Path, monkeypatch: pytest.Mon
     assert (session.ids, session.cache.seq_len) == ([], 0)
     monkeypatch.undo()
     assert session.generate(ids, max_tokens=4, ignore_eos=True).token_ids == expected[0]
+
+
+@pytest.mark.parametrize("loop", ["one_by_one", "ahead"])
+def test_ranks_hold_the_same_after_an_interrupted_answer(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, loop: str
+) -> None:
+    """In its first step, a later one, or while tokens are taken back; and after a further question."""
+    llm = minirea.load(directory, device="cpu", gpus=2, **SCOPE | {"vote_window": 4, "carry_votes": True})
+    if loop == "ahead":
+        monkeypatch.setattr("minirea.generate.decode_one_by_one", decode_ahead)
+    kinds: list[tuple[Any, str, int]] = [(llm.model, "forward", step) for step in (1, 2, 4)]
+    for owner, name, at in [*kinds, (KVCache, "_rows_of", 1), (KVCache, "_forget_brought", 1)]:
+        session, calls, original = llm.session(), [], getattr(owner, name)
+        session.prefill(random_ids(60))
+
+        def strike(*arguments: Any, original: Any = original, calls: Any = calls, at: int = at, **named: Any) -> Any:
+            calls.append(1)
+            if len(calls) == at:
+                signal.raise_signal(signal.SIGINT)
+            return original(*arguments, **named)
+
+        with monkeypatch.context() as patch:
+            if name == "forward":
+                patch.setattr(owner, name, strike)
+            with contextlib.suppress(KeyboardInterrupt):
+                list(session.stream(random_ids(9), max_tokens=5, ignore_eos=True))
+            if name != "forward":
+                patch.setattr(owner, name, strike)
+                with pytest.raises(KeyboardInterrupt):
+                    session.rewind(len(session.ids) - 3)
+        assert len(calls) >= at
+        check_that_all_hold_the_same(llm, session.cache)
+        session.generate(random_ids(2), max_tokens=2, ignore_eos=True)
+        check_that_all_hold_the_same(llm, session.cache)
 
 
 def test_what_ranks_cannot_do_is_refused_by_name(directory: Path, tmp_path: Path) -> None:
