@@ -40,6 +40,9 @@ from minirea.weights.loader import MAX_HEADER_BYTES, StoredTensor, bytes_of, ope
 
 FORMAT: Final = "minirea context"
 VERSION: Final = "2"
+_EXPECTED: Final = "expected a file that `minirea read --save` has written"
+# Bytes behind the length of the header, as `_header` writes them.
+_BEGINNING: Final = f'{{"__metadata__":{{"format":"{FORMAT}",'.encode()
 BLOCK_BYTES: Final = 8 * 2**20
 READERS: Final = 4
 WRITERS: Final = 2  # more write too far apart: disks and file systems like one place after the other
@@ -189,11 +192,12 @@ class StoredContext:
         try:
             return read_header(self._file, Path(self.path))
         except InputError as error:
-            raise InputError(f"{error}; expected a context, which `minirea read --save` writes") from None
+            found = _not_whole(self._file)
+            raise InputError(f"{self.path}: {found}" if found else str(error)) from None
 
     def _check_origin(self, metadata: dict[str, str], origin: Origin, trained_context: int) -> None:
         if metadata.get("format") != FORMAT:
-            raise InputError(f"{self.path}: is no context, expected a file that `minirea read --save` has written")
+            raise InputError(f"{self.path}: is no context, {_EXPECTED}")
         if metadata.get("version") != VERSION:
             found = metadata.get("version")
             raise InputError(f"{self.path}: is a context of version {found!r:.40}, expected {VERSION!r}: read it anew")
@@ -405,6 +409,27 @@ def _header(
     begin = 8 + len(text)
     offsets = dict(zip([*shapes, "end"], (begin + end for end in ends), strict=True))
     return len(text).to_bytes(8, "little") + text, offsets
+
+
+def _not_whole(file: FileIO) -> str | None:
+    """What a file is that is no safetensors file, or only the beginning of a context; None of others."""
+    size = os.fstat(file.fileno()).st_size
+    start = os.pread(file.fileno(), 8 + len(_BEGINNING), 0)
+    begin = 8 + int.from_bytes(start[:8], "little")
+    if not _BEGINNING.startswith(start[8:]) or size <= 8:
+        kind = "no context" if size else "empty"
+        return f"is {kind}, {_EXPECTED}" if start[8:9] != b"{" else None
+    if begin > 8 + MAX_HEADER_BYTES:
+        return None
+    found = f"is cut short: it has {size:,} bytes, expected"
+    if size < begin:
+        return f"{found} more than {begin:,}"
+    try:
+        entries = json.loads(os.pread(file.fileno(), begin - 8, 8))
+        whole = begin + max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return None
+    return f"{found} {whole:,}" if isinstance(whole, int) and size < whole < 2**63 else None
 
 
 def _checksum(data: memoryview) -> int:

@@ -247,10 +247,13 @@ def test_a_fingerprint_sees_config_names_shapes_and_values(directory: Path, tmp_
 
 
 BAD_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "empty": (lambda _: b"", "expected a safetensors file"),
-    "no safetensors": (lambda _: b"hello, this is a text\n" * 9, "not a safetensors file"),
-    "cut short": (lambda raw: raw[:-1], "ends at byte"),
-    "cut in half": (lambda raw: raw[: len(raw) // 2], "ends at byte"),
+    "empty": (lambda _: b"", "is empty, expected a file that `minirea read --save` has written$"),
+    "no safetensors": (lambda _: b"hello, this is a text\n" * 9, "is no context, expected a file that"),
+    "cut short": (lambda raw: raw[:-1], r"is cut short: it has [\d,]+ bytes, expected [\d,]+$"),
+    "cut in half": (lambda raw: raw[: len(raw) // 2], r"is cut short: it has [\d,]+ bytes, expected [\d,]+$"),
+    "cut in its header": (lambda raw: raw[:99], r"is cut short: it has 99 bytes, expected more than [\d,]+$"),
+    "cut in its length": (lambda raw: raw[:7], "is no context, expected a file that"),
+    "a header without an end": (lambda raw: raw.replace(b'":', b'" ', 9), "the header is not valid JSON"),
     "more": (lambda raw: raw + b"x", "its header describes"),
     "a bit of a key": (lambda raw: raw[:-5] + bytes([raw[-5] ^ 1]) + raw[-4:], "is damaged: bytes from"),
     "zeros at the end": (lambda raw: raw[:-512] + bytes(512), "is damaged: bytes from"),
@@ -271,8 +274,8 @@ def test_what_is_no_context_is_one_line(directory: Path, llm: minirea.LLM, tmp_p
     (tmp_path / "book.txt").write_text("It was a quiet day.")
     (tmp_path / "empty").write_text("")
     for path, message in (
-        (tmp_path / "book.txt", "not a safetensors file; expected a context, which `minirea read --save` writes"),
-        (tmp_path / "empty", "holds 0 bytes, .*; expected a context, which `minirea read --save` writes"),
+        (tmp_path / "book.txt", "is no context, expected a file that `minirea read --save` has written$"),
+        (tmp_path / "empty", "is empty, expected a file that `minirea read --save` has written$"),
         (directory / "model.safetensors", "is no context"),
         (tmp_path / "nothing", "no such file"),
         (tmp_path, "is a directory, expected a file with a context"),
