@@ -79,18 +79,17 @@ def reattention(
 ) -> Any:
     """Attention of T new queries over a finite scope of a cache of any length (arXiv 2407.15176, section 3).
 
-    Up to dense_size cached tokens this is ordinary causal attention. Beyond, every query scores all
-    keys between the first global_size and the last local_size ones without RoPE; the best ones are put to a vote,
-    and global ++ spans around the elected ++ local are attended with RoPE positions 0, 1, 2, ...
+    Up to dense_size cached tokens this is ordinary causal attention. Beyond, every query scores all keys between the
+    first global_size and the last local_size ones without RoPE; the best ones are put to a vote, and
+    global ++ spans around the elected ++ local are attended with RoPE positions 0, 1, 2, ...
 
     Args:
         q_THD: this step's queries without RoPE, [T, H, D], the last T of the seq_len tokens.
         k_cache_GND: cached keys without RoPE, [G, N, D], this step's T already at [seq_len - T, seq_len).
         v_cache_GND: cached values, [G, N, D]. What lies at or beyond seq_len is never used.
         seq_len: cached tokens, this step's included: an int, or an integer tensor of one element.
-        cos: float32 [at least min(seq_len, config.max_scope), D / 2], half-split RoPE as in Hugging Face models. For
-            several chunks, which share positions, with config.max_scope + T - chunk_size instead.
-        sin: like cos.
+        cos, sin: float32 [at least min(seq_len, config.max_scope), D / 2], half-split RoPE as in Hugging Face models.
+            For several chunks, which share positions, with config.max_scope + T - chunk_size instead.
         config: sizes in tokens; see ReAttentionConfig.
         impl: "torch", "triton", or "auto": triton for CUDA tensors where it is installed, else torch.
         return_selection: also return the scope, of one chunk.
@@ -99,14 +98,13 @@ def reattention(
         gather: where H and G are only some of a layer's heads, and other processes have as many others each. It is
             called before the one vote over all heads, in every process or in none.
         sketch: for T = 1, int8 copies of the keys, which `sketch_keys` has made of all keys before
-            seq_len - local_size. The step looks at them instead of the keys, and selects exactly the same. For T > 1 it
+            seq_len - local_size. The step reads them instead of the keys, and selects exactly the same. For T > 1 it
             is ignored. Not with gather or votes, nor in impl "triton" where more than 128 winners vote together.
         votes: for T = 1, those that the layers before cast in the same step, and earlier tokens in all layers, over
             caches of as many tokens. This layer's are added, and the sums decide what is elected. `new_votes` and
             `count_winners` make those of a first layer. Up to dense_size cached tokens there is no vote.
-        near: the newest tokens' keys or values once more, for caches that lie far from the device; see
-            minirea.kernels.near. Local parts are read there; impl "torch", and several queries their keys, read them
-            where all others are.
+        near: the newest tokens' keys or values once more, for caches far from the device; see minirea.kernels.near.
+            Local parts are read there, of several queries only the values; impl "torch" reads all in the caches.
         winners: takes what each of the last R of these queries has found before any vote, where `winners_shape` says,
             int32 [R, H, K], for `count_winners` of later steps; H as in the vote, with gather that of all processes.
             Queries whose chunk attends to all leave it as it is.
@@ -123,35 +121,24 @@ def reattention(
     _check_seq_len(seq_len)
     T = q_THD.shape[0]
     chunk_size = T if chunk_size is None else _checked_chunk_size(chunk_size, T, return_selection)
-    _check_apart(sketch=sketch, gather=gather, votes=votes)
-    if sketch is not None:
-        _check_sketch(sketch, k_cache_GND)
-    if votes is not None:
-        _check_votes(votes, q_THD, k_cache_GND, config, gather)
-    if near is not None:
-        _check_near(near, k_cache_GND, config, T - chunk_size)
-    if winners is not None:
-        _check_winners(winners, q_THD, config, gather)
+    _check_options(q_THD, k_cache_GND, config, T - chunk_size, gather, sketch, votes, near, winners)
     impl = resolve_impl(impl, q_THD.device)
     if impl == "torch" or not isinstance(seq_len, torch.Tensor) or seq_len.device != q_THD.device:
         seq_len = int(seq_len)
         _check_lengths(T, chunk_size, seq_len, k_cache_GND.shape[1], config)
     longest = seq_len if isinstance(seq_len, int) else k_cache_GND.shape[1]
     _check_tables(cos, min(longest, config.max_scope + T - chunk_size))
-    tensors, options = (q_THD, k_cache_GND, v_cache_GND), (return_selection, chunk_size, gather)
+    tensors = q_THD, k_cache_GND, v_cache_GND
+    options = cos, sin, config, return_selection, chunk_size, gather, sketch, votes
     if impl == "torch":
         from minirea.kernels.reference import reattention_reference
 
         with torch.autocast(q_THD.device.type, enabled=False):  # the caller's products may be; these are not
-            out_THD, selection = reattention_reference(
-                *tensors, int(seq_len), cos, sin, config, *options, sketch, votes, winners
-            )
+            out_THD, selection = reattention_reference(*tensors, int(seq_len), *options, winners)
     else:
         from minirea.kernels.fused.launch import reattention_triton
 
-        out_THD, selection = reattention_triton(
-            *tensors, seq_len, cos, sin, config, *options, sketch, votes, near, winners
-        )
+        out_THD, selection = reattention_triton(*tensors, seq_len, *options, near, winners)
     return (out_THD, selection) if return_selection else out_THD
 
 
@@ -348,8 +335,31 @@ def _check_tensors(
         raise InputError(f"the tensors are on {', '.join(sorted(map(str, devices)))}, expected one device")
 
 
+def _check_options(
+    q_THD: torch.Tensor,
+    k_cache_GND: torch.Tensor,
+    config: ReAttentionConfig,
+    more_queries: int,
+    gather: Gather | None,
+    sketch: Sketch | None,
+    votes: Votes | None,
+    near: Near | None,
+    winners: torch.Tensor | None,
+) -> None:
+    """The arguments that may be None, by themselves and with each other."""
+    _check_apart(sketch=sketch, gather=gather, votes=votes)
+    if sketch is not None:
+        _check_sketch(sketch, k_cache_GND)
+    if votes is not None:
+        _check_votes(votes, q_THD, k_cache_GND, config, gather)
+    if near is not None:
+        _check_near(near, k_cache_GND, config, more_queries)
+    if winners is not None:
+        _check_winners(winners, q_THD, config, gather)
+
+
 def _check_apart(sketch: Sketch | None, **others: object) -> None:
-    """What a step with a sketch, which looks at its keys only where it must, cannot be given besides."""
+    """What cannot be given together with a sketch."""
     reasons = {"gather": "steps of several processes", "votes": "steps with votes"}
     for name, other in others.items():
         if sketch is not None and other is not None:

@@ -5,12 +5,13 @@ Its argument names a function below, whose result it prints as JSON.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,8 @@ from triton.language.extra.cuda import gdc_wait
 from minirea.errors import CudaError, InputError
 from minirea.kernels import driver
 
-STREAM = 0x7F0000001234
+STREAM = 0x7F0000001234  # of the first device, and one more of the second
+PRIMARY = 0x100, 0x200  # contexts of the devices
 LOG = Path(os.environ["STUB_CUDA_LOG"])
 stub = ctypes.CDLL("libcuda.so.1")
 
@@ -108,10 +110,24 @@ def cases() -> list[Case]:
 
 
 def set_up_torch() -> None:
-    """As torch is on a machine with GPUs."""
-    torch.cuda.current_device = lambda: 0
+    """As torch is on a machine with two GPUs, the first of which is current."""
+    current = [0]
+
+    def choose(index: int) -> None:
+        current[0] = index
+        stub.cuCtxSetCurrent(ctypes.c_void_p(PRIMARY[index]))
+
+    @contextlib.contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        before = current[0]
+        choose(wanted.index)
+        yield
+        choose(before)
+
+    torch.cuda.device = device
+    torch.cuda.current_device = lambda: current[0]
     torch.cuda.get_device_capability = lambda _=None: (9, 0)
-    torch._C._cuda_getCurrentRawStream = lambda _: STREAM
+    torch._C._cuda_getCurrentRawStream = lambda index: STREAM + index
 
 
 def set_up_triton() -> None:
@@ -167,7 +183,10 @@ def project() -> list[Case]:
     from minirea.config import ReAttentionConfig
     from minirea.kernels.fused import launch as fused
     from minirea.kernels.fused.arguments import Rope
-    from minirea.kernels.steps import matvec, rows
+    from minirea.kernels.sketch import new_sketch
+    from minirea.kernels.steps import matvec, peers, rows
+    from minirea.kernels.votes import new_votes, winners_shape
+    from minirea.quantize import QuantizedMatrix
 
     found: dict[str, Any] = {}
 
@@ -194,6 +213,15 @@ def project() -> list[Case]:
         fused.launch_decode(half(1, heads, dim), *caches, half(1, heads, dim), seq_len, rope, config)
         queries = half(48, heads, dim)
         fused.launch_chunks(queries, *caches, torch.empty_like(queries), seq_len, rope, config, None, 16)
+        fused.sketch_keys(caches[0], new_sketch(kv_heads, dim, 256, x.device), 0, 100)
+        voting = ReAttentionConfig(4, 64, 2, 8, 4, vote_window=4, carry_votes=True)
+        winners = torch.zeros(3, *winners_shape(heads, voting, 8), dtype=torch.int32)
+        fused.count_winners(new_votes(heads, kv_heads, voting, 3, 256, x.device), winners, seq_len, voting)
+        rows.widen(QuantizedMatrix.empty(8, width, 8, x.device), half(8, width))
+        addresses, turns = torch.zeros(2, dtype=torch.int64), torch.zeros(peers.MAX_PROGRAMS, dtype=torch.int32)
+        room = peers.Room(torch.zeros(4096, dtype=torch.int32), addresses, addresses, turns, 0)
+        peers.add_sums(x, room, 0)
+        peers.gather(torch.zeros(64, dtype=torch.int32), room)
     return [*found.values()]
 
 
@@ -219,6 +247,18 @@ def in_contexts() -> list[list[str]]:
 
         result.append(recorded(lambda: in_threads([run])))
     return result
+
+
+def on_devices() -> list[str]:
+    """Launches of one kernel on the second device, while the first is current, and on the first, in turns."""
+    x = torch.zeros(256)
+
+    def run() -> None:
+        for index in (1, 0, 1, 0):
+            driver.launch(copy, 5, torch.device("cuda", index), (x, x), {"EARLY": False, "num_warps": 8})
+        assert torch.cuda.current_device() == 0
+
+    return recorded(lambda: in_threads([run]))
 
 
 def compiled_ahead() -> dict[str, Any]:
@@ -296,7 +336,10 @@ def without_triton() -> dict[str, Any]:
     """All that needs no driver of Triton's, in one process: starting one takes longer than the rest."""
     theirs = Unwanted()
     triton.runtime.driver.set_active(theirs)
-    result = {function.__name__: function() for function in (compiled_ahead, alone, in_contexts, many_threads, errors)}
+    result = {
+        function.__name__: function()
+        for function in (compiled_ahead, alone, in_contexts, on_devices, many_threads, errors)
+    }
     assert triton.runtime.driver._active is theirs
     assert triton.runtime.driver._default is None
     return result

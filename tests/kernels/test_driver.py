@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,9 +31,11 @@ from minirea.kernels import driver  # noqa: E402
 HERE = Path(__file__).parent
 CUDA_HEADERS = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
 COMPILER = shutil.which("cc") or shutil.which("gcc")
-PROJECT = {
-    *("embed_kernel", "norm_qkv_kernel", "add_product_kernel", "norm_gate_up_kernel", "norm_logits_kernel"),
-    *("best_token_kernel", "rms_norm_kernel", "write_kv_kernel", "swiglu_kernel", "decode_kernel", "chunk_kernel"),
+KERNELS = Path(driver.__file__).resolve().parent
+PROJECT = {  # stub_launches.project has to launch each
+    name
+    for path in KERNELS.rglob("*.py")
+    for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
 }
 TARGET = driver.GPUTarget("cuda", 90, 32)
 
@@ -137,6 +140,16 @@ def test_each_context_loads_its_own_code(found: dict[str, Any]) -> None:
         assert all(f"context={context} " in line for line in (lines[1], *lines[3:]))
     assert [line.split()[0] for line in none] == ["cuCtxSetCurrent", "cuLaunchKernelEx", "cuLaunchKernelEx"]
     assert all("context=0x100" in line for line in none)
+
+
+def test_each_device_has_its_own_code_and_stream(found: dict[str, Any]) -> None:
+    lines = [line for line in found["on_devices"] if line.startswith(("cuModuleLoadData", "cuLaunchKernelEx"))]
+    assert [line.split()[0] for line in lines] == 2 * ["cuModuleLoadData", "cuLaunchKernelEx"] + 2 * [
+        "cuLaunchKernelEx"
+    ]
+    for line, device in zip(lines, (2, 2, 1, 1, 2, 1), strict=True):
+        assert f"context={0x100 * device:#x} " in line
+        assert f" stream={0x7F0000001233 + device:#x} " in line or line.startswith("cuModuleLoadData")
 
 
 def test_threads_do_not_mix_their_arguments(found: dict[str, Any]) -> None:
