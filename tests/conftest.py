@@ -90,8 +90,17 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True if interpreted() and other else None
 
 
+@functools.cache
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.get_closest_marker("gpu") and not _has_gpu():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.path.match(NAMES):
             item.add_marker(pytest.mark.interpret)
             if not interpreted():

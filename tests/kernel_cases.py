@@ -31,6 +31,10 @@ class Case:
     def tensors(self) -> tuple[Any, ...]:
         return self.q, self.k_cache, self.v_cache, self.seq_len, self.cos, self.sin
 
+    def on_gpu(self, dtype: torch.dtype = torch.bfloat16) -> Case:
+        tensors = {name: getattr(self, name).to("cuda", dtype) for name in ("q", "k_cache", "v_cache")}
+        return replace(self, **tensors, cos=self.cos.cuda(), sin=self.sin.cuda())
+
     def chunks(self, chunk_size: int) -> list[Case]:
         """The steps that its queries are in chunks."""
         T = self.q.shape[0]

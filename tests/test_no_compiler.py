@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from testing import tiny_model, write_checkpoint, write_tokenizer
 
 from minirea.cli.parser import make_parser
@@ -82,7 +81,6 @@ def test_a_part_of_the_suite(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_demo_on_a_gpu(tmp_path: Path) -> None:
     """A first start: every kernel is compiled. The answer is the one that the prompt hides."""
     run = bare(
@@ -96,7 +94,6 @@ def test_the_demo_on_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_part_of_the_gpu_suite(tmp_path: Path) -> None:
     suite = [str(path) for path in sorted(ROOT.glob("tests/kernels/test_gpu_*.py"))]
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", "driver or matvec or rows", *suite)

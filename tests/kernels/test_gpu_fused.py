@@ -13,10 +13,7 @@ from kernel_cases import Case, as_list, error, make_case, plain_attention, popul
 
 from minirea.kernels import ReAttentionConfig, reattention
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 HALF = torch.bfloat16
 # Heads, key/value heads, head_dim, dtype, span_top_k, scope: each is compiled twice, for decode and for chunks.
 SHAPES = [
@@ -29,11 +26,6 @@ SHAPES = [
     (8, 4, 128, HALF, 2, "layer"),  # so few candidates that a reshape before `take_best` was miscompiled
     (2, 1, 256, HALF, 1, "layer"),
 ]
-
-
-def on_gpu(case: Case, dtype: torch.dtype = HALF) -> Case:
-    tensors = {name: getattr(case, name).to("cuda", dtype) for name in ("q", "k_cache", "v_cache")}
-    return replace(case, **tensors, cos=case.cos.cuda(), sin=case.sin.cuda())
 
 
 def check(case: Case) -> None:
@@ -67,7 +59,7 @@ def test_exact_on_random_lengths(
         edge = config.global_size + config.local_size
         lengths = [r.randint(T, edge), edge, edge + r.randint(1, 3), edge + r.randint(0, 3000), edge + 9000]
         case = make_case(config, max(T, r.choice(lengths)), T=T, H=H, G=G, D=D, largest=r.choice([1, 3]), seed=seed)
-        check(on_gpu(case, dtype))
+        check(case.on_gpu(dtype))
 
 
 @pytest.mark.parametrize(("H", "G", "D", "dtype", "span_top_k", "span_scope"), SHAPES)
@@ -80,7 +72,7 @@ def test_chunks_in_one_launch(H: int, G: int, D: int, dtype: torch.dtype, span_t
         chunk_size, chunks = 64, r.choice([3, 4]) if seed else 11
         T = chunk_size * chunks - r.choice([0, 1, chunk_size - 1])
         n = r.choice([T, T + 40, T + r.randint(41, 3000), 12000])
-        case = on_gpu(make_case(config, n, T=T, H=H, G=G, D=D, largest=r.choice([1, 3]), seed=seed), dtype)
+        case = make_case(config, n, T=T, H=H, G=G, D=D, largest=r.choice([1, 3]), seed=seed).on_gpu(dtype)
         out_THD = reattention(*case.arguments(), impl="triton", chunk_size=chunk_size)
         wide = replace(
             case, **{name: getattr(case, name).double() for name in ("q", "k_cache", "v_cache", "cos", "sin")}
@@ -94,7 +86,7 @@ def test_chunks_in_one_launch(H: int, G: int, D: int, dtype: torch.dtype, span_t
 
 
 def test_exact_on_keys_with_hundreds_of_votes() -> None:
-    check(on_gpu(popular_keys_case()))
+    check(popular_keys_case().on_gpu())
 
 
 @pytest.mark.parametrize("max_spans", [3, 100])
@@ -102,7 +94,7 @@ def test_exact_on_keys_with_hundreds_of_votes() -> None:
 def test_exact_when_votes_are_cut(max_spans: int, T: int) -> None:
     for seed in range(5):
         config = ReAttentionConfig(4, 64, 4, 8, max_spans)
-        check(on_gpu(make_case(config, 3000 + seed, T=T, H=32, G=8, D=128, largest=1, seed=seed)))
+        check(make_case(config, 3000 + seed, T=T, H=32, G=8, D=128, largest=1, seed=seed).on_gpu())
 
 
 @pytest.mark.parametrize(("H", "G", "D", "dtype", "span_top_k", "span_scope"), SHAPES)
@@ -110,7 +102,7 @@ def test_exact_when_votes_add_up(H: int, G: int, D: int, dtype: torch.dtype, spa
     """From layer to layer of a captured step, which begins with zeros at every replay."""
     for seed, vote_size in enumerate((1, 32)):
         config = ReAttentionConfig(4, 64, span_top_k, 16, 16, span_scope=span_scope, vote_size=vote_size)
-        case = on_gpu(make_case(config, 9000, H=H, G=G, D=D, largest=1, seed=seed), dtype)
+        case = make_case(config, 9000, H=H, G=G, D=D, largest=1, seed=seed).on_gpu(dtype)
         seq_len = torch.tensor([9000], device="cuda", dtype=torch.int32)
         layers = [replace(case, q=case.q.roll(layer, -1)) for layer in range(4)]
 
@@ -146,7 +138,7 @@ def test_exact_when_votes_add_up(H: int, G: int, D: int, dtype: torch.dtype, spa
 
 @pytest.mark.parametrize(("T", "chunk_size"), [(1, 1), (64, 64), (64, 16)])
 def test_repeats_are_bitwise_equal(T: int, chunk_size: int) -> None:
-    case = on_gpu(make_case(ReAttentionConfig(32, 256, 4, 32, 128), 20000, T=T, H=32, G=8, D=128))
+    case = make_case(ReAttentionConfig(32, 256, 4, 32, 128), 20000, T=T, H=32, G=8, D=128).on_gpu()
     first = reattention(*case.arguments(), impl="triton", chunk_size=chunk_size)
     for _ in range(200):
         assert torch.equal(reattention(*case.arguments(), impl="triton", chunk_size=chunk_size), first)
@@ -154,7 +146,7 @@ def test_repeats_are_bitwise_equal(T: int, chunk_size: int) -> None:
 
 def test_a_captured_graph_follows_seq_len() -> None:
     config = ReAttentionConfig(32, 256, 4, 32, 128)
-    case = on_gpu(make_case(config, 5000, H=32, G=8, D=128, capacity=5000))
+    case = make_case(config, 5000, H=32, G=8, D=128, capacity=5000).on_gpu()
     seq_len = torch.tensor([3000], device="cuda", dtype=torch.int32)
     captured = replace(case, seq_len=seq_len)  # type: ignore[arg-type]
     stream = torch.cuda.Stream()
@@ -173,7 +165,7 @@ def test_a_captured_graph_follows_seq_len() -> None:
 
 
 def test_two_streams_at_once() -> None:
-    case = on_gpu(make_case(ReAttentionConfig(32, 256, 4, 32, 128), 20000, H=32, G=8, D=128))
+    case = make_case(ReAttentionConfig(32, 256, 4, 32, 128), 20000, H=32, G=8, D=128).on_gpu()
     expected = reattention(*case.arguments(), impl="triton")
     outputs = []
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
@@ -190,7 +182,7 @@ def test_two_streams_at_once() -> None:
 @pytest.mark.parametrize("T", [1, 64])
 def test_a_busy_gpu_only_delays(T: int, work: str) -> None:
     """Programs wait for one another, so kernels of others must not keep some of them from starting."""
-    case = on_gpu(make_case(ReAttentionConfig(32, 256, 4, 32, 128), 20000, T=T, H=32, G=8, D=128))
+    case = make_case(ReAttentionConfig(32, 256, 4, 32, 128), 20000, T=T, H=32, G=8, D=128).on_gpu()
     expected = reattention(*case.arguments(), impl="triton")
     square, product = (torch.ones(8192, 8192, device="cuda", dtype=HALF) for _ in range(2))
     torch.mm(square, square, out=product)  # loads what the loop below runs
@@ -236,7 +228,7 @@ def test_programs_share_the_work_of_all_chunks(H: int, G: int, D: int, chunks: i
 @pytest.mark.parametrize(("T", "kernel"), [(1, "decode_kernel"), (64, "chunk_kernel")])
 def test_a_step_is_one_launch(T: int, kernel: str, n: int) -> None:
     """The profiler sees one kernel, no copy and no fill, once everything is compiled."""
-    case = on_gpu(make_case(ReAttentionConfig(32, 256, 4, 32, 128), n, T=T, H=32, G=8, D=128))
+    case = make_case(ReAttentionConfig(32, 256, 4, 32, 128), n, T=T, H=32, G=8, D=128).on_gpu()
     step = functools.partial(reattention, *case.arguments(), impl="triton")
     step()
     assert gpu_activities(step) == [kernel]

@@ -6,10 +6,7 @@ import pytest
 import torch
 from matvec_cases import EPS, SMALL, Inputs, check_all, check_best_token, check_spread, check_tiles
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 # H, G, D, E, F, V of the demo model, LLaMA 3.2 3B with a small vocabulary, and sizes that nothing divides.
 REAL = [(4, 2, 64, 256, 688, 2048), (24, 8, 128, 3072, 8192, 4096), (32, 8, 80, 2560, 14336, 32003)]
 

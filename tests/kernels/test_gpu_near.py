@@ -14,10 +14,7 @@ from sketch_cases import sketch_of
 from minirea.kernels import ReAttentionConfig
 from minirea.pinned import host_tensor
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 SHAPES = [(32, 8, 128, "layer"), (9, 3, 64, "kv_head")]
 ROWS = 1400  # near ones, for every case: other numbers of them would be compiled anew

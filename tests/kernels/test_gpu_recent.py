@@ -12,10 +12,7 @@ from kernel_cases import Case, as_list, check_decode_steps, check_votes, decode_
 
 from minirea.kernels import ReAttentionConfig, count_winners, reattention, winners_shape
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 HALF = torch.bfloat16
 # Heads, key/value heads, head_dim, dtype, span_top_k, scope; the last two take the chunk kernel.
 SHAPES = [
@@ -30,17 +27,12 @@ SHAPES = [
 WINDOW = 8
 
 
-def on_gpu(layer: Case, dtype: torch.dtype) -> Case:
-    tensors = {name: getattr(layer, name).to("cuda", dtype) for name in ("q", "k_cache", "v_cache")}
-    return replace(layer, **tensors, cos=layer.cos.cuda(), sin=layer.sin.cuda())
-
-
 def layers_of(shape: tuple[Any, ...], capacity: int, num_layers: int, largest: int = 2) -> list[Case]:
     H, G, D, dtype, span_top_k, span_scope = shape
     votes = {"vote_size": 32, "vote_window": WINDOW, "carry_votes": True}
     config = ReAttentionConfig(4, 100, span_top_k, 16, 12, span_scope=span_scope, dense_size=400, **votes)
     cases = decode_layers(config, capacity, num_layers, H=H, G=G, D=D, largest=largest)
-    return [on_gpu(case, dtype) for case in cases]
+    return [case.on_gpu(dtype) for case in cases]
 
 
 @pytest.fixture
@@ -133,7 +125,7 @@ def test_votes_of_many_winners(span_scope: str) -> None:
     ):
         votes = {"vote_size": 32, "vote_window": WINDOW, "carry_votes": True, "span_scope": span_scope}
         config = ReAttentionConfig(4, 100, 2, 16, max_spans, **votes)
-        case = on_gpu(make_case(config, 300, H=24, G=4), HALF)
+        case = make_case(config, 300, H=24, G=4).on_gpu()
         case = replace(case, k_cache=case.k_cache[:, :1].expand(-1, 100_000, -1))
         shape = (layers, *winners_shape(24, config, 16))
         winners = torch.randint(-1, largest, shape, generator=generator, device="cuda", dtype=torch.int32)

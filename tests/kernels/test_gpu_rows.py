@@ -6,10 +6,7 @@ import pytest
 import torch
 from rows_cases import CACHE_SHAPES, SHAPES, check_rms_norm, check_swiglu, check_widen, check_write_kv
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

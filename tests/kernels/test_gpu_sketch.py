@@ -15,10 +15,7 @@ from sketch_cases import CHANGES, Change, changed, found, sketch_of
 from minirea.kernels import ReAttentionConfig, Sketch, new_sketch, reattention, sketch_keys
 from minirea.kernels.fused.arguments import DecodeScratch
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 HALF = torch.bfloat16
 # Heads, key/value heads, head_dim, dtype, span_top_k, max_spans, scope: compiled once without a sketch, once with one.

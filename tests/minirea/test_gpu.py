@@ -19,10 +19,7 @@ from minirea.graph import WORTH_CAPTURING, DecodeGraph, compiling_decode_step, r
 from minirea.sampling import Sampler, SamplingConfig
 from minirea.steps import DecodeStep, Part, cut
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 DEMO = Path(__file__).parents[2] / "weights" / "demo"
 SCOPE = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5, "chunk_size": 16}
 

@@ -16,10 +16,7 @@ from minirea.evaluation.text.diary import generate_text
 from minirea.memory import peak_bytes
 from minirea.placement import Placement
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 DEMO = Path(__file__).parents[2] / "weights" / "demo"
 
 

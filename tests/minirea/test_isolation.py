@@ -125,7 +125,7 @@ def test_torchs_state_does_not_matter_to_the_kernel_and_the_likelihoods(director
 ON_GPU = pytest.param(
     "cuda",
     20,
-    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    marks=pytest.mark.gpu,
 )
 
 

@@ -270,7 +270,6 @@ def test_an_allocation_that_fails_anywhere_is_one_line(directory: Path, monkeypa
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 def test_workspace_on_a_gpu_is_an_upper_bound(directory: Path, impl: str) -> None:
     files = api.read_model(directory, impl=impl, **SCOPE)

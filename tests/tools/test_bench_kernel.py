@@ -132,7 +132,6 @@ def test_a_machine_without_a_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch, com
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_every_row_on_a_gpu() -> None:
     small = ["--heads", "8", "--kv-heads", "2", "--head-dim", "64", "--local-size", "512", "--queries", "64"]
     done = run_bench(*small, "--contexts", "2k,3k")
@@ -153,7 +152,6 @@ def test_every_row_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_graph_us_runs_every_pair() -> None:
     """Once before the capture and once in each replay, of which there are at least five."""
     pairs = [(torch.zeros(1, device="cuda"), torch.zeros(1, device="cuda")) for _ in range(3)]

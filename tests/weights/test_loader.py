@@ -326,7 +326,6 @@ def test_progress_is_a_bar_of_all_bytes_on_stderr(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("target", DTYPES, ids=str)
 @pytest.mark.parametrize("block_bytes", [100, loader.STAGING_BYTES], ids=["many blocks", "one block"])
 def test_gpu_equals_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: torch.dtype, block_bytes: int) -> None:
