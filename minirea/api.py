@@ -96,9 +96,9 @@ def load(
         quantize: "int8" or "int4" rounds the matrices while they are read, all but the embedding; with "int4" the
             output head and the first two layers to 8 bits. None leaves them as they are, also where a checkpoint's come
             in 4 bits (GPTQ, AWQ, pack-quantized). Not with several devices.
-        sketch: "int8": decode steps look at int8 copies of the keys, and read only those that can
-            be selected: half as many bytes, and exactly the same selection. The copies take half as much memory as the
-            keys, besides them. "auto": on a GPU, where that is faster (from 128K tokens on for 8 key/value heads of
+        sketch: "int8": decode steps read int8 copies of the keys, and of the keys themselves only those that can be
+            selected: half as many bytes, and exactly the same selection. The copies take half as much memory as the
+            keys, besides them. "auto": on a GPU, where that is faster (from 64K tokens on for 8 key/value heads of
             128) and fits; "off" where tokens vote together.
         cache: where keys and values lie: "device", or "host", which has the values in the host's pinned memory and the
             newest tokens' on the device too, and where it must the keys of some layers, with sketches. Kernels read

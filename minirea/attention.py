@@ -42,9 +42,10 @@ STEP_TOKENS: Final = 2048
 ROTATED_AT_ONCE: Final = 4096  # cached keys, which bounds the memory that it takes
 # Positions in the smallest tables: what most models' scopes hold, so that their caches share one pair.
 LEAST_ROWS: Final = 16384
-# Bytes of a layer's keys from which on decode steps are faster with sketches of them: 128K tokens of 8 heads of 128 in
-# half precision (kernels/NOTEBOOK.md).
-WORTH_SKETCHING: Final = 1 << 28
+# Bytes of a layer's keys from which on decode steps are faster with sketches of them: 64K tokens of 8 heads of 128 in
+# half precision; and where sketches take the room of values, which go to the host for them (kernels/NOTEBOOK.md).
+WORTH_SKETCHING: Final = 1 << 27
+WORTH_FAR_VALUES: Final = 1 << 29
 _NO_ROWS: Final = torch.empty(0, 1, 0, device="cpu", dtype=torch.float32)
 
 
@@ -178,13 +179,14 @@ class Attention:
         far, which no step could look at without them.
         """
         c = self.model
-        sketches = [self.sketched]
+        sketches = far_sketches = [self.sketched]
         if self.sketched and self.sketch == "auto":
-            worth = array_bytes(c, capacity, torch.bfloat16) >= WORTH_SKETCHING
-            sketches = [worth, not worth]
+            size = array_bytes(c, capacity, torch.bfloat16)
+            worth, worth_far = size >= WORTH_SKETCHING, size >= WORTH_FAR_VALUES
+            sketches, far_sketches = [worth, not worth], [worth_far, not worth_far]
         longest = max(map(self.step_tokens, (self.config.chunk_size, self.config.tail_chunk_size)))
         near = near_size(self.config.local_size, self.config.dense_size, longest)
-        return placements(c.num_layers, self.cache, sketches, near if self._can_be_far else 0)
+        return placements(c.num_layers, self.cache, sketches, far_sketches, near if self._can_be_far else 0)
 
     @property
     def winners_shape(self) -> tuple[int, int, int]:

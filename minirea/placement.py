@@ -44,7 +44,9 @@ class Placement(NamedTuple):
 NEAR: Final = Placement()  # all of it on the device, without sketches
 
 
-def placements(num_layers: int, cache: str, sketches: list[bool], near: int) -> list[Placement]:
+def placements(
+    num_layers: int, cache: str, sketches: list[bool], far_sketches: list[bool], near: int
+) -> list[Placement]:
     """What a cache may be, best first.
 
     All on the device before anything else; then values on the host, of as few layers as need be, and then keys, whose
@@ -53,6 +55,7 @@ def placements(num_layers: int, cache: str, sketches: list[bool], near: int) -> 
     Args:
         cache: one of config.CACHES; "host" has the values of all layers there.
         sketches: whether to have sketches, the preferred answer first.
+        far_sketches: the same where sketches move values to the host, which would have their room otherwise.
         near: Placement.near_size of those with anything far; 0 if nothing can be.
     """
     on_device = [Placement(sketched) for sketched in sketches]
@@ -60,7 +63,7 @@ def placements(num_layers: int, cache: str, sketches: list[bool], near: int) -> 
         return on_device
     least = num_layers if cache == "host" else 1
     far = []
-    for sketched in sketches:
+    for sketched in sketches if cache == "host" else far_sketches:
         far += [Placement(sketched, count, 0, near) for count in range(least, num_layers + 1)]
         keys = range(1, num_layers - FIRST_SKETCHED_LAYER + 1) if sketched else ()
         far += [Placement(True, num_layers, count, near) for count in keys]

@@ -13,7 +13,7 @@ from testing import random_ids, tiny_model, write_checkpoint
 
 import minirea
 from minirea import api, memory, plan
-from minirea.attention import Attention
+from minirea.attention import STEP_CHUNKS, Attention
 from minirea.cache import KVCache, array_bytes
 from minirea.checkpoint_config import load_config
 from minirea.cli import main
@@ -40,14 +40,17 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_as_little_as_possible_is_far() -> None:
     """Values first, then keys of layers with sketches; none where a step could not look at them, or read them."""
     device, near = [Placement(True), Placement(False)], 256
-    assert placements(3, "device", [True, False], near) == device
-    assert placements(3, "host", [True, False], 0) == device
+    both = [True, False]
+    assert placements(3, "device", both, both, near) == device
+    assert placements(3, "host", both, both, 0) == device
     far = [Placement(True, 1, 0, 256), Placement(True, 2, 0, 256), Placement(True, 3, 0, 256)]
     keys = [Placement(True, 3, 1, 256), Placement(True, 3, 2, 256)]
     unsketched = [Placement(False, count, 0, 256) for count in (1, 2, 3)]
-    assert placements(3, "auto", [True, False], near) == [*device, *far, *keys, *unsketched]
-    assert placements(3, "host", [False], near) == [unsketched[-1]]
-    assert placements(3, "host", [True], near) == [far[-1], *keys]
+    assert placements(3, "auto", both, both, near) == [*device, *far, *keys, *unsketched]
+    assert placements(3, "auto", both, both[::-1], near) == [*device, *unsketched, *far, *keys]
+    assert placements(3, "host", [False], [False], near) == [unsketched[-1]]
+    assert placements(3, "host", [True], [True], near) == [far[-1], *keys]
+    assert placements(3, "host", both, both[::-1], near) == [far[-1], *keys, unsketched[-1]]
 
 
 def test_far_layers() -> None:
@@ -208,10 +211,21 @@ def test_a_million_tokens_of_an_8b_model_fit_on_one_card(llama: ModelConfig) -> 
 
 
 def test_auto_takes_sketches_where_they_pay_and_fit(llama: ModelConfig) -> None:
+    """A step of a prompt holds no less for them, and no more values are on the host for them in shorter contexts."""
     options = {"cache": "auto", "sketch": "auto"}
-    assert planned(llama, 131072, 16 * 10**9, **options)[0] == Placement(True)
-    assert planned(llama, 131071, 16 * 10**9, **options)[0] == Placement(False)
+    assert planned(llama, 65536, 16 * 10**9, **options)[0] == Placement(True)
+    assert planned(llama, 65535, 16 * 10**9, **options)[0] == Placement(False)
     assert planned(llama, 420_000, 16 * 10**9, **options)[0] == Placement(False)  # they would not fit
+    for num_tokens, weights, sketched in ((65536, 76, False), (262143, 50, False), (262144, 50, True)):
+        placement, off = (
+            planned(llama, num_tokens, weights * 10**9, cache="auto", sketch=sketch)[0] for sketch in ("auto", "off")
+        )
+        assert placement.sketched == sketched and off.far_values > 0
+        assert (placement.far_values > off.far_values + 1) == sketched  # one for scratch, which both may need
+    scope = ReAttentionConfig.for_context(llama.trained_context)
+    attention = Attention(llama, "reattention", scope, "triton", CUDA, **options)
+    found = plan.fit_steps(attention, lambda: plan.plan_cache(attention, torch.bfloat16, 65536, None, 72 * 10**9)[1])
+    assert found.cache == 2 * 32 * array_bytes(llama, 65536, torch.bfloat16) and attention.step_chunks == STEP_CHUNKS
     assert planned(llama, 131072, 16 * 10**9, cache="auto", sketch="off")[0] == Placement(False)
     assert planned(llama, 1000, 16 * 10**9, cache="auto", sketch="int8")[0] == Placement(True)
     near = near_size(8192, 16416, 2048)
