@@ -6,7 +6,6 @@ With MINIREA_RUNS=200 in the environment 200 runs start and end instead of 20, o
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import family, follower_of, wait_for
 from testing import random_ids, tiny_model, write_checkpoint
 
 import minirea
@@ -80,16 +80,14 @@ def run(tokens: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def follower_of(process: subprocess.Popen[bytes]) -> int:
-    (follower,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return int(follower)
-
-
-def wait_for(pid: int) -> None:
-    """Until it is gone: the whole run has a limit of time, this has none."""
-    with contextlib.suppress(OSError):
-        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-            pass
+def users_of_gpus() -> set[int]:
+    """Processes that have memory of a GPU, as far as nvidia-smi tells them here."""
+    query = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(query, capture_output=True, check=False, text=True).stdout
+    except FileNotFoundError:
+        return set()
+    return {int(word) for word in listed.split() if word.isdecimal()}
 
 
 @pytest.mark.parametrize(
@@ -115,15 +113,20 @@ def test_no_process_outlives_a_command(whom: str, number: int, status: int, mess
 
 @pytest.mark.parametrize("number", range(RUNS))
 def test_runs_start_and_end(number: int) -> None:
-    """Every tenth loses a rank, after another number of characters each; none leaves memory of a GPU behind."""
-    free = [torch.cuda.mem_get_info(device)[0] for device in range(2)]
+    """Every tenth loses a rank, after another number of characters each; none leaves a process behind, nor memory of a
+    GPU, which others may use meanwhile.
+    """
     killed = number % 10 == 0
     with run(100_000 if killed else 20) as process:
         assert process.stdout is not None
+        follower = follower_of(process)
         assert process.stdout.read(1 + 37 * number % 1500 if killed else 1)
+        processes = {follower, *family(process.pid)}
+        seen = users_of_gpus() & processes
         if killed:
-            os.kill(follower_of(process), signal.SIGKILL)
+            os.kill(follower, signal.SIGKILL)
         process.stdout.read()
         assert process.wait() == (1 if killed else 0)
-    for device, before in enumerate(free):
-        assert torch.cuda.mem_get_info(device)[0] >= before - 64 * 2**20
+    for one in processes:
+        wait_for(one)
+    assert not seen & users_of_gpus()

@@ -8,13 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import follower_of, wait_for
 from testing import random_ids, tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
@@ -356,17 +356,6 @@ def command(directory: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "minirea", *given, *arguments]
 
 
-def children(pid: int) -> list[int]:
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text() if os.path.exists(f"/proc/{pid}") else ""
-    return list(map(int, listed.split()))
-
-
-def is_alive(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
 @pytest.mark.parametrize(
     ("whom", "number", "status", "message"),
     [
@@ -380,14 +369,13 @@ def test_no_process_outlives_a_command(directory: Path, whom: str, number: int, 
     with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.read(20)  # it is at work
-        (follower,) = children(process.pid)
+        follower = follower_of(process)
         os.kill(follower if whom == "rank" else process.pid, number)
         process.stdout.read()
         errors = process.stderr.read().decode()
         assert process.wait() == status
     assert errors.strip() == message
-    while is_alive(follower):  # without a limit of time: the whole run has one
-        time.sleep(0.01)
+    wait_for(follower)
 
 
 def test_under_torchrun_its_processes_are_the_ranks(directory: Path) -> None:
