@@ -250,7 +250,7 @@ class Kernel:
     def layout(self, arguments: Sequence[Any]) -> Layout:
         classes: list[type] = []
         specialized: list[bool] = []
-        for parameter, argument in zip(self.parameters, arguments, strict=False):  # the compiler says what is missing
+        for parameter, argument in zip(self.parameters, arguments, strict=False):  # Triton names what is missing
             members = argument if isinstance(argument, tuple) else (argument,)
             classes += map(type, members)
             specialized += [not parameter.do_not_specialize] * len(members)

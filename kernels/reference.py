@@ -56,7 +56,7 @@ INDEX_MASK: Final = 0xFFFFFFFF
 NO_KEY: Final = -(1 << 63)
 # Keys of a row that `score_by_sketch` scores exactly at most.
 SURVIVORS: Final = 1024
-# Keys whose sketches are made, or looked at, at a time, which bounds the memory that it takes.
+# Keys whose sketches are made, or read, at a time, which bounds the memory that it takes.
 SKETCHED_AT_ONCE: Final = 4096
 
 ScoreFunction = Callable[..., torch.Tensor]  # with the arguments and the result of `score_rows`
@@ -193,7 +193,7 @@ def _merge(best_GRK: torch.Tensor, score_GNR: torch.Tensor, lo: int, skip_rows: 
     """Merge the scores of the keys from position `lo` on into each row's packed best K, in place.
 
     Blocks of keys are ranked by their maxima, the lower block first among equals. A winner outside the first K blocks
-    would have K better keys before it, so only those blocks are looked at, and the keys after the last whole block.
+    would have K better keys before it, so only their keys are ranked, and those after the last whole block.
     `skip_rows` leaves out the rows that the tile cannot improve: cheap on a CPU, but a GPU would have to be waited for.
     """
     G, N, R = score_GNR.shape

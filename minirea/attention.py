@@ -33,7 +33,7 @@ from minirea.rope import apply_rope, for_whole_heads, inverse_frequencies, rope_
 
 # Chunks of a prompt in a step on a GPU. Their matrix products are one, which reads the weights once and has enough rows
 # for all multiprocessors, and so is their attention's launch. Twice as many would be 1% faster and hold twice as much
-# (kernels/README.md). Fewer hold less, where memory is short (minirea.plan.fit_steps). A model with fewer heads than
+# (kernels/NOTEBOOK.md). Fewer hold less, where memory is short (minirea.plan.fit_steps). A model with fewer heads than
 # STEP_HEADS has as many rows only with more chunks, and its launches leave fewer multiprocessors idle.
 STEP_CHUNKS: Final = 4
 MOST_STEP_CHUNKS: Final = 12
@@ -58,7 +58,7 @@ class Step(NamedTuple):
         chunk_size: how many of them share a scope. T is one chunk unless the device counts.
         cos: of the true positions of those that lie below dense_limit, [at most T, 1, D].
         sin: like cos.
-        sketched: every key that the step can select has a sketch; only where the device counts, else the cache tells.
+        sketched: where the device counts: every key that the step can select has a sketch (Attention._is_sketched).
         votes: what its layers' votes add up in, where they do; see `Attention.begin`.
         leaves_winners: in the cache, for later tokens.
         half_keys: by layer, where minirea.cpu attends; see `Attention.new_half_keys`.
@@ -96,7 +96,7 @@ class Attention:
         config: scope sizes; with "full" only chunk_size matters.
         impl: "auto", "triton" or "torch", as minirea.kernels.reattention takes it.
         gather: of several ranks, each of which has some of the heads.
-        sketch: one of config.SKETCHES: decode steps look at int8 sketches of the keys, if they have any to look for;
+        sketch: one of config.SKETCHES: decode steps read int8 sketches of the keys instead, if they select any;
             "auto": with the fused kernel, and where that is faster; see KVCache.sketches.
         cache: one of config.CACHES: where keys and values may lie; see `placements`. On a CPU they lie in the host's
             memory in any case.
@@ -176,7 +176,7 @@ class Attention:
         """What a cache of `capacity` tokens may be, best first.
 
         Sketches that are not asked for are there where they make decode steps faster, if they fit, and where keys are
-        far, which no step could look at without them.
+        far, which a step could not score without them.
         """
         c = self.model
         sketches = far_sketches = [self.sketched]
@@ -379,10 +379,10 @@ class Attention:
                 k_rotated_GND[:, part] = k_TGD.transpose(0, 1)
 
     def sketch_keys(self, cache: KVCache) -> None:
-        """Before a decode step: sketches of all cached keys, if the step looks at one that has none.
+        """Before a decode step: sketches of all cached keys, if the step reads one that has none.
 
         That is once for every local_size steps, since a step does not search its local part; chunks of a prompt do not
-        look at sketches.
+        read sketches.
         """
         searches = cache.seq_len >= self.dense_size  # with the step's own token it is more than dense_size
         if cache.sketched and searches and cache.sketched_len + self.config.local_size <= cache.seq_len:

@@ -97,7 +97,7 @@ class KVCache:
     `winners` are those of the last R = `recent_size` tokens, int32 [L, R, H, K], each at its position modulo R: what
     votes with a token that is read by itself (minirea.kernels.winners_shape). -1 in the rows of tokens that are not
     there or have none.
-    `sketches` are int8 copies of `k` for decode steps to look at, None in layers without; those of the first
+    `sketches` are int8 copies of `k` for decode steps to read, None in layers without; those of the first
     `sketched_len` tokens are filled.
 
     Args:

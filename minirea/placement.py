@@ -13,7 +13,7 @@ class Placement(NamedTuple):
     """What a cache is made of, and how much of it is far: in the host's memory, which kernels reach by its address.
 
     Attributes:
-        sketched: layers from FIRST_SKETCHED_LAYER on have sketches for decode steps to look at.
+        sketched: layers from FIRST_SKETCHED_LAYER on have sketches for decode steps to read.
         far_values: so many layers have their values far, the last ones.
         far_keys: so many have their keys far, of those with a sketch, at even distances, so that a prompt's step can
             bring the keys of one while it attends in those between.
@@ -50,7 +50,7 @@ def placements(
     """What a cache may be, best first.
 
     All on the device before anything else; then values on the host, of as few layers as need be, and then keys, whose
-    layers a decode step looks at by their sketches.
+    layers a decode step searches by their sketches.
 
     Args:
         cache: one of config.CACHES; "host" has the values of all layers there.

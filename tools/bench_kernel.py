@@ -148,9 +148,9 @@ class Layer:
 
     def decode_bytes(self, seq_len: int, scope: float, sketch_bytes: int | None = None) -> dict[str, float]:
         """What a decode step must read: keys of the middle or their sketches, keys and values of the scope."""
-        looked_at = self.num_kv_heads * sketch_bytes if sketch_bytes else self.key_bytes
+        scored = self.num_kv_heads * sketch_bytes if sketch_bytes else self.key_bytes
         return {
-            "score, pick": (seq_len - self.edge) * looked_at,
+            "score, pick": (seq_len - self.edge) * scored,
             "attend, local part": 2 * self.config.local_size * self.key_bytes,
             "attend, far part": 2 * (scope - self.config.local_size) * self.key_bytes,
         }

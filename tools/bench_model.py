@@ -76,7 +76,7 @@ def add_command(subparsers: Any) -> argparse.ArgumentParser:
         help="read only the last N chunks of those prompts, over random keys and values: the speed at that depth",
     )
     parser.add_argument("--chunk-size", type=int, metavar="N", help="prompt tokens per step of minirea")
-    sketch = "decode steps of minirea look at int8 copies of the keys"
+    sketch = "decode steps of minirea read int8 copies of the keys"
     parser.add_argument("--sketch", choices=SKETCHES, default="auto", help=sketch)
     cache = "where keys and values of minirea lie"
     parser.add_argument("--cache", choices=CACHES, default="auto", help=cache)
@@ -329,16 +329,16 @@ class Minirea:
         model = self.llm.model
         c, scope = model.config, model.attention.config.of_decode_step
         weights = model.nbytes - (model.embed.nbytes if model.embed is not model.head else 0)
-        key_bytes = looked_at = c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
+        key_bytes = scored = c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
         if self.session.cache.sketched:
-            looked_at = key_bytes // c.num_layers * FIRST_SKETCHED_LAYER
-            looked_at += all_sketch_bytes(c, 2) - all_sketch_bytes(c, 1)
+            scored = key_bytes // c.num_layers * FIRST_SKETCHED_LAYER
+            scored += all_sketch_bytes(c, 2) - all_sketch_bytes(c, 1)
         if context <= model.attention.dense_size:
             middle, seen = 0, context
         else:
             middle = context - scope.global_size - scope.local_size if scope.span_top_k else 0
             seen = min(context, scope.global_size + scope.max_selected + scope.local_size)
-        return weights + middle * looked_at + 2 * seen * key_bytes - self.host_bytes(context)
+        return weights + middle * scored + 2 * seen * key_bytes - self.host_bytes(context)
 
     def host_bytes(self, context: int) -> int:
         """What a step reads in the host's memory: of the scope all but the local part, as far as it can be selected."""

@@ -356,7 +356,7 @@ def attend_block(
     last_key = length - num_queries + t
     q = load_rows(scratch.q_rot, (chunk * c.G + g) * step.chunk_rows + rows, c.D, mask_m, offs_d, 1, c.D)
     # Row r of the scope is row far_row + r of k_rot if it was copied, else local_row + r. Its value has the same
-    # number, in v_far or in the cache, where those of the local part lie as they are wanted; or it is near.
+    # number, in v_far or in the cache, where those of the local part are consecutive; or it is near.
     far_row = c.G * step.local_rows + (chunk * c.G + g) * step.far_rows
     local_row = g * step.local_rows + chunk_lo - local_lo - num_far
     v_far = scratch.v_far - tl.cast(c.G * step.local_rows, tl.int64) * c.D

@@ -34,7 +34,7 @@ from minirea.kernels.fused.sync import arrive, wait
 from minirea.kernels.fused.vote import sort_winners
 
 # Counters besides that of the barrier: ballots whose winners are sorted, finished slices of each key/value head, and,
-# with a sketch, from SLICES_DONE + G on, slices of each whose sketches were looked at.
+# with a sketch, from SLICES_DONE + G on, slices of each whose sketches were scanned.
 SORTED: tl.constexpr = tl.constexpr(1)
 SLICES_DONE: tl.constexpr = tl.constexpr(2)
 
@@ -104,7 +104,7 @@ def decode_kernel(
                     store_winners(scratch.candidate, out_ptr, 0, c.G * c.GROUP, c.BALLOT_ROWS_PAD, c)
 
     if c.SKETCH:
-        tile_rope = rope_of_a_tile(rope, num_positions, c)  # looking at sketches takes the registers
+        tile_rope = rope_of_a_tile(rope, num_positions, c)  # scanning sketches takes the registers
     if c.ATTENDS and program < workers:
         for unit in range(program, c.G * c.SLICES, workers):
             attend_slice(

@@ -149,7 +149,7 @@ class Layer(NamedTuple):
         return self.decodes(1) and self.config.max_spans <= MAX_ELECTED
 
     def check_sketched(self) -> None:
-        """Raises InputError where one query has no decode kernel, which is the one that looks at sketches."""
+        """Raises InputError where one query has no decode kernel, which is the one that reads sketches."""
         if not self.decodes(1):
             rows, K = self.group if self.by_head else self.num_heads, self.config.span_top_k
             raise InputError(

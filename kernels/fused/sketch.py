@@ -1,7 +1,7 @@
-"""Steps 3 and 4 with half the bytes: keys are looked at as int8, and only those that can win are read.
+"""Steps 3 and 4 with half the bytes: keys are read as int8, and in full only those that can win.
 
 minirea.kernels.sketch has the bounds. One pass over a slice's sketches keeps every key tile that may hold a survivor;
-then the slices of a head tell each other their best bounds; then the survivors are found, and scored as `score` would.
+then the slices of a head exchange their best bounds; then the survivors are found, and scored as `score` would.
 A slice with more survivors than there is room for, as with many equal keys, is scored by `score` itself.
 
 P is the number of query heads of a key/value head, padded; a matrix of 2P rows holds the two parts of their integers.

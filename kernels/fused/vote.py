@@ -126,7 +126,7 @@ def elect(
     """Write the kept positions of [lo, hi), which is one part of the middle, ascending, to their places in kept_ptr.
 
     All positions with more than the needed votes are kept, and of those with exactly the needed ones the lowest, as
-    many as there is room for. The tallies of the parts before this one tell where to go on. Zeroes the counts, unless
+    many as there is room for. The tallies of the parts before this one say where to begin. Zeroes the counts, unless
     later layers go on with them.
     """
     offs_part = tl.arange(0, PARTS_PAD)

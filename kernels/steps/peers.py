@@ -3,8 +3,8 @@
     add_sums   every rank's partial sums -> x
     gather     every rank's values -> all of them, on every rank
 
-A program works on one block and needs only the programs of the other ranks that work on the same block: it tells them
-that it has got so far, and waits until they say the same. Flags and turns only grow. Memory that another rank reads or
+A program works on one block and needs only the programs of the other ranks that work on the same block: it sets its
+flag on every rank, and waits until theirs are set here. Flags and turns only grow. Memory that another rank reads or
 writes is used again only two turns later, when the turn between them has shown that it has finished.
 
 Letters: E model width, M values of one rank, R ranks.
