@@ -17,6 +17,8 @@ from minirea.cli.parser import make_parser
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "weights" / "demo"
 NEEDLE = DEMO / "prompts" / "needle-16k.txt"
+# pytest-benchmark, where it is installed, refuses to start in a worker of pytest-xdist.
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark")
 
 
 def bare(tmp_path: Path, *command: str, typed: str = "") -> subprocess.CompletedProcess[str]:
@@ -76,7 +78,7 @@ def test_a_part_of_the_suite(tmp_path: Path) -> None:
         "-k",
         "not random_shapes and not property and not earlier_layers and not transformers",
     ]
-    run = bare(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *suite)
+    run = bare(tmp_path, *PYTEST, *options, *suite)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
@@ -96,6 +98,6 @@ def test_the_demo_on_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_a_part_of_the_gpu_suite(tmp_path: Path) -> None:
     suite = [str(path) for path in sorted(ROOT.glob("tests/kernels/test_gpu_*.py"))]
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", "driver or matvec or rows", *suite)
+    command = (*PYTEST, "-m", "gpu", "-k", "driver or matvec or rows", *suite)
     run = bare(tmp_path, *command)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

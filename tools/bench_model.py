@@ -365,7 +365,7 @@ def fill_randomly(model: Any, cache: Any, context: int) -> Iterator[None]:
         tensor.normal_()
     cache.filled(context)
     cache.sketched_len = 0
-    if cache.recent_size:  # as many places as there can be, which real ones are not
+    if cache.recent_size and context:  # as many places as there can be, which real ones are not
         cache.winners.random_(0, context)
     yield
 

@@ -149,7 +149,8 @@ def test_a_launch_is_on_the_device_of_its_tensors() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_device_that_is_made_the_only_one() -> None:
     """The second GPU, as the first that the process can see."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "graph or threads", __file__]
+    plugins = ["-p", "no:cacheprovider", "-p", "no:benchmark"]
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, "-k", "graph or threads", __file__]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]

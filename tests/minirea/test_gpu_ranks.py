@@ -19,6 +19,7 @@ from processes import family, follower_of, wait_for
 from testing import random_ids, tiny_model, write_checkpoint
 
 import minirea
+from minirea.evaluation.text.diary import generate_text
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,10 +32,15 @@ RUNS = int(os.environ.get("MINIREA_RUNS", "20"))
 
 
 def test_the_demo_models_text_is_that_of_one_gpu() -> None:
-    """500 tokens after prompts of five lengths, in graphs, sums by memory that both GPUs reach where they do."""
+    """500 tokens after prompts of five lengths, in graphs, sums by memory that both GPUs reach where they do.
+
+    Text, since among so many random tokens some keys have scores so near to each other that rounding, which depends on
+    the number of ranks, decides what is selected.
+    """
     one, two = (minirea.load(DEMO, dtype="float32", gpus=gpus) for gpus in (1, 2))
+    text_ids = one.encode(generate_text(0, 240_000))
     for length in (1, 100, 700, 3000, 40_000):
-        ids = random_ids(length, one.config.vocab_size, seed=length)
+        ids = text_ids[:length]
         expected, found = (llm.generate(ids, max_tokens=500, ignore_eos=True) for llm in (one, two))
         assert found.token_ids == expected.token_ids, length
         assert found.stats.scope == expected.stats.scope

@@ -181,6 +181,15 @@ def test_shape(measure: BenchRun) -> None:
     assert (prefill["context"], prefill["prefill_tokens"]) == (2000, 600)
 
 
+@pytest.mark.usefixtures("engines")
+def test_a_shape_whose_tokens_vote_together(measure: BenchRun) -> None:
+    """Its cache keeps winners: those of random keys are anywhere, and a prompt begins with none."""
+    shape = ["--shape", "smollm2-135m", "--layers", "1", "--contexts", "20", "--tokens", "2"]
+    decode, prefill = measure("model", *shape, "--prefill", "40", "--engines", "minirea")["rows"]
+    assert decode["decode_ms"] > 0
+    assert prefill["prefill_tokens"] == 40
+
+
 def test_an_engine_that_is_not_there_is_skipped_with_the_reason(
     tmp_path: Path, measure: BenchRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
