@@ -119,6 +119,16 @@ def test_dependencies_run_one_way(path: Path) -> None:
     assert ours <= allowed | public
 
 
+def test_functions_have_at_most_80_lines_and_25_parameters() -> None:
+    """Docstrings and the entries of kernels count."""
+    for path in (*SOURCES, *sorted((ROOT / "tools").glob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                first, last = min(one.lineno for one in (node, *node.decorator_list)), node.end_lineno or 0
+                parameters = [one for one in ast.walk(node.args) if isinstance(one, ast.arg)]
+                assert last - first < 80 and len(parameters) <= 25, f"{path}: {node.name}"
+
+
 def test_the_twins_and_the_kernel_do_not_know_each_other() -> None:
     assert not any(name.startswith("triton") for name in imports(ROOT / "kernels" / "reference.py"))
     fused = {name for path in (ROOT / "kernels" / "fused").glob("*.py") for name in imports(path)}
