@@ -126,19 +126,19 @@ def reattention(
     if impl == "torch" or not isinstance(seq_len, torch.Tensor) or seq_len.device != q_THD.device:
         seq_len = int(seq_len)
         _check_lengths(T, chunk_size, seq_len, k_cache_GND.shape[1], config)
-    longest = seq_len if isinstance(seq_len, int) else k_cache_GND.shape[1]
-    _check_tables(cos, min(longest, config.max_scope + T - chunk_size))
+    _check_tables(cos, seq_len, k_cache_GND.shape[1], config.max_scope + T - chunk_size)
     tensors = q_THD, k_cache_GND, v_cache_GND
-    options = cos, sin, config, return_selection, chunk_size, gather, sketch, votes
+    options: dict[str, Any] = {"return_selection": return_selection, "chunk_size": chunk_size, "gather": gather}
+    options |= {"sketch": sketch, "votes": votes, "winners": winners}
     if impl == "torch":
         from minirea.kernels.reference import reattention_reference
 
         with torch.autocast(q_THD.device.type, enabled=False):  # the caller's products may be; these are not
-            out_THD, selection = reattention_reference(*tensors, int(seq_len), *options, winners)
+            out_THD, selection = reattention_reference(*tensors, int(seq_len), cos, sin, config, **options)
     else:
         from minirea.kernels.fused.launch import reattention_triton
 
-        out_THD, selection = reattention_triton(*tensors, seq_len, *options, near, winners)
+        out_THD, selection = reattention_triton(*tensors, seq_len, cos, sin, config, near=near, **options)
     return (out_THD, selection) if return_selection else out_THD
 
 
@@ -465,7 +465,8 @@ def _check_lengths(num_queries: int, chunk_size: int, seq_len: int, capacity: in
         )
 
 
-def _check_tables(cos: torch.Tensor, positions: int) -> None:
+def _check_tables(cos: torch.Tensor, seq_len: int | torch.Tensor, capacity: int, longest_scope: int) -> None:
+    positions = min(longest_scope, seq_len if isinstance(seq_len, int) else capacity)
     if cos.shape[0] < positions:
         raise InputError(
             f"cos and sin have {cos.shape[0]} positions, expected at least {positions}: the scope can get that far"
