@@ -10,6 +10,7 @@ from pathlib import Path
 
 import bench
 import pytest
+import sketch_survivors
 import sweep_tiles
 
 import minirea
@@ -19,14 +20,23 @@ ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CHANGELOG.md", "weights/demo/README.md", "weights/smollm2/README.md"]
 PAGES += ["kernels/README.md", "kernels/NOTEBOOK.md", "kernels/BENCHMARKS.md"]
 README = (ROOT / "README.md").read_text()
+TOOLS = {f"tools/{tool.__name__}.py": tool for tool in (bench, sketch_survivors, sweep_tiles)}
+OURS = ("minirea ", "python tools/")
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
-    text = (ROOT / page).read_text()
-    targets = re.findall(r"\]\(([^)#]+)\)", text)
-    missing = [t for t in targets if not t.startswith("http") and not ((ROOT / page).parent / t).exists()]
-    assert not missing
+    targets = re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", (ROOT / page).read_text())
+    for target, section in targets:
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert target.startswith("http") or file.exists(), target
+        assert not section or target.startswith("http") or section in sections(file), (target, section)
+
+
+def sections(page: Path) -> list[str]:
+    """Names of a page's headings, as links have them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def test_functions_on_the_path_of_a_token_exist() -> None:
@@ -38,12 +48,15 @@ def test_functions_on_the_path_of_a_token_exist() -> None:
 
 
 def commands_of(page: str) -> list[list[str]]:
-    """Arguments of every command in a page's bash blocks, without what a shell does with its output."""
+    """Arguments of every command in a page's blocks, without what a shell does with its output."""
     commands: list[list[str]] = [[]]
-    for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+    for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE):
         for line in block.splitlines():
+            command = line.removeprefix("$ ")
+            if kind != "bash" and not command.startswith(OURS):
+                continue  # what it prints, or Python
             commands.append([])
-            words = shlex.shlex(line, posix=True, punctuation_chars=True)
+            words = shlex.shlex(command, posix=True, punctuation_chars=True)
             words.whitespace_split = True
             for word in words:
                 if set(word) <= set("|&;<>"):
@@ -55,14 +68,16 @@ def commands_of(page: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_are_understood(page: str) -> None:
-    """Those of minirea and of bench.py; MODE stands for an attention mode."""
-    for command in commands_of(page):
+    """MODE stands for an attention mode."""
+    commands = commands_of(page)
+    for command in commands:
         if command[0] == "minirea":
             make_parser().parse_args(["full" if word == "MODE" else word for word in command[1:]])
-        elif command[:2] == ["python", "tools/bench.py"]:
-            bench.parser().parse_args(command[2:])
-        elif command[:2] == ["python", "tools/sweep_tiles.py"]:
-            sweep_tiles.parser().parse_args(command[2:])
+        elif command[0] == "python" and command[1] in TOOLS:
+            TOOLS[command[1]].parser().parse_args(command[2:])
+        elif command[0] == "python" and command[1] != "-m":
+            assert (ROOT / command[1]).exists(), command
+    assert commands or not re.search(r"^(\$ )?(minirea|python) ", (ROOT / page).read_text(), re.MULTILINE)
 
 
 def flags(command: argparse.ArgumentParser) -> Iterator[argparse.Action]:
