@@ -18,6 +18,7 @@ from minirea.errors import InputError, MinireaError, printable
 from minirea.files import read_file
 from minirea.generate import Interrupted, Piece
 from minirea.terminal import Interrupts, put, say
+from minirea.threads import delayed_keyboard_interrupt
 
 Message = dict[str, str]
 
@@ -70,11 +71,13 @@ class Conversation:
         Raises:
             InputError: what was saved with it is no conversation; this one stays as it is.
         """
+        messages, base, pending, documents = _saved_conversation(session)
         kept = _saved_manner(session) or self.asked_for
-        self.messages, self.base, self.pending, self.documents = _saved_conversation(session)
-        free = not self.messages and not self.pending and self.asked_for != Manner()
-        self.manner = self.asked_for if free else kept
-        self.session = session
+        free = not messages and not pending and self.asked_for != Manner()
+        with delayed_keyboard_interrupt():
+            self.messages, self.base, self.pending, self.documents = messages, base, pending, documents
+            self.manner = self.asked_for if free else kept
+            self.session = session
 
     @property
     def llm(self) -> LLM:
@@ -98,16 +101,13 @@ class Conversation:
 
     def add_document(self, text: str, name: str = "the document", progress: bool = False) -> Document:
         """Put a text before the next message, and read it; `tokens` of what is returned are those that were read."""
-        before, self.pending = self.pending, f"{self.pending}{text}\n\n"
-        try:
+        with self._whole():
+            self.pending += f"{text}\n\n"
             ids = self._forget_what_differs(self._beginning())
             if ids:
                 self.session.prefill(ids, progress)
-        except BaseException:
-            self.pending = before
-            raise
-        document = Document(name, len(text) + 2, len(ids))
-        self.documents[-1].append(document)
+            document = Document(name, len(text) + 2, len(ids))
+            self.documents[-1].append(document)
         return document
 
     def stream(self, text: str, **options: Any) -> Iterator[Piece]:
@@ -115,7 +115,7 @@ class Conversation:
 
         A KeyboardInterrupt that is thrown in ends the answer; the last piece then has finish_reason "interrupted".
         """
-        message, answer, pending = self._message(text), "", self.pending
+        message, answer = self._message(text), ""
         ids = self._forget_what_differs(self._ids([*self.messages, message]), keep=1)
         pieces = self.session.stream(ids, **options)
         try:
@@ -134,13 +134,12 @@ class Conversation:
             elif not answer:
                 raise
         finally:
-            pieces.close()
-            if answer:
-                self.messages += [message, {"role": "assistant", "content": answer}]
-                self.pending = ""
-                self.documents.append([])
-            else:
-                self.pending = pending
+            with delayed_keyboard_interrupt():
+                pieces.close()
+                if answer:
+                    self.messages += [message, {"role": "assistant", "content": answer}]
+                    self.pending = ""
+                    self.documents.append([])
 
     def undo(self) -> Document | Message | None:
         """Take the last step back, and return it: a document that no message has yet, or a message with its answer.
@@ -310,7 +309,7 @@ class Chat:
         self.worded = worded
         self.progress = progress
         self.last: Piece | None = None
-        self.failed = False
+        self.failed = self.ended = False
         self.in_terminal = sys.stdin is not None and sys.stdin.isatty()
 
     def run(self) -> int:
@@ -321,63 +320,71 @@ class Chat:
                 import readline  # noqa: F401  input() edits lines with it, and remembers them
             if self.progress:
                 say("minirea: /help lists what there is besides messages; Ctrl-D ends")
-        self._tell_differences()
-        while (line := self._read_line()) is not None:
+        for line in self.conversation.differences:
+            say(f"minirea: {line}")
+        while not self.ended:
             try:
-                if not self._take(line):
-                    break
-            except MinireaError as error:
-                say(f"minirea: error: {self.worded(str(error))}")
-                self.failed = True
-        return 1 if self.failed and not self.in_terminal else 0
-
-    def _read_line(self) -> str | None:
-        """A line without its end; None at the end of input."""
-        while True:
-            try:
-                if self.in_terminal and sys.stdout is not None and sys.stdout.isatty():
-                    return input("> ")
-                if self.in_terminal:
-                    say("> ")
-                line = sys.stdin.buffer.readline(_LINE_LIMIT) if sys.stdin is not None else b""
-                return line.decode("utf-8", "surrogateescape").rstrip("\r\n") if line else None
-            except EOFError:
-                say("")
-                return None
-            except OSError as error:
-                raise InputError(f"standard input: cannot be read: {error.strerror}") from None
+                self._take_next()
             except KeyboardInterrupt:
                 if not self.in_terminal:
                     raise
                 say("\n(Ctrl-D or /exit ends)")
+        return 1 if self.failed and not self.in_terminal else 0
 
-    def _take(self, line: str) -> bool:
-        """Do what a line says; whether to go on."""
+    def _take_next(self) -> None:
+        """Do what the next line says."""
+        line = self._read_line()
+        if line is None:
+            self.ended = True
+            return
+        try:
+            self._take(line)
+        except MinireaError as error:
+            say(f"minirea: error: {self.worded(str(error))}")
+            self.failed = True
+
+    def _read_line(self) -> str | None:
+        """A line without its end; None at the end of input."""
+        try:
+            if self.in_terminal and sys.stdout is not None and sys.stdout.isatty():
+                return input("> ")
+            if self.in_terminal:
+                say("> ")
+            line = sys.stdin.buffer.readline(_LINE_LIMIT) if sys.stdin is not None else b""
+            return line.decode("utf-8", "surrogateescape").rstrip("\r\n") if line else None
+        except EOFError:
+            say("")
+            return None
+        except OSError as error:
+            raise InputError(f"standard input: cannot be read: {error.strerror}") from None
+
+    def _take(self, line: str) -> None:
+        """Do what a line says."""
         if not line.strip():
-            return True
+            return
         if not line.isascii() and any("\ud800" <= character <= "\udfff" for character in line):
             raise InputError(f"standard input: not UTF-8 text: {line!r:.80}")
         if not line.startswith("/") or line.startswith("//"):
             self._answer(line[1:] if line.startswith("/") else line)
-            return True
+            return
         name, _, argument = line[1:].strip().partition(" ")
-        if name in ("exit", "quit"):
-            return False
-        command = COMMANDS.get(name)
+        command = COMMANDS.get("exit" if name == "quit" else name)
         if command is None:
-            raise InputError(f"unknown command /{name}, expected one of {', '.join(f'/{name}' for name in COMMANDS)}")
+            expected = ", ".join(f"/{name}" for name in COMMANDS)
+            raise InputError(f"unknown command /{printable(name, 80)}, expected one of {expected}")
         does, needs, _ = command
         if bool(needs) != bool(argument.strip()):
             raise InputError(f"/{name} " + (f"{needs}: a name is missing" if needs else "takes nothing after it"))
         try:
-            does(self, os.path.expanduser(argument.strip()))
+            done = does(self, os.path.expanduser(argument.strip()))
         except KeyboardInterrupt:
-            say("\nminirea: interrupted; the conversation is as it was")
-        return True
+            done = "\nminirea: interrupted; the conversation is as it was"
+        if done:
+            say(done)
 
     def _answer(self, text: str) -> None:
         pieces = self.conversation.stream(text, progress=self.progress, **self.options)
-        said = ended = False
+        said, ended, before = False, False, len(self.conversation.messages)
         try:
             for piece in pieces:
                 self.last, said = piece, True
@@ -397,7 +404,9 @@ class Chat:
             self.interrupts.resume()
         if said:
             put("\n")
-        if ended and self.in_terminal:
+        if said and len(self.conversation.messages) == before:
+            say("minirea: the answer has no text; the message is forgotten")
+        elif ended and self.in_terminal:
             say("(interrupted; what was said is kept)")
 
     def _end_early(self, pieces: Any) -> None:
@@ -405,25 +414,26 @@ class Chat:
             self.last = pieces.throw(KeyboardInterrupt)
             put(self.last.text)
 
-    def _reset(self, _: str) -> None:
+    # Commands, each of which returns what is to be said once it is done.
+
+    def _reset(self, _: str) -> str:
         self.conversation.reset()
         self.last = None
-        say("minirea: everything said is forgotten, and every document")
+        return "minirea: everything said is forgotten, and every document"
 
-    def _undo(self, _: str) -> None:
+    def _undo(self, _: str) -> str:
         undone = self.conversation.undo()
         if isinstance(undone, Document):
-            say(f"minirea: {undone} is forgotten")
-        elif undone is not None:
-            say(f"minirea: the last message and its answer are forgotten{self._to_come()}")
-        else:
-            say("minirea: nothing was said yet, and no document was read")
+            return f"minirea: {undone} is forgotten"
+        if undone is not None:
+            return f"minirea: the last message and its answer are forgotten{self._to_come()}"
+        return "minirea: nothing was said yet, and no document was read"
 
-    def _save(self, path: str) -> None:
+    def _save(self, path: str) -> str:
         self.conversation.save(path, self.progress)
-        say(f"minirea: {len(self.conversation.session.ids):,} tokens kept in {path}")
+        return f"minirea: {len(self.conversation.session.ids):,} tokens kept in {printable(path)}"
 
-    def _load(self, path: str) -> None:
+    def _load(self, path: str) -> str:
         session = self.conversation.llm.open_session(path, progress=self.progress)
         try:
             self.conversation.open(session)
@@ -432,19 +442,15 @@ class Chat:
         self.last = None
         said = len(self.conversation.messages) // 2
         answers = f"{said} answer{'s' * (said != 1)} among them"
-        say(f"minirea: {len(session.ids):,} tokens, {answers}, opened from {path}{self._to_come()}")
-        self._tell_differences()
-
-    def _tell_differences(self) -> None:
-        for line in self.conversation.differences:
-            say(f"minirea: {line}")
+        opened = f"{len(session.ids):,} tokens, {answers}, opened from {printable(path)}{self._to_come()}"
+        return "\n".join(f"minirea: {line}" for line in (opened, *self.conversation.differences))
 
     def _to_come(self) -> str:
         """What the next message begins with."""
         documents = self.conversation.documents[-1]
         return f"; the next message begins with {', '.join(map(str, documents))}" if documents else ""
 
-    def _file(self, path: str) -> None:
+    def _file(self, path: str) -> str:
         try:
             text = read_file(path, _DOCUMENT_LIMIT, "a document", pipes=True).decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -454,28 +460,33 @@ class Chat:
         if not text:
             raise InputError(f"{path}: is empty, expected some text")
         document = self.conversation.add_document(text, path, self.progress)
-        say(f"minirea: {document.tokens:,} tokens of {path} read, which the next message begins with")
+        return f"minirea: {document.tokens:,} tokens of {printable(path)} read, which the next message begins with"
 
-    def _stats(self, _: str) -> None:
+    def _stats(self, _: str) -> str:
         tokens = len(self.conversation.session.ids)
         messages = len(self.conversation.messages)
-        say(f"context     {tokens:,} tokens, {messages} message{'s' * (messages != 1)}{self._to_come()}")
-        if self.last is not None:
-            say(self.footer(self.last.stats, self.last.finish_reason))
+        context = f"context     {tokens:,} tokens, {messages} message{'s' * (messages != 1)}{self._to_come()}"
+        return context if self.last is None else f"{context}\n{self.footer(self.last.stats, self.last.finish_reason)}"
 
-    def _sources(self, _: str) -> None:
-        for number, source in enumerate(self.conversation.session.sources(SOURCES), 1):
-            start, end, share, text = source
-            say(f"{number}. {share:4.0%}  tokens {start:,} to {end:,}: {printable(' '.join(text.split()), 160)}")
+    def _sources(self, _: str) -> str:
+        found = self.conversation.session.sources(SOURCES)
+        lines = (
+            f"{number}. {share:4.0%}  tokens {start:,} to {end:,}: {printable(' '.join(text.split()), 160)}"
+            for number, (start, end, share, text) in enumerate(found, 1)
+        )
+        return "\n".join(lines) or "minirea: the answer used nothing before the question"
 
-    def _help(self, _: str) -> None:
-        for name, (_does, needs, about) in COMMANDS.items():
-            say(f"{f'/{name} {needs}':<12} {about}")
-        say(f"{'/exit':<12} end, as the end of input does\n{'//TEXT':<12} a message that begins with a slash")
+    def _help(self, _: str) -> str:
+        lines = [f"{f'/{name} {needs}':<12} {about}" for name, (_does, needs, about) in COMMANDS.items()]
+        return "\n".join([*lines, f"{'//TEXT':<12} a message that begins with a slash"])
+
+    def _exit(self, _: str) -> str:
+        self.ended = True
+        return ""
 
 
 # What each command does, what it needs and what /help says of it.
-COMMANDS: Final[dict[str, tuple[Callable[[Chat, str], None], str, str]]] = {
+COMMANDS: Final[dict[str, tuple[Callable[[Chat, str], str], str, str]]] = {
     "file": (Chat._file, "FILE", "read a document, which the next message begins with"),
     "undo": (Chat._undo, "", "forget the last message and its answer, or the document read since"),
     "reset": (Chat._reset, "", "forget everything that was said, and every document"),
@@ -484,4 +495,5 @@ COMMANDS: Final[dict[str, tuple[Callable[[Chat, str], None], str, str]]] = {
     "sources": (Chat._sources, "", "passages that the last answer used most"),
     "stats": (Chat._stats, "", "sizes and speed of the last answer"),
     "help": (Chat._help, "", "this list"),
+    "exit": (Chat._exit, "", "end, as the end of input does"),
 }

@@ -171,6 +171,8 @@ def replacing(path: str | Path) -> Iterator[FileIO]:
         if isinstance(error, (InputError, MissingFileError)):
             raise
         reason = error.strerror if isinstance(error, OSError) else "no name that a file can have"
+        if isinstance(error, OSError) and not target.parent.is_dir():
+            reason = f"{Path(path).parent} is no directory"
         raise InputError(f"{path}: cannot be written: {reason}") from None
 
 

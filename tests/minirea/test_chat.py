@@ -20,8 +20,9 @@ import pytest
 from testing import tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
-from minirea.chat import Conversation, Document
+from minirea.chat import Chat, Conversation, Document
 from minirea.cli import main
+from minirea.terminal import Interrupts
 
 SCOPE = {"local_size": 24, "global_size": 4, "max_spans": 4, "chunk_size": 16, "dense_size": 60}
 FLAGS = [word for name, value in SCOPE.items() for word in ("--" + name.replace("_", "-"), str(value))]
@@ -365,6 +366,8 @@ def test_commands_that_cannot_be_done_are_one_line_each_and_the_rest_goes_on(mod
         "/": "unknown command /,",
         "/save": "/save FILE: a name is missing",
         "/undo 3": "/undo takes nothing after it",
+        "/exit now": "/exit takes nothing after it",
+        "/\x1b[31m": r"unknown command /\x1b[31m,",
         "/save /none/a": "/none/a: not saved: the context is empty",
         "/load /none/a": "/none/a: no such file",
         f"/load {tmp_path}/latin": "is no context, expected",
@@ -456,6 +459,35 @@ def test_in_a_terminal(model: Path, tmp_path: Path) -> None:
     session = minirea.load(model, **SCOPE).open_session(tmp_path / "a.ctx")
     messages = json.loads(session.notes["messages"])
     assert [message["role"] for message in messages] == ["user", "assistant"] and messages[1]["content"]
+
+
+@pytest.mark.parametrize("shown", range(9))
+def test_ctrl_c_while_a_line_is_shown_ends_no_chat(llm: minirea.LLM, tmp_path: Path, shown: int) -> None:
+    """In a terminal; and what a command has done by then is not said to be undone."""
+    options = {"max_tokens": 3, "ignore_eos": True}
+    talk = Chat(Conversation(llm.session()), Interrupts(), options, lambda *_: "", str, progress=False)
+    talk.in_terminal = True
+    (tmp_path / "doc").write_text("some words")
+    lines = ["hello", f"/file {tmp_path}/doc", "/undo", "/foo", "/stats", f"/save {tmp_path}/a", "/undo", "/exit"]
+    told: list[str] = []
+
+    def strike(text: str) -> None:
+        told.append(text)
+        if len(told) == shown:
+            raise KeyboardInterrupt
+
+    with mock.patch.object(talk, "_read_line", side_effect=lines), mock.patch("minirea.chat.say", strike):
+        with redirect_stdout(io.StringIO()):
+            assert talk.run() == 0
+    assert talk.ended and talk.conversation.messages == [] and not any("as it was" in text for text in told)
+    assert sum("forgotten" in text for text in told) == 2 and (tmp_path / "a").exists()
+
+
+def test_an_answer_without_text_is_told(model: Path) -> None:
+    with mock.patch("minirea.generate.TextOfTokens.put", lambda *_: ""):
+        out, err = chat(model, "hello\n/stats\n")
+    assert out == "\n"
+    assert err.startswith("minirea: the answer has no text; the message is forgotten\ncontext") and " 0 messages" in err
 
 
 def test_ctrl_c_in_a_pipe_between_two_lines(model: Path) -> None:
