@@ -133,6 +133,15 @@ def unreadable(path: str | Path, error: OSError | ValueError) -> InputError | Mi
     return InputError(f"{path}: cannot be read: {error.strerror}")
 
 
+def unwritable(path: str | Path, error: OSError | ValueError) -> InputError:
+    """The error to raise for `path` when the system's was `error`."""
+    if isinstance(error, ValueError):  # a NUL in the name
+        return InputError(f"{path}: no name that a file can have")
+    parent = Path(path).parent
+    reason = error.strerror if os.path.isdir(os.path.realpath(parent)) else f"{parent} is no directory"
+    return InputError(f"{path}: cannot be written: {reason}")
+
+
 def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
@@ -170,10 +179,7 @@ def replacing(path: str | Path) -> Iterator[FileIO]:
     except (OSError, ValueError) as error:
         if isinstance(error, (InputError, MissingFileError)):
             raise
-        reason = error.strerror if isinstance(error, OSError) else "no name that a file can have"
-        if isinstance(error, OSError) and not target.parent.is_dir():
-            reason = f"{Path(path).parent} is no directory"
-        raise InputError(f"{path}: cannot be written: {reason}") from None
+        raise unwritable(path, error) from None
 
 
 def replace_file(path: str | Path, content: bytes) -> None:

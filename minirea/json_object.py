@@ -30,8 +30,11 @@ class JsonObject:
     def parse(cls, text: bytes, source: str) -> Self:
         """The object that JSON text holds. Raises InputError naming `source`."""
         try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:  # bad syntax and bad UTF-8 are both ValueErrors
+            values = json.loads(text.decode("utf-8-sig", "surrogatepass"))
+        except UnicodeDecodeError as error:
+            found = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+            raise InputError(f"{source}: not UTF-8 text: found {found}") from None
+        except (ValueError, RecursionError) as error:
             found = str(error)
             if isinstance(error, json.JSONDecodeError) and b"\n" not in text:  # whose line `source` may name
                 found = f"{error.msg.removesuffix(' at')} at column {error.colno}"

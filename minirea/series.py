@@ -14,10 +14,10 @@ import stat
 from typing import Any, Final, NamedTuple
 
 from minirea.errors import InputError
-from minirea.files import read_file, unreadable
+from minirea.files import check_regular, read_file, unwritable
 from minirea.json_object import JsonObject
 
-_LIMIT: Final = 2**30  # bytes of a file of questions, or of answers
+LIMIT: Final = 2**30  # bytes of a file of questions, or of answers
 _EXAMPLE: Final = '{"id": 1, "prompt": "Who?"}'
 
 
@@ -29,26 +29,29 @@ class Question(NamedTuple):
     source: str
 
 
-def read_questions(path: str) -> list[Question]:
-    """The questions of a JSON Lines file, {"id": ..., "prompt": ...} each; empty lines are none.
+def questions_in(data: bytes, name: str) -> list[Question]:
+    """The questions of a text of JSON Lines, {"id": ..., "prompt": ...} each; empty lines are none.
+
+    Args:
+        name: of the text, for messages.
 
     Raises:
-        MissingFileError, InputError: no such file, or a line that is no question, or an id that is there twice.
+        InputError: a line that is no question, or an id that is there twice.
     """
     questions = []
-    for number, line in enumerate(read_file(path, _LIMIT, "questions", pipes=True).split(b"\n"), 1):
+    for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
-        source = f"{path}: line {number}"
+        source = f"{name}: line {number}"
         line_object = JsonObject.parse(line, source)
-        name, prompt = line_object.values.get("id"), line_object.values.get("prompt")
-        if isinstance(name, bool) or not isinstance(name, (str, int)):
+        question_id, prompt = line_object.values.get("id"), line_object.values.get("prompt")
+        if isinstance(question_id, bool) or not isinstance(question_id, (str, int)):
             raise line_object.fail("id", "a string or an integer that names the answer, as in " + _EXAMPLE)
         if not isinstance(prompt, str) or not prompt:
             raise line_object.fail("prompt", "some text, as in " + _EXAMPLE)
-        questions.append(Question(name, prompt, source))
+        questions.append(Question(question_id, prompt, source))
     if not questions:
-        raise InputError(f"{path}: holds no questions, expected lines such as {_EXAMPLE}")
+        raise InputError(f"{name}: holds no questions, expected lines such as {_EXAMPLE}")
     check_ids(questions)
     return questions
 
@@ -82,12 +85,14 @@ class Answers:
         """
         self.path = path
         self.keys: dict[str | int, str] = {}
+        if os.path.lexists(path):
+            check_regular(path, "answers")
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
         except (OSError, ValueError) as error:
-            raise unreadable(path, error) from None
+            raise unwritable(path, error) from None
         try:
-            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):  # another one by now
                 raise InputError(f"{path}: is no regular file, expected one for the answers")
             self._lock()
             self._read()
@@ -129,7 +134,7 @@ class Answers:
             pass
 
     def _read(self) -> None:
-        data = read_file(self.path, _LIMIT, "answers")
+        data = read_file(self.path, LIMIT, "answers")
         whole = data.rfind(b"\n") + 1
         for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
             source = f"{self.path}: line {number}"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from minirea.api import ModelFiles, Session
     from minirea.context import StoredContext
     from minirea.evaluation import Evaluation
-    from minirea.series import Question
+    from minirea.series import Answers, Question
 
 _LOAD_OPTIONS: Final = (
     "device",
@@ -93,7 +93,7 @@ def _look_back(session: Session, prompt: str, answer: Answer, arguments: argpars
 
 def run_series(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     """`minirea generate` for several prompts: each follows the context, if there is one, and no other prompt."""
-    from minirea.series import Answers, key_of
+    from minirea.series import key_of
 
     questions, options = questions_of(arguments), _generation_options(arguments)
     files, context = _read_model(arguments)
@@ -107,7 +107,7 @@ def run_series(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
         return print_plan(files, prompt_tokens, arguments)
     origin, context_key = files.origin(), key_of(context.ids if context else [])
     settings = origin.model, origin.settings, context_key, options
-    with Answers(arguments.answers) if arguments.answers else contextlib.nullcontext() as answers:
+    with _answers_in(arguments.answers) if arguments.answers else contextlib.nullcontext() as answers:
         keys = [key_of(*settings, ids) for ids in prompts]
         left = [i for i, key in enumerate(keys) if answers is None or not answers.has(questions[i], key)]
         if left:
@@ -124,6 +124,15 @@ def run_series(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     if not left and not arguments.quiet:
         say(f"minirea: {len(questions)} of {len(questions)} are answered in {arguments.answers}")
     return 0
+
+
+def _answers_in(path: str) -> Answers:
+    from minirea.series import Answers
+
+    try:
+        return Answers(path)
+    except MinireaError as error:
+        raise type(error)(f"--out {error}") from None
 
 
 def _encode_question(

@@ -78,7 +78,7 @@ def add_input(parser: argparse.ArgumentParser, several: bool = False) -> None:
     source.add_argument("--text", metavar="STRING", help="the prompt itself (one of these is required)")
     parser.set_defaults(prompts=[], questions=None, answers=None)
     if several:
-        questions = 'JSON Lines of {"id": ..., "prompt": ...}: one line of JSON for each'
+        questions = 'JSON Lines of {"id": ..., "prompt": ...}, or - for standard input: one line of JSON for each'
         source.add_argument("--questions", metavar="FILE", help=questions)
         out = "of several answers: where they go; those there are not redone"
         parser.add_argument("--out", dest="answers", metavar="FILE", help=out)

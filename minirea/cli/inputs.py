@@ -54,7 +54,7 @@ def read_prompt(arguments: argparse.Namespace) -> str:
     else:
         source = "--prompt " + ("standard input" if arguments.prompt == "-" else arguments.prompt)
         try:
-            raw = _prompt_bytes(arguments.prompt).removeprefix(codecs.BOM_UTF8)
+            raw = _bytes_of(arguments.prompt, PROMPT_LIMIT, "a prompt").removeprefix(codecs.BOM_UTF8)
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{source}: not UTF-8 text: found {_found_byte(error)}") from None
@@ -69,24 +69,25 @@ def _found_byte(error: UnicodeDecodeError) -> str:
     return f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
 
 
-def _prompt_bytes(path: str) -> bytes:
+def _bytes_of(path: str, limit_bytes: int, what: str) -> bytes:
+    """Of a file, or of standard input where it is "-"; `what` is expected there, for messages."""
     if path != "-":
-        return read_file(path, PROMPT_LIMIT, "a prompt", pipes=True)
+        return read_file(path, limit_bytes, what, pipes=True)
     if sys.stdin is None:
-        raise InputError("standard input: is closed, expected the prompt's text")
+        raise InputError(f"standard input: is closed, expected {what}")
     try:
-        return read_all(sys.stdin.buffer, PROMPT_LIMIT, "standard input", "a prompt")
+        return read_all(sys.stdin.buffer, limit_bytes, "standard input", what)
     except OSError as error:
         raise InputError(f"standard input: cannot be read: {error.strerror}") from None
 
 
 def questions_of(arguments: argparse.Namespace) -> list[Question]:
     """The prompts of a series: those of --questions, or of every --prompt. Errors as of read_prompt."""
-    from minirea.series import Question, check_ids, read_questions
+    from minirea.series import LIMIT, Question, check_ids, questions_in
 
-    if arguments.questions is not None:
+    if (path := arguments.questions) is not None:
         try:
-            read = read_questions(arguments.questions)
+            read = questions_in(_bytes_of(path, LIMIT, "questions"), "standard input" if path == "-" else path)
             return [question._replace(source=f"--questions {question.source}") for question in read]
         except MinireaError as error:
             raise type(error)(f"--questions {error}") from None

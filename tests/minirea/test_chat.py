@@ -476,15 +476,15 @@ def test_ctrl_c_while_a_line_is_shown_ends_no_chat(llm: minirea.LLM, tmp_path: P
         if len(told) == shown:
             raise KeyboardInterrupt
 
-    with mock.patch.object(talk, "_read_line", side_effect=lines), mock.patch("minirea.chat.say", strike):
-        with redirect_stdout(io.StringIO()):
-            assert talk.run() == 0
+    reading = mock.patch.object(talk, "_read_line", side_effect=lines)
+    with reading, mock.patch("minirea.chat.say", strike), redirect_stdout(io.StringIO()):
+        assert talk.run() == 0
     assert talk.ended and talk.conversation.messages == [] and not any("as it was" in text for text in told)
     assert sum("forgotten" in text for text in told) == 2 and (tmp_path / "a").exists()
 
 
 def test_an_answer_without_text_is_told(model: Path) -> None:
-    with mock.patch("minirea.generate.TextOfTokens.put", lambda *_: ""):
+    with mock.patch("minirea.generate.TextOfTokens.put", return_value=""):
         out, err = chat(model, "hello\n/stats\n")
     assert out == "\n"
     assert err.startswith("minirea: the answer has no text; the message is forgotten\ncontext") and " 0 messages" in err

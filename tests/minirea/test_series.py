@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import re
@@ -87,7 +88,7 @@ def test_contexts_that_do_not_fit_are_one_line_with_the_flag(
     assert_one_line(
         generate(capsys, model, "--context", tmp_path / "none", "--text", "a"), "--context", "none: no such file"
     )
-    assert_one_line(generate(capsys, model, "--context", tmp_path / "book.txt", "--text", "a"), "not a safetensors")
+    assert_one_line(generate(capsys, model, "--context", tmp_path / "book.txt", "--text", "a"), "is no context")
     assert_one_line(run(capsys, model, "read", "--text", "a", "--save", tmp_path), "is a directory")
     assert_one_line(run(capsys, model, "read", "--text", "a", "--save", "/none/a"), "cannot be written")
 
@@ -205,13 +206,40 @@ def test_bad_questions_and_answers_are_one_line(model: Path, tmp_path: Path, cap
         out.write_text(text)
         assert_one_line(generate(capsys, model, "--questions", questions, "--out", out), out, message)
         assert out.read_text() == text
-    assert_one_line(generate(capsys, model, "--questions", questions, "--out", "/dev/null"), "/dev/null: is no regular")
-    assert_one_line(generate(capsys, model, "--questions", questions, "--out", tmp_path), "Is a directory")
+    assert_one_line(
+        generate(capsys, model, "--questions", questions, "--out", "/dev/null"), "--out /dev/null: is a device"
+    )
+    for path, message in (
+        (tmp_path, f"--out {tmp_path}: is a directory, expected a file with answers"),
+        (tmp_path / "none" / "a", f"cannot be written: {tmp_path}/none is no directory"),
+        (questions / "a", f"cannot be written: {questions} is no directory"),
+    ):
+        assert_one_line(generate(capsys, model, "--questions", questions, "--out", path), message)
+    questions.write_text('{"id": 0, "prompt": "a"}\n', encoding="utf-16")
+    assert_one_line(generate(capsys, model, "--questions", questions), "line 1: not UTF-8 text: found byte 0xff at")
+    write_questions(questions, "a")
     out.write_text("")
     with open(out) as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert_one_line(generate(capsys, model, "--questions", questions, "--out", out), "another process is writing")
     assert generate(capsys, model, "--text", "a", "--out", out)[0] == 2
+
+
+def test_questions_from_standard_input(
+    model: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = write_questions(tmp_path / "q.jsonl", "abc", "de").read_bytes()
+    expected = generate(capsys, model, "--questions", tmp_path / "q.jsonl", "--max-tokens", "2")
+    for data in (text, b"\xef\xbb\xbf" + text):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+        found = generate(capsys, model, "--questions", "-", "--max-tokens", "2")
+        assert [json.loads(line)["text"] for line in found[1].splitlines()] == [
+            json.loads(line)["text"] for line in expected[1].splitlines()
+        ]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text + b"[]")))
+    assert_one_line(
+        generate(capsys, model, "--questions", "-"), "--questions standard input: line 4: holds a JSON list"
+    )
 
 
 def test_a_series_that_is_killed_keeps_what_it_answered(model: Path, tmp_path: Path, capsys: Captured) -> None:
