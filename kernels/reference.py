@@ -1,6 +1,5 @@
 """ReAttention in plain torch: the twins of the fused kernel's phases, under their names.
 
-
     score   -> the span_top_k best keys of the middle for every query row (a bounded tile of keys at a time)
     leave   -> winners for later tokens' votes
     pool    -> winners as the middles of their blocks
@@ -13,7 +12,8 @@
 
 Shapes, besides the project's letters: R rows of one key/value head (its H / G query heads times T queries; row
 r is query r // (H / G)), K winners per row, B ballots (sets of rows that vote together: 1 for span_scope "layer", G for
-"kv_head"), W winners of one ballot, P parts of the scope (global, the spans that the ballot keeps, local).
+"kv_head"), W winners of one ballot, P parts of the scope (global, the spans that the ballot keeps, local), J earlier
+tokens, U positions with votes, C elements of a sketch.
 """
 
 from __future__ import annotations
@@ -262,9 +262,9 @@ def count_winners(votes: Votes, winners_LRHK: torch.Tensor, seq_len: int, config
     mid_lo, mid_hi, B = config.global_size, seq_len - config.local_size, len(votes.counts)
     if mid_hi <= mid_lo:
         return
-    token_C = torch.arange(seq_len - config.vote_window, seq_len - 1, device=winners_LRHK.device)
-    winner_LCHK = winners_LRHK[:, token_C % winners_LRHK.shape[1]].long()
-    winner_BW = winner_LCHK.unflatten(2, (B, -1)).movedim(2, 0).flatten(1)
+    token_J = torch.arange(seq_len - config.vote_window, seq_len - 1, device=winners_LRHK.device)
+    winner_LJHK = winners_LRHK[:, token_J % winners_LRHK.shape[1]].long()
+    winner_BW = winner_LJHK.unflatten(2, (B, -1)).movedim(2, 0).flatten(1)
     counts_BW = ((winner_BW >= mid_lo) & (winner_BW < mid_hi)).int()
     pooled_BW = pool(winner_BW.clamp_(mid_lo, mid_hi - 1), config.vote_size, mid_lo, mid_hi)
     votes.counts.scatter_add_(1, pooled_BW, counts_BW)
