@@ -158,6 +158,8 @@ def replacing(path: str | Path) -> Iterator[FileIO]:
     """
     target = Path(os.path.realpath(path))
     try:
+        if str(path).endswith(os.sep):
+            raise InputError(f"{path}: is the name of a directory, expected a file")
         if target.exists() and not target.is_file():
             raise InputError(f"{path}: is {_KINDS.get(stat.S_IFMT(os.stat(target).st_mode))}, expected a file")
         _remove_left_over(target)

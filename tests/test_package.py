@@ -35,7 +35,7 @@ ALLOWED = {
     "minirea.sampling": {"checks"},
     "minirea.placement": set(),
     "minirea.pinned": {"errors", "memory"},
-    "minirea.cache": {"config", "memory", "errors", "kernels", "pinned", "placement"},
+    "minirea.cache": {"config", "memory", "errors", "kernels", "pinned", "placement", "threads"},
     "minirea.attention": {"kernels", "cache", "config", "cpu", "placement", "rope", "errors"},
     "minirea.cpu": {"quantize", "config", "kernels", "threads"},
     "minirea.plan": {
@@ -69,7 +69,7 @@ ALLOWED = {
     "minirea.terminal": {"errors"},
     "minirea.explain": {"evaluation", "explain", "files", "sources", "tokenizer", "errors"},
     "minirea.series": {"errors", "files", "json_object"},
-    "minirea.chat": {"api", "errors", "files", "generate", "terminal"},
+    "minirea.chat": {"api", "errors", "files", "generate", "terminal", "threads"},
     "minirea.cli": {"cli", "errors", "follower", "ranks", "terminal", "threads"},
     "minirea.cli.flags": {"config", "errors", "terminal"},
     "minirea.cli.parser": {"cli", "config", "evaluation", "errors"},

@@ -264,8 +264,9 @@ def _read_model(arguments: argparse.Namespace) -> tuple[ModelFiles, StoredContex
     from minirea.api import read_model
 
     files = read_model(arguments.model, **{name: getattr(arguments, name) for name in (*_LOAD_OPTIONS, *SCOPE_FIELDS)})
-    if not arguments.context:
+    if arguments.context is None:
         return files, None
+    files.check_one_device("contexts in files")
     try:
         return files, files.open_context(arguments.context)
     except MinireaError as error:

@@ -55,6 +55,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"minirea: error: {message} (see `{self.prog} --help`)\n")
 
 
+def path(text: str) -> str:
+    """The name of a file or directory, which a shell makes empty where a variable is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty, expected one")
+    return text
+
+
 class _Prompts(argparse.Action):
     """--prompt FILE: the last one as `prompt`, all of them as `prompts`."""
 
@@ -64,7 +71,9 @@ class _Prompts(argparse.Action):
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face or Mistral model directory")
+    parser.add_argument(
+        "--model", type=path, required=True, metavar="DIR", help="Hugging Face or Mistral model directory"
+    )
 
 
 def add_input(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -74,15 +83,17 @@ def add_input(parser: argparse.ArgumentParser, several: bool = False) -> None:
     about = "UTF-8 text file, or - for standard input" + (
         "; several times: one line of JSON for each" if several else ""
     )
-    source.add_argument("--prompt", action=_Prompts if several else "store", metavar="FILE", help=about)
+    source.add_argument("--prompt", type=path, action=_Prompts if several else "store", metavar="FILE", help=about)
     source.add_argument("--text", metavar="STRING", help="the prompt itself (one of these is required)")
     parser.set_defaults(prompts=[], questions=None, answers=None)
     if several:
         questions = 'JSON Lines of {"id": ..., "prompt": ...}, or - for standard input: one line of JSON for each'
-        source.add_argument("--questions", metavar="FILE", help=questions)
+        source.add_argument("--questions", type=path, metavar="FILE", help=questions)
         out = "of several answers: where they go; those there are not redone"
-        parser.add_argument("--out", dest="answers", metavar="FILE", help=out)
-    parser.add_argument("--context", metavar="FILE", help="what `minirea read --save` kept, which the prompt follows")
+        parser.add_argument("--out", dest="answers", type=path, metavar="FILE", help=out)
+    parser.add_argument(
+        "--context", type=path, metavar="FILE", help="what `minirea read --save` kept, which the prompt follows"
+    )
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument("--system", metavar="STR", help="system message, with --chat")
     special = "with --chat: special tokens spelled in the prompt act as such, instead of being text"

@@ -18,6 +18,7 @@ from minirea.cli.flags import (
     add_model,
     add_sampling,
     add_scope,
+    path,
 )
 from minirea.config import MODES
 from minirea.errors import InputError
@@ -74,7 +75,9 @@ def _add_explain(commands: Any) -> None:
     )
     explain = _add_command(commands, "explain", "continue a prompt, and show where the answer came from", description)
     add_input(explain)
-    explain.add_argument("--out", required=True, metavar="DIR", help="where to; it is made if it is not there")
+    explain.add_argument(
+        "--out", type=path, required=True, metavar="DIR", help="where to; it is made if it is not there"
+    )
     explain.add_argument("--sources", type=int, default=10, metavar="N", help="so many passages")
     _add_generation(explain)
     explain.set_defaults(parser=explain, json=False, dry_run=False)
@@ -88,10 +91,12 @@ def _add_read(commands: Any) -> None:
     read = _add_command(commands, "read", "read a prompt once and keep the context in a file", description)
     add_model(read)
     source = read.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", metavar="FILE", help="UTF-8 text file, or - for standard input (or --text)")
+    source.add_argument(
+        "--prompt", type=path, metavar="FILE", help="UTF-8 text file, or - for standard input (or --text)"
+    )
     source.add_argument("--text", metavar="STRING", help="the prompt itself (one of the two is required)")
-    read.add_argument("--save", required=True, metavar="FILE", help="where the context is kept")
-    read.add_argument("--context", metavar="FILE", help="a kept context that the prompt goes on from")
+    read.add_argument("--save", type=path, required=True, metavar="FILE", help="where the context is kept")
+    read.add_argument("--context", type=path, metavar="FILE", help="a kept context that the prompt goes on from")
     add_attention(read)
     add_execution(read)
 
@@ -103,7 +108,9 @@ def _add_chat(commands: Any) -> None:
     )
     chat = _add_command(commands, "chat", "talk with a model", description)
     add_model(chat)
-    chat.add_argument("--context", metavar="FILE", help="what `minirea read --save`, or /save, has kept, to go on from")
+    chat.add_argument(
+        "--context", type=path, metavar="FILE", help="what `minirea read --save`, or /save, has kept, to go on from"
+    )
     chat.add_argument("--system", metavar="STR", help="system message")
     special = "special tokens spelled in a message act as such, instead of being text"
     chat.add_argument("--allow-special-tokens", action="store_true", help=special)
@@ -128,7 +135,7 @@ def _add_eval(commands: Any, with_tasks: bool) -> None:
         about = f"{task.about}. {task.notes}" if task.notes else task.about
         command = _add_command(tasks, name, task.about, about)
         add_model(command)
-        command.add_argument("--out", required=True, metavar="DIR", help="where results are kept")
+        command.add_argument("--out", type=path, required=True, metavar="DIR", help="where results are kept")
         _add_task_options(command, task)
         add = add_scope(command)
         add("--attention", default="reattention", metavar="MODE,MODE", help=f"modes to compare: {', '.join(MODES)}")
@@ -137,8 +144,10 @@ def _add_eval(commands: Any, with_tasks: bool) -> None:
         add_execution(command)
     about = "summarize and draw again, several directories as one (modes or lengths that ran apart)"
     command = _add_command(tasks, "report", about, about)
-    command.add_argument("results", nargs="+", metavar="DIR", help="an --out of earlier evaluations, all of one task")
-    command.add_argument("--out", required=True, metavar="DIR", help="where to; may be one of them")
+    command.add_argument(
+        "results", type=path, nargs="+", metavar="DIR", help="an --out of earlier evaluations, all of one task"
+    )
+    command.add_argument("--out", type=path, required=True, metavar="DIR", help="where to; may be one of them")
     differing = "a setting in which the directories may differ (repeatable), such as share"
     command.add_argument("--differing", action="append", default=[], metavar="NAME", help=differing)
     command.add_argument("--debug", action="store_true", help="show tracebacks")

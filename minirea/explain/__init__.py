@@ -13,7 +13,7 @@ from typing import Any, Final
 from minirea.errors import InputError
 from minirea.explain.page import render
 from minirea.explain.picture import draw
-from minirea.files import replace_file
+from minirea.files import check_replaceable, replace_file
 from minirea.sources import Votes
 from minirea.tokenizer import Tokenizer
 
@@ -74,6 +74,7 @@ def check_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         make_folder(folder)
+        check_replaceable(folder / RECORDS)
     finally:
         for path in missing:
             with contextlib.suppress(OSError, ValueError):

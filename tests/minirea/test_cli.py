@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -388,6 +389,28 @@ def test_the_default_sweeps_that_help_shows_are_accepted(capsys: pytest.CaptureF
         ["eval", "mechanism", "--model", "m", "--out", "o", "--sweep", *shlex.split(shown)]
     )
     assert tuple(parsed.sweep) == SWEEPS
+
+
+def test_empty_names_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of files and directories, as of `--context "$NOT_SET"`: none is taken for absent, or for this directory."""
+
+    def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+        yield parser
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for inner in action.choices.values():
+                    yield from parsers(inner)
+
+    checked = 0
+    for parser in parsers(make_parser()):
+        for action in parser._actions:
+            if action.metavar in ("FILE", "DIR"):
+                with pytest.raises(SystemExit) as stop:
+                    parser.parse_args([*action.option_strings[:1], ""])
+                assert stop.value.code == 2
+                assert re.search("the name is empty, expected one|'', expected the name of", capsys.readouterr().err)
+                checked += 1
+    assert checked > 20
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -381,6 +381,8 @@ def test_what_cannot_be_written_is_one_line(llm: minirea.LLM, saved: Path, tmp_p
         (tmp_path / "none" / "a.ctx", "cannot be written: .*none is no directory$"),
         (Path(__file__) / "a.ctx", r"cannot be written: .*test_context\.py is no directory$"),
         (tmp_path / ("x" * 300), "cannot be written: File name too long"),
+        (f"{saved}/", r"book\.ctx/: is the name of a directory, expected a file"),
+        (f"{tmp_path}/new/", r"new/: is the name of a directory, expected a file"),
     ):
         with pytest.raises(minirea.InputError, match=message):
             session.save(path)

@@ -184,6 +184,7 @@ def test_sources_in_json(capfd: pytest.CaptureFixture[str]) -> None:
         (["generate", "--sources", "-1"], "--sources is -1, expected an integer of at least 0"),
         (["explain", "--out", "FILE"], "where no folder can be made"),
         (["explain", "--out", "FILE/below"], "where no folder can be made"),
+        (["explain", "--out", "TAKEN"], "sources.json: is a directory, expected a file"),
         (["explain", "--out", "NEW", "--gpus", "2", "--device", "cpu"], "--gpus is 2, expected 1: sources"),
         (["explain", "--out", "NEW", "--span-size", "0"], "--span-size is 0"),
         (["explain", "--out", "NEW", "--max-tokens", "1000000000000"], "not enough memory"),
@@ -193,13 +194,18 @@ def test_bad_input_is_one_line(
     options: list[str], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    places = {"FILE": str(tmp_path / "file"), "NEW": str(tmp_path / "made" / "by" / "explain")}
+    (tmp_path / "taken" / "sources.json").mkdir(parents=True)
+    places = {
+        "FILE": str(tmp_path / "file"),
+        "TAKEN": str(tmp_path / "taken"),
+        "NEW": str(tmp_path / "made" / "by" / "explain"),
+    }
     options = [functools.reduce(lambda text, name: text.replace(name, places[name]), places, text) for text in options]
     assert cli.main([*options, "--model", str(DEMO), "--text", "x"]) == 1
     line = capfd.readouterr().err
     assert said in line
     assert line.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "sources.json", "taken"]
 
 
 def test_no_matplotlib_leaves_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

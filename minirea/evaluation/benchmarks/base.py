@@ -15,7 +15,7 @@ from minirea.evaluation.benchmarks import files, metrics
 from minirea.evaluation.benchmarks.files import Entry, Template
 from minirea.evaluation.frame.cells import Prompt, PromptCell, Question, common_prefix
 from minirea.evaluation.frame.records import Record
-from minirea.evaluation.frame.tasks import Task, option, require
+from minirea.evaluation.frame.tasks import Task, option, parse_path, require
 from minirea.evaluation.lengths import short_length
 
 if TYPE_CHECKING:
@@ -99,13 +99,15 @@ class Benchmark(Task):
         many="comma",
     )
     samples: int = option(0, "lines of each data file, from the first; 0 is all", metavar="N", parse=int)
-    data: Path | None = option(None, "directory of the published data files", metavar="DIR", parse=Path, required=True)
+    data: Path | None = option(
+        None, "directory of the published data files", metavar="DIR", parse=parse_path, required=True
+    )
     datasets: tuple[str, ...] = option((), "only these, by file name", metavar="A,B", many="comma")
     prompts: Path | None = option(
         None,
         "JSON object of dataset: template (default: the one published in DIR, if there is, else minirea's wording)",
         metavar="FILE",
-        parse=Path,
+        parse=parse_path,
     )
     chat: bool = option(False, "put prompts into the model's chat template, where the benchmark does")
 

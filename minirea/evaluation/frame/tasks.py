@@ -195,6 +195,12 @@ def make_task(cls: type[Task], options: Mapping[str, Any]) -> Task:
     return cls(**{name: parsed(name, value, known[name]) for name, value in options.items() if value is not None})
 
 
+def parse_path(text: str) -> Path:
+    if not text:
+        raise ValueError("the name of a file or directory")
+    return Path(text)
+
+
 def parsed(name: str, value: Any, how: Option) -> Any:
     """The value of an option. Raises InputError "NAME is VALUE, expected ..."."""
     if how.many and isinstance(value, str):

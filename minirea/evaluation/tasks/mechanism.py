@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 from minirea.evaluation.frame.cells import Cell, sha256_of_ids
 from minirea.evaluation.frame.records import Place, Record
-from minirea.evaluation.frame.tasks import Task, option, require, rng
+from minirea.evaluation.frame.tasks import Task, option, parse_path, require, rng
 from minirea.evaluation.lengths import grid
 from minirea.evaluation.tasks import mechanism_plots, mechanism_summary
-from minirea.evaluation.tasks.needle import MOST_DEPTHS, Needle, parse_file
+from minirea.evaluation.tasks.needle import MOST_DEPTHS, Needle
 from minirea.evaluation.text.encoder import Encoder
 from minirea.evaluation.text.haystack import read_haystack
 from minirea.evaluation.text.windows import radical_inverse
@@ -188,7 +188,7 @@ class Mechanism(Task):
     )
     depths: int = option(10, "needles in each haystack of a sweep, at evenly spread depths", metavar="N", parse=int)
     text: tuple[Path, ...] = option(
-        (), "UTF-8 text to read (default: generated text)", metavar="FILE", parse=parse_file, many="list"
+        (), "UTF-8 text to read (default: generated text)", metavar="FILE", parse=parse_path, many="list"
     )
 
     def check(self) -> None:

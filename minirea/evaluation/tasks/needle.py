@@ -15,7 +15,7 @@ from minirea.errors import InputError
 from minirea.evaluation.frame import plots
 from minirea.evaluation.frame.cells import Cell, Prompt, Question, prompt_cells
 from minirea.evaluation.frame.records import Place, Record
-from minirea.evaluation.frame.tasks import Task, option, require, rng
+from minirea.evaluation.frame.tasks import Task, option, parse_path, require, rng
 from minirea.evaluation.lengths import grid
 from minirea.evaluation.text.encoder import Encoder
 from minirea.evaluation.text.facts import WORDINGS, random_name
@@ -39,10 +39,6 @@ ANSWER_TOKENS: Final = {"numbers": 16, "words": 16, "uuids": 48}
 SENTENCE_TOKENS: Final = 32
 MOST_DEPTHS: Final = 10_000
 FEWEST_TOKENS: Final = 2  # of a needle
-
-
-def parse_file(text: str) -> Path:
-    return Path(text)
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ class Needle(Task):
         1, "with --separate: so many in the haystack, of which one is asked for", metavar="N", parse=int
     )
     haystack: tuple[Path, ...] = option(
-        (), "UTF-8 text to hide them in (default: generated text)", metavar="FILE", parse=parse_file, many="list"
+        (), "UTF-8 text to hide them in (default: generated text)", metavar="FILE", parse=parse_path, many="list"
     )
     needle: str = option(NEEDLE, "what is hidden; {key} and {value} are filled in", metavar="STR")
     question: str = option(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from minirea.evaluation.frame.cells import Cell, sha256_of_ids
 from minirea.evaluation.frame.records import Record
-from minirea.evaluation.frame.tasks import Task, option, require
+from minirea.evaluation.frame.tasks import Task, option, parse_path, require
 from minirea.evaluation.lengths import parse_length, short_length
 from minirea.evaluation.tasks.perplexity_plots import against_position
 from minirea.evaluation.text.windows import Text, read_texts, token_bytes
@@ -112,7 +112,7 @@ class Perplexity(Task):
         (),
         "UTF-8 text files that the model has not been trained on",
         metavar="FILE",
-        parse=Path,
+        parse=parse_path,
         many="list",
         required=True,
     )

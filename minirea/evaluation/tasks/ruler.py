@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from minirea.errors import InputError
 from minirea.evaluation.frame.cells import QUICKLY_MADE, Cell, Prompt, PromptCell, Question
 from minirea.evaluation.frame.records import Place
-from minirea.evaluation.frame.tasks import Task, option, require, rng
-from minirea.evaluation.tasks.needle import NOISE, parse_file
+from minirea.evaluation.frame.tasks import Task, option, parse_path, require, rng
+from minirea.evaluation.tasks.needle import NOISE
 from minirea.evaluation.text.documents import Documents, read_hotpotqa, read_squad
 from minirea.evaluation.text.encoder import Encoder
 from minirea.evaluation.text.haystack import Haystack, Stretch, hide, read_haystack
@@ -101,10 +101,10 @@ class Ruler(Task):
         (), "which kinds (default: all whose files are given)", metavar="KIND,KIND", many="comma", choices=KINDS
     )
     haystack: tuple[Path, ...] = option(
-        (), "UTF-8 text to hide needles in (default: generated text)", metavar="FILE", parse=parse_file, many="list"
+        (), "UTF-8 text to hide needles in (default: generated text)", metavar="FILE", parse=parse_path, many="list"
     )
-    squad: Path | None = option(None, "SQuAD's JSON file, for qa_1", metavar="FILE", parse=parse_file)
-    hotpotqa: Path | None = option(None, "HotpotQA's JSON file, for qa_2", metavar="FILE", parse=parse_file)
+    squad: Path | None = option(None, "SQuAD's JSON file, for qa_1", metavar="FILE", parse=parse_path)
+    hotpotqa: Path | None = option(None, "HotpotQA's JSON file, for qa_2", metavar="FILE", parse=parse_path)
 
     def check(self) -> None:
         super().check()
