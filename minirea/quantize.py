@@ -2,7 +2,7 @@
 
 A weight is w = scale * (q - ZERO) + offset, with q of 8 or 4 bits and one scale and offset for a group of columns of a
 row. Only weights are rounded, from their own values alone. Scale and offset minimize the squared error of a group: the
-best for given q follow by linear regression, the best q for given scale and offset by rounding, in turns. They are
+best for given q follow by linear regression, the best q for given scale and offset by rounding, in turn. They are
 bfloat16 numbers before weights are rounded with them, so that their own rounding costs nothing.
 
 The q of a row lie in the fields of 32-bit words, which come in fours, 16 bytes: what a thread of a GPU loads at a time.

@@ -170,7 +170,7 @@ class DecodeStep:
 class RankSums:
     """What the ranks of a decode step add up and put together, in memory that they reach, or by torch.distributed.
 
-    Where there are rooms, they are used in turns: a step makes an even number of sums.
+    Where there are rooms, they are used in turn: a step makes an even number of sums.
     """
 
     def __init__(self, model: Model) -> None:

@@ -250,7 +250,7 @@ def in_contexts() -> list[list[str]]:
 
 
 def on_devices() -> list[str]:
-    """Launches of one kernel on the second device, while the first is current, and on the first, in turns."""
+    """Launches of one kernel on the second device, while the first is current, and on the first, alternately."""
     x = torch.zeros(256)
 
     def run() -> None:
