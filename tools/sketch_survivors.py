@@ -140,6 +140,9 @@ def main() -> None:
         llm = minirea.load(arguments.model, device=arguments.device, **alone)
     print(f"build {build()}; {device_name(llm.model.device.type)}; torch {torch.__version__}; {llm!r}")
     comparison = compare(llm, text, arguments.tokens, arguments.prompts, arguments.steps)
+    if not comparison.steps:
+        dense = llm.model.attention.dense_size
+        raise SystemExit(f"nothing was selected: --tokens is {arguments.tokens:,}, expected more than {dense:,}")
     print_table(comparison, sketch_tiles(llm.config.head_dim).SURVIVORS)
     print(f"{comparison.steps - comparison.wrong:,} of {comparison.steps:,} selections and outputs are the exact ones")
     sys.exit(int(comparison.wrong > 0))

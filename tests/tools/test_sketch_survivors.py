@@ -50,6 +50,13 @@ def test_a_selection_that_differs_is_told(monkeypatch: pytest.MonkeyPatch, capsy
     assert (code, printed.splitlines()[-1]) == (1, "4 of 5 selections and outputs are the exact ones")
 
 
+def test_prompts_that_select_nothing_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _ = run(monkeypatch, capsys, "--tokens", "1280", "--prompts", "1")
+    assert code == "nothing was selected: --tokens is 1,280, expected more than 1,280"
+
+
 def test_a_text_that_is_too_short_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("It was a quiet day.")
     arguments = ["--model", str(DEMO), "--device", "cpu", "--text", str(tmp_path / "text")]
