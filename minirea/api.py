@@ -20,7 +20,7 @@ from minirea import generate as loop
 from minirea.attention import Attention
 from minirea.cache import KVCache
 from minirea.checkpoint_config import load_config
-from minirea.checks import integer, shown
+from minirea.checks import integer, path_like, shown
 from minirea.config import (
     CACHES,
     DEVICES,
@@ -412,7 +412,12 @@ class LLM(_Encoder):
         """
         self.check_one_device("contexts in files")
         if not isinstance(context, StoredContext):
-            context = StoredContext(context, self.config, self._origin(), self.model.attention.winners_shape)
+            context = StoredContext(
+                path_like("context", context, "the name of a file"),
+                self.config,
+                self._origin(),
+                self.model.attention.winners_shape,
+            )
         try:
             session = self.session(max(len(context.ids), integer("capacity", capacity, 0)))
             context.read_into(session.cache, progress)
@@ -506,7 +511,7 @@ class Session:
             progress: show a bar on stderr.
             to_follow: tokens that the next call appends to the same piece; see LLM.num_shared.
         """
-        ids = self.llm.encode(prompt, continues=bool(self.ids))
+        ids, to_follow = self.llm.encode(prompt, continues=bool(self.ids)), integer("to_follow", to_follow, 0)
         with self._alone(), self._unchanged_by_failure():
             self.ids += ids
             self._answer = None
@@ -518,9 +523,10 @@ class Session:
         A file of that name is replaced once the new one is complete: a crash leaves the old one, or none.
 
         Raises:
-            InputError: the context is empty, or the file cannot be written.
+            InputError: the context is empty, the file cannot be written, or notes are not strings.
         """
         self.llm.check_one_device("contexts in files")
+        path_like("path", path, "the name of a file")
         with self._alone():
             save_context(path, self.cache, self.ids, self.llm._origin(), self.notes, progress)
 
@@ -684,8 +690,7 @@ def _choice(name: str, value: str, expected: tuple[str, ...]) -> None:
 
 def _check_is_model_directory(path: str | Path) -> None:
     """Files and names that are often given instead are errors that say what they are; load_config checks the rest."""
-    if not isinstance(path, (str, Path)):
-        raise InputError(f"path is {shown(path)}, expected a model directory")
+    path_like("path", path, "a model directory")
     gguf = "a GGUF file, expected a model directory with config.json, safetensors and a tokenizer: get the original"
     gguf += " model, or convert it (transformers: from_pretrained(..., gguf_file=...), then save_pretrained)"
     name, path = str(path), Path(path)

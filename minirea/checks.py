@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 import operator
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from minirea.errors import InputError
@@ -33,8 +34,17 @@ def real(name: str, value: Any, valid: Callable[[float], bool], expected: str) -
     return number
 
 
-def unicode_text(name: str, text: str) -> str:
-    """`text` itself. Raises InputError if it holds half of a surrogate pair, which no UTF-8 and no tokenizer has."""
+def path_like(name: str, value: Any, expected: str) -> str | Path:
+    """`value` itself, the name of a file or directory. Raises InputError if it is none, or empty."""
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise InputError(f"{name} is {shown(value)}, expected {expected}")
+    return value
+
+
+def unicode_text(name: str, text: Any) -> str:
+    """`text` itself. Raises InputError if it is none, or holds half of a surrogate pair, which no tokenizer has."""
+    if not isinstance(text, str):
+        raise InputError(f"{name} is {shown(text)}, expected a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minirea.cache import NO_WINNERS, KVCache
+from minirea.checks import shown
 from minirea.config import DTYPES, MODES, QUANTIZE, ModelConfig, ReAttentionConfig, fields_of
 from minirea.errors import InputError
 from minirea.files import check_room, is_there, replacing, unreadable
@@ -84,8 +85,10 @@ def save_context(
     """Write a context to a file, which replaces an old one once it is complete.
 
     Raises:
-        InputError: there is nothing to save, or the file cannot be written.
+        InputError: there is nothing to save, notes are not strings, or the file cannot be written.
     """
+    if not isinstance(notes, dict) or not all(isinstance(text, str) for note in notes.items() for text in note):
+        raise InputError(f"{path}: not saved: notes are {shown(notes)}, expected a dictionary of strings")
     if not ids:
         raise InputError(f"{path}: not saved: the context is empty, expected at least one token")
     ids_M = torch.tensor(ids, dtype=torch.int64)

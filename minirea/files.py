@@ -156,8 +156,8 @@ def replacing(path: str | Path) -> Iterator[FileIO]:
     Raises:
         InputError: `path` is no regular file, or its directory cannot be written to, or the disk is full.
     """
-    target = Path(os.path.realpath(path))
     try:
+        target = Path(os.path.realpath(path))
         if str(path).endswith(os.sep):
             raise InputError(f"{path}: is the name of a directory, expected a file")
         if target.exists() and not target.is_file():

@@ -53,7 +53,7 @@ ALLOWED = {
     "minirea.steps": {"kernels", "attention", "linear", "model", "cache", "placement", "ranks", "sampling"},
     "minirea.graph": {"steps", "model", "cache", "ranks", "sampling"},
     "minirea.progress": {"config"},
-    "minirea.context": {"cache", "config", "errors", "files", "threads", "weights"},
+    "minirea.context": {"cache", "checks", "config", "errors", "files", "threads", "weights"},
     "minirea.generate": {
         *("checks", "graph", "steps", "model", "cache", "sampling", "tokenizer", "isolation", "memory", "errors"),
         *("leader", "progress", "ranks"),

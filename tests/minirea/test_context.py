@@ -286,6 +286,29 @@ def test_what_is_no_context_is_one_line(directory: Path, llm: minirea.LLM, tmp_p
             llm.open_session(path)
 
 
+def test_what_is_no_name_and_no_note_is_one_line(llm: minirea.LLM, saved: Path) -> None:
+    """And changes no file: notes of other kinds would be saved, and not be opened again."""
+    session, before = llm.open_session(saved), saved.read_bytes()
+    for name in (None, 5, b"a.ctx", ""):
+        for call in (session.save, llm.open_session):
+            with pytest.raises(minirea.InputError, match=r"is .*, expected the name of a file"):
+                call(name)  # type: ignore[arg-type]
+        with pytest.raises(minirea.InputError, match=r"path is .*, expected a model directory"):
+            minirea.load(name)  # type: ignore[arg-type]
+    for call in (session.save, llm.open_session):
+        with pytest.raises(minirea.InputError, match="no name that a file can have"):
+            call("a\0b")
+    notes: list[Any] = [None, {"a": 5}, {1: "a"}, ["a"], {"a": None}]
+    for session.notes in notes:
+        with pytest.raises(minirea.InputError, match=r"not saved: notes are .*, expected a dictionary of strings"):
+            session.save(saved)
+    assert saved.read_bytes() == before
+    with pytest.raises(minirea.InputError, match="to_follow is -1, expected an integer of at least 0"):
+        session.prefill("a", to_follow=-1)
+    with pytest.raises(minirea.InputError, match="text is 5, expected a string"):
+        llm.tokenizer.encode(5)  # type: ignore[arg-type]
+
+
 def test_notes_that_no_header_can_hold_are_not_saved(llm: minirea.LLM, saved: Path, monkeypatch: Any) -> None:
     """As of a conversation about a very long document: such a file could not be opened."""
     session, before = llm.open_session(saved), saved.read_bytes()
