@@ -402,8 +402,8 @@ class Chat:
                 self._end_early(pieces)
             pieces.close()  # type: ignore[attr-defined]  # a generator
             self.interrupts.resume()
-        if said:
-            put("\n")
+            if said:
+                put("\n")
         if said and len(self.conversation.messages) == before:
             say("minirea: the answer has no text; the message is forgotten")
         elif ended and self.in_terminal:

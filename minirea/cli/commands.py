@@ -64,9 +64,13 @@ def run_generate(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     session = _load(files, context, num_tokens, arguments)
     answer = Answer(prompt_tokens, arguments.json, arguments.quiet)
     interrupts.finish = answer.finish_now
-    answer.take(session.stream(ids, progress=not arguments.quiet, **options), interrupts)
-    if answer.finish_reason != "interrupted" and (arguments.sources or arguments.out is not None):
-        _look_back(session, _text_of(context, files) + prompt, answer, arguments)
+    try:
+        answer.take(session.stream(ids, progress=not arguments.quiet, **options), interrupts)
+        if answer.finish_reason != "interrupted" and (arguments.sources or arguments.out is not None):
+            _look_back(session, _text_of(context, files) + prompt, answer, arguments)
+    except Exception:
+        answer.end_line()
+        raise
     interrupts.ignore()
     answer.finish()
     return EXIT_INTERRUPTED if answer.finish_reason == "interrupted" else 0

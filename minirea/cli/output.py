@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-from minirea.errors import printable
+from minirea.errors import MinireaError, printable
 from minirea.terminal import Interrupts, put, put_now, say
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ class Answer:
                 struck = passed_on
             if isinstance(struck, Interrupted):
                 self.add(struck.piece)
+
+    def end_line(self) -> None:
+        """Before an error's line, which would stand behind what has been printed."""
+        if self.text and not self.as_json:
+            with contextlib.suppress(MinireaError, BrokenPipeError):  # which may be that error
+                put("\n")
 
     def finish(self) -> None:
         """Print what is left to print."""

@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -481,6 +482,15 @@ def test_ctrl_c_while_a_line_is_shown_ends_no_chat(llm: minirea.LLM, tmp_path: P
         assert talk.run() == 0
     assert talk.ended and talk.conversation.messages == [] and not any("as it was" in text for text in told)
     assert sum("forgotten" in text for text in told) == 2 and (tmp_path / "a").exists()
+
+
+def test_an_error_in_an_answer_has_a_line_of_its_own(model: Path) -> None:
+    def fail(*_: object) -> Iterator[int]:
+        yield from (40, 41)
+        raise minirea.InputError("no more")
+
+    with mock.patch("minirea.generate.decode", fail):
+        assert chat(model, "hello\n", status=1) == (" E F\n", "minirea: error: no more\n")
 
 
 def test_an_answer_without_text_is_told(model: Path) -> None:

@@ -106,6 +106,19 @@ def test_file_and_standard_input_are_the_same_prompt(
     assert (done.returncode, done.stdout) == (0, expected)
 
 
+def test_an_error_in_an_answer_has_a_line_of_its_own(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> Iterator[int]:
+        yield from (40, 41)
+        raise minirea.InputError("no more")
+
+    monkeypatch.setattr("minirea.generate.decode", fail)
+    for flags, text in (((), " E F\n"), (("--json",), "")):
+        status = main(["generate", "--model", str(model), "--text", PROMPT, "--quiet", *flags])
+        assert (status, *capsys.readouterr()) == (1, text, "minirea: error: no more\n")
+
+
 def test_stop_strings_end_the_text(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, model, "--text", PROMPT, "--max-tokens", "30")
     stop = out[10:13]  # three tokens: the tokenizer's are single characters
