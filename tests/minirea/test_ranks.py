@@ -22,7 +22,8 @@ from minirea.cache import KVCache
 from minirea.errors import InputError, RankError
 from minirea.evaluation import evaluate
 from minirea.follower import Follower
-from minirea.leader import Leader, together
+from minirea.leader import Leader, together, versions_here
+from minirea.plan import plan_run
 from minirea.ranks import Launched, Ranks
 
 SCOPE: dict[str, Any] = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5}
@@ -384,6 +385,62 @@ def test_under_torchrun_its_processes_are_the_ranks(directory: Path) -> None:
     expected = minirea.load(directory, device="cpu").generate("some text", max_tokens=8, ignore_eos=True).text
     found = subprocess.run([*torchrun, *run[2:]], capture_output=True, check=False, text=True)
     assert (found.returncode, found.stdout) == (0, expected + "\n"), found.stderr
+
+
+def test_a_program_that_torchrun_starts_gets_the_same(directory: Path, tmp_path: Path) -> None:
+    """The first of its processes returns from `load`; the others serve it there, and end with it."""
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import minirea
+llm = minirea.load({str(directory)!r}, device="cpu", gpus=2)
+print(llm.generate("some text", max_tokens=8, ignore_eos=True).token_ids)
+""")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    expected = minirea.load(directory, device="cpu").generate("some text", max_tokens=8, ignore_eos=True).token_ids
+    paths = os.pathsep.join(path for path in sys.path if path)
+    found = subprocess.run(
+        torchrun, capture_output=True, check=False, text=True, env=os.environ | {"PYTHONPATH": paths}
+    )
+    assert (found.returncode, found.stdout) == (0, f"{expected}\n"), found.stderr
+
+
+def test_ranks_of_other_versions_are_told() -> None:
+    leader = Leader.__new__(Leader)
+    leader._check_versions(versions_here())
+    for reply, message in (
+        (
+            "minirea 0, torch 1, Python 2",
+            "a rank runs minirea 0, torch 1, Python 2, expected minirea .* like the first",
+        ),
+        (RankError("rank 1 failed: no torch"), "^rank 1 failed: no torch$"),
+    ):
+        with pytest.raises(RankError, match=message):
+            leader._check_versions(reply)
+
+
+def test_gpus_that_do_not_reach_each_other_are_told(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what would go through memory that both reach goes another way."""
+    ranks, zeros = Ranks.__new__(Ranks), torch.zeros
+    ranks.size, ranks.device = 2, torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: False)  # noqa: ARG005
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, device: zeros(*sizes))  # noqa: ARG005
+    monkeypatch.setattr(ranks, "all_reduce", lambda x: 2 * x)
+    with pytest.warns(minirea.MinireaWarning, match="do not reach each other's memory .*: their sums go through NCCL"):
+        assert ranks.open_peers(minirea.api.load_config(directory)) is None
+
+
+def test_the_plan_is_that_of_each_device(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, whose memory all share, of all together."""
+    one, two = (minirea.api.read_model(directory, device="cpu", gpus=gpus) for gpus in (1, 2))
+    plans = [files.plan(1000) for files in (one, two)]
+    assert plans[0].weights < plans[1].weights < 1.5 * plans[0].weights  # the embedding is there twice
+    assert plans[1].cache == plans[0].cache
+    of_each = plan_run(directory, two.attention, two.dtype, 1000)
+    assert (2 * of_each.weights, 2 * of_each.cache) == (plans[1].weights, plans[1].cache)
+    monkeypatch.setattr(two.attention, "device", torch.device("cuda"))
+    monkeypatch.setattr("minirea.api.fit_steps", lambda *_: of_each)
+    assert two.plan(1000) == of_each
 
 
 def test_another_number_of_ranks_than_torchruns_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
