@@ -61,7 +61,7 @@ class Step(NamedTuple):
         sketched: where the device counts: every key that the step can select has a sketch (Attention._is_sketched).
         votes: what its layers' votes add up in, where they do; see `Attention.begin`.
         leaves_winners: in the cache, for later tokens.
-        half_keys: by layer, where minirea.cpu attends; see `Attention.new_half_keys`.
+        copies: by layer, where minirea.cpu attends; see `Attention.new_key_copies`.
     """
 
     seq_len: int | Tensor
@@ -71,7 +71,7 @@ class Step(NamedTuple):
     sketched: bool = False
     votes: Votes | None = None
     leaves_winners: bool = False
-    half_keys: list[cpu.HalfKeys] | None = None
+    copies: list[cpu.KeyCopies] | None = None
 
 
 def step_chunks(num_heads: int, num_kv_heads: int, head_dim: int, chunk_size: int, device: torch.device) -> int:
@@ -234,13 +234,13 @@ class Attention:
         """Whether a step may have winners; False where it is known to attend to all."""
         return isinstance(step.seq_len, Tensor) or step.seq_len > self.dense_size
 
-    def new_half_keys(self, num_layers: int, dtype: torch.dtype) -> list[cpu.HalfKeys] | None:
+    def new_key_copies(self, num_layers: int, dtype: torch.dtype) -> list[cpu.KeyCopies] | None:
         """For decode steps by minirea.cpu, one behind the other, before the first of them, by layer; None where other
         code attends, or nothing is selected.
         """
         if not self._selects or not self._on_cpu(dtype):
             return None
-        return [cpu.HalfKeys() for _ in range(num_layers)]
+        return [cpu.KeyCopies.new() for _ in range(num_layers)]
 
     def half_bytes_on_cpu(self, num_tokens: int, dtype: torch.dtype) -> int:
         """What these come to hold, at most, for a cache of `num_tokens`."""
@@ -410,8 +410,8 @@ class Attention:
         on_cpu = sketch is None and self._on_cpu(q_THD.dtype)
         if on_cpu and isinstance(step.seq_len, int) and step.seq_len > self.dense_size:
             arguments = (q_THD, k_GND, v_GND, step.seq_len, cos, sin, config)
-            half_keys = None if step.half_keys is None else step.half_keys[layer]
-            return cpu.reattention(*arguments, self.gather, step.votes, winners, half_keys)
+            copies = None if step.copies is None else step.copies[layer]
+            return cpu.reattention(*arguments, self.gather, step.votes, winners, copies)
         near = cache.near[layer]
         if step.chunk_size > 1:
             cache.bring_ahead(layer)

@@ -14,15 +14,16 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from minirea.config import ReAttentionConfig
-from minirea.kernels.reference import BLOCK, choose_scope, locate, rotate
+from minirea.kernels.reference import BLOCK, INDEX_MASK, choose_scope, locate, rotate
 from minirea.kernels.votes import Votes
 from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix, num_groups, quantized_bytes
 from minirea.threads import thread_pool
@@ -36,7 +37,6 @@ _FEW_ROWS: Final = 16  # up to which torch's product with 4-bit weights is the f
 PLANES_WIDENED_AT_ONCE: Final = 1 << 21  # weights
 
 _ZERO: Final = torch.zeros((), dtype=torch.float32, device="cpu")
-_TILE: Final = 1024  # keys that are rotated and multiplied by while they are in the processor's cache
 _SCORES: Final = 1 << 21  # held at a time
 _SCORE_ROWS: Final = 128  # in so many rows at most
 _FEW_WINNERS: Final = 8  # of a row, up to which a search for each is faster than a sort
@@ -46,8 +46,11 @@ MANY_ROWS: Final = 1024  # and keys, of a chunk, for which products in bfloat16 
 MANY_KEYS: Final = 3072
 _PRODUCTS: Final = 1 << 25  # of a chunk, at a time: a number is kept of each block of them
 _ALIKE_ROWS: Final = 16  # products of fewer sum in another order: keys that are equal would score otherwise
+_SHARE_OF_KEYS: Final = 8  # of a decode step's, so many parts at most are scored again
+_ROWS_COMPARED: Final = 16  # with one repeated row, a divisor of BLOCK
 _SHARE_OF_BLOCKS: Final = 6  # of them so many parts at most are scored again
 _HALVED_AT_ONCE: Final = 512  # keys, whose products with a chunk stay in the processor's cache
+MORE_POSITIONS: Final = 256  # than the local part's, after which its keys are rotated anew
 _HALF_ROUNDING: Final = 1.01 * 2**-8  # of a number to bfloat16, relative to either
 _SMALLEST_NORM: Final = 2.0**-40  # squares of smaller numbers, and their products in tiles, may be zero
 _LARGEST: Final = torch.finfo(torch.float32).max
@@ -325,35 +328,111 @@ def reattention(
     gather: Callable[[Tensor], Tensor] | None = None,
     votes: Votes | None = None,
     winners: Tensor | None = None,
-    half_keys: HalfKeys | None = None,
+    copies: KeyCopies | None = None,
 ) -> Tensor:
     """`minirea.kernels.reattention` of one chunk, beyond global_size + local_size tokens, with one vote for all heads.
 
     The reference's phases up to the scope; then a chunk is attended to without a mask, and a decode step leaves the
-    local part where it is. Arguments are the reference's, in float32; `half_keys` are this layer's.
+    local part where it is. Arguments are the reference's, in float32; `copies` are this layer's, of a decode step.
     """
     T, H, D = q_THD.shape
     G = len(k_cache_GND)
     q_GRD = q_THD.unflatten(1, (G, H // G)).transpose(0, 1).reshape(G, -1, D)
-    options = score if half_keys is None else half_keys.score, gather, votes, winners
-    start_1P, offset_1P, length_1 = choose_scope(q_GRD, k_cache_GND, seq_len, config, *options)
-    S = int(length_1)
-    q_THD = rotate(q_THD.clone(), cos[S - T : S, None], sin[S - T : S, None])
-    gathered = S if T > 1 else S - config.local_size
-    source_S = locate(torch.arange(gathered), start_1P, offset_1P)[0]
-    k_GSD, v_GSD = k_cache_GND.index_select(1, source_S), v_cache_GND.index_select(1, source_S)
-    k_GSD = rotate(k_GSD, cos[:gathered], sin[:gathered])
     if T > 1:
-        return attend_causal(q_THD, k_GSD, v_GSD)
+        start_1P, offset_1P, length_1 = choose_scope(q_GRD, k_cache_GND, seq_len, config, score, gather, votes, winners)
+        S = int(length_1)
+        source_S = locate(torch.arange(S), start_1P, offset_1P)[0]
+        k_GSD, v_GSD = k_cache_GND.index_select(1, source_S), v_cache_GND.index_select(1, source_S)
+        q_THD = rotate(q_THD.clone(), cos[S - T : S, None], sin[S - T : S, None])
+        return attend_causal(q_THD, rotate(k_GSD, cos[:S], sin[:S]), v_GSD)
 
-    q_GRD = q_THD.view(G, H // G, D)
+    copies = copies or KeyCopies.new()
     local = slice(seq_len - config.local_size, seq_len)
-    parts = [torch.bmm(q_GRD, k_GSD.mT)]
-    tiles = (x.split(_TILE, -2) for x in (k_cache_GND[:, local], cos[gathered:S], sin[gathered:S]))
-    parts += [torch.bmm(q_GRD, _rotated(*tile).mT) for tile in zip(*tiles, strict=True)]
-    p_GRS = torch.cat(parts, -1).mul_(D**-0.5).softmax(-1)
-    out_GRD = torch.bmm(p_GRS[..., :gathered], v_GSD)
-    return out_GRD.baddbmm_(p_GRS[..., gathered:], v_cache_GND[:, local]).view(1, H, D)
+    winner_GRK = None
+    if config.max_selected:
+        winner_GRK = copies.half.score(q_GRD, k_cache_GND, config.global_size, local.start, config.span_top_k)
+        winner_GRK = winner_GRK if gather is None else gather(winner_GRK)
+    source_S = _before_local(winner_GRK, seq_len, config, votes, winners)
+    q_GRD, k_local_GND, position = copies.local.place(q_GRD, k_cache_GND, seq_len, config, cos, sin)
+    far = len(source_S)
+    at = slice(position + 1 - config.local_size - far, position + 1 - config.local_size)
+    k_GSD = rotate(k_cache_GND.index_select(1, source_S), cos[at], sin[at])
+    p_GRS = torch.cat([torch.bmm(q_GRD, k.mT) for k in (k_GSD, k_local_GND)], -1).mul_(D**-0.5).softmax(-1)
+    out_GRD = torch.bmm(p_GRS[..., :far], v_cache_GND.index_select(1, source_S))
+    return out_GRD.baddbmm_(p_GRS[..., far:], v_cache_GND[:, local]).view(1, H, D)
+
+
+def _before_local(
+    winner_GRK: Tensor | None, seq_len: int, config: ReAttentionConfig, votes: Votes | None, winners: Tensor | None
+) -> Tensor:
+    """Cache positions of a decode step's scope before the local part: the reference's `choose_scope` and `locate` of
+    one query, by numpy, whose operations are smaller. Code is not in the processor's caches after matrices went through
+    them: an operation of torch then takes some 10 us.
+    """
+    mid_lo, mid_hi, half = config.global_size, seq_len - config.local_size, config.span_size // 2
+    parts = [np.arange(mid_lo)]
+    if winner_GRK is not None:
+        found = winner_GRK.numpy().reshape(-1, winner_GRK.shape[-1])
+        if winners is not None:
+            row_HK = winners[(seq_len - 1) % len(winners)].numpy()
+            row_HK[:], row_HK[:, : found.shape[1]] = -1, found
+        size = config.vote_size
+        pooled = found if size == 1 else np.clip(found // size * size + size // 2, mid_lo, mid_hi - 1)
+        counts = np.zeros(mid_hi, np.int32) if votes is None else votes.counts[0, :mid_hi].numpy()
+        np.add.at(counts, pooled, 1)
+        voted = np.flatnonzero(counts)
+        ranked = np.sort((counts[voted].astype(np.int64) << 32) | (INDEX_MASK - voted))[-config.max_spans :]
+        stop_before = mid_lo
+        for middle in sorted((INDEX_MASK - (ranked & INDEX_MASK)).tolist()):
+            stop = min(middle + half, mid_hi)
+            parts.append(np.arange(max(middle - half, stop_before), stop))
+            stop_before = stop
+    return torch.from_numpy(np.concatenate(parts))
+
+
+class KeyCopies(NamedTuple):
+    """What one layer's decode steps share, which follow each other: if others' tokens come into the cache, or some are
+    taken back, new ones have to go on.
+    """
+
+    half: HalfKeys
+    local: LocalKeys
+
+    @classmethod
+    def new(cls) -> KeyCopies:
+        return cls(HalfKeys(), LocalKeys())
+
+
+class LocalKeys:
+    """The local part's keys with RoPE. Only differences of positions count, so that a key keeps its own for some steps
+    and a step rotates the newest: the query's is the last of them instead of the scope's length.
+    """
+
+    def __init__(self) -> None:
+        self._rows_GND = torch.empty(0, 0, 0)
+        self._seq_len = self._stop = 0  # cached tokens, and rows, of the last step
+
+    def place(
+        self, q_GRD: Tensor, k_cache_GND: Tensor, seq_len: int, config: ReAttentionConfig, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, int]:
+        """The next step's queries with RoPE, its local part [G, local_size, D], and the position of the last key, which
+        is the queries': config.max_scope - 1 or more.
+        """
+        (G, _, D), local = k_cache_GND.shape, config.local_size
+        before = config.max_scope - local  # positions that the rest of the scope may take
+        if seq_len == self._seq_len + 1 and self._stop < self._rows_GND.shape[1]:
+            self._stop += 1
+        else:
+            self._stop = local
+            rows = min(local + MORE_POSITIONS, len(cos) - before)
+            self._rows_GND = self._rows_GND if self._rows_GND.shape[1] == rows else torch.empty(G, rows, D)
+            k_GND, at = k_cache_GND[:, seq_len - local : seq_len].clone(), slice(before, before + local)
+            self._rows_GND[:, :local] = rotate(k_GND, cos[at], sin[at])
+        self._seq_len, position = seq_len, before + self._stop - 1
+        newest_GXD = torch.cat((q_GRD, k_cache_GND[:, seq_len - 1 : seq_len]), 1)
+        newest_GXD = rotate(newest_GXD, cos[position], sin[position])
+        self._rows_GND[:, self._stop - 1] = newest_GXD[:, -1]
+        return newest_GXD[:, :-1], self._rows_GND[:, self._stop - local : self._stop], position
 
 
 class HalfKeys:
@@ -375,6 +454,7 @@ class HalfKeys:
         self._num_keys = 0  # that are copied
         self._mean_G1D = torch.empty(0, 0, 0)
         self._norm_G1 = self._error_G1 = torch.empty(0, 0)  # the largest |k - m| and |k - m - copy|
+        self._off_G1 = torch.empty(0, 0)  # by how much products with a query of length 1 are off
 
     def score(self, q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> Tensor:
         """`score` of the next step."""
@@ -385,18 +465,22 @@ class HalfKeys:
     def search(self, q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> Tensor | None:
         """`score` of the next step; None where that has to look at all keys."""
         self._steps += 1
-        num_blocks = (mid_hi - mid_lo) // BLOCK
-        searches_all = num_blocks * BLOCK < HALVED_FROM or num_blocks < span_top_k
+        num_keys = (mid_hi - mid_lo) // BLOCK * BLOCK
+        searches_all = num_keys < HALVED_FROM or num_keys < BLOCK * span_top_k
         if searches_all or not self._useful or self._steps < _STEPS_BEFORE_HALVES:
             return None
-        self._copy(k_cache_GND, mid_lo, num_blocks * BLOCK)
-        excess_GN = self._excess(q_GRD, num_blocks, span_top_k)
-        counts = (excess_GN >= 0).sum(1).tolist()
-        if min(counts) < span_top_k or max(counts) > num_blocks // 3:  # not finite, or too many
+        self._copy(k_cache_GND, mid_lo, num_keys)
+        found = self._candidates(q_GRD, num_keys, span_top_k)
+        if found is None or len(found) > num_keys // _SHARE_OF_KEYS:
             self._useful = False
             return None
-        block_GB = excess_GN.topk(max(counts)).indices.sort().values
-        return _best_of_blocks(q_GRD, k_cache_GND[:, mid_lo:mid_hi], block_GB, span_top_k, mid_lo)
+        # Behind them keys that are not copied; so many that products of few do not sum in another order.
+        last = mid_hi - BLOCK
+        copied = sorted({mid_lo + key for key in found if mid_lo + key < last})
+        index_C = np.concatenate((np.array(copied, np.int64), np.arange(last, mid_hi)))
+        score_GRC = torch.bmm(q_GRD, k_cache_GND.index_select(1, torch.from_numpy(index_C)).mT)
+        at_GRK = np.argsort(score_GRC.neg_().numpy(), -1, kind="stable")[..., :span_top_k]  # the first of equals first
+        return torch.from_numpy(index_C[at_GRK])
 
     def _copy(self, k_cache_GND: Tensor, mid_lo: int, num_keys: int) -> None:
         """Go on to `num_keys` keys of the middle."""
@@ -413,45 +497,51 @@ class HalfKeys:
             half_GND.copy_(k_GND)
             self._norm_G1 = torch.maximum(self._norm_G1, _largest_norm(k_GND))
             self._error_G1 = torch.maximum(self._error_G1, _largest_norm(k_GND.sub_(half_GND)))
-        self._num_keys = num_keys
+        if num_keys > self._num_keys:
+            self._num_keys = num_keys
+            of_one = torch.ones(()), torch.tensor(_HALF_ROUNDING / 2)
+            self._off_G1 = _off(*of_one, self._norm_G1, self._error_G1, self._mean_G1D)
 
-    def _excess(self, q_GRD: Tensor, num_blocks: int, span_top_k: int) -> Tensor:
-        """By how much each block's best product is above what a block with a winner has, at least, [G, blocks]: the
-        most of a head's rows.
-        """
+    def _candidates(self, q_GRD: Tensor, num_keys: int, span_top_k: int) -> list[int] | None:
+        """Of the copied keys those that can be a row's winners, some twice; None where products do not tell."""
         G, R, D = q_GRD.shape
-        half_GRD = q_GRD.bfloat16()
         wide_GRGD = torch.zeros(G, R, G, D, dtype=torch.bfloat16)  # each head's rows are zero in other heads' columns
-        wide_GRGD.diagonal(dim1=0, dim2=2).copy_(half_GRD.permute(1, 2, 0))
-        product_NQ = F.linear(self._half_NC[: num_blocks * BLOCK], wide_GRGD.view(G * R, G * D))
-        best_NMQ = product_NQ.view(num_blocks, BLOCK, G * R)
-        while best_NMQ.shape[1] > 1:  # amax over few columns has short inner runs
-            best_NMQ = torch.maximum(*best_NMQ.chunk(2, 1))
-        best_GRN = best_NMQ.view(num_blocks, G, R).permute(1, 2, 0).float()
-        off_GR = _off(q_GRD, half_GRD, self._norm_G1, self._error_G1, self._mean_G1D)
-        least_GR = _least_half(best_GRN.topk(span_top_k).values[..., -1], off_GR)
-        return (best_GRN - least_GR[..., None]).amax(1)
+        wide_GRGD.diagonal(dim1=0, dim2=2).copy_(q_GRD.permute(1, 2, 0))
+        # As integers, which order as products above zero do and are compared several times as fast.
+        product_NQ = F.linear(self._half_NC[:num_keys], wide_GRGD.view(G * R, G * D)).view(torch.int16)
+        best_BQ = product_NQ.view(BLOCK, -1).amax(0).view(torch.bfloat16).view(-1, G * R).float()
+        norm_GR = torch.linalg.vector_norm(q_GRD, dim=-1)
+        least_Q = _least_half(best_BQ.topk(span_top_k, 0).values[-1], (norm_GR * self._off_G1).flatten()).numpy()
+        if not (least_Q.min() > 0 and norm_GR.numpy().min() > _SMALLEST_NORM):  # or not finite
+            return None
+        # A positive number's upper half is the largest bfloat16 up to it. Repeated, for longer runs.
+        least_XQ = np.empty((_ROWS_COMPARED, G * R), np.int16)
+        least_XQ[:] = least_Q.view(np.int32) >> 16
+        found = np.flatnonzero(product_NQ.numpy().reshape(-1, least_XQ.size) >= least_XQ.ravel())
+        return (found // (G * R)).tolist()
 
 
-def _off(q: Tensor, half: Tensor, norm: Tensor, error: Tensor, mean: Tensor) -> Tensor:
-    """By how much products of queries [..., D] and keys less a mean key, both in half precision, are off at most;
-    infinite where either are too small to tell.
+def _off(norm_of_q: Tensor, lost: Tensor, norm: Tensor, error: Tensor, mean: Tensor) -> Tensor:
+    """By how much products of queries and keys less a mean key, both in half precision, are off at most; infinite where
+    either are too small to tell.
 
     Args:
+        lost: the norm of what rounding took of a query.
         norm: of these keys, the largest.
         error: of what rounding took of a key, the largest norm.
+        mean: [..., D].
     """
     # Sums of float32, of these products and of the scores themselves, are off by less than D 2^-23 of the norms.
-    sums = (norm + torch.linalg.vector_norm(mean, dim=-1)) * (q.shape[-1] * 2**-22)
-    norm_of_q, lost = (torch.linalg.vector_norm(x, dim=-1) for x in (q, q - half))
+    sums = (norm + torch.linalg.vector_norm(mean, dim=-1)) * (mean.shape[-1] * 2**-22)
     off = lost * norm + norm_of_q * (error + sums)
     return torch.where(torch.minimum(norm_of_q, norm) < _SMALLEST_NORM, torch.inf, off)
 
 
 def _least_half(best: Tensor, off: Tensor) -> Tensor:
-    """What the product of a winner is at least where `best` is reached by as many keys as there are winners."""
-    least = best - best.abs() * _HALF_ROUNDING - 2 * off
-    return least - least.abs() * _HALF_ROUNDING
+    """What the product of a winner is at least where `best` is reached by as many keys as there are winners, if that is
+    above zero.
+    """
+    return torch.sub(best * (1 - _HALF_ROUNDING) ** 2, off, alpha=2)
 
 
 def half_bytes(num_tokens: int, num_kv_heads: int, head_dim: int) -> int:
@@ -463,22 +553,6 @@ def half_bytes(num_tokens: int, num_kv_heads: int, head_dim: int) -> int:
 
 def _largest_norm(x_GND: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x_GND, dim=-1).amax(1, keepdim=True)
-
-
-def _best_of_blocks(q_GRD: Tensor, k_GND: Tensor, block_GB: Tensor, span_top_k: int, first: int) -> Tensor:
-    """`score` of these blocks of keys, in ascending order, and of what is left behind the last whole block."""
-    (G, R, D), N, B = q_GRD.shape, k_GND.shape[1], block_GB.shape[1]
-    num_blocks, left = N // BLOCK, N % BLOCK
-    found_GND = torch.empty(G, B * BLOCK + left, D, dtype=torch.float32)
-    for k_ND, block_B, found_ND in zip(k_GND, block_GB, found_GND, strict=True):
-        rows = k_ND[: num_blocks * BLOCK].view(num_blocks, -1)
-        torch.index_select(rows, 0, block_B, out=found_ND[: B * BLOCK].view(B, -1))
-    found_GND[:, B * BLOCK :] = k_GND[:, num_blocks * BLOCK :]
-    score_GRN = torch.bmm(q_GRD, found_GND.mT)
-    at_GC = _largest(score_GRN.view(G * R, -1), span_top_k)[1].reshape(G, -1)
-    block_GC = F.pad(block_GB, (0, 1), value=num_blocks).gather(1, at_GC // BLOCK)
-    index_GC = block_GC.mul_(BLOCK).add_(at_GC % BLOCK).add_(first)
-    return index_GC.view(G, R, -1)
 
 
 def score(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> Tensor:
@@ -546,7 +620,8 @@ def _best_halves(q_RD: Tensor, k_ND: Tensor) -> tuple[Tensor, Tensor]:
         torch.amax(product_NR.view(torch.int16).view(-1, BLOCK, len(q_RD)), 1, out=best)
         norm = torch.maximum(norm, _largest_norm(tile_ND[None])[0, 0])
         error = torch.maximum(error, _largest_norm(tile_ND.sub_(half_ND)[None])[0, 0])
-    return best_BR.view(torch.bfloat16).float(), _off(q_RD, half_RD, norm, error, mean_D)
+    norm_of_q, lost = (torch.linalg.vector_norm(x, dim=-1) for x in (q_RD, q_RD - half_RD))
+    return best_BR.view(torch.bfloat16).float(), _off(norm_of_q, lost, norm, error, mean_D)
 
 
 def _score_all(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, num_winners: int) -> Tensor:
@@ -605,15 +680,6 @@ def _largest(x_RN: Tensor, count: int) -> tuple[Tensor, Tensor]:
         found.append(x_RN.max(1, keepdim=True))  # the first of equals
         x_RN.scatter_(1, found[-1].indices, -torch.inf)
     return torch.cat([best.values for best in found], 1), torch.cat([best.indices for best in found], 1)
-
-
-def _rotated(x_GND: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
-    """RoPE as the reference's `rotate`, into a new tensor: one pass less than a copy that is rotated in place."""
-    out_GND = torch.empty(x_GND.shape, dtype=torch.float32)
-    (a, b), (out_a, out_b) = x_GND.chunk(2, -1), out_GND.chunk(2, -1)
-    torch.mul(a, cos_ND, out=out_a).addcmul_(b, sin_ND, value=-1)
-    torch.mul(b, cos_ND, out=out_b).addcmul_(a, sin_ND)
-    return out_GND
 
 
 def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, factor: float = 1.0) -> Tensor:

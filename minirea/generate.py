@@ -319,10 +319,10 @@ def decode_one_by_one(
     on.
     """
     ids_T = torch.tensor([last_id], dtype=torch.long, device=model.device)
-    half_keys = model.attention.new_half_keys(len(model.layers), model.dtype)
+    copies = model.attention.new_key_copies(len(model.layers), model.dtype)
     for _ in range(limit):
         model.attention.sketch_keys(cache)
-        ids_T = sampler(model.logits(model.forward(ids_T, cache, half_keys=half_keys))[-1])
+        ids_T = sampler(model.logits(model.forward(ids_T, cache, copies=copies))[-1])
         yield int(ids_T)
 
 
