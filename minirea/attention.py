@@ -242,12 +242,12 @@ class Attention:
             return None
         return [cpu.KeyCopies.new() for _ in range(num_layers)]
 
-    def half_bytes_on_cpu(self, num_tokens: int, dtype: torch.dtype) -> int:
+    def copies_bytes_on_cpu(self, num_tokens: int, dtype: torch.dtype) -> int:
         """What these come to hold, at most, for a cache of `num_tokens`."""
         if not self._selects or not self._on_cpu(dtype):
             return 0
         c = self.model
-        return c.num_layers * cpu.half_bytes(num_tokens, c.num_kv_heads, c.head_dim)
+        return c.num_layers * cpu.copies_bytes(num_tokens, self.config.local_size, c.num_kv_heads, c.head_dim)
 
     def table_rows(self, capacity: int) -> int:
         """Positions in the tables that serve a cache of `capacity` tokens.

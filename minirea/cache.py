@@ -15,6 +15,7 @@ from minirea.errors import memory_limit_of
 from minirea.kernels.near import TAKEN_BACK, Near, new_near, write_near
 from minirea.kernels.sketch import Sketch, new_sketch, sketch_bytes
 from minirea.memory import MemoryPlan, first_that_fits
+from minirea.pages import advise
 from minirea.pinned import host_tensor
 from minirea.placement import FIRST_SKETCHED_LAYER, NEAR, Placement
 from minirea.threads import delayed_keyboard_interrupt
@@ -350,9 +351,10 @@ class KVCache:
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         try:
-            return torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
+            tensor = torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
         except RuntimeError as error:
             raise memory_limit_of(error) or error from None
+        return advise(tensor) if tensor.is_cpu else tensor
 
     def _allocate_layer(self, layer: int, capacity: int, placement: Placement) -> _Arrays:
         """Keys and values of a layer. Those that are far lie token by token, [N, G, D]: the heads of a span that is

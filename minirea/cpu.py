@@ -25,6 +25,7 @@ from tqdm import tqdm
 from minirea.config import ReAttentionConfig
 from minirea.kernels.reference import BLOCK, INDEX_MASK, choose_scope, locate, rotate
 from minirea.kernels.votes import Votes
+from minirea.pages import advise, collapsed
 from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix, num_groups, quantized_bytes
 from minirea.threads import thread_pool
 
@@ -269,6 +270,7 @@ def prepare(weights: dict[str, Any], dtype: torch.dtype, progress: bool = False)
     names = sorted(sizes, key=sizes.__getitem__, reverse=True)  # no thread should be left with the largest at the end
     prepared = {}
     with (
+        collapsed(),
         thread_pool(_preparing_threads(), "prepare") as pool,
         tqdm(
             total=sum(sizes.values()),
@@ -409,23 +411,25 @@ class LocalKeys:
     """
 
     def __init__(self) -> None:
-        self._rows_GND = torch.empty(0, 0, 0)
+        self._rows_GND = torch.empty(0, 0, 0, dtype=torch.float32)
         self._seq_len = self._stop = 0  # cached tokens, and rows, of the last step
 
     def place(
         self, q_GRD: Tensor, k_cache_GND: Tensor, seq_len: int, config: ReAttentionConfig, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, int]:
         """The next step's queries with RoPE, its local part [G, local_size, D], and the position of the last key, which
-        is the queries': config.max_scope - 1 or more.
+        is the queries': room before it for the rest of the scope.
         """
         (G, _, D), local = k_cache_GND.shape, config.local_size
-        before = config.max_scope - local  # positions that the rest of the scope may take
+        before = min(config.max_scope, len(cos)) - local  # positions that the rest of the scope may take
         if seq_len == self._seq_len + 1 and self._stop < self._rows_GND.shape[1]:
             self._stop += 1
         else:
             self._stop = local
             rows = min(local + MORE_POSITIONS, len(cos) - before)
-            self._rows_GND = self._rows_GND if self._rows_GND.shape[1] == rows else torch.empty(G, rows, D)
+            self._rows_GND = (
+                self._rows_GND if self._rows_GND.shape[1] == rows else torch.empty(G, rows, D, dtype=k_cache_GND.dtype)
+            )
             k_GND, at = k_cache_GND[:, seq_len - local : seq_len].clone(), slice(before, before + local)
             self._rows_GND[:, :local] = rotate(k_GND, cos[at], sin[at])
         self._seq_len, position = seq_len, before + self._stop - 1
@@ -486,7 +490,7 @@ class HalfKeys:
         """Go on to `num_keys` keys of the middle."""
         G, N, D = k_cache_GND.shape
         if num_keys > len(self._half_NC):  # at first, and for a cache that grew
-            self._half_NC = torch.empty(N - mid_lo, G * D, dtype=torch.bfloat16)
+            self._half_NC = advise(torch.empty(N - mid_lo, G * D, dtype=torch.bfloat16))
             self._mean_G1D = k_cache_GND[:, mid_lo : mid_lo + num_keys : BLOCK].mean(1, keepdim=True)
             self._norm_G1 = self._error_G1 = torch.zeros(G, 1, dtype=torch.float32)
             self._num_keys = 0
@@ -499,8 +503,8 @@ class HalfKeys:
             self._error_G1 = torch.maximum(self._error_G1, _largest_norm(k_GND.sub_(half_GND)))
         if num_keys > self._num_keys:
             self._num_keys = num_keys
-            of_one = torch.ones(()), torch.tensor(_HALF_ROUNDING / 2)
-            self._off_G1 = _off(*of_one, self._norm_G1, self._error_G1, self._mean_G1D)
+            norm, lost = torch.tensor([1, _HALF_ROUNDING / 2], dtype=torch.float32)
+            self._off_G1 = _off(norm, lost, self._norm_G1, self._error_G1, self._mean_G1D)
 
     def _candidates(self, q_GRD: Tensor, num_keys: int, span_top_k: int) -> list[int] | None:
         """Of the copied keys those that can be a row's winners, some twice; None where products do not tell."""
@@ -544,11 +548,11 @@ def _least_half(best: Tensor, off: Tensor) -> Tensor:
     return torch.sub(best * (1 - _HALF_ROUNDING) ** 2, off, alpha=2)
 
 
-def half_bytes(num_tokens: int, num_kv_heads: int, head_dim: int) -> int:
-    """Of the HalfKeys of one layer, of a cache of so many tokens, at most."""
-    if num_tokens < HALVED_FROM or not _has_tiles():
-        return 0
-    return num_tokens * num_kv_heads * head_dim * torch.bfloat16.itemsize
+def copies_bytes(num_tokens: int, local_size: int, num_kv_heads: int, head_dim: int) -> int:
+    """Of the KeyCopies of one layer, of a cache of so many tokens, at most."""
+    halves = num_tokens * torch.bfloat16.itemsize if num_tokens >= HALVED_FROM and _has_tiles() else 0
+    local = (local_size + MORE_POSITIONS) * torch.float32.itemsize if num_tokens > local_size else 0
+    return num_kv_heads * head_dim * (halves + local)
 
 
 def _largest_norm(x_GND: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int, q
 
     An estimate, rather too high: activations as if none were freed within a block and votes that add up, twice where a
     graph of the step has its own, logits, a part of a quantized matrix made wide, and the scratch of the fused kernel,
-    or a scope's keys and values, gathered and rotated, a causal mask, and a copy of the keys in half precision.
+    or a scope's keys and values, gathered and rotated, a causal mask, and keys that a CPU's decode steps share.
     """
     c, scope = attention.model, attention.config
     T = min(max(map(attention.step_tokens, (scope.chunk_size, scope.tail_chunk_size))), num_tokens)
@@ -149,8 +149,8 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int, q
     wide = _wide_bytes(attention, dtype, copies) if quantize else 0
     votes = attention.new_votes(num_tokens, torch.device("meta")) if attention.carries_votes else ()
     voted = copies * sum(tensor.nbytes for tensor in votes)
-    halves = attention.half_bytes_on_cpu(num_tokens, dtype)
-    return RESERVED[attention.device.type] + activations + logits + gathered + mask + tables + wide + voted + halves
+    key_copies = attention.copies_bytes_on_cpu(num_tokens, dtype)
+    return RESERVED[attention.device.type] + activations + logits + gathered + mask + tables + wide + voted + key_copies
 
 
 def _wide_bytes(attention: Attention, dtype: torch.dtype, copies: int) -> int:

@@ -34,10 +34,11 @@ ALLOWED = {
     "minirea.tokenizer": {"tokenizer", "checks", "json_object", "errors", "files", "memory"},
     "minirea.sampling": {"checks"},
     "minirea.placement": set(),
+    "minirea.pages": set(),
     "minirea.pinned": {"errors", "memory"},
-    "minirea.cache": {"config", "memory", "errors", "kernels", "pinned", "placement", "threads"},
+    "minirea.cache": {"config", "memory", "errors", "kernels", "pages", "pinned", "placement", "threads"},
     "minirea.attention": {"kernels", "cache", "config", "cpu", "placement", "rope", "errors"},
-    "minirea.cpu": {"quantize", "config", "kernels", "threads"},
+    "minirea.cpu": {"quantize", "config", "kernels", "pages", "threads"},
     "minirea.plan": {
         *("quantize", "linear", "attention", "cache", "config", "cpu", "kernels", "memory", "placement", "weights"),
     },

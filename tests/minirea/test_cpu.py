@@ -368,7 +368,8 @@ def test_reattention_is_the_reference_s(seq_len: int, queries: int, span_top_k: 
     config = ReAttentionConfig(
         global_size=4, local_size=100, span_top_k=span_top_k, span_size=8, max_spans=12, chunk_size=64
     )
-    angles = torch.outer(torch.arange(config.max_scope).float(), 1e4 ** (-torch.arange(0, 16, 2) / 16))
+    positions = torch.arange(min(seq_len, config.max_scope))
+    angles = torch.outer(positions.float(), 1e4 ** (-torch.arange(0, 16, 2) / 16))
     q, k, v = random(queries, 6, 16), random(2, 2100, 16, seed=1), random(2, 2100, 16, seed=2)
     k[:, seq_len:], v[:, seq_len:] = torch.nan, torch.nan
     arguments = (q, k, v, seq_len, angles.cos(), angles.sin(), config)
@@ -385,6 +386,20 @@ def test_reattention_is_the_reference_s(seq_len: int, queries: int, span_top_k: 
     assert int(ours.counts.sum()) == 2 * queries * 6 * min(span_top_k, seq_len - 104)
     for tensor, old in zip((q, k, v), before, strict=True):
         assert torch.equal(tensor.nan_to_num(9), old.nan_to_num(9))
+
+
+@pytest.mark.parametrize("more_positions", [0, 3, 256])
+def test_steps_that_share_copies_of_keys(more_positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of the local part keep their positions for some steps, or for none; some tokens come by other means."""
+    monkeypatch.setattr(cpu, "MORE_POSITIONS", more_positions)
+    config = ReAttentionConfig(global_size=4, local_size=20, span_top_k=2, span_size=8, max_spans=5, chunk_size=8)
+    angles = torch.outer(torch.arange(300).float(), 1e4 ** (-torch.arange(0, 16, 2) / 16))
+    tables, copies = (angles.cos(), angles.sin()), cpu.KeyCopies.new()
+    k, v = random(2, 200, 16, seed=1), random(2, 200, 16, seed=2)
+    for seq_len in (*range(100, 109), 130, 131, 120, 121, 121, 122):
+        arguments = random(1, 6, 16, seed=seq_len), k, v, seq_len, *tables, config
+        expected = reattention_reference(*arguments)[0]
+        torch.testing.assert_close(cpu.reattention(*arguments, copies=copies), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

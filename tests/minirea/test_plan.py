@@ -60,8 +60,10 @@ def test_votes_that_add_up_are_in_the_plan(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("tiles", [False, True])
-def test_keys_in_half_precision_are_in_the_plan(directory: Path, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where decode steps on a CPU make a copy of them: of float32 keys that are selected from, if there are many."""
+def test_copies_of_keys_are_in_the_plan(directory: Path, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where decode steps on a CPU make them of float32 keys that are selected from: of the local part, and in half
+    precision of all, if there are many.
+    """
     monkeypatch.setattr(cpu, "_has_tiles", lambda: tiles)
     heads = (
         TINY["num_hidden_layers"] * TINY["num_key_value_heads"] * (TINY["hidden_size"] // TINY["num_attention_heads"])
@@ -69,8 +71,10 @@ def test_keys_in_half_precision_are_in_the_plan(directory: Path, tiles: bool, mo
     for options, held in (({}, tiles), ({"dtype": "bfloat16"}, False), ({"attention": "full"}, False)):
         attention = api.read_model(directory, device="cpu", **options, **SCOPE).attention
         dtype = getattr(torch, options.get("dtype", "float32"))
-        assert attention.half_bytes_on_cpu(100_000, dtype) == held * 100_000 * heads * 2
-        assert attention.half_bytes_on_cpu(cpu.HALVED_FROM - 1, dtype) == 0
+        local = (options == {}) * (SCOPE["local_size"] + cpu.MORE_POSITIONS) * heads * 4
+        assert attention.copies_bytes_on_cpu(100_000, dtype) == held * 100_000 * heads * 2 + local
+        assert attention.copies_bytes_on_cpu(cpu.HALVED_FROM - 1, dtype) == local
+        assert attention.copies_bytes_on_cpu(SCOPE["local_size"], dtype) == 0
         planned = workspace_bytes(attention, dtype, 100_000)
         monkeypatch.setattr(cpu, "HALVED_FROM", 100_001)
         assert planned - workspace_bytes(attention, dtype, 100_000) == held * 100_000 * heads * 2

@@ -163,11 +163,20 @@ def test_a_token_counts_what_those_before_it_found(directory: Path, monkeypatch:
     model, leave, count_winners = llm.model, minirea.kernels.reference.leave, minirea.attention.count_winners
     num_layers, found, sums = llm.config.num_layers, {}, []
 
-    def spy(winner_GRK: torch.Tensor, winners_RHK: torch.Tensor, seq_len: int) -> None:
+    def record(winner_GRK: torch.Tensor, winners_RHK: torch.Tensor, seq_len: int) -> None:
         layer = next(i for i in range(num_layers) if cache.winners[i].data_ptr() == winners_RHK.data_ptr())
         of_tokens = winner_GRK.unflatten(1, (-1, 2)).unbind(1)
         found.update({(seq_len - t, layer): x.flatten().tolist() for t, x in enumerate(reversed(of_tokens), 1)})
+
+    def of_chunk(winner_GRK: torch.Tensor, winners_RHK: torch.Tensor, seq_len: int) -> None:
+        record(winner_GRK, winners_RHK, seq_len)
         leave(winner_GRK, winners_RHK, seq_len)
+
+    def of_query(
+        winner_GRK: torch.Tensor, seq_len: int, config: Any, votes: Any, winners: torch.Tensor
+    ) -> torch.Tensor:
+        record(winner_GRK, winners, seq_len)
+        return before_local(winner_GRK, seq_len, config, votes, winners)
 
     def check(votes: Any, winners: torch.Tensor, seq_len: int, config: Any, impl: str) -> None:
         count_winners(votes, winners, seq_len, config, impl)
@@ -179,7 +188,9 @@ def test_a_token_counts_what_those_before_it_found(directory: Path, monkeypatch:
         assert {j: n for j, n in enumerate(votes.counts[0].tolist()) if n} == counted
         sums.append(counted.total())
 
-    monkeypatch.setattr(minirea.kernels.reference, "leave", spy)
+    before_local = minirea.cpu._before_local
+    monkeypatch.setattr(minirea.kernels.reference, "leave", of_chunk)
+    monkeypatch.setattr(minirea.cpu, "_before_local", of_query)
     monkeypatch.setattr(minirea.attention, "count_winners", check)
     cache, ids = new_cache(model, 10), random_ids(120)
 
@@ -244,7 +255,12 @@ def test_votes_of_an_answer_add_up_from_layer_to_layer(
         seen.append((seq_len, q_GRD.shape[1] // 2, None if votes is None else int(votes.counts.sum())))
         return choose_scope(q_GRD, k, seq_len, *rest)
 
-    choose_scope = minirea.kernels.reference.choose_scope
+    def of_query(winner_GRK: torch.Tensor, seq_len: int, config: Any, votes: Any, winners: Any) -> torch.Tensor:
+        seen.append((seq_len, 1, None if votes is None else int(votes.counts.sum())))
+        return before_local(winner_GRK, seq_len, config, votes, winners)
+
+    choose_scope, before_local = minirea.kernels.reference.choose_scope, minirea.cpu._before_local
+    monkeypatch.setattr(minirea.cpu, "_before_local", of_query)
     for module in ("kernels.reference", "cpu"):
         monkeypatch.setattr(f"minirea.{module}.choose_scope", spy)
     fields = SCOPE | {"span_scope": span_scope, "tail_size": 7}
