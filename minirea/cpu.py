@@ -406,8 +406,8 @@ class KeyCopies(NamedTuple):
 
 
 class LocalKeys:
-    """The local part's keys with RoPE. Only differences of positions count, so that a key keeps its own for some steps
-    and a step rotates the newest: the query's is the last of them instead of the scope's length.
+    """The local part's keys with RoPE. Only differences of positions count: keys keep theirs for some steps, and a step
+    rotates the newest one.
     """
 
     def __init__(self) -> None:
@@ -417,8 +417,8 @@ class LocalKeys:
     def place(
         self, q_GRD: Tensor, k_cache_GND: Tensor, seq_len: int, config: ReAttentionConfig, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, int]:
-        """The next step's queries with RoPE, its local part [G, local_size, D], and the position of the last key, which
-        is the queries': room before it for the rest of the scope.
+        """The next step's queries with RoPE, its local part [G, local_size, D], and the position of the queries and the
+        newest key. There is room before the local part for the rest of the scope.
         """
         (G, _, D), local = k_cache_GND.shape, config.local_size
         before = min(config.max_scope, len(cos)) - local  # positions that the rest of the scope may take
@@ -426,10 +426,9 @@ class LocalKeys:
             self._stop += 1
         else:
             self._stop = local
-            rows = min(local + MORE_POSITIONS, len(cos) - before)
-            self._rows_GND = (
-                self._rows_GND if self._rows_GND.shape[1] == rows else torch.empty(G, rows, D, dtype=k_cache_GND.dtype)
-            )
+            shape = G, min(local + MORE_POSITIONS, len(cos) - before), D
+            if self._rows_GND.shape != shape:
+                self._rows_GND = torch.empty(shape, dtype=torch.float32)
             k_GND, at = k_cache_GND[:, seq_len - local : seq_len].clone(), slice(before, before + local)
             self._rows_GND[:, :local] = rotate(k_GND, cos[at], sin[at])
         self._seq_len, position = seq_len, before + self._stop - 1
@@ -440,15 +439,12 @@ class LocalKeys:
 
 
 class HalfKeys:
-    """A copy of the middle's keys in bfloat16, which says in which few blocks of keys a row's winners can be.
+    """A copy of the middle's keys in bfloat16, which says which few keys a row's winners can be.
 
     It is of k - m, with a mean key m that stays: what m adds to the scores of a row changes no order. The product of a
     key and a query, both rounded, is off by |q - rounded q| |k - m| + |q| |k - m - copy| at most, and its own rounding.
-    Blocks whose best product can reach the K-th best block's are scored in float32, by the product of a whole search.
-
-    A copy is made once it will be used for some steps more, a key at a time from then on. It is of one layer's decode
-    steps, which follow each other: if others' tokens come into the cache, or some are taken back, a new one has to go
-    on.
+    Keys are dealt out to blocks, and those that can reach the K-th best block's best are scored in float32, by the
+    product of a whole search. A copy is made once it will be used for some steps more, a block at a time from then on.
     """
 
     def __init__(self) -> None:
@@ -456,9 +452,11 @@ class HalfKeys:
         self._useful = _has_tiles()
         self._half_NC = torch.empty(0, 0, dtype=torch.bfloat16)  # C = G D: one product for all heads
         self._num_keys = 0  # that are copied
-        self._mean_G1D = torch.empty(0, 0, 0)
-        self._norm_G1 = self._error_G1 = torch.empty(0, 0)  # the largest |k - m| and |k - m - copy|
-        self._off_G1 = torch.empty(0, 0)  # by how much products with a query of length 1 are off
+        self._mean_G1D = torch.empty(0, 0, 0, dtype=torch.float32)
+        self._norm_G1 = self._error_G1 = torch.empty(
+            0, 0, dtype=torch.float32
+        )  # the largest |k - m| and |k - m - copy|
+        self._off_G1 = torch.empty(0, 0, dtype=torch.float32)  # by how much products with a query of length 1 are off
 
     def score(self, q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> Tensor:
         """`score` of the next step."""
