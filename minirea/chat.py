@@ -218,6 +218,12 @@ class Conversation:
         self.session.rewind(_shared(self.session.ids, ids))
 
 
+def without_conversation(notes: dict[str, str]) -> dict[str, str]:
+    """A session's notes without what Conversation.save has left there: of a context that has gone on otherwise."""
+    kept = {"messages", "base", "pending", "documents", *Manner._fields}
+    return {name: note for name, note in notes.items() if name not in kept}
+
+
 def _shared(one: list[int], other: list[int]) -> int:
     """How many tokens two lists have in common at their beginnings."""
     pairs = enumerate(zip(one, other, strict=False))

@@ -181,11 +181,14 @@ def run_read(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
 
     interrupts.finish = tell
     session = _load(files, context, num_tokens, arguments)
+    from minirea.chat import without_conversation
+
     interrupts.raises = True  # an incomplete file is to be removed
     progress = not arguments.quiet
     try:
         start = time.perf_counter()
         session.prefill(ids, progress=progress)
+        session.notes = without_conversation(session.notes)
         read = time.perf_counter()
         session.save(arguments.save, progress=progress)
     except KeyboardInterrupt:

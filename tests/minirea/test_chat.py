@@ -265,6 +265,19 @@ def test_a_kept_conversation_goes_on_in_its_manner(llm: minirea.LLM, model: Path
     assert "has no system message, and goes on so" in chat(model, "", "--context", plain, "--system", "x")[1]
 
 
+def test_what_is_read_after_a_conversation_comes_before_the_next(model: Path, llm: minirea.LLM, tmp_path: Path) -> None:
+    """`read --context` makes a plain context of it: its text is not forgotten with the next message."""
+    kept, longer = str(tmp_path / "a.ctx"), str(tmp_path / "b.ctx")
+    chat(model, f"one\n/save {kept}\n")
+    text = " and more words"
+    assert main(["read", "--model", str(model), *FLAGS, "--context", kept, "--text", text, "--save", longer]) == 0
+    opened = Conversation(llm.open_session(longer))
+    ids = [*llm.open_session(kept).ids, *llm.tokenizer.encode(text, continues=True)]
+    assert (opened.messages, opened.base) == ([], len(ids))
+    said(opened, "two")
+    assert opened.session.ids[: len(ids)] == ids
+
+
 def test_where_nothing_was_said_a_manner_can_be_chosen(llm: minirea.LLM, tmp_path: Path) -> None:
     book = llm.session()
     book.prefill("a book")
