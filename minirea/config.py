@@ -241,7 +241,7 @@ class ReAttentionConfig:
         # Few local tokens, few winners and half of the room that is left: see kernels/NOTEBOOK.md, 2026-11-26.
         values = {
             "global_size": 32 if large else min(32, trained_context // 64),
-            "local_size": 8192 if large else max(1, min(trained_context // 4, max(512, trained_context // 8))),
+            "local_size": 8192 if large else max(1, min(trained_context // 2, max(1024, trained_context // 8))),
             "span_top_k": 2 if medium else 4,
             "span_size": 64 if medium else 32,
         } | given

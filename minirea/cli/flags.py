@@ -128,7 +128,7 @@ def add_scope(parser: argparse.ArgumentParser) -> Callable[..., Any]:
         "--local-size",
         type=int,
         metavar="N",
-        help="last tokens, always seen (default: 8192; or C/8, at least 512, at most C/4)",
+        help="last tokens, always seen (default: 8192; or C/8, at least 1024, at most C/2)",
     )
     add("--span-top-k", type=int, metavar="K", help="winners per head and query (default: 4; 2 for C from 4096)")
     add("--span-size", type=int, metavar="N", help="tokens around each winner (default: 32; 64 for C from 4096)")

@@ -16,8 +16,8 @@ from minirea.errors import InputError
         (131072, (32, 8192, 256, 512), 16416),
         (32768, (32, 8192, 256, 512), 16416),
         (8192, (32, 1024, 55, 512), 4576),
-        (2048, (32, 512, 23, 512), 1280),
-        (256, (4, 64, 2, 64), 132),
+        (2048, (32, 1024, 15, 512), 1536),
+        (256, (4, 128, 1, 128), 164),
     ],
 )
 def test_defaults_follow_the_trained_context(trained: int, expected: tuple[int, ...], bound: int) -> None:
@@ -46,8 +46,8 @@ def test_fields_that_follow_from_others() -> None:
     assert ReAttentionConfig(4, 24, span_top_k=0).max_scope == 28
     assert ReAttentionConfig(4, 24, chunk_size=3).tail_chunk_size == 3
     assert ReAttentionConfig(4, 24, max_spans=0, dense_size=100).max_scope == 100
-    assert ReAttentionConfig.for_context(2048, span_top_k=0).dense_size == 32 + 512
-    assert ReAttentionConfig.for_context(2048, max_spans=2).dense_size == 32 + 512 + 64
+    assert ReAttentionConfig.for_context(2048, span_top_k=0).dense_size == 32 + 1024
+    assert ReAttentionConfig.for_context(2048, max_spans=2).dense_size == 32 + 1024 + 64
     assert ReAttentionConfig.for_context(2048, dense_size=1100).dense_size == 1100
 
 
@@ -84,7 +84,7 @@ def test_bad_fields_are_named(fields: dict[str, Any]) -> None:
 
 def test_a_scope_beyond_the_trained_context_is_refused_with_both_numbers() -> None:
     config = ReAttentionConfig.for_context(2048, max_spans=64)
-    with pytest.raises(InputError, match=r"2592 .* 2048 .*allow_out_of_distribution=True"):
+    with pytest.raises(InputError, match=r"3104 .* 2048 .*allow_out_of_distribution=True"):
         config.check_fits(2048, "max_position_embeddings")
     with pytest.raises(InputError, match=r"2049 .*dense_size 2049.* 2048 .*allow_out_of_distribution=True"):
         ReAttentionConfig.for_context(2048, dense_size=2049).check_fits(2048, "max_position_embeddings")
@@ -92,6 +92,6 @@ def test_a_scope_beyond_the_trained_context_is_refused_with_both_numbers() -> No
 
 def test_a_scope_beyond_what_kernels_count_is_refused_by_its_parts() -> None:
     with pytest.raises(
-        InputError, match=r"^the scope can reach 32000000544 .*max_spans 1000000000 .*at most 2147483647$"
+        InputError, match=r"^the scope can reach 32000001056 .*max_spans 1000000000 .*at most 2147483647$"
     ):
         ReAttentionConfig.for_context(2048, max_spans=10**9)

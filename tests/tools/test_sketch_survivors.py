@@ -27,7 +27,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *ar
 
 def test_the_demos_selections(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every layer but the first, whose keys have no sketch."""
-    code, printed = run(monkeypatch, capsys, "--tokens", "1500", "--prompts", "2", "--steps", "2")
+    code, printed = run(monkeypatch, capsys, "--tokens", "2000", "--prompts", "2", "--steps", "2")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
     layers = [row for row in rows if row and row[0].isdigit()]
     assert [int(row[0]) for row in layers] == [1, 2, 3, 4, 5]
@@ -46,7 +46,7 @@ def test_a_selection_that_differs_is_told(monkeypatch: pytest.MonkeyPatch, capsy
         return winners + 64 if len(calls) == 1 else winners
 
     monkeypatch.setattr(reference, "score_by_sketch", wrong)
-    code, printed = run(monkeypatch, capsys, "--tokens", "1400", "--prompts", "1", "--steps", "1")
+    code, printed = run(monkeypatch, capsys, "--tokens", "1900", "--prompts", "1", "--steps", "1")
     assert (code, printed.splitlines()[-1]) == (1, "4 of 5 selections and outputs are the exact ones")
 
 

@@ -139,7 +139,7 @@ def heat_map(records: Sequence[Record], folder: Path, title: str, about: Mapping
     for ax, mode in zip(axes[0], modes, strict=True):
         scores = [[cells.get((mode, length, depth)) for length in lengths] for depth in depths]
         image = percent_grid(ax, [[100 * statistics.fmean(of) if of else None for of in row] for row in scores])
-        ax.set_title(mode)
+        ax.set_title(mode, pad=14)  # above what _mark_trained_column writes
         ax.set_xlabel("length (tokens)")
         ax.set_xticks(range(len(lengths)), [short_length(length) for length in lengths])
         ax.set_yticks(range(len(depths)), [f"{100 * depth:.0f}%" for depth in depths])
