@@ -27,7 +27,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *ar
 
 def test_the_demos_selections(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every layer but the first, whose keys have no sketch."""
-    code, printed = run(monkeypatch, capsys, "--tokens", "2000", "--prompts", "2", "--steps", "2")
+    code, printed = run(monkeypatch, capsys, "--tokens", "2012", "--prompts", "2", "--steps", "2")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
     layers = [row for row in rows if row and row[0].isdigit()]
     assert [int(row[0]) for row in layers] == [1, 2, 3, 4, 5]
@@ -53,8 +53,8 @@ def test_a_selection_that_differs_is_told(monkeypatch: pytest.MonkeyPatch, capsy
 def test_prompts_that_select_nothing_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, _ = run(monkeypatch, capsys, "--tokens", "1280", "--prompts", "1")
-    assert code == "nothing was selected: --tokens is 1,280, expected more than 1,280"
+    code, _ = run(monkeypatch, capsys, "--tokens", "1536", "--prompts", "1")
+    assert code == "nothing was selected: --tokens is 1,536, expected more than 1,536"
 
 
 def test_a_text_that_is_too_short_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
