@@ -70,6 +70,15 @@ class _Prompts(argparse.Action):
         namespace.prompts = [*namespace.prompts, values]
 
 
+class OnePrompt(argparse.Action):
+    """--prompt FILE where there is one prompt: of two, the first would be passed over."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:  # noqa: ARG002
+        if namespace.prompt is not None:
+            raise argparse.ArgumentError(self, f"given twice, {namespace.prompt!r} and {values!r}, expected once")
+        namespace.prompt = values
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=path, required=True, metavar="DIR", help="Hugging Face or Mistral model directory"
@@ -83,7 +92,7 @@ def add_input(parser: argparse.ArgumentParser, several: bool = False) -> None:
     about = "UTF-8 text file, or - for standard input" + (
         "; several times: one line of JSON for each" if several else ""
     )
-    source.add_argument("--prompt", type=path, action=_Prompts if several else "store", metavar="FILE", help=about)
+    source.add_argument("--prompt", type=path, action=_Prompts if several else OnePrompt, metavar="FILE", help=about)
     source.add_argument("--text", metavar="STRING", help="the prompt itself (one of these is required)")
     parser.set_defaults(prompts=[], questions=None, answers=None)
     if several:

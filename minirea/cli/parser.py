@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from minirea import __version__
 from minirea.cli.flags import (
     HelpFormatter,
+    OnePrompt,
     Parser,
     add_attention,
     add_execution,
@@ -92,7 +93,11 @@ def _add_read(commands: Any) -> None:
     add_model(read)
     source = read.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--prompt", type=path, metavar="FILE", help="UTF-8 text file, or - for standard input (or --text)"
+        "--prompt",
+        type=path,
+        action=OnePrompt,
+        metavar="FILE",
+        help="UTF-8 text file, or - for standard input (or --text)",
     )
     source.add_argument("--text", metavar="STRING", help="the prompt itself (one of the two is required)")
     read.add_argument("--save", type=path, required=True, metavar="FILE", help="where the context is kept")

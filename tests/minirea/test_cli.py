@@ -426,6 +426,16 @@ def test_empty_names_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None
     assert checked > 20
 
 
+@pytest.mark.parametrize("words", [["read", "--save", "a.ctx"], ["explain", "--out", "a"]])
+def test_one_prompt_where_one_is_read(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    parser = make_parser()
+    assert parser.parse_args([*words, "--model", "m", "--prompt", "a"]).prompt == "a"
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args([*words, "--model", "m", "--prompt", "a", "--prompt", "b"])
+    assert stop.value.code == 2
+    assert "argument --prompt: given twice, 'a' and 'b', expected once" in capsys.readouterr().err
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
