@@ -11,7 +11,7 @@ from typing import Any
 
 from minirea.checks import unicode_text
 from minirea.errors import InputError, MissingFileError
-from minirea.files import is_there
+from minirea.files import is_there, list_directory
 from minirea.tokenizer.backend import Backend
 from minirea.tokenizer.chat import ChatTemplate, Disguise, conversation
 from minirea.tokenizer.config import TokenizerConfig
@@ -42,8 +42,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         InputError: a file is truncated, malformed or contradicts another; the message names file and key.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise MissingFileError(f"{directory}: no such model directory")
+    list_directory(directory, "model directory")
     config = TokenizerConfig(directory)
     tekken, json_file = directory / "tekken.json", directory / "tokenizer.json"
     backend: Backend

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from minirea.errors import InputError, MissingFileError
+from minirea.errors import InputError
+from minirea.files import list_directory
 from minirea.json_object import JsonObject
 
 _DEPTH: Final = 4  # folders below the given one that are searched; L-Eval's own checkout has its files 2 deep
@@ -51,10 +52,9 @@ def find(directory: Path, names: set[str]) -> dict[str, Path]:
 
     Raises:
         MissingFileError: no such directory.
-        InputError: it holds two files of one name.
+        InputError: it is no directory, or holds two files of one name.
     """
-    if not directory.is_dir():
-        raise MissingFileError(f"{directory}: no such directory")
+    list_directory(directory, "directory of data files")
     found: dict[str, Path] = {}
     for folder, folders, files in os.walk(directory):
         depth = len(Path(folder).relative_to(directory).parts)

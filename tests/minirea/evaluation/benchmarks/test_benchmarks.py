@@ -359,6 +359,10 @@ def test_directories_that_cannot_be_used(tmp_path: Path, tokenizer: Tokenizer) -
         make_task(LongBench, {})
     with pytest.raises(MissingFileError, match="no such directory"):
         cells(LongBench, tmp_path / "nowhere", tokenizer)
+    with pytest.raises(InputError, match="is a file, expected a directory of data files"):
+        cells(LongBench, Path(__file__), tokenizer)
+    with pytest.raises(InputError, match="is a file, expected a model directory"):
+        load_tokenizer(__file__)
     with pytest.raises(MissingFileError, match="no data file of longbench in it, expected narrativeqa"):
         cells(LongBench, tmp_path, tokenizer)
     write(tmp_path / "one" / "hotpotqa.jsonl", LONGBENCH)
