@@ -322,8 +322,7 @@ class Chat:
         """Until the end of input; the exit status, 1 if a line of a pipe could not be answered."""
         self.interrupts.raises = True
         if self.in_terminal:
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  input() edits lines with it, and remembers them
+            _edit_lines()
             if self.progress:
                 say("minirea: /help lists what there is besides messages; Ctrl-D ends")
         for line in self.conversation.differences:
@@ -354,8 +353,8 @@ class Chat:
         try:
             if self.in_terminal and sys.stdout is not None and sys.stdout.isatty():
                 return input("> ")
-            if self.in_terminal:
-                say("> ")
+            if self.in_terminal and sys.stderr is not None:
+                print("> ", end="", file=sys.stderr, flush=True)
             line = sys.stdin.buffer.readline(_LINE_LIMIT) if sys.stdin is not None else b""
             return line.decode("utf-8", "surrogateescape").rstrip("\r\n") if line else None
         except EOFError:
@@ -489,6 +488,40 @@ class Chat:
     def _exit(self, _: str) -> str:
         self.ended = True
         return ""
+
+
+def _edit_lines() -> None:
+    """Have input() edit lines, remember them, and complete commands and names of files with the tab key."""
+    try:
+        import readline
+    except ImportError:
+        return
+
+    def complete(line: str, index: int) -> str | None:
+        found = completions(line)
+        return found[index] if index < len(found) else None
+
+    readline.set_completer_delims("\n")  # a line is completed as a whole
+    readline.set_completer(complete)
+    readline.parse_and_bind("tab: complete")
+
+
+def completions(line: str) -> list[str]:
+    """Lines that a line may be the beginning of: a command, or one that a file or directory is named for."""
+    command, space, name = line.partition(" ")
+    if not space:
+        found = [f"/{known}{' ' if needs else ''}" for known, (_, needs, _) in COMMANDS.items()]
+        return [whole for whole in found if whole.startswith(line)]
+    if not COMMANDS.get(command.removeprefix("/"), ("", "", ""))[1]:
+        return []
+    start, typed = os.path.expanduser(name), os.path.basename(name)
+    folder = name[: len(name) - len(typed)]
+    try:
+        entries = sorted(os.scandir(os.path.dirname(start) or "."), key=lambda entry: entry.name)
+    except OSError:
+        return []
+    found = [entry.name + "/" * entry.is_dir() for entry in entries if entry.name.startswith(typed)]
+    return [f"{command} {folder}{name}" for name in found if name.isprintable() and (typed or name[0] != ".")]
 
 
 # What each command does, what it needs and what /help says of it.

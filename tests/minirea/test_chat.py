@@ -21,7 +21,7 @@ import pytest
 from testing import tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
-from minirea.chat import Chat, Conversation, Document
+from minirea.chat import Chat, Conversation, Document, completions
 from minirea.cli import main
 from minirea.terminal import Interrupts
 
@@ -407,6 +407,26 @@ def test_what_is_wrong_is_told_before_the_weights_are_read(model: Path, tmp_path
     assert "no such file" in chat(model, "hello", "--context", str(tmp_path / "none"), status=1)[1]
 
 
+def test_the_tab_key_completes_commands_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "books").mkdir()
+    for name in ("books/alice.txt", "books/a b.txt", "boat.txt", ".hidden", "new\nline"):
+        (tmp_path / name).write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "books"))
+    for line, expected in (
+        ("/s", ["/save ", "/sources", "/stats"]),
+        ("/file bo", ["/file boat.txt", "/file books/"]),
+        ("/load ", ["/load boat.txt", "/load books/"]),
+        ("/load .", ["/load .hidden"]),
+        ("/save books/a", ["/save books/a b.txt", "/save books/alice.txt"]),
+        ("/save books/a b", ["/save books/a b.txt"]),
+        (f"/file {tmp_path}/boa", [f"/file {tmp_path}/boat.txt"]),
+        ("/file ~/al", ["/file ~/alice.txt"]),
+        *((line, []) for line in ("/file none/", "/undo b", "/foo b", "hello", "hello bo")),
+    ):
+        assert completions(line) == expected
+
+
 class Terminal:
     """A chat in a terminal of its own."""
 
@@ -465,7 +485,7 @@ def test_in_a_terminal(model: Path, tmp_path: Path) -> None:
     terminal.type("\x03")
     terminal.until("\r\n(interrupted; what was said is kept")
     assert terminal.until("> ") == ")\r\n"
-    terminal.type(f"/save {tmp_path}/a.ctx\n")
+    terminal.type(f"/sa\t{tmp_path}/a.ctx\n")
     terminal.until("tokens kept in")
     terminal.until("> ")
     terminal.type("\x04")
