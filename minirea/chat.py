@@ -40,7 +40,12 @@ class Document(NamedTuple):
 
 
 class Manner(NamedTuple):
-    """How messages become tokens: after which system message, and whether special tokens spelled in them act."""
+    """How messages become tokens.
+
+    Attributes:
+        system: the text of a system message before them.
+        allow_special_tokens: those that a message spells act as such, instead of being text.
+    """
 
     system: str | None = None
     allow_special_tokens: bool = False
@@ -52,7 +57,7 @@ class Conversation:
     Args:
         session: a context that the conversation follows, or one that a conversation was saved with.
         system: a system message, at the beginning.
-        allow_special_tokens: those that are spelled in a message act as such.
+        allow_special_tokens: those that a message spells act as such, instead of being text.
 
     Attributes:
         manner: that of the arguments; of a conversation that was saved, its own, since its tokens are laid out so.

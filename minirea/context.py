@@ -417,7 +417,7 @@ def _header(
 def _not_whole(file: FileIO) -> str | None:
     """What a file is that is no safetensors file, or only the beginning of a context; None of others."""
     size = os.fstat(file.fileno()).st_size
-    start = os.pread(file.fileno(), 8 + len(_BEGINNING), 0)
+    start = bytes(_bytes_at(file, 0, min(size, 8 + len(_BEGINNING))))
     begin = 8 + int.from_bytes(start[:8], "little")
     if not _BEGINNING.startswith(start[8:]) or size <= 8:
         kind = "no context" if size else "empty"
@@ -428,11 +428,18 @@ def _not_whole(file: FileIO) -> str | None:
     if size < begin:
         return f"{found} more than {begin:,}"
     try:
-        entries = json.loads(os.pread(file.fileno(), begin - 8, 8))
+        entries = json.loads(_bytes_at(file, 8, begin - 8))
         whole = begin + max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
     return f"{found} {whole:,}" if isinstance(whole, int) and size < whole < 2**63 else None
+
+
+def _bytes_at(file: FileIO, offset: int, count: int) -> bytearray:
+    """Errors as of _read_at."""
+    data = bytearray(count)
+    _read_at(file, offset, memoryview(data))
+    return data
 
 
 def _checksum(data: memoryview) -> int:
