@@ -17,6 +17,7 @@ Blocks go between the file and their place in the cache, by a few threads, with 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -85,8 +86,10 @@ def save_context(
     """Write a context to a file, which replaces an old one once it is complete.
 
     Raises:
-        InputError: there is nothing to save, notes are not strings, or the file cannot be written.
+        InputError: there is nothing to save, notes are not strings, the file is there and no context, or it cannot be
+            written.
     """
+    check_is_context_or_new(path)
     if not isinstance(notes, dict) or not all(isinstance(text, str) for note in notes.items() for text in note):
         raise InputError(f"{path}: not saved: notes are {shown(notes)}, expected a dictionary of strings")
     if not ids:
@@ -117,6 +120,25 @@ def save_context(
 
         sums[1:] = torch.tensor(list(_in_parallel(write, blocks, WRITERS, "saving", progress)), dtype=torch.int64)
         _write_at(file, offsets["checksums"], bytes_of(sums))
+
+
+def check_is_context_or_new(path: str | Path) -> None:
+    """Whether a context may be saved under a name: as of `--save book.txt`, what a file holds could be meant to stay.
+
+    Raises:
+        InputError: a file of that name holds something else.
+    """
+    if not os.path.isfile(path):
+        return
+    with open_file(Path(path), "a context") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = _bytes_at(file, 0, min(size, 8 + len(_BEGINNING)))
+        if not size or (size > 8 and _BEGINNING.startswith(start[8:])):
+            return
+        with contextlib.suppress(InputError):
+            if read_header(file, Path(path))[0].get("format") == FORMAT:
+                return
+    raise InputError(f"{path}: not saved: is there and no context, expected a new name, or that of a context")
 
 
 class StoredContext:

@@ -171,9 +171,12 @@ def run_read(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     check_replaceable(arguments.save)  # should not wait for the prompt to be read
     prompt = read_prompt(arguments)
     files, context = _read_model(arguments)
+    from minirea.context import check_is_context_or_new
+
     ids = files.encode(prompt, continues=context is not None)
     num_tokens = len(ids) + _length(context)
     warn_beyond_training(files, num_tokens)
+    check_is_context_or_new(arguments.save)
     check_replaceable(arguments.save, files.context_bytes(num_tokens))
 
     def tell() -> None:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from testing import random_ids, tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
-from minirea import api, context, files
+from minirea import api, cli, context, files
 from minirea.errors import InputError
 from minirea.weights import fingerprint
 
@@ -414,6 +414,33 @@ def test_what_cannot_be_written_is_one_line(llm: minirea.LLM, saved: Path, tmp_p
     files.check_replaceable(saved)
     files.check_replaceable(tmp_path / "new.ctx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["book.ctx"]
+
+
+def test_what_is_no_context_is_not_replaced(
+    llm: minirea.LLM, directory: Path, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a slip of the keys: `--save book.txt`. Contexts are, also those that are damaged or that others wrote."""
+    from safetensors.torch import load_file, save_file
+
+    session, whole = llm.open_session(saved), saved.read_bytes()
+    book, weights = tmp_path / "book.txt", tmp_path / "w.safetensors"
+    save_file({"a": torch.zeros(3)}, weights, metadata={"format": "pt"})
+    for path, content in ((book, b"It was"), (book, b"{" * 99), (weights, weights.read_bytes())):
+        path.write_bytes(content)
+        with pytest.raises(minirea.InputError, match="not saved: is there and no context, expected a new name"):
+            session.save(path)
+        words = ["read", "--model", str(directory), "--text", "a", "--save", str(path)]
+        assert cli.main(words) == 1
+        assert capsys.readouterr().err.startswith(f"minirea: error: {path}: not saved: is there and no context")
+        assert path.read_bytes() == content
+    with safe_open(saved, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(load_file(saved), weights, metadata=metadata)
+    for path, content in ((book, b""), (book, whole[:20]), (book, whole[:-5]), (book, whole), (weights, None)):
+        if content is not None:
+            path.write_bytes(content)
+        session.save(path)
+        assert llm.open_session(path).ids == session.ids
 
 
 def test_a_link_stays_and_what_it_leads_to_is_replaced(llm: minirea.LLM, saved: Path) -> None:
