@@ -123,7 +123,8 @@ def test_an_opened_context_that_differs_is_told(tmp_path: Path, monkeypatch: pyt
 
 def test_model_directory_beside_transformers(tmp_path: Path, measure: BenchRun, engines: list[list[str]]) -> None:
     model = write_checkpoint(tmp_path, tiny_model())
-    result = measure("model", "--model", str(model), "--contexts", "2000,100", "--tokens", "3", "--prefill", "150")
+    options = ["--tokens", "3", "--prefill", "150", "--clock", "cpu"]
+    result = measure("model", "--model", str(model), "--contexts", "2000,100", *options)
     assert engines == [["--engine", "minirea"], ["--engine", "transformers"]]
     assert result["machine"]["copy_gb_per_s"] > 0
     kinds = [("decode_ms", 100), ("decode_ms", 2000), ("prefill_seconds", 150)]
