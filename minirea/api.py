@@ -520,10 +520,11 @@ class Session:
     def save(self, path: str | Path, *, progress: bool = False) -> None:
         """Keep the context in a file for LLM.open_session; minirea.context describes it.
 
-        A file of that name is replaced once the new one is complete: a crash leaves the old one, or none.
+        A context of that name is replaced once the new one is complete: a crash leaves the old one, or none.
 
         Raises:
-            InputError: the context is empty, the file cannot be written, or notes are not strings.
+            InputError: the context is empty, notes are not strings, or the file cannot be written, or holds something
+                other than a context.
         """
         self.llm.check_one_device("contexts in files")
         path_like("path", path, "the name of a file")
