@@ -41,7 +41,7 @@ _ZERO: Final = torch.zeros((), dtype=torch.float32, device="cpu")
 _SCORES: Final = 1 << 21  # held at a time
 _SCORE_ROWS: Final = 128  # in so many rows at most
 _FEW_WINNERS: Final = 8  # of a row, up to which a search for each is faster than a sort
-HALVED_FROM: Final = 5120  # keys to search, for which a copy of them in bfloat16 saves time
+HALVED_FROM: Final = 2048  # keys to search, for which a copy of them in bfloat16 saves time
 _STEPS_BEFORE_HALVES: Final = 8
 MANY_ROWS: Final = 1024  # and keys, of a chunk, for which products in bfloat16 before those in float32 save time
 MANY_KEYS: Final = 3072
@@ -61,10 +61,13 @@ _FLASH: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # al
 class PackedMatrix:
     """A matrix [N, K] in FBGEMM's layout of float16, times `scale`, a power of two. Made by `pack`."""
 
-    def __init__(self, packed: Any, scale: float, nbytes: int) -> None:
-        self.packed = packed
+    def __init__(self, packed: Any, scale: float, shape: tuple[int, int]) -> None:
+        self.packed, self.shape = packed, shape
         self.inverse_scale = 1 / scale
-        self.nbytes = nbytes
+
+    @property
+    def nbytes(self) -> int:
+        return packed_bytes(*self.shape)
 
     def multiply(self, x_TK: Tensor) -> Tensor:
         """x_TK times the matrix transposed times the scale, float32 [T, N]."""
@@ -214,7 +217,7 @@ def pack(matrix_NK: Tensor) -> PackedMatrix:
     scale = 2.0 ** min(_LARGEST_SCALE, _LARGEST_EXPONENT - math.frexp(largest)[1])
     scaled = matrix_NK.float().mul_(scale)  # three times faster than one product of both dtypes
     packed = torch.ops.quantized.linear_prepack_fp16(scaled, None)
-    return PackedMatrix(packed, scale, packed_bytes(*matrix_NK.shape))
+    return PackedMatrix(packed, scale, (matrix_NK.shape[0], matrix_NK.shape[1]))
 
 
 def packed_bytes(N: int, K: int) -> int:

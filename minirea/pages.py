@@ -31,7 +31,7 @@ def advise(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def collapsed() -> Iterator[None]:
-    """What the process allocates meanwhile is moved to huge pages afterwards, some 2.5 s a GB: libraries do not tell
+    """What the process allocates meanwhile is moved to huge pages afterwards, 1 to 2.5 s a GB: libraries do not tell
     where they keep matrices. The system has to say what memory there is; where it does not, nothing is moved.
     """
     before = mappings()

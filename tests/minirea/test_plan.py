@@ -65,6 +65,7 @@ def test_copies_of_keys_are_in_the_plan(directory: Path, tiles: bool, monkeypatc
     precision of all, if there are many.
     """
     monkeypatch.setattr(cpu, "_has_tiles", lambda: tiles)
+    halved_from = cpu.HALVED_FROM
     heads = (
         TINY["num_hidden_layers"] * TINY["num_key_value_heads"] * (TINY["hidden_size"] // TINY["num_attention_heads"])
     )
@@ -78,7 +79,7 @@ def test_copies_of_keys_are_in_the_plan(directory: Path, tiles: bool, monkeypatc
         planned = workspace_bytes(attention, dtype, 100_000)
         monkeypatch.setattr(cpu, "HALVED_FROM", 100_001)
         assert planned - workspace_bytes(attention, dtype, 100_000) == held * 100_000 * heads * 2
-        monkeypatch.setattr(cpu, "HALVED_FROM", 5120)
+        monkeypatch.setattr(cpu, "HALVED_FROM", halved_from)
 
 
 def test_what_does_not_fit_is_refused_before_weights_are_read(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from shapes import SHAPES, named
 from testing import tiny_model, write_checkpoint
 
 import minirea
+from minirea import cpu
 from minirea.checkpoint_config import load_config
 from minirea.config import ReAttentionConfig
 from minirea.errors import MemoryLimitError
@@ -154,6 +155,13 @@ def test_engines_in_turn_on_some_threads(tmp_path: Path, measure: BenchRun, engi
     ]
 
 
+@pytest.mark.skipif(not cpu.can_pack(), reason="this build of torch has no FBGEMM")
+def test_padding_of_packed_matrices_is_no_part_of_a_floor() -> None:
+    packed, plain = cpu.pack(torch.ones(20, 600, dtype=torch.bfloat16)), torch.ones(3)
+    model = argparse.Namespace(head=packed, layers=[(plain, None), (packed, plain)])
+    assert bench_model.padding(model) == 2 * (32 * 1024 - 20 * 600) * 2
+
+
 def test_the_fastest_of_several_rounds_counts() -> None:
     def row(engine: str, threads: int, **rest: Any) -> dict[str, Any]:
         return {"engine": engine, "threads": threads, "context": 7, **rest}
@@ -222,6 +230,7 @@ def test_floor_counts_what_a_step_reads() -> None:
         nbytes=2 * (32 * layer + head + embedding + 4096),
         embed=argparse.Namespace(nbytes=2 * embedding),
         head=None,
+        layers=[],
         dtype=torch.bfloat16,
         config=argparse.Namespace(num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128),
         attention=argparse.Namespace(
