@@ -186,7 +186,14 @@ def _dot(k_GND: torch.Tensor, q_GRD: torch.Tensor) -> torch.Tensor:
     """float32 [G, N, R]. Keys on the left: a decode step then streams the cache once, at memory speed."""
     if k_GND.is_cuda and k_GND.dtype != torch.float32:
         return torch.bmm(k_GND, q_GRD.mT, out_dtype=torch.float32)
-    return torch.matmul(k_GND.float(), q_GRD.float().mT)
+    return torch.matmul(k_GND.float(), not_alone(q_GRD).float().mT)[..., : q_GRD.shape[1]]
+
+
+def not_alone(q_GRD: torch.Tensor) -> torch.Tensor:
+    """Rows to multiply keys by, on a CPU: a single one twice. Its product would sum in an order that depends on where a
+    key lies, and equal keys would score otherwise.
+    """
+    return q_GRD.expand(-1, 2, -1) if q_GRD.shape[1] == 1 else q_GRD
 
 
 def _merge(best_GRK: torch.Tensor, score_GNR: torch.Tensor, lo: int, skip_rows: bool) -> None:

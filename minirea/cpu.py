@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minirea.config import ReAttentionConfig
-from minirea.kernels.reference import BLOCK, INDEX_MASK, choose_scope, locate, rotate
+from minirea.kernels.reference import BLOCK, INDEX_MASK, choose_scope, locate, not_alone, rotate
 from minirea.kernels.votes import Votes
 from minirea.pages import advise, collapsed
 from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix, num_groups, quantized_bytes
@@ -456,9 +456,8 @@ class HalfKeys:
         self._half_NC = torch.empty(0, 0, dtype=torch.bfloat16)  # C = G D: one product for all heads
         self._num_keys = 0  # that are copied
         self._mean_G1D = torch.empty(0, 0, 0, dtype=torch.float32)
-        self._norm_G1 = self._error_G1 = torch.empty(
-            0, 0, dtype=torch.float32
-        )  # the largest |k - m| and |k - m - copy|
+        # The largest |k - m|, and |k - m - copy|.
+        self._norm_G1 = self._error_G1 = torch.empty(0, 0, dtype=torch.float32)
         self._off_G1 = torch.empty(0, 0, dtype=torch.float32)  # by how much products with a query of length 1 are off
 
     def score(self, q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> Tensor:
@@ -483,8 +482,9 @@ class HalfKeys:
         last = mid_hi - BLOCK
         copied = sorted({mid_lo + key for key in found if mid_lo + key < last})
         index_C = np.concatenate((np.array(copied, np.int64), np.arange(last, mid_hi)))
-        score_GRC = torch.bmm(q_GRD, k_cache_GND.index_select(1, torch.from_numpy(index_C)).mT)
-        at_GRK = np.argsort(score_GRC.neg_().numpy(), -1, kind="stable")[..., :span_top_k]  # the first of equals first
+        score_GRC = torch.bmm(not_alone(q_GRD), k_cache_GND.index_select(1, torch.from_numpy(index_C)).mT)
+        score_GRC = score_GRC[:, : q_GRD.shape[1]].neg_()
+        at_GRK = np.argsort(score_GRC.numpy(), -1, kind="stable")[..., :span_top_k]  # the first of equals first
         return torch.from_numpy(index_C[at_GRK])
 
     def _copy(self, k_cache_GND: Tensor, mid_lo: int, num_keys: int) -> None:
@@ -517,7 +517,7 @@ class HalfKeys:
         best_BQ = product_NQ.view(BLOCK, -1).amax(0).view(torch.bfloat16).view(-1, G * R).float()
         norm_GR = torch.linalg.vector_norm(q_GRD, dim=-1)
         least_Q = _least_half(best_BQ.topk(span_top_k, 0).values[-1], (norm_GR * self._off_G1).flatten()).numpy()
-        if not (least_Q.min() > 0 and norm_GR.numpy().min() > _SMALLEST_NORM):  # or not finite
+        if not (0 < least_Q.min() <= least_Q.max() < np.inf and norm_GR.numpy().min() > _SMALLEST_NORM):
             return None
         # A positive number's upper half is the largest bfloat16 up to it. Repeated, for longer runs.
         least_XQ = np.empty((_ROWS_COMPARED, G * R), np.int16)
@@ -635,6 +635,8 @@ def _score_all(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, num
     Keys are scored in tiles that stay in the processor's cache until they are ranked. A row's scores lie side by side:
     maxima of blocks are then reduced, and the best blocks copied, in whole runs.
     """
+    if q_GRD.shape[1] == 1:
+        return _score_all(not_alone(q_GRD), k_cache_GND, mid_lo, mid_hi, num_winners)[:, :1]
     (G, R, _), K = q_GRD.shape, num_winners
     rows = min(R, _SCORE_ROWS)
     heads = min(G, _SCORE_ROWS // rows)  # of a decode step all: their operations are then one

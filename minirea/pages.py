@@ -75,6 +75,9 @@ def _advise(part: Range, advice: int) -> None:
 def _madvise() -> Callable[[int, int, int], int] | None:
     if sys.platform != "linux":
         return None
-    function = ctypes.CDLL(None).madvise
+    try:
+        function = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):  # another C library
+        return None
     function.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     return function

@@ -443,3 +443,21 @@ def test_demo_model_computes_the_same_as_with_float32_weights() -> None:
     torch.testing.assert_close(packed.logits(ids), plain.logits(ids), atol=1e-4, rtol=0)
     generated = [llm.generate(ids, max_tokens=40, ignore_eos=True).token_ids for llm in (packed, plain)]
     assert generated[0] == generated[1]
+
+
+@pytest.mark.usefixtures("halved")
+@pytest.mark.parametrize("rows", [1, 2])
+def test_of_equal_keys_the_first_wins(rows: int) -> None:
+    """Wherever they are, in every search: a product of one row by itself would sum in an order of the key's place."""
+    for seed in range(120):
+        generator = torch.Generator().manual_seed(seed)
+        D, N = (32, 48, 64, 80, 96, 128)[seed % 6], 700 + 7 * seed
+        k_GND, q_GRD = random(3, N, D, seed=seed), random(3, rows, D, seed=1000 + seed)
+        places = torch.cat([torch.randperm(N - 100, generator=generator)[: 5 * rows] + 30, N - 1 - torch.arange(rows)])
+        places = places.view(-1, rows).t().sort(1).values
+        for row, place in enumerate(places):
+            k_GND[:, place] = q_GRD[:, row, None] * 3
+        expected = places[:, :6].expand(3, -1, -1)
+        half = cpu.HalfKeys().search(q_GRD, k_GND, 30, N, 6)
+        for found in (half, cpu.score(q_GRD, k_GND, 30, N, 6), score_rows(q_GRD, k_GND, 30, N, 6)):
+            assert found is None or torch.equal(found, expected), (D, N)

@@ -79,3 +79,8 @@ def test_a_system_that_does_not_say_what_there_is(
     with collapsed():
         torch.ones(64 * HUGE, dtype=torch.uint8)
     assert mappings() == [] and not advised
+
+
+def test_a_library_without_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages.ctypes, "CDLL", lambda _: object())
+    assert pages._madvise.__wrapped__() is None
