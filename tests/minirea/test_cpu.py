@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -216,12 +217,20 @@ def test_winners_of_integers_are_the_reference_s(
 
 
 @pytest.fixture
-def halved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys are copied at once, however few they are, and on any CPU."""
+def halved(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Keys are copied at once, however few they are, and on any CPU.
+
+    By one thread: several cut the product with all keys otherwise than that with few, and scores that are as near to
+    each other as rounding may change places.
+    """
     monkeypatch.setattr(cpu, "HALVED_FROM", 256)
     monkeypatch.setattr(cpu, "_STEPS_BEFORE_HALVES", 1)
     monkeypatch.setattr(cpu, "_HALVED_AT_ONCE", 300)
     monkeypatch.setattr(cpu, "_has_tiles", lambda: True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("halved")
