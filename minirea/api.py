@@ -20,7 +20,7 @@ from minirea import generate as loop
 from minirea.attention import Attention
 from minirea.cache import KVCache
 from minirea.checkpoint_config import load_config
-from minirea.checks import integer, path_like, shown
+from minirea.checks import integer, items, path_like, shown, switch
 from minirea.config import (
     CACHES,
     DEVICES,
@@ -150,6 +150,7 @@ def read_model(
     target = _device(device)
     if target.type == "cuda" and torch.cuda.device_count() < gpus:
         raise InputError(f"gpus is {gpus}, but torch sees {torch.cuda.device_count()} CUDA devices")
+    path = path_like("path", path, "a model directory")
     _check_is_model_directory(path)
     if impl == "triton" and target.type == "cpu":
         raise InputError("impl is 'triton', expected 'auto' or 'torch' on a CPU")
@@ -209,10 +210,8 @@ class _Encoder:
         """
         if isinstance(prompt, str):
             given: Iterable[Any] = self.tokenizer.encode(prompt, continues=continues) if prompt else ()
-        elif isinstance(prompt, Iterable) and not isinstance(prompt, (bytes, bytearray, dict)):
-            given = prompt
         else:
-            raise InputError(f"the prompt is {shown(prompt)}, expected text or token ids")
+            given = items("the prompt", prompt, "text or token ids")
         ids = [self._checked_id(token_id) for token_id in given]
         if not ids:
             raise InputError("the prompt is empty, expected at least one token")
@@ -527,7 +526,7 @@ class Session:
                 other than a context.
         """
         self.llm.check_one_device("contexts in files")
-        path_like("path", path, "the name of a file")
+        path = path_like("path", path, "the name of a file")
         with self._alone():
             save_context(path, self.cache, self.ids, self.llm._origin(), self.notes, progress)
 
@@ -685,13 +684,12 @@ def _check_one_device(config: ModelConfig, what: str) -> None:
 
 
 def _choice(name: str, value: str, expected: tuple[str, ...]) -> None:
-    if value not in expected:
+    if not isinstance(value, str) or value not in expected:
         raise InputError(f"{name} is {value!r}, expected one of {', '.join(expected)}")
 
 
 def _check_is_model_directory(path: str | Path) -> None:
     """Files and names that are often given instead are errors that say what they are; load_config checks the rest."""
-    path_like("path", path, "a model directory")
     gguf = "a GGUF file, expected a model directory with config.json, safetensors and a tokenizer: get the original"
     gguf += " model, or convert it (transformers: from_pretrained(..., gguf_file=...), then save_pretrained)"
     name, path = str(path), Path(path)
@@ -731,7 +729,7 @@ def _scope(config: ModelConfig, attention: str, fields: dict[str, Any], allow: b
     if attention == "streaming":
         fields = fields | {"span_top_k": 0}
     scope = ReAttentionConfig.for_context(config.trained_context, **fields)
-    if attention != "full" and not allow:
+    if not switch("allow_out_of_distribution", allow) and attention != "full":
         window = config.sliding_window is not None and config.sliding_window < config.max_position_embeddings
         scope.check_fits(config.trained_context, "sliding_window" if window else "max_position_embeddings")
     return scope

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numbers
 import operator
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,29 @@ def real(name: str, value: Any, valid: Callable[[float], bool], expected: str) -
     return number
 
 
-def path_like(name: str, value: Any, expected: str) -> str | Path:
-    """`value` itself, the name of a file or directory. Raises InputError if it is none, or empty."""
-    if not isinstance(value, (str, Path)) or not str(value):
-        raise InputError(f"{name} is {shown(value)}, expected {expected}")
+def switch(name: str, value: Any) -> bool:
+    """`value` itself, True or False. Raises InputError for what is only like one of them."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {shown(value)}, expected True or False")
     return value
+
+
+def path_like(name: str, value: Any, expected: str) -> str | Path:
+    """`value`, the name of a file or directory, as a str or Path. Raises InputError if it is none, or empty."""
+    path = value.__fspath__() if isinstance(value, os.PathLike) and not isinstance(value, Path) else value
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise InputError(f"{name} is {shown(value)}, expected {expected}")
+    return path
+
+
+def items(name: str, value: Any, expected: str) -> Iterator[Any]:
+    """What is in `value`. Raises InputError for bytes, a dict, and what has no items, as an array of no dimensions."""
+    try:
+        if not isinstance(value, (bytes, bytearray, dict)):
+            return iter(value)
+    except TypeError:
+        pass
+    raise InputError(f"{name} is {shown(value)}, expected {expected}")
 
 
 def unicode_text(name: str, text: Any) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from minirea.checks import integer, shown
+from minirea.checks import integer, switch
 from minirea.errors import InputError
 
 MODES: Final = ("reattention", "streaming", "full")
@@ -220,8 +220,7 @@ class ReAttentionConfig:
             )
         if self.span_scope not in SPAN_SCOPES:
             raise InputError(f"span_scope is {self.span_scope!r}, expected one of {', '.join(SPAN_SCOPES)}")
-        if not isinstance(self.carry_votes, bool):
-            raise InputError(f"carry_votes is {shown(self.carry_votes)}, expected True or False")
+        switch("carry_votes", self.carry_votes)
         if self.vote_window > 1 and not self.carry_votes:
             raise InputError(
                 f"vote_window is {self.vote_window}, expected 1 without carry_votes: the votes of earlier tokens are "

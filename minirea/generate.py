@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from minirea.cache import KVCache
-from minirea.checks import integer, shown
+from minirea.checks import integer, items, shown, switch
 from minirea.errors import InputError
 from minirea.graph import compiling_decode_step, decode_ahead, read_captured
-from minirea.isolation import isolated
+from minirea.isolation import isolated, num_threads
 from minirea.leader import together
 from minirea.memory import peak_bytes
 from minirea.model import Model
@@ -34,7 +34,7 @@ class GenerationConfig(SamplingConfig):
 
     Args:
         max_tokens: at most so many tokens, at least 1.
-        stop: strings that end the text; they are not part of it. They may straddle tokens.
+        stop: strings that end the text; they are not part of it. They may straddle tokens. None: there are none.
         ignore_eos: go on past the model's end-of-text tokens.
     """
 
@@ -45,15 +45,13 @@ class GenerationConfig(SamplingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("max_tokens", integer("max_tokens", self.max_tokens, 1))
-        try:
-            stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        except TypeError:
-            stop = ("",)
+        expected = "strings that are not empty"
+        given = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
+        stop = tuple(items("stop", given, expected))
         if not all(isinstance(s, str) and s for s in stop):
-            raise InputError(f"stop is {shown(self.stop)}, expected strings that are not empty")
+            raise InputError(f"stop is {shown(self.stop)}, expected {expected}")
         self._set("stop", stop)
-        if not isinstance(self.ignore_eos, bool):
-            raise InputError(f"ignore_eos is {shown(self.ignore_eos)}, expected True or False")
+        self._set("ignore_eos", switch("ignore_eos", self.ignore_eos))
 
 
 @dataclass
@@ -109,7 +107,7 @@ class Stats:
             quantize=model.quantize,
             attention=attention.mode,
             impl=attention.impl,
-            threads=torch.get_num_threads() if device.type == "cpu" else None,
+            threads=num_threads() if device.type == "cpu" else None,
             seed=config.seed if config.temperature > 0 else None,
             gpus=model.ranks.size if model.ranks else 1,
             trained_context=model.config.trained_context,
@@ -272,7 +270,8 @@ def read_one_by_one(
 @isolated()
 def all_logits(model: Model, cache: KVCache, ids: Sequence[int]) -> Tensor:
     """Logits of every position, float32 [T, V], through the steps that `generate` takes."""
-    out_TV = torch.empty(len(ids), model.config.vocab_size, dtype=torch.float32, device=model.device)
+    with torch.inference_mode(False):  # the caller may change them, and compute with them under autograd
+        out_TV = torch.empty(len(ids), model.config.vocab_size, dtype=torch.float32, device=model.device)
     parts = [*chunks(model.attention, cache.seq_len, len(ids) - 1, 1), Part(len(ids) - 1, len(ids), 1)]
     cache.reserve(cache.seq_len + len(ids))
     with contextlib.closing(together(_logits_of_parts, model, cache, list(ids), parts)) as steps:

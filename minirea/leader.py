@@ -118,6 +118,13 @@ class Leader(Ranks):
 
     _current: Leader | None = None
 
+    @classmethod
+    def _stays_behind(cls) -> None:
+        """In a forked process, which has copies of its connections: it tells the ranks nothing, nor ends them."""
+        if cls._current is not None:
+            atexit.unregister(cls._current.end)
+            cls._current._lock, cls._current._ended = threading.RLock(), True
+
     @property
     def ended(self) -> bool:
         return self._ended or self.failure is not None
@@ -229,7 +236,8 @@ class Leader(Ranks):
         if self.failure is not None:
             raise RankError(str(self.failure))
         if self._ended:
-            raise RankError("the processes that shared this model have been ended: load it again")
+            found = "the processes that shared this model have been ended, or belong to the process that loaded it"
+            raise RankError(f"{found}: load it again")
 
     def _tell(self, *message: Any) -> None:
         dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
@@ -403,6 +411,9 @@ class Leader(Ranks):
         error = joined.get()
         if error is not None:
             raise error
+
+
+os.register_at_fork(after_in_child=Leader._stays_behind)
 
 
 class SharedCache(KVCache):

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -344,8 +345,29 @@ def test_what_is_passed_instead_of_a_model_is_told_apart(
 
 
 def test_a_path_that_is_none() -> None:
-    with pytest.raises(minirea.InputError, match=r"^path is 5, expected a model directory"):
-        minirea.load(5)  # type: ignore[arg-type]
+    for path in (5, b"model", ""):
+        with pytest.raises(minirea.InputError, match=r"^path is .*, expected a model directory"):
+            minirea.load(path)  # type: ignore[arg-type]
+
+
+def test_a_path_of_any_kind(pristine: Path) -> None:
+    class Elsewhere:
+        def __fspath__(self) -> str:
+            return str(pristine)
+
+    llm = minirea.load(Elsewhere(), device="cpu")  # type: ignore[arg-type]
+    session = llm.session()
+    session.prefill([3, 4])
+    assert session.llm.path == str(pristine)
+
+
+@pytest.mark.parametrize("name", ["device", "dtype", "attention", "impl", "sketch", "cache", "quantize"])
+def test_choices_of_another_kind_are_refused_by_name(name: str, pristine: Path) -> None:
+    for value in (5, [], {}, np.array(["auto", "cpu"]), torch.float32):
+        with pytest.raises(minirea.InputError, match=f"^{name} is .*, expected one of "):
+            minirea.load(pristine, **{name: value})
+    with pytest.raises(minirea.InputError, match=r"^allow_out_of_distribution is 'no', expected True or False"):
+        minirea.load(pristine, allow_out_of_distribution="no")  # type: ignore[arg-type]
 
 
 def test_errors_name_flags_on_the_command_line_and_fields_in_python(pristine: Path) -> None:

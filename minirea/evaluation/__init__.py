@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minirea.checks import items, path_like, shown
 from minirea.config import MODES, SCOPE_FIELDS, ReAttentionConfig
 from minirea.errors import InputError
 from minirea.evaluation.frame.cells import Cell
@@ -85,15 +86,17 @@ def evaluate(
         MissingFileError, InputError, MemoryLimitError: with one line that says what to fix. A length that does not fit
             into memory raises nothing: its records say `skipped`.
     """
-    modes = tuple(attention.split(",")) if isinstance(attention, str) else tuple(attention)
-    for mode in modes:
-        if mode not in MODES:
-            raise InputError(f"attention is {','.join(modes)!r}, expected {', '.join(MODES)} or several with commas")
+    expected = f"{', '.join(MODES)} or several with commas"
+    given = attention.split(",") if isinstance(attention, str) else attention
+    modes = tuple(map(str, items("attention", given, expected)))
+    if not set(modes) <= set(MODES):
+        raise InputError(f"attention is {','.join(modes)!r}, expected {expected}")
     if not modes or len(set(modes)) < len(modes):
         raise InputError(f"attention is {','.join(modes)!r}, expected different modes")
     fields = {name: options.pop(name) for name in SCOPE_FIELDS if name in options}
     chosen = make_task(task_class(task), options)
     limits = _limits(at_most or {})
+    folder = None if out is None else Path(path_like("out", out, "the name of a directory"))
 
     import minirea.api as api  # imports torch, which a bad option need not wait for
     from minirea.evaluation.frame.records import Results, check_settings
@@ -111,11 +114,11 @@ def evaluate(
         lies: dict[str, Any] = {"gpus": gpus, "quantize": quantize, "sketch": sketch, "cache": cache}
         files = api.read_model(model, device, dtype, modes[0], impl, **lies, **fields)
         cells = _cells_for(chosen, files)
-        if out is not None:
-            check_settings(Path(out), known_settings(chosen, files), some=True)
+        if folder is not None:
+            check_settings(folder, known_settings(chosen, files), some=True)
         llm = files.load(progress)
     runner = Runner(chosen, cells, llm, modes, limits, fields)
-    settings, folder = runner.settings, None if out is None else Path(out)
+    settings = runner.settings
     with Results(folder, settings, chosen.check_record) as results:
         records = runner.run(results, progress)
         environment = results.environment(runner.environment)
@@ -143,13 +146,13 @@ def _cells_for(task: Task, model: LLM | ModelFiles) -> Sequence[Cell]:
     return cells
 
 
-def report(folders: Sequence[str | Path], out: str | Path, differing: Sequence[str] = ()) -> Evaluation:
+def report(folders: str | Path | Sequence[str | Path], out: str | Path, differing: Sequence[str] = ()) -> Evaluation:
     """Put the results of directories together and summarize them anew; nothing is asked.
 
     For modes or lengths that ran apart, and to draw pictures where matplotlib is.
 
     Args:
-        folders: directories that `evaluate` wrote, with the same settings.
+        folders: directories that `evaluate` wrote, with the same settings; or one.
         out: where the whole goes; may be one of them.
         differing: names of settings in which they may differ; the whole's settings list the different values.
 
@@ -162,7 +165,7 @@ def report(folders: Sequence[str | Path], out: str | Path, differing: Sequence[s
         """Only what comes from the records is used: its options may name files that are elsewhere."""
         return object.__new__(task_class(str(settings.get("task"))))
 
-    paths = [Path(folder) for folder in folders]
+    paths = [Path(folders)] if isinstance(folders, (str, Path)) else [Path(folder) for folder in folders]
     settings, records, environment = read_results(paths, differing, lambda found: task_of(found).check_record)
     task = task_of(settings)
     evaluation = Evaluation(task, records, task.summarize(records), settings)
@@ -175,6 +178,8 @@ def report(folders: Sequence[str | Path], out: str | Path, differing: Sequence[s
 
 
 def _limits(at_most: Mapping[str, int | str]) -> dict[str, int]:
+    if not isinstance(at_most, Mapping):
+        raise InputError(f"at_most is {shown(at_most)}, expected a length for each of some modes")
     limits = {}
     for mode, length in at_most.items():
         if mode not in MODES:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from minirea.checks import unicode_text
+from minirea.checks import items, unicode_text
 from minirea.errors import InputError, MissingFileError
 from minirea.files import is_there, list_directory
 from minirea.tokenizer.backend import Backend
@@ -123,10 +123,10 @@ class Tokenizer:
         """The text of `ids`. Bytes that are not valid UTF-8 become U+FFFD.
 
         Raises:
-            InputError: an id is not an integer from 0 to vocab_size - 1.
+            InputError: no ids, or one is not an integer from 0 to vocab_size - 1.
         """
         stream = self.stream(skip_special_tokens)
-        text = [stream.put(self._checked(token_id)) for token_id in ids]
+        text = [stream.put(self._checked(token_id)) for token_id in items("ids", ids, "token ids")]
         return "".join(text) + stream.flush()
 
     def stream(self, skip_special_tokens: bool = True, continues: bool = False) -> StreamDecoder:

@@ -253,7 +253,7 @@ BAD_VALUES = {
     "top_p": ("most", True, 0, 1.5, float("nan")),
     "min_p": (True, -0.1, None),
     "repetition_penalty": (0, "no", float("inf")),
-    "stop": (5, [1], [""], ""),
+    "stop": (5, [1], [""], "", b"x", 0, np.array(3)),
     "ignore_eos": (1, "yes"),
 }
 
@@ -273,6 +273,10 @@ def test_sizes_of_the_wrong_kind_are_refused_by_name(name: str) -> None:
             ReAttentionConfig(**{name: value})
 
 
+def test_no_stop_strings_may_be_none() -> None:
+    assert GenerationConfig(stop=None) == GenerationConfig()  # type: ignore[arg-type]
+
+
 def test_numbers_may_be_numpys(llm: minirea.LLM) -> None:
     ids = random_ids(8)
     config = GenerationConfig(
@@ -284,7 +288,10 @@ def test_numbers_may_be_numpys(llm: minirea.LLM) -> None:
     assert ReAttentionConfig(local_size=np.int64(64)) == ReAttentionConfig(local_size=64)
 
 
-@pytest.mark.parametrize("prompt", [None, 5, 1.5, b"bytes", {"role": "user"}, [None], [True], ["3"], [[3]]])
+SCALARS = (np.array(3), torch.tensor(3))
+
+
+@pytest.mark.parametrize("prompt", [None, 5, 1.5, b"bytes", {"role": "user"}, [None], [True], ["3"], [[3]], *SCALARS])
 def test_prompts_of_the_wrong_kind_are_refused(llm: minirea.LLM, prompt: object) -> None:
     with pytest.raises(minirea.InputError, match="the prompt"):
         llm.generate(prompt)  # type: ignore[arg-type]

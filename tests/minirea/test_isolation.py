@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from processes import at_once
 from testing import random_ids, tiny_model, write_checkpoint
 
 import minirea
 from minirea.config import ReAttentionConfig
 from minirea.evaluation.tasks.likelihood import nlls_in_range, token_nlls
+from minirea.isolation import isolated
 from minirea.kernels import reattention
 
 SCOPE: dict[str, Any] = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5}
@@ -87,11 +89,44 @@ def test_torchs_state_is_the_callers(directory: Path, attention: str) -> None:
         assert torch.equal(other, logits), name
 
 
+def test_a_forked_process_computes_without_the_threads_that_stayed_behind(directory: Path) -> None:
+    """On the two that torch would take it waited without end."""
+    llm, ids, numbers = minirea.load(directory, device="cpu", **SCOPE), random_ids(70), torch.zeros(2**20)
+    expected = llm.generate(ids, max_tokens=5, ignore_eos=True).token_ids
+
+    def forked(_: int) -> None:
+        with isolated():
+            assert torch.get_num_threads() == 1
+            numbers.exp()
+        assert torch.get_num_threads() == 2
+        out = llm.generate(ids, max_tokens=5, ignore_eos=True)
+        assert (out.token_ids, out.stats.threads) == (expected, 1)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with isolated():
+            assert torch.get_num_threads() == 2
+            numbers.exp()
+        at_once(1, forked)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_stream_that_is_open_when_the_process_ends(directory: Path) -> None:
     """Python closes it so late that nothing can be imported any more."""
     code = "import sys, minirea; s = minirea.load(sys.argv[1]).stream([3, 4], max_tokens=9, ignore_eos=True); next(s)"
     done = subprocess.run([sys.executable, "-c", code, directory], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_logits_are_the_callers_to_change_and_to_differentiate(directory: Path) -> None:
+    logits = minirea.load(directory, device="cpu", **SCOPE).logits(random_ids(5))
+    logits += 1
+    scale = torch.ones((), requires_grad=True)
+    (scale * logits).sum().backward()
+    assert scale.grad is not None
+    assert torch.equal(scale.grad, logits.sum())
 
 
 def test_torchs_state_does_not_matter_to_the_kernel_and_the_likelihoods(directory: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import follower_of, wait_for
+from processes import at_once, follower_of, wait_for
 from testing import random_ids, tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
@@ -215,6 +215,21 @@ def test_sessions_and_streams_that_take_turns(directory: Path) -> None:
 
     one, two = (minirea.load(directory, device="cpu", gpus=gpus, **SCOPE) for gpus in (1, 2))
     assert course(one) == course(two)
+
+
+def test_a_forked_process_leaves_the_ranks_alone(directory: Path) -> None:
+    """Also where its end calls what the end of a program does."""
+    llm = minirea.load(directory, device="cpu", gpus=2, **SCOPE)
+    expected = tokens(llm, random_ids(9))
+
+    def forked(_: int) -> None:
+        with pytest.raises(RankError, match="belong to the process that loaded it"):
+            llm.generate([3])
+        assert Leader._current is not None
+        Leader._current.end()
+
+    at_once(1, forked)
+    assert tokens(llm, random_ids(9)) == expected
 
 
 def test_an_interrupted_step_ends_first(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from minirea.evaluation.benchmarks.files import Entry, Template
 from minirea.evaluation.frame.cells import Prompt, PromptCell, Question, common_prefix
 from minirea.evaluation.frame.records import Record
 from minirea.evaluation.frame.tasks import Task, option, parse_path, require
-from minirea.evaluation.lengths import short_length
+from minirea.evaluation.lengths import parse_length, short_length
 
 if TYPE_CHECKING:
     from minirea.tokenizer import Tokenizer
@@ -95,7 +95,7 @@ class Benchmark(Task):
         (31500,),
         "the longest prompt, in tokens; a longer one is cut as the benchmark does",
         metavar="N,N",
-        parse=Task.__dataclass_fields__["lengths"].metadata["option"].parse,
+        parse=parse_length,
         many="comma",
     )
     samples: int = option(0, "lines of each data file, from the first; 0 is all", metavar="N", parse=int)

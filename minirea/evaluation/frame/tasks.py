@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from minirea.checks import shown
 from minirea.errors import InputError
 from minirea.evaluation.frame import plots
 from minirea.evaluation.frame.cells import Cell
@@ -44,8 +46,8 @@ class Option:
     Args:
         help: one line for --help.
         metavar: what stands for its value there.
-        parse: str -> value; raises ValueError whose message says what was expected. A value given in Python that is no
-            str is taken as it is.
+        parse: str -> value; raises ValueError whose message says what was expected. Of a value given in Python it gets
+            what str makes of that, so that a number means what it does when it is typed.
         many: "" (one value), "comma" (a,b,c) or "list" (A B C: for files). The field is a tuple then.
         choices: the only values allowed, each of them where there are many.
         required: the default is no value that can be used.
@@ -61,6 +63,8 @@ class Option:
 
 def option(default: Any, help: str, **how: Any) -> Any:  # noqa: A002  as argparse calls it
     """A field of a Task. See Option for the keyword arguments. A bool with default False becomes a switch."""
+    if default is False:
+        how["parse"] = parse_switch
     return field(default=default, metadata={"option": Option(help, **how)})
 
 
@@ -201,18 +205,25 @@ def parse_path(text: str) -> Path:
     return Path(text)
 
 
+def parse_switch(text: str) -> bool:
+    if text not in ("True", "False"):
+        raise ValueError("True or False")
+    return text == "True"
+
+
 def parsed(name: str, value: Any, how: Option) -> Any:
     """The value of an option. Raises InputError "NAME is VALUE, expected ..."."""
-    if how.many and isinstance(value, str):
-        value = value.split(",") if how.many == "comma" else [value]
-    elif how.many and not isinstance(value, Iterable):
-        value = [value]
+    given = [value]
+    if how.many == "comma" and isinstance(value, str):
+        given = value.split(",")
+    elif how.many and isinstance(value, Iterable) and not isinstance(value, str):
+        given = list(value)
     try:
-        values = [how.parse(v) if isinstance(v, str) else v for v in (value if how.many else [value])]
+        values = [how.parse(os.fspath(v) if isinstance(v, os.PathLike) else str(v)) for v in given]
     except ValueError as error:
-        shown = ",".join(map(str, value)) if how.many else value
+        found = ",".join(map(str, given)) if how.many else value
         expected = "an integer" if how.parse is int else "a number" if how.parse is float else str(error)
-        raise InputError(f"{name} is {shown!r}, expected {expected}") from None
+        raise InputError(f"{name} is {shown(found)}, expected {expected}") from None
     for one in values:
         require(name, one, not how.choices or one in how.choices, f"one of {', '.join(map(str, how.choices))}")
     return tuple(values) if how.many else values[0]

@@ -18,6 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from testing import random_ids, tiny_model, write_checkpoint
@@ -31,7 +32,7 @@ from minirea.evaluation.frame import records as records_module
 from minirea.evaluation.frame.cells import Prompt, PromptCell, Question, common_prefix, find_ids
 from minirea.evaluation.frame.records import RECORDS, Results, read_results
 from minirea.evaluation.frame.runner import render
-from minirea.evaluation.frame.tasks import make_task, parsed
+from minirea.evaluation.frame.tasks import make_task, parse_switch, parsed
 from minirea.evaluation.lengths import parse_length, short_length
 from minirea.evaluation.registry import names, task_class
 from minirea.evaluation.text.haystack import Haystack, Stretch
@@ -729,6 +730,10 @@ def test_longer_than_wanted_is_skipped(llm: minirea.LLM) -> None:
         ({"attention": "fast"}, r"^attention is 'fast', expected reattention, streaming, full"),
         ({"attention": ()}, r"^attention is '', expected different modes"),
         ({"attention": "full,full"}, r"^attention is 'full,full', expected different modes"),
+        ({"attention": 5}, r"^attention is 5, expected reattention, streaming, full"),
+        ({"attention": [5]}, r"^attention is '5', expected reattention, streaming, full"),
+        ({"out": 5}, r"^out is 5, expected the name of a directory"),
+        ({"at_most": 5}, r"^at_most is 5, expected a length"),
         ({"at_most": {"fast": 3}}, r"^at_most is 'fast', expected one of"),
         ({"at_most": {"full": "3x"}}, r"^at_most is 'full=3x', expected a number of tokens"),
         ({"task": "nidle"}, r"^task is 'nidle', expected one of needle, "),
@@ -740,6 +745,36 @@ def test_arguments_that_cannot_be_used(llm: minirea.LLM, options: dict[str, Any]
     arguments: dict[str, Any] = {"task": "needle", "model": llm} | NEEDLE | options
     with pytest.raises(minirea.MinireaError, match=message):
         minirea.evaluate(**arguments)
+
+
+WRONG: dict[Any, tuple[Any, ...]] = {
+    int: (1.5, True, [[3]], "many"),
+    float: (True, [[0.5]], "half"),
+    parse_length: (1.5, -1, True, [[3]], "long"),
+    parse_switch: (1, "yes", [True]),
+}
+
+
+@pytest.mark.parametrize("name", names())
+def test_options_of_another_kind_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    task, count = task_class(name), 0
+    needed = {f.name: tmp_path for f in dataclasses.fields(task) if f.metadata["option"].required}
+    for field in dataclasses.fields(task):
+        for value in WRONG.get(field.metadata["option"].parse, ()):
+            with pytest.raises(minirea.InputError, match=f"^{field.name} is .*, expected "):
+                make_task(task, needed | {field.name: value})
+            count += 1
+    assert count > 10
+
+
+def test_options_may_be_numpys_and_paths_may_be_of_any_kind(tmp_path: Path) -> None:
+    class Elsewhere:
+        def __fspath__(self) -> str:
+            return str(tmp_path)
+
+    given = {"lengths": np.array([1024, 2048]), "samples": np.int64(2), "at": np.array([0.5]), "haystack": Elsewhere()}
+    plain = {"lengths": (1024, 2048), "samples": 2, "at": (0.5,), "haystack": (tmp_path,)}
+    assert make_task(task_class("needle"), given) == make_task(task_class("needle"), plain)
 
 
 # ---------------------------------------------------------------------------------------------------------------
