@@ -99,7 +99,7 @@ def reattention(
             called before the one vote over all heads, in every process or in none.
         sketch: for T = 1, int8 copies of the keys, which `sketch_keys` has made of all keys before
             seq_len - local_size. The step reads them instead of the keys, and selects exactly the same. For T > 1 it
-            is ignored. Not with gather or votes, nor in impl "triton" where more than 128 winners vote together.
+            is ignored. Not with votes, nor in impl "triton" where more than 128 winners vote together.
         votes: for T = 1, those that the layers before cast in the same step, and earlier tokens in all layers, over
             caches of as many tokens. This layer's are added, and the sums decide what is elected. `new_votes` and
             `count_winners` make those of a first layer. Up to dense_size cached tokens there is no vote.
@@ -253,9 +253,13 @@ def scratch_bytes(
     """
     from minirea.kernels.fused import launch
 
-    together = ranks > 1 and config.span_scope == "layer" and config.max_selected > 0
-    layer = launch.Layer(num_heads, num_kv_heads, head_dim, dtype, config, ranks if together else 1)
+    layer = launch.Layer(num_heads, num_kv_heads, head_dim, dtype, config, _voting_ranks(config, ranks))
     return launch.scratch_bytes(layer, capacity, steps, device, sketched, carries)
+
+
+def _voting_ranks(config: ReAttentionConfig, ranks: int) -> int:
+    """Processes whose heads vote together."""
+    return ranks if config.span_scope == "layer" and config.max_selected > 0 else 1
 
 
 def chunks_of_step(
@@ -273,11 +277,12 @@ def chunks_of_step(
     return launch.chunks_of_step(layer, chunk_size, device, least, most)
 
 
-def check_sketched(num_heads: int, num_kv_heads: int, head_dim: int, config: ReAttentionConfig) -> None:
-    """Raises InputError where impl "triton" takes no sketch for steps of one query."""
+def check_sketched(num_heads: int, num_kv_heads: int, head_dim: int, config: ReAttentionConfig, ranks: int = 1) -> None:
+    """Raises InputError where impl "triton" takes no sketch for steps of one query. `ranks` is as in scratch_bytes."""
     from minirea.kernels.fused import launch
 
-    launch.Layer(num_heads, num_kv_heads, head_dim, torch.bfloat16, config).check_sketched()
+    sizes = num_heads, num_kv_heads, head_dim
+    launch.Layer(*sizes, torch.bfloat16, config, _voting_ranks(config, ranks)).check_sketched()
 
 
 def decode_kernels() -> ModuleType:
@@ -347,23 +352,16 @@ def _check_options(
     winners: torch.Tensor | None,
 ) -> None:
     """The arguments that may be None, by themselves and with each other."""
-    _check_apart(sketch=sketch, gather=gather, votes=votes)
     if sketch is not None:
         _check_sketch(sketch, k_cache_GND)
     if votes is not None:
+        if sketch is not None:
+            raise InputError("both sketch and votes are given, expected one: steps with votes read all keys")
         _check_votes(votes, q_THD, k_cache_GND, config, gather)
     if near is not None:
         _check_near(near, k_cache_GND, config, more_queries)
     if winners is not None:
         _check_winners(winners, q_THD, config, gather)
-
-
-def _check_apart(sketch: Sketch | None, **others: object) -> None:
-    """What cannot be given together with a sketch."""
-    reasons = {"gather": "steps of several processes", "votes": "steps with votes"}
-    for name, other in others.items():
-        if sketch is not None and other is not None:
-            raise InputError(f"both sketch and {name} are given, expected one: {reasons[name]} read all keys")
 
 
 def _check_sketch(sketch: Sketch, k_cache_GND: torch.Tensor) -> None:

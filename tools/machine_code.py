@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from minirea.config import ReAttentionConfig
-from minirea.kernels import driver, launching
+from minirea.kernels import Gather, driver, launching
 from minirea.kernels.fused import launch
 from minirea.kernels.fused.arguments import Rope
 from minirea.kernels.near import Near, near_size
@@ -48,6 +48,7 @@ class Shape(NamedTuple):
     votes: bool = False  # of earlier layers and tokens, to which it adds
     near: tuple[bool, bool] = (False, False)  # keys, values of local parts are there once more
     winners: bool = False  # which it leaves for later steps
+    ranks: int = 1  # with so many heads each; of several the launch that searches counts
 
 
 COUNTING = "votes of 7 earlier tokens of 32 layers, 9/3 heads of 64"
@@ -67,6 +68,9 @@ SHAPES = {
         32, 8, 128, 1, 1, sketch=True, near=(True, True)
     ),
     "four chunks of 512 with near values, 32/8 heads of 128": Shape(32, 8, 128, 2048, 512, near=(False, True)),
+    "search with a sketch, near keys and values, two ranks of 12/4 heads of 128": Shape(
+        12, 4, 128, 1, 1, sketch=True, near=(True, True), ranks=2
+    ),
 }
 
 
@@ -96,6 +100,7 @@ def compiled(name: str) -> driver.Variant:
     sizes = 32, *winners_shape(shape.num_heads, config, 16)
     winners = torch.empty(sizes, dtype=torch.int32, device="meta") if shape.winners else None
     rows = near_size(config.local_size, config.dense_size, 2048)
+    gather = Gather(lambda x: x.new_empty(shape.ranks * len(x), x.shape[1]), shape.ranks) if shape.ranks > 1 else None
     near = Near(*(tensor(shape.num_kv_heads, rows, shape.head_dim) if there else None for there in shape.near))
     rope = Rope(*(tensor(config.max_scope + 2048, shape.head_dim // 2, dtype=torch.float32) for _ in range(2)))
     with (
@@ -108,9 +113,9 @@ def compiled(name: str) -> driver.Variant:
             assert votes is not None and winners is not None
             launch.count_winners(votes, winners, seq_len, config)
         elif shape.num_queries == 1:
-            launch.launch_decode(*given, sketch=sketch, votes=votes, near=near, winners=left)
+            launch.launch_decode(*given, None, gather, sketch, votes=votes, near=near, winners=left)
         else:
-            launch.launch_chunks(*given, None, shape.chunk_size, near=near, winners=left)
+            launch.launch_chunks(*given, None, shape.chunk_size, gather, near=near, winners=left)
     return found[0]
 
 

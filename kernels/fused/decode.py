@@ -103,7 +103,7 @@ def decode_kernel(
                     wait(scratch.counters, all_arrived)
                     store_winners(scratch.candidate, out_ptr, 0, c.G * c.GROUP, c.BALLOT_ROWS_PAD, c)
 
-    if c.SKETCH:
+    if c.SKETCH and c.ATTENDS:
         tile_rope = rope_of_a_tile(rope, num_positions, c)  # scanning sketches takes the registers
     if c.ATTENDS and program < workers:
         for unit in range(program, c.G * c.SLICES, workers):

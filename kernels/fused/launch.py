@@ -97,7 +97,9 @@ class Work(NamedTuple):
 WHOLE: Final = Work()
 SEARCH: Final = Work(attends=False)
 ATTEND: Final = Work(searches=False)
-_OF_THE_SEARCH: Final = ("block", "tag", "candidate")  # scratch
+# Scratch.
+_OF_THE_SEARCH: Final = ("block", "tag", "candidate")
+_OF_THE_SKETCH: Final = ("upper", "tile", "tile_upper", "live", "threshold", "survivor", "lower", "found")
 
 
 def fits_registers(rows: int, span_top_k: int) -> bool:
@@ -151,7 +153,7 @@ class Layer(NamedTuple):
     def check_sketched(self) -> None:
         """Raises InputError where one query has no decode kernel, which is the one that reads sketches."""
         if not self.decodes(1):
-            rows, K = self.group if self.by_head else self.num_heads, self.config.span_top_k
+            rows, K = self.group if self.by_head else self.num_heads * self.ranks, self.config.span_top_k
             raise InputError(
                 f"{rows} heads vote with {K} winners each, expected at most {MAX_WINNERS_IN_REGISTERS} winners with"
                 " sketches (both numbers count as the next power of two); lower span_top_k or use span_scope kv_head"
@@ -263,7 +265,8 @@ def _needed(shapes: Shapes, work: Work) -> Shapes:
     """Scratch of a launch that does not do a whole step: of what it does not touch, one element."""
     if work == WHOLE:
         return shapes
-    touched = {"counters", *_OF_THE_SEARCH} if work.searches else shapes.keys() - set(_OF_THE_SEARCH)
+    search = {*_OF_THE_SEARCH, *_OF_THE_SKETCH}
+    touched = {"counters", *search} if work.searches else shapes.keys() - search
     return {name: (dtype, shape if name in touched else (1,)) for name, (dtype, shape) in shapes.items()}
 
 
@@ -435,10 +438,11 @@ def launch_decode(
     counts = votes is not None
 
     def do(work: Work, out: torch.Tensor, gathered: torch.Tensor | None = None) -> DecodeScratch:
-        sizes = work, sketch_sizes, *near_rows(near).values(), counts, recent_of(winners)
+        looks = sketch_sizes if work.searches else None
+        sizes = work, looks, *near_rows(near).values(), counts, recent_of(winners)
         plan = plan_decode(layer, tiles, num_programs(device, tiles), in_memory, *sizes)
         c, programs, workers, shapes = plan
-        key = ("decode", tiles, layer, *work, sketch_sizes, counts)
+        key = ("decode", tiles, layer, *work, looks, counts)
         scratch: DecodeScratch = scratch_of(DecodeScratch, key, shapes, device)
         given = scratch if gathered is None else scratch._replace(candidate=gathered)
         if votes is not None:
@@ -448,7 +452,7 @@ def launch_decode(
             programs,
             device,
             **inputs,
-            sketch=None if sketch is None else sketch_rows(sketch, layer),
+            sketch=None if sketch is None or looks is None else sketch_rows(sketch, layer),
             out_ptr=out,
             scratch=given,
             winner_ptr=winners if work.attends else None,
@@ -674,7 +678,7 @@ def scratch_bytes(
         programs = num_programs(device, tiles)
         plans = [plan_decode(layer, tiles, programs, True, work, counts=carries) for work in works]
         if sketched:  # beside the layers that have no sketch
-            plans.append(plan_decode(layer, tiles, programs, True, sketch=sketch_tiles(layer.head_dim)))
+            plans.append(plan_decode(layer, tiles, programs, True, works[0], sketch_tiles(layer.head_dim)))
         scratches += [plan.scratch for plan in plans]
     tiles = chunk_tiles(layer.block_d, layer.dtype.itemsize)
     launches = {

@@ -9,13 +9,22 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import Case, as_list, make_case, random_case, rope_table, votes_of
+from near_cases import far_case, near_of
+from sketch_cases import CHANGES, all_equal, changed, few_stand_out, real_case, sketch_of
 
+from minirea.errors import InputError
 from minirea.kernels import Gather, ReAttentionConfig, new_votes, reattention, winners_shape
 from minirea.kernels.fused import launch
+from minirea.kernels.fused.arguments import SketchTiles
 
 
 class _NotYetGathered(Exception):  # noqa: N818
     pass
+
+
+def part_of(case: Case, rank: int, ranks: int) -> Case:
+    q, k, v = (x.chunk(ranks, dim)[rank] for x, dim in ((case.q, 1), (case.k_cache, 0), (case.v_cache, 0)))
+    return replace(case, q=q, k_cache=k, v_cache=v)
 
 
 def on_ranks(case: Case, ranks: int, impl: str, of_ranks: Sequence[dict[str, Any]] = (), **options: Any) -> list[Any]:
@@ -35,8 +44,7 @@ def on_ranks(case: Case, ranks: int, impl: str, of_ranks: Sequence[dict[str, Any
                 given.append(x.clone())
                 raise _NotYetGathered
 
-            q, k, v = (x.chunk(ranks, dim)[rank] for x, dim in ((case.q, 1), (case.k_cache, 0), (case.v_cache, 0)))
-            part = replace(case, q=q, k_cache=k, v_cache=v)
+            part = part_of(case, rank, ranks)
             options |= of_ranks[rank] if of_ranks else {}
             try:
                 found.append(reattention(*part.arguments(), impl=impl, gather=Gather(rows, ranks), **options))
@@ -145,3 +153,78 @@ def test_as_many_winners_as_a_decode_step_sorts_and_more() -> None:
     """What is sorted in registers is decided by the heads of all ranks, as on one device."""
     for num_heads in (32, 40):
         check(make_case(ReAttentionConfig(2, 8, 4, 4, 5), 100, H=num_heads, G=4, D=8, largest=3), 4, ("triton",))
+
+
+SMALL_TILES = SketchTiles(BLOCK_N=32, ROOM=32, SURVIVORS=128, LEAST=64, num_stages=2, LIVE_M=4)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "sketch_tiles", lambda _: SMALL_TILES)
+    launch._workspaces.clear()
+
+
+def check_sketched(case: Case, ranks: int, impls: tuple[str, ...] = ("triton", "torch")) -> None:
+    """Each rank's sketches of its own keys leave output and selection what they are for all heads in one launch without
+    any; so do caches that are far, of which only near rows and what is selected are read.
+    """
+    for impl in impls:
+        parts = [part_of(case, rank, ranks) for rank in range(ranks)]
+        sketches = [sketch_of(part, impl) for part in parts]
+        check_layer(case, ranks, impl, {}, [{"sketch": sketch} for sketch in sketches])
+        if impl == "torch":
+            continue
+        expected_THD = reattention(*case.arguments(), impl=impl)
+        for keys in (False, True):
+            options = [
+                {"sketch": sketch, "near": near_of(part, keys, True)}
+                for sketch, part in zip(sketches, parts, strict=True)
+            ]
+            found = on_ranks(far_case(case, keys, True), ranks, impl, options)
+            assert torch.equal(torch.cat(found, 1), expected_THD)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("span_scope", ["layer", "kv_head"])
+def test_steps_with_sketches_are_those_of_one_launch(span_scope: str) -> None:
+    """Of few survivors and of many, of keys that all tie, in slices long enough to be looked at or not."""
+    config = ReAttentionConfig(4, 8, 4, 4, 20, span_scope=span_scope)
+    for seq_len, ranks, dtype, change in (
+        (400, 2, torch.float16, few_stand_out),
+        (200, 4, torch.float32, None),
+        (150, 2, torch.float32, all_equal),
+        (70, 2, torch.float16, None),
+        (12, 2, torch.float32, None),
+    ):
+        case = real_case(config, seq_len, seq_len, dtype, H=8, G=4, D=16)
+        check_sketched(case if change is None else changed(case, change), ranks)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_only_the_search_has_room_for_sketches() -> None:
+    """Where the vote is over all ranks' heads a step is two launches, of which the second attends."""
+    case = changed(real_case(ReAttentionConfig(4, 8, 4, 4, 20), 300, 0, torch.float16, H=4, G=2, D=16), few_stand_out)
+    check_sketched(case, 2, ("triton",))
+    found = {
+        key[3:5]: scratch.found
+        for key, scratch in launch._workspaces.items()
+        if isinstance(scratch, launch.DecodeScratch) and key[2].ranks == 2 and key[5] is not None
+    }
+    assert list(found) == [launch.SEARCH]
+    assert 4 <= int(found[launch.SEARCH].min()) <= int(found[launch.SEARCH].max()) <= SMALL_TILES.SURVIVORS
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("change", CHANGES)
+def test_keys_that_try_the_bounds_are_selected_exactly(change: Any) -> None:
+    dtype = (torch.float32, torch.float16)[CHANGES.index(change) % 2]
+    case = changed(real_case(ReAttentionConfig(4, 8, 4, 4, 20), 200, 2, dtype, H=6, G=2, D=16), change)
+    check_layer(case, 2, "triton", {}, [{"sketch": sketch_of(part_of(case, rank, 2), "triton")} for rank in range(2)])
+
+
+def test_more_winners_than_a_decode_step_sorts_have_no_sketches() -> None:
+    """They are counted over the heads of all ranks."""
+    case = real_case(ReAttentionConfig(4, 8, 4, 4, 20), 60, 0, H=40, G=4, D=16)
+    options = [{"sketch": sketch_of(part_of(case, rank, 4), "triton")} for rank in range(4)]
+    with pytest.raises(InputError, match="40 heads vote with 4 winners each, expected at most 128 winners"):
+        on_ranks(case, 4, "triton", options)

@@ -11,7 +11,7 @@ from kernel_cases import Case, as_list, error, make_case, plain_attention, rando
 from sketch_cases import CHANGES, Change, changed, real_case, sketch_of
 
 from minirea.errors import InputError
-from minirea.kernels import Gather, ReAttentionConfig, Sketch, new_sketch, reattention, reference, sketch_keys
+from minirea.kernels import ReAttentionConfig, Sketch, new_sketch, reattention, reference, sketch_keys
 from minirea.kernels.sketch import SLACK, hadamard, sketch_bytes, width
 
 CONFIG = ReAttentionConfig(4, 8, 4, 4, 20)
@@ -148,6 +148,3 @@ def test_a_sketch_that_does_not_fit_is_named() -> None:
             reattention(*case.arguments(), impl="torch", sketch=wrong)
     with pytest.raises(InputError, match="the keys to sketch are 5 to 54, expected a range within the cache's 53"):
         sketch_keys(case.k_cache, sketch, 5, 54)
-    gather = Gather(2, lambda winners: winners)
-    with pytest.raises(InputError, match="both sketch and gather are given, expected one"):
-        reattention(*case.arguments(), impl="torch", sketch=sketch, gather=gather)
