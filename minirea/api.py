@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minirea import generate as loop
 from minirea.attention import Attention
-from minirea.cache import KVCache
+from minirea.cache import KVCache, alone
 from minirea.checkpoint_config import load_config
 from minirea.checks import integer, items, path_like, shown, switch
 from minirea.config import (
@@ -103,7 +103,8 @@ def load(
         cache: where keys and values lie: "device", or "host", which has the values in the host's pinned memory and the
             newest tokens' on the device too, and where it must the keys of some layers, with sketches. Kernels read
             the host's memory where it lies, and the result is the same to the bit. "auto" has there what does not fit
-            on the device. Not with several devices, "full" attention or impl "torch"; on a CPU all are the same.
+            on the device; of several devices each has its own part there. Not with "full" attention or impl "torch"; on
+            a CPU all are the same.
         reattention_fields: fields of ReAttentionConfig; None or absent means its default for this model. An attention
             mode ignores those it does not use.
 
@@ -161,10 +162,6 @@ def read_model(
     tokenizer = _tokenizer(path)
     torch_dtype = _dtype(path, config, dtype, target)
     part = config.of_rank(0, gpus)
-    if sketch == "int8":
-        _check_one_device(part, "sketches")
-    if cache == "host":
-        _check_one_device(part, "caches in the host's memory")
     made = Attention(part, attention, scope, impl, target, sketch=sketch, cache=cache)
     if made.sketched and target.type == "cpu":
         about = "sketch is 'int8' on a CPU, where it saves nothing: the same answers take about twice as long"
@@ -254,13 +251,12 @@ class ModelFiles(_Encoder):
         """
         arguments = self.path, self.attention, self.dtype, num_tokens, self.quantize
         plan = fit_steps(self.attention, lambda: plan_run(*arguments))
-        return plan.times(self.gpus) if self.attention.device.type == "cpu" else plan
+        return plan.together() if self.attention.device.type == "cpu" else plan
 
     @property
     def gpus(self) -> int:
         """How many devices share the model."""
-        part = self.attention.model.part
-        return part.ranks if part else 1
+        return self.attention.model.ranks
 
     def check_one_device(self, what: str) -> None:
         """As LLM.check_one_device."""
@@ -301,7 +297,7 @@ class ModelFiles(_Encoder):
             return LLM(self._load(progress), self._tokenizer, self.path)
         leader, attention = Leader.of(self.gpus, self.attention.device), self.attention
         number, digest = leader.new_id(), fingerprint(self.path, self.config)
-        settings = attention.mode, attention.config, attention.impl
+        settings = attention.mode, attention.config, attention.impl, attention.sketch, attention.cache
         dtype = str(self.dtype).removeprefix("torch.")
         try:
             with leader.asking("load", number, str(Path(self.path).resolve()), self.config, settings, dtype, digest):
@@ -379,7 +375,7 @@ class LLM(_Encoder):
         model.attention = Attention(config, attention, scope, *options)
         if isinstance(model.ranks, Leader):
             number = model.ranks.new_id()
-            with model.ranks.asking("vary", number, self.model.id, (attention, scope, old.impl)):
+            with model.ranks.asking("vary", number, self.model.id, (attention, scope, old.impl, old.sketch, where)):
                 pass
             model.ranks.adopt(model, number)
         return LLM(model, self._tokenizer, self.path)
@@ -649,12 +645,13 @@ def new_cache(model: Model, capacity: int) -> KVCache:
     """A cache for a model's steps; on all its ranks, if it has several and this is the first."""
     attention = model.attention
     workspace = functools.partial(workspace_bytes, attention, model.dtype, quantize=model.quantize)
-    sizes = model.config, capacity, attention.dense_limit
     fit_steps(attention, lambda: plan_cache(attention, model.dtype, capacity, model.quantize)[1])
-    arguments = *sizes, model.device, model.dtype, workspace, attention.winners_shape
+    sizes = model.config, capacity, attention.dense_limit, model.device, model.dtype
+    options: dict[str, Any] = {"workspace": workspace, "placements": attention.placements}
+    options["winners_shape"] = attention.winners_shape
     if isinstance(model.ranks, Leader):
-        return SharedCache(model.ranks, model, *arguments)
-    return KVCache(*arguments, placements=attention.placements)
+        return SharedCache(model.ranks, model, *sizes, **options)
+    return KVCache(*sizes, **options, least=model.ranks.least if model.ranks else alone)
 
 
 def generation_config(options: dict[str, Any]) -> GenerationConfig:

@@ -145,26 +145,25 @@ class Attention:
                 f"carry_votes={carries}), or vote_window=1 and carry_votes=False"
             )
         if self.impl == "triton":
-            check_sketched(c.num_heads, c.num_kv_heads, c.head_dim, self.config)
+            check_sketched(c.num_heads, c.num_kv_heads, c.head_dim, self.config, c.ranks)
 
     def _check_cache(self) -> None:
         if self.cache == "host" and self.device.type != "cpu" and not self._can_be_far:
             found = "attention 'full'" if self.mode == "full" else f"impl '{self.impl}'"
-            found = f"gpus {self.model.part.ranks}" if self.model.part else found
             raise InputError(
-                f"cache is 'host', expected 'auto' or 'device' with {found}: only the fused kernel of one GPU reads "
-                "the host's memory"
+                f"cache is 'host', expected 'auto' or 'device' with {found}: only the fused kernel reads the host's "
+                "memory"
             )
 
     @property
     def _can_be_far(self) -> bool:
         """Whether kernels read a cache in the host's memory where it lies."""
-        return self.impl == "triton" and self.mode != "full" and self.model.part is None
+        return self.impl == "triton" and self.mode != "full"
 
     @functools.cached_property
     def sketched(self) -> bool:
         """Whether caches may have sketches."""
-        if self.sketch != "auto" or not self._selects or self.impl != "triton" or self.model.part:
+        if self.sketch != "auto" or not self._selects or self.impl != "triton":
             return self.sketch == "int8" and self._selects
         try:
             self._check_sketched()

@@ -14,7 +14,7 @@ from minirea.config import ModelConfig
 from minirea.errors import memory_limit_of
 from minirea.kernels.near import TAKEN_BACK, Near, new_near, write_near
 from minirea.kernels.sketch import Sketch, new_sketch, sketch_bytes
-from minirea.memory import MemoryPlan, first_that_fits
+from minirea.memory import MemoryPlan, Room, first_that_fits
 from minirea.pages import advise
 from minirea.pinned import host_tensor
 from minirea.placement import FIRST_SKETCHED_LAYER, NEAR, Placement
@@ -59,6 +59,11 @@ def all_sketch_bytes(config: ModelConfig, capacity: int) -> int:
     """Of the sketches of all layers that have one."""
     layers = max(0, config.num_layers - FIRST_SKETCHED_LAYER)
     return layers * sketch_bytes(config.num_kv_heads, config.head_dim, capacity)
+
+
+def alone(measure: Callable[[], list[int]]) -> list[int]:
+    """The least numbers of all ranks where there is one."""
+    return measure()
 
 
 class _Arrays(NamedTuple):
@@ -109,6 +114,7 @@ class KVCache:
         winners_shape: [R, H, K] of a layer.
         placements: what a cache of so many tokens may be, best first; the first that fits is taken. Sketches, and
             anything that is far, need `k`; what is far needs a dense_limit of 0.
+        least: of the numbers that each rank measures, the least of all; see Ranks.least.
 
     Raises:
         MemoryLimitError: neither the device nor, where something may be far, the host can hold it.
@@ -124,6 +130,7 @@ class KVCache:
         workspace: Callable[[int], int] = lambda _: 0,
         winners_shape: tuple[int, int, int] = NO_WINNERS,
         placements: Callable[[int], Sequence[Placement]] = lambda _: [NEAR],
+        least: Callable[[Callable[[], list[int]]], list[int]] = alone,
     ) -> None:
         self.device = device
         self.dtype = dtype
@@ -134,7 +141,7 @@ class KVCache:
         self.sketched_len = 0
         self._config = config
         self._workspace = workspace
-        self._placements = placements
+        self._placements, self._least = placements, least
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
         self.k_rotated: list[Tensor] = []
@@ -146,8 +153,8 @@ class KVCache:
         self._arrays: list[_Arrays] = []
         self._rows: list[list[Tensor]] = []  # of each of them
         self._k_rotated_rows: list[Tensor] = []  # [N, G, D]
-        self.placement, plan = self._choose(capacity, 0)
-        plan.check(device)
+        room, ((self.placement, plan),) = self._choose(0, capacity)
+        plan.check(device, room)
         for layer in range(config.num_layers):
             self._arrays.append(self._allocate_layer(layer, capacity, self.placement))
             if dense_limit:
@@ -163,8 +170,9 @@ class KVCache:
     @seq_len.setter
     def seq_len(self, seq_len: int) -> None:
         """After a step, which has written tokens up to there, or to take some back."""
+        if seq_len > self._seq_len:
+            self._near_stop = max(self._near_stop, seq_len)
         self._seq_len = seq_len
-        self._near_stop = max(self._near_stop, seq_len)
 
     @property
     def recent_size(self) -> int:
@@ -217,12 +225,11 @@ class KVCache:
         if capacity <= self.capacity:
             self._bring_near()
             return
-        placement, plan = self._choose(capacity, self.capacity)
         doubled = max(capacity, 2 * self.capacity)
-        of_doubled, plan_of_doubled = self._choose(doubled, self.capacity)
-        if plan_of_doubled.fits(self.device) and of_doubled.far_arrays <= placement.far_arrays:
+        room, ((placement, plan), (of_doubled, plan_of_doubled)) = self._choose(self.capacity, capacity, doubled)
+        if plan_of_doubled.fits(self.device, room) and of_doubled.far_arrays <= placement.far_arrays:
             capacity, placement, plan = doubled, of_doubled, plan_of_doubled
-        plan.check(self.device)
+        plan.check(self.device, room)
         # They would keep the old tensors of all layers.
         self.k, self.v, self._rows, self._k_rotated_rows = [], [], [], []
         try:
@@ -416,12 +423,19 @@ class KVCache:
         num_layers = self._config.num_layers
         return placement.keys_are_far(layer, num_layers), placement.values_are_far(layer, num_layers)
 
-    def _choose(self, capacity: int, held: int) -> tuple[Placement, MemoryPlan]:
-        """The first placement of a cache of `capacity` tokens that fits, or the one that comes closest."""
-        placements, workspace = self._placements(capacity), self._workspace(capacity)
-        plans = [self._plan(capacity, held, placement, workspace) for placement in placements]
-        index = first_that_fits(plans, self.device)
-        return placements[index], plans[index]
+    def _choose(self, held: int, *capacities: int) -> tuple[Room, list[tuple[Placement, MemoryPlan]]]:
+        """The room that there is, and for each of these capacities of a cache that has `held` the first placement that
+        fits, or the one that comes closest. The same on all ranks: by the least room, and the most to work in.
+        """
+        workspaces, chosen = [self._workspace(capacity) for capacity in capacities], []
+        device, host, *negated = self._least(lambda: [*Room.of(self.device), *(-size for size in workspaces)])
+        room = Room(device, host)
+        for capacity, size in zip(capacities, negated, strict=True):
+            placements = self._placements(capacity)
+            plans = [self._plan(capacity, held, placement, -size) for placement in placements]
+            index = first_that_fits(plans, self.device, room)
+            chosen.append((placements[index], plans[index]))
+        return room, chosen
 
     def _plan(self, capacity: int, held: int, placement: Placement, workspace: int) -> MemoryPlan:
         """What it takes to go from `held` tokens to `capacity`: the difference, and a layer that is there twice."""
@@ -432,13 +446,15 @@ class KVCache:
         twice = 0 if placement.far_arrays else old // self._config.num_layers
         if held and placement.far_arrays:
             twice = 2 * array_bytes(self._config, held, self.dtype)
-        return MemoryPlan(
+        plan = MemoryPlan(
             cache=new - far - (old - old_far) + twice,
             workspace=workspace,
             num_tokens=capacity,
             held_tokens=held,
             host_cache=far - old_far + (twice if far else 0),
+            ranks=self._config.ranks,
         )
+        return plan.together() if self.device.type == "cpu" else plan
 
 
 class BroughtKeys:

@@ -119,6 +119,11 @@ class ModelConfig:
         return self.part.tokens if self.part else range(self.vocab_size)
 
     @property
+    def ranks(self) -> int:
+        """How many share the model that this is, or is a part of."""
+        return self.part.ranks if self.part else 1
+
+    @property
     def trained_context(self) -> int:
         """The longest distance, in tokens, between a query and a key that training has shown the model."""
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)

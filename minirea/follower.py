@@ -174,6 +174,10 @@ class Follower:
     def reserve(self, number: int, capacity: int) -> None:
         self.caches[number].reserve(capacity)
 
+    def limit(self, number: int, capacity: int) -> None:
+        """A cache has room for so many tokens on all ranks, and here perhaps for more."""
+        self.caches[number].capacity = capacity
+
     def begin(
         self,
         number: int,
@@ -201,8 +205,10 @@ class Follower:
         if hasattr(steps, "close"):
             steps.close()
 
-    def _attention(self, config: ModelConfig, mode: str, scope: ReAttentionConfig, impl: str) -> Any:
+    def _attention(
+        self, config: ModelConfig, mode: str, scope: ReAttentionConfig, impl: str, sketch: str, cache: str
+    ) -> Any:
         from minirea.attention import Attention
 
         part = config if config.part else config.of_rank(self.ranks.rank, self.ranks.size)
-        return Attention(part, mode, scope, impl, self.ranks.device)
+        return Attention(part, mode, scope, impl, self.ranks.device, sketch=sketch, cache=cache)

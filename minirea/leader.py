@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minirea.cache import KVCache
+from minirea.config import ModelConfig
 from minirea.errors import InputError, MinireaError, RankError
 from minirea.model import Model
 from minirea.ranks import ADDRESS, Launched, LostRankError, Ranks
@@ -194,6 +195,12 @@ class Leader(Ranks):
             for error in replies:
                 if error is not None:
                     raise error
+
+    def tell_capacity(self, number: int, capacity: int) -> None:
+        """Followers count on no more room in a cache than this."""
+        with self._lock:
+            if not self.ended:
+                self._tell("limit", number, capacity)
 
     def adopt(self, model: Model, number: int) -> None:
         """Followers have their parts of the model under this number, until it is dropped here."""
@@ -419,13 +426,15 @@ os.register_at_fork(after_in_child=Leader._stays_behind)
 class SharedCache(KVCache):
     """The leader's part of a cache. Followers allocate theirs when it does, and drop it when it is dropped."""
 
-    def __init__(self, leader: Leader, model: Model, *arguments: Any) -> None:
+    def __init__(
+        self, leader: Leader, model: Model, config: ModelConfig, capacity: int, *sizes: Any, **options: Any
+    ) -> None:
         self._leader = leader
         self._rewound: list[tuple[int, int]] = []
         self.id = leader.new_id()
         try:
-            with leader.asking("allocate", self.id, model.id, arguments[1]):
-                super().__init__(*arguments)
+            with leader.asking("allocate", self.id, model.id, capacity):
+                super().__init__(config, capacity, *sizes, **options | {"least": leader.least})
         except BaseException:
             leader.drop(self.id)
             raise
@@ -448,8 +457,14 @@ class SharedCache(KVCache):
         if capacity <= self.capacity or self._leader.is_stepping:
             super().reserve(capacity)
             return
-        with self._leader.asking("reserve", self.id, capacity):
-            super().reserve(capacity)
+        held = self.capacity
+        try:
+            with self._leader.asking("reserve", self.id, capacity):
+                super().reserve(capacity)
+        except BaseException:  # some ranks may have grown where another could not
+            self.capacity = held
+            self._leader.tell_capacity(self.id, held)
+            raise
 
 
 def versions_here() -> str:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -17,6 +17,7 @@ from minirea.errors import MemoryLimitError
 # Of the host's memory: what is left to the system and the process, besides a cache that is pinned there.
 HOST_RESERVED: Final = 2 * 2**30
 HOST: Final = torch.device("cpu")
+UNKNOWN: Final = sys.maxsize
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -37,9 +38,23 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+class Room(NamedTuple):
+    """Bytes that can still be allocated on a device, and pinned on its host; UNKNOWN where the system does not say."""
+
+    device: int
+    host: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> Room:
+        return cls(*(UNKNOWN if free is None else free for free in (available_bytes(device), _available_to_pin())))
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """What a run needs of one device, in bytes, before any of it is allocated.
+
+    Methods take the room that there is, where the caller knows it, for several ranks the least of all their devices;
+    else they ask.
 
     Args:
         weights: of the model; 0 once they are loaded.
@@ -49,6 +64,7 @@ class MemoryPlan:
         num_tokens: prompt and generated tokens together.
         held_tokens: those of them whose keys and values are not in `cache`, because they have their place already.
         host_cache: keys and values in the host's memory instead, besides `cache`.
+        ranks: that have a plan like this each, for devices of one host.
     """
 
     weights: int = 0
@@ -58,30 +74,27 @@ class MemoryPlan:
     num_tokens: int = 0
     held_tokens: int = 0
     host_cache: int = 0
+    ranks: int = 1
 
-    def times(self, count: int) -> MemoryPlan:
-        """Of so many alike that share a device."""
+    def together(self) -> MemoryPlan:
+        """Of all ranks, where they share a device."""
         names = ("weights", "loading", "cache", "workspace", "host_cache")
-        return dataclasses.replace(self, **{name: count * getattr(self, name) for name in names})
+        return dataclasses.replace(self, **{name: self.ranks * getattr(self, name) for name in names}, ranks=1)
 
-    def fits(self, device: torch.device) -> bool:
+    def fits(self, device: torch.device, room: Room | None = None) -> bool:
         """Whether `device`, and the host beside it, can hold it; true where the system does not say how much it has."""
-        available = available_bytes(device)
-        return (available is None or self.peak <= available) and self._host_fits()
+        room = room or Room.of(device)
+        return self.peak <= room.device and (self.host_cache <= 0 or self.ranks * self.host_cache <= room.host)
 
-    def _host_fits(self) -> bool:
-        available = _available_to_pin() if self.host_cache > 0 else None
-        return available is None or self.host_cache <= available
-
-    def tokens_that_fit(self, device: torch.device) -> int:
+    def tokens_that_fit(self, device: torch.device, room: Room | None = None) -> int:
         """About how many of `num_tokens` fit; 0 where even none would."""
-        available, pinnable = available_bytes(device) or 0, _available_to_pin() or 0
-        room = available - self.weights - self.workspace
-        if room <= 0 or self.weights + self.loading > available:
+        room = room or Room.of(device)
+        left = room.device - self.weights - self.workspace
+        if left <= 0 or self.weights + self.loading > room.device:
             return 0
         new = self.num_tokens - self.held_tokens
-        fit = [max(0, room) * new // self.cache] if self.cache > 0 else []
-        fit += [max(0, pinnable) * new // self.host_cache] if self.host_cache > 0 else []
+        fit = [left * new // self.cache] if self.cache > 0 else []
+        fit += [room.host * new // (self.ranks * self.host_cache)] if self.host_cache > 0 else []
         return self.held_tokens + min(new, *fit)
 
     @property
@@ -89,19 +102,21 @@ class MemoryPlan:
         """The most that is held at once."""
         return self.weights + max(self.loading, self.cache + self.workspace)
 
-    def check(self, device: torch.device) -> None:
+    def check(self, device: torch.device, room: Room | None = None) -> None:
         """Refuse what `device` cannot hold.
 
         Raises:
             MemoryLimitError: with what each part needs, what is free and what to change.
         """
-        if self.fits(device):
+        room = room or Room.of(device)
+        if self.fits(device, room):
             return
-        available = available_bytes(device)
-        if available is None or self.peak <= available:
+        change = self._change(device, room)
+        if self.peak <= room.device:
+            part = f"{human(self.ranks * self.host_cache)} for the part of the KV cache there"
+            part += f", of {self.ranks} devices together" if self.ranks > 1 else ""
             raise MemoryLimitError(
-                f"not enough memory on the host: needs {human(self.host_cache)} for the part of the KV cache there, "
-                f"{human(_available_to_pin() or 0)} can be pinned; {self._change(device)}"
+                f"not enough memory on the host: needs {part}, {human(room.host)} can be pinned; {change}"
             )
         beside = f" beside {human(self.host_cache)} on the host" if self.host_cache > 0 else ""
         parts = [
@@ -113,27 +128,29 @@ class MemoryPlan:
             )
             if size
         ]
+        where = device if self.ranks == 1 else f"each of {self.ranks} devices"
         raise MemoryLimitError(
-            f"not enough memory on {device}: needs {' and '.join(filter(None, (', '.join(parts[:-1]), parts[-1])))}, "
-            f"{human(available)} is free; {self._change(device)}"
+            f"not enough memory on {where}: needs {' and '.join(filter(None, (', '.join(parts[:-1]), parts[-1])))}, "
+            f"{human(room.device)} is free; {change}"
         )
 
-    def _change(self, device: torch.device) -> str:
-        fit = self.tokens_that_fit(device) if self.cache else 0
+    def _change(self, device: torch.device, room: Room) -> str:
+        fit = self.tokens_that_fit(device, room) if self.cache else 0
         if fit:
             return f"shorten the prompt or lower max_tokens: about {fit:,} of {self.num_tokens:,} tokens fit"
         # So much to work in beside so large a cache grows with it.
-        if min(self.cache, self.workspace) > (available_bytes(device) or 0) - self.weights > 0:
+        if min(self.cache, self.workspace) > room.device - self.weights > 0:
             return "shorten the prompt or lower max_tokens"
         return "use a smaller `dtype`, another `device` or a smaller model"
 
 
-def first_that_fits(plans: Sequence[MemoryPlan], device: torch.device) -> int:
+def first_that_fits(plans: Sequence[MemoryPlan], device: torch.device, room: Room | None = None) -> int:
     """Which of several plans to take, best first: if none fits, the one that comes closest."""
+    room = room or Room.of(device)
     for index, plan in enumerate(plans):
-        if plan.fits(device):
+        if plan.fits(device, room):
             return index
-    return max(range(len(plans)), key=lambda index: plans[index].tokens_that_fit(device))
+    return max(range(len(plans)), key=lambda index: plans[index].tokens_that_fit(device, room))
 
 
 def _available_to_pin() -> int | None:

@@ -48,7 +48,7 @@ def plan_run(
     else:
         weights, loading = _model_bytes(path, attention.model, dtype, attention.device)
     if not num_tokens:
-        return MemoryPlan(weights, loading)
+        return MemoryPlan(weights, loading, ranks=attention.model.ranks)
     return plan_cache(attention, dtype, num_tokens, quantize, weights, loading)[1]
 
 
@@ -68,7 +68,8 @@ def plan_cache(
     for placement in found:
         far = far_bytes(attention.model, num_tokens, dtype, placement)
         cache = cache_bytes(attention.model, num_tokens, *sizes, attention.winners_shape, placement) - far
-        plans.append(MemoryPlan(weights, loading, cache, workspace, num_tokens, host_cache=far))
+        sizes_of_run = weights, loading, cache, workspace, num_tokens
+        plans.append(MemoryPlan(*sizes_of_run, host_cache=far, ranks=attention.model.ranks))
     index = first_that_fits(plans, attention.device)
     return found[index], plans[index]
 
@@ -168,7 +169,7 @@ def _scratch_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int) ->
     sizes = {scope.chunk_size, scope.tail_chunk_size}
     steps = [(min(attention.step_tokens(size), num_tokens), size) for size in sizes]
     sizes_of_model = c.num_heads, c.num_kv_heads, c.head_dim, dtype
-    ranks, decode = c.part.ranks if c.part else 1, scope.of_decode_step
+    ranks, decode = c.ranks, scope.of_decode_step
     sketched = any(placement.sketched for placement in attention.placements(num_tokens))
     all_alike = decode is scope and not attention.carries_votes
     sketched_here = sketched and all_alike

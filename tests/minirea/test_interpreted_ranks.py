@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from pathlib import Path
@@ -15,8 +16,11 @@ from testing import random_ids, tiny_model, write_checkpoint
 import minirea
 from minirea.attention import Attention
 from minirea.cache import KVCache
+from minirea.kernels.fused import launch
+from minirea.kernels.fused.arguments import SketchTiles
 from minirea.kernels.steps import peers
 from minirea.model import Model, _layer
+from minirea.placement import Placement
 from minirea.sampling import Sampler, SamplingConfig
 from minirea.steps import DecodeStep, PromptStep
 from minirea.weights import load_weights
@@ -71,10 +75,10 @@ class ThreadRanks:
         return results
 
 
-def part_of_model(directory: Path, llm: minirea.LLM, ranks: ThreadRanks, rank: int) -> Model:
+def part_of_model(directory: Path, llm: minirea.LLM, ranks: ThreadRanks, rank: int, sketch: str = "off") -> Model:
     """A rank's part of the model of `llm`, with impl "triton", its matrices by rows as a GPU has them."""
     config = llm.config.of_rank(rank, ranks.size)
-    attention = Attention(config, "reattention", llm.model.attention.config, "triton", CPU)
+    attention = Attention(config, "reattention", llm.model.attention.config, "triton", CPU, sketch=sketch)
     model = Model(config, load_weights(directory, config, CPU, torch.float32), attention, ranks=ranks)  # type: ignore[arg-type]
     weights = load_weights(directory, config, CPU, torch.float32)
     model.layers = [_layer(weights, index) for index in range(config.num_layers)]
@@ -111,6 +115,42 @@ def test_ranks_decode_what_one_process_does(tmp_path: Path, votes: dict[str, Any
     for found, winners in ranks.run(decode):
         assert found == expected.token_ids
         assert torch.equal(winners, session.cache.winners)
+
+
+def test_caches_on_the_host_and_sketches_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt and tokens after it, on ranks that look at sketches of their own keys and have values and a layer's keys
+    far: all keys and values are those of ranks that do not.
+    """
+    tiles = SketchTiles(BLOCK_N=16, ROOM=16, SURVIVORS=64, LEAST=32, num_stages=2, LIVE_M=4)
+    monkeypatch.setattr(launch, "sketch_tiles", lambda _: tiles)
+    monkeypatch.setattr(launch, "_workspaces", {})
+    directory = write_checkpoint(tmp_path, tiny_model(**SMALL | {"num_hidden_layers": 3}))
+    llm, ids, ranks = minirea.load(directory, **SCOPE, tail_size=0), random_ids(81, 41), ThreadRanks(2)
+
+    def decode(placement: Placement, rank: int) -> tuple[list[int], list[torch.Tensor]]:
+        model = part_of_model(directory, llm, ranks, rank, "int8" if placement.sketched else "off")
+        cache = KVCache(model.config, 84, 0, CPU, torch.float32, placements=lambda _: [placement])
+        prompt = PromptStep(model, cache, 40, 16)
+        for start in (0, 40):
+            prompt.set(torch.tensor(ids[start : start + 40]))
+            prompt.run()
+            cache.seq_len += 40
+        step, found = DecodeStep(model, cache, ids[-1], Sampler(SamplingConfig(), ids, 41, CPU)), []
+        for _ in range(2):
+            model.attention.sketch_keys(cache)
+            step.run()
+            cache.seq_len += 1
+            found.append(int(step.token))
+        assert cache.sketched_len == 80 * placement.sketched
+        return found, [x[:, : cache.seq_len].clone() for x in (*cache.k, *cache.v)]
+
+    expected = ranks.run(functools.partial(decode, Placement()))
+    assert not any(getattr(scratch, "found", None) is not None for scratch in launch._workspaces.values())
+    for ours, theirs in zip(ranks.run(functools.partial(decode, Placement(True, 3, 1, 96))), expected, strict=True):
+        assert ours[0] == theirs[0]
+        assert all(map(torch.equal, ours[1], theirs[1]))
+    (found,) = (scratch.found for scratch in launch._workspaces.values() if getattr(scratch, "found", None) is not None)
+    assert torch.all((found >= 2) & (found <= tiles.SURVIVORS))
 
 
 # The kernels that reach other ranks' memory: each rank a process, on memory that they share at equal addresses.

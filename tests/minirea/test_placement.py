@@ -140,6 +140,21 @@ def test_a_move_that_fails_leaves_a_session_as_it_was(directory: Path, monkeypat
     check_near(session.cache)
 
 
+@pytest.mark.parametrize("keep", [50, 45])
+def test_near_rows_of_tokens_that_no_step_has_written_are_read_anew(directory: Path, keep: int) -> None:
+    """As those of an opened context, also where some are taken back, or where a rank is told how many there are."""
+    cache = KVCache(
+        load_config(directory), 60, 0, CPU, torch.float32, placements=lambda _: [Placement(False, 3, 0, 48)]
+    )
+    for tensor in cache.tensors:
+        tensor.normal_()
+    cache.filled(50)
+    cache.rewind(keep)
+    cache.seq_len = keep
+    cache.reserve(keep + 1)
+    check_near(cache)
+
+
 def all_tensors(cache: KVCache) -> list[torch.Tensor]:
     sketches = [tensor for sketch in cache.sketches if sketch is not None for tensor in sketch]
     near = [rows for both in cache.near if both is not None for rows in both if rows is not None]
@@ -255,8 +270,6 @@ def test_what_reads_no_host_memory_is_named(directory: Path, capsys: pytest.Capt
         with pytest.raises(InputError, match=f"cache is 'host', expected 'auto' or 'device' with {said}"):
             Attention(config, mode, scope, impl, CUDA, cache="host")
         assert Attention(config, mode, scope, impl, CPU, cache="host").placements(99) == [Placement()]
-    with pytest.raises(InputError, match="gpus is 2, expected 1: caches in the host's memory do not work"):
-        api.read_model(directory, cache="host", gpus=2)
     with pytest.raises(InputError, match="cache is 'disk', expected one of auto, device, host"):
         minirea.load(directory, cache="disk")
     with pytest.raises(SystemExit):

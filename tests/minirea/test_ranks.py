@@ -18,11 +18,14 @@ from processes import at_once, follower_of, wait_for
 from testing import random_ids, tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
+from minirea import memory
 from minirea.cache import KVCache
-from minirea.errors import InputError, RankError
+from minirea.checkpoint_config import load_config
+from minirea.errors import InputError, MemoryLimitError, RankError
 from minirea.evaluation import evaluate
 from minirea.follower import Follower
 from minirea.leader import Leader, together, versions_here
+from minirea.placement import FIRST_SKETCHED_LAYER
 from minirea.plan import plan_run
 from minirea.ranks import Launched, Ranks
 
@@ -85,6 +88,39 @@ def test_ranks_give_the_tokens_of_one_process(tmp_path: Path, gpus: int) -> None
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
+def of_all_ranks(model: Any, cache: KVCache) -> Iterator[list[tuple[int, ...]]]:
+    """What the cache is on each of them: capacity, sketched tokens, layers with sketches."""
+    mine = [cache.capacity, cache.sketched_len, sum(sketch is not None for sketch in cache.sketches)]
+    yield [tuple(row) for row in model.ranks.all_gather(torch.tensor([mine])).tolist()]
+
+
+def check_sketched(directory: Path, gpus: int) -> None:
+    """Each rank has sketches of its own heads' keys, and the answers are those without any, also after growth and
+    rewinds; in float32 those of one process, where half precision rounds the sums of ranks elsewhere.
+    """
+    kinds: list[tuple[str, int, dict[str, Any]]] = [
+        ("float32", 1, {"span_scope": "kv_head", "vote_size": 3}),
+        ("bfloat16", gpus, {}),
+    ]
+    for dtype, devices, fields in kinds[: 2 if gpus == 2 else 1]:
+        sizes = SCOPE | fields
+        without = minirea.load(directory, device="cpu", dtype=dtype, gpus=devices, **sizes)
+        streaming = minirea.load(
+            directory, device="cpu", dtype=dtype, gpus=gpus, sketch="int8", attention="streaming", **sizes
+        )
+        sessions = [llm.session() for llm in (without, streaming.with_attention("reattention", **sizes))]
+        for keep, num_tokens, max_tokens in ((0, 60, 4), (50, 90, 9), (130, 5, 5)):
+            outs = []
+            for session in sessions:
+                session.rewind(keep)
+                out = session.generate(random_ids(num_tokens, seed=keep), max_tokens, ignore_eos=True)
+                outs.append((out.token_ids, out.stats.scope))
+            assert outs[0] == outs[1], (dtype, keep)
+        assert out.stats.sketch_bytes > 0
+        _, sketched, layers = everywhere_the_same(streaming, sessions[1].cache)
+        assert sketched > 100 and layers == without.config.num_layers - FIRST_SKETCHED_LAYER
+
+
 def follower_ids() -> list[int]:
     assert Leader._current is not None
     return [process.pid for process in Leader._current._processes]
@@ -113,6 +149,11 @@ def check_that_all_end(llm: minirea.LLM, steps: Any, kind: type[Exception], mess
 
 
 # Tests of as many ranks follow one another, so that these need not start again.
+@pytest.mark.filterwarnings("ignore:sketch is 'int8' on a CPU")
+def test_four_ranks_with_sketches_give_what_they_give_without(directory: Path) -> None:
+    check_sketched(directory, 4)
+
+
 def test_a_rank_that_is_killed_ends_all(directory: Path) -> None:
     llm = minirea.load(directory, device="cpu", gpus=4, **SCOPE)
     check_that_all_end(llm, kill_rank_two, RankError, "^rank 2 of 4 was ended by SIGKILL$")
@@ -124,6 +165,11 @@ def test_the_demo_models_text_is_that_of_one_process() -> None:
     for length in (7, 1500):
         ids = random_ids(length, one.config.vocab_size, seed=length)
         assert tokens(one, ids) == tokens(two, ids)
+
+
+@pytest.mark.filterwarnings("ignore:sketch is 'int8' on a CPU")
+def test_two_ranks_with_sketches_give_what_they_give_without(directory: Path) -> None:
+    check_sketched(directory, 2)
 
 
 def test_draws_are_those_of_one_process(directory: Path) -> None:
@@ -289,6 +335,68 @@ def test_ranks_hold_the_same_after_an_interrupted_answer(
         check_that_all_hold_the_same(llm, session.cache)
 
 
+def numbers_of_ranks(model: Any, _: Any) -> Iterator[list[int]]:
+    rank = model.ranks.rank
+    yield model.ranks.least(lambda: [10 + rank, 10 - rank, sys.maxsize - rank])
+
+
+def have_little_room(model: Any, _: Any, rank: int, room: int) -> Iterator[None]:
+    if model.ranks.rank == rank:
+        memory.available_bytes = (lambda _: room) if room else AVAILABLE_BYTES  # type: ignore[assignment]
+    yield
+
+
+def fail_to_grow(model: Any, _: Any, rank: int, fails: bool) -> Iterator[None]:
+    if model.ranks.rank == rank:
+        error = MemoryLimitError("no more here")
+        KVCache._grow_layer = (lambda *_: raising(error)) if fails else GROW_LAYER  # type: ignore[method-assign]
+    yield
+
+
+AVAILABLE_BYTES, GROW_LAYER = memory.available_bytes, KVCache._grow_layer
+
+
+def test_ranks_agree_on_what_fits(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the least room that any has. What one cannot hold is refused in one line, and all go on as they were: also
+    where memory is refused that had been counted as free, to either of them.
+    """
+    for owner, name in ((memory, "available_bytes"), (KVCache, "_grow_layer")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # as it is, and afterwards again
+    llm = minirea.load(directory, device="cpu", gpus=2, **SCOPE)
+    alone = minirea.load(directory, device="cpu", **SCOPE).session(70)
+    session, tiny = llm.session(70), llm.session(1)
+
+    def everywhere(steps: Any, *arguments: Any) -> Any:
+        (found,) = together(steps, llm.model, tiny.cache, *arguments)
+        return found
+
+    assert everywhere(numbers_of_ranks) == [10, 9, sys.maxsize - 1]
+    for s in (session, alone):
+        s.prefill(random_ids(60))
+    for rank in (0, 1):
+        everywhere(have_little_room, rank, 300_000_000)
+        with pytest.raises(MemoryLimitError, match=r"^not enough memory on cpu: .* 300.0 MB is free; .* fit$"):
+            llm.session(1_000_000)
+        with pytest.raises(MemoryLimitError, match=r"about [0-9,]+ of 1,000,0[0-9]+ tokens fit$"):
+            session.generate(random_ids(5), max_tokens=999_935)
+        everywhere(have_little_room, rank, 0)
+        everywhere(fail_to_grow, rank, True)
+        with pytest.raises(MemoryLimitError, match=r"^no more here$"):
+            session.generate(random_ids(5), max_tokens=40)
+        everywhere(fail_to_grow, rank, False)
+        assert everywhere_the_same(llm, session.cache)[0] == 70
+        outs = [s.generate(random_ids(5, seed=rank), max_tokens=4, ignore_eos=True) for s in (session, alone)]
+        assert outs[0].token_ids == outs[1].token_ids
+    assert everywhere_the_same(llm, session.cache)[0] == alone.cache.capacity == 140
+
+
+def everywhere_the_same(llm: minirea.LLM, cache: Any) -> tuple[int, ...]:
+    """`of_all_ranks`, of any."""
+    (found,) = together(of_all_ranks, llm.model, cache)
+    assert len(set(found)) == 1
+    return found[0]
+
+
 def test_what_ranks_cannot_do_is_refused_by_name(directory: Path, tmp_path: Path) -> None:
     llm = minirea.load(directory, device="cpu", gpus=2, **SCOPE)
     session = llm.session()
@@ -442,7 +550,7 @@ def test_gpus_that_do_not_reach_each_other_are_told(directory: Path, monkeypatch
     monkeypatch.setattr(torch, "zeros", lambda *sizes, device: zeros(*sizes))  # noqa: ARG005
     monkeypatch.setattr(ranks, "all_reduce", lambda x: 2 * x)
     with pytest.warns(minirea.MinireaWarning, match="do not reach each other's memory .*: their sums go through NCCL"):
-        assert ranks.open_peers(minirea.api.load_config(directory)) is None
+        assert ranks.open_peers(load_config(directory)) is None
 
 
 def test_the_plan_is_that_of_each_device(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

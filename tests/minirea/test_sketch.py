@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from testing import TINY, random_ids, tiny_model, write_checkpoint, write_tokenizer
+from testing import random_ids, tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
 from minirea.cache import KVCache, cache_bytes
@@ -173,8 +173,6 @@ def test_flags_and_footer(directory: Path, capsys: pytest.CaptureFixture[str]) -
 def test_what_cannot_be_is_refused_in_one_line(directory: Path) -> None:
     with pytest.raises(InputError, match="sketch is 'fp8', expected one of auto, off, int8"):
         minirea.load(directory, sketch="fp8")
-    with pytest.raises(InputError, match="gpus is 2, expected 1: sketches do not work on several devices"):
-        minirea.api.read_model(directory, sketch="int8", gpus=TINY["num_key_value_heads"])
     for load in (functools.partial(minirea.load, directory, sketch="int8"), pair(directory)[1].with_attention):
         for votes, said in (
             ({"vote_window": 4, "carry_votes": True}, "4, carry_votes=True"),
