@@ -10,6 +10,7 @@ from kernel_cases import Case, as_list
 
 from minirea.kernels import Near, Sketch, reattention
 from minirea.kernels.near import write_near
+from minirea.pinned import host_tensor
 
 
 def near_of(case: Case, keys: bool, values: bool, chunk_size: int | None = None, size: int = 0) -> Near:
@@ -41,6 +42,19 @@ def far_case(case: Case, keys: bool, values: bool) -> Case:
     if values:
         v_GND[:, start + (0 if decodes or seq_len <= config.dense_size else 128) :] = torch.nan
     return replace(case, k_cache=k_GND, v_cache=v_GND)
+
+
+def on_host(case: Case) -> Case:
+    """A GPU's case with its cache in the host's memory, token by token."""
+    caches = []
+    for cache in (case.k_cache, case.v_cache):
+        G, N, D = cache.shape
+        host = host_tensor((N, G, D), cache.dtype, cache.device)
+        host.on_device.copy_(cache.transpose(0, 1))
+        torch.cuda.synchronize()
+        assert torch.equal(host.on_cpu.nan_to_num(), cache.transpose(0, 1).cpu().nan_to_num())
+        caches.append(host.on_device.transpose(0, 1))
+    return replace(case, k_cache=caches[0], v_cache=caches[1])
 
 
 def check_near(

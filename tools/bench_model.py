@@ -40,6 +40,7 @@ from bench_machine import (
     print_result,
     synchronize,
 )
+from make_checkpoint import write_checkpoint
 from shapes import SHAPES, named
 
 from minirea.cache import all_sketch_bytes
@@ -50,6 +51,7 @@ from minirea.placement import FIRST_SKETCHED_LAYER
 # minirea-full: with full attention; minirea-alone: a token of an answer votes alone, and each layer by itself.
 ENGINES = ("minirea", "minirea-full", "minirea-alone", "transformers")
 WARMUP_STEPS = 8
+SHARD_BYTES = 5 * 10**9
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -85,7 +87,9 @@ def add_command(subparsers: Any) -> argparse.ArgumentParser:
     quantize = "of minirea's matrices; transformers keeps its own"
     parser.add_argument("--quantize", choices=("int8", "int4"), help=quantize)
     parser.add_argument("--attention", default="reattention", help="of minirea; transformers always attends to all")
-    gpus = "devices that share the model in minirea, with --model; floors are those of each of them"
+    gpus = (
+        "devices that share the model in minirea, whose floors are of each; of a --shape a checkpoint is written first"
+    )
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help=gpus)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["minirea", "transformers"])
     parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="of a CPU; several: one after the other")
@@ -100,8 +104,6 @@ def add_command(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.gpus > 1 and not arguments.model:
-        sys.exit("bench.py: error: --gpus needs --model: a shape's weights are made by tools/make_checkpoint.py")
     if arguments.engine:
         for row in measure(arguments):
             print(json.dumps(row), flush=True)
@@ -266,13 +268,18 @@ MEASURES = {"decode": measure_decode, "prefill": measure_prefill}
 
 @contextlib.contextmanager
 def model_directory(arguments: argparse.Namespace) -> Iterator[Path]:
-    """Where config.json lies: the model's directory, or one that is made for the shape."""
+    """Where config.json lies: the model's directory, or one that is made for the shape, with weights if several ranks
+    share it.
+    """
     if arguments.model:
         yield Path(arguments.model)
         return
     with tempfile.TemporaryDirectory() as directory:
         config = named(arguments.shape, arguments.layers) | {"dtype": arguments.dtype}
-        Path(directory, "config.json").write_text(json.dumps(config))
+        if arguments.gpus > 1:
+            write_checkpoint(Path(directory), config, arguments.dtype, SHARD_BYTES)
+        else:
+            Path(directory, "config.json").write_text(json.dumps(config))
         yield Path(directory)
 
 
@@ -295,7 +302,7 @@ class Minirea:
             options["chunk_size"] = arguments.chunk_size
         if arguments.quantize is not None:
             options["quantize"] = arguments.quantize
-        if arguments.model:
+        if arguments.model or arguments.gpus > 1:
             self.llm = api.load(directory, **options)
         else:
             self.llm = random_model(api.read_model(directory, **options))
@@ -352,7 +359,8 @@ class Minirea:
         c, scope, placement = model.config, model.attention.config.of_decode_step, self.session.cache.placement
         if context <= model.attention.dense_size:
             return 0
-        selected = min(scope.max_selected, c.num_heads * scope.span_top_k * scope.span_size)
+        voters = c.part.whole.num_heads if c.part and scope.span_scope == "layer" else c.num_heads
+        selected = min(scope.max_selected, voters * scope.span_top_k * scope.span_size)
         far = min(context - scope.local_size, scope.global_size + selected)
         return placement.far_arrays * c.num_kv_heads * c.head_dim * model.dtype.itemsize * far
 

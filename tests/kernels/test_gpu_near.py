@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import replace
 
 import pytest
 import torch
 from kernel_cases import Case, rope_table
-from near_cases import check_near
+from near_cases import check_near, on_host
 from sketch_cases import sketch_of
 
 from minirea.kernels import ReAttentionConfig
@@ -28,19 +27,6 @@ def make(config: ReAttentionConfig, seq_len: int, T: int, H: int, G: int, D: int
         cache[:, seq_len:] = torch.nan
     tables = (x.to(DEVICE) for x in rope_table(config.max_scope + T, D))
     return Case(*(x.to(torch.bfloat16) for x in tensors), seq_len, *tables, config)
-
-
-def on_host(case: Case) -> Case:
-    """The same with its cache in the host's memory, token by token."""
-    caches = []
-    for cache in (case.k_cache, case.v_cache):
-        G, N, D = cache.shape
-        host = host_tensor((N, G, D), cache.dtype, DEVICE)
-        host.on_device.copy_(cache.transpose(0, 1))
-        torch.cuda.synchronize()
-        assert torch.equal(host.on_cpu.nan_to_num(), cache.transpose(0, 1).cpu().nan_to_num())
-        caches.append(host.on_device.transpose(0, 1))
-    return replace(case, k_cache=caches[0], v_cache=caches[1])
 
 
 @pytest.mark.parametrize(("H", "G", "D", "span_scope"), SHAPES)

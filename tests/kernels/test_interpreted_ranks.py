@@ -10,50 +10,13 @@ import pytest
 import torch
 from kernel_cases import Case, as_list, make_case, random_case, rope_table, votes_of
 from near_cases import far_case, near_of
+from rank_cases import on_ranks, part_of
 from sketch_cases import CHANGES, all_equal, changed, few_stand_out, real_case, sketch_of
 
 from minirea.errors import InputError
-from minirea.kernels import Gather, ReAttentionConfig, new_votes, reattention, winners_shape
+from minirea.kernels import ReAttentionConfig, new_votes, reattention, winners_shape
 from minirea.kernels.fused import launch
 from minirea.kernels.fused.arguments import SketchTiles
-
-
-class _NotYetGathered(Exception):  # noqa: N818
-    pass
-
-
-def part_of(case: Case, rank: int, ranks: int) -> Case:
-    q, k, v = (x.chunk(ranks, dim)[rank] for x, dim in ((case.q, 1), (case.k_cache, 0), (case.v_cache, 0)))
-    return replace(case, q=q, k_cache=k, v_cache=v)
-
-
-def on_ranks(case: Case, ranks: int, impl: str, of_ranks: Sequence[dict[str, Any]] = (), **options: Any) -> list[Any]:
-    """What `reattention` returns on each rank. All go up to where they gather, then all go on from there.
-
-    `of_ranks` are options of each rank.
-    """
-    gathered: list[torch.Tensor] = []
-    while True:
-        found, given = [], []
-        for rank in range(ranks):
-            calls = iter(range(99))
-
-            def rows(x: torch.Tensor, calls: Any = calls, given: Any = given) -> torch.Tensor:
-                if (call := next(calls)) < len(gathered):
-                    return gathered[call].clone()
-                given.append(x.clone())
-                raise _NotYetGathered
-
-            part = part_of(case, rank, ranks)
-            options |= of_ranks[rank] if of_ranks else {}
-            try:
-                found.append(reattention(*part.arguments(), impl=impl, gather=Gather(rows, ranks), **options))
-            except _NotYetGathered:
-                continue
-        if not given:
-            return found
-        assert len(given) == ranks, "some ranks gather where others do not"
-        gathered.append(torch.cat(given))
 
 
 def check(case: Case, ranks: int, impls: tuple[str, ...] = ("triton", "torch"), layers: int = 0) -> None:

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from processes import family, follower_of, wait_for
 from testing import random_ids, tiny_model, write_checkpoint
 
 import minirea
+from minirea import cache as caches
+from minirea import memory
+from minirea.cache import KVCache, cache_bytes, far_bytes
+from minirea.errors import MemoryLimitError
 from minirea.evaluation.text.diary import generate_text
+from minirea.leader import together
+from minirea.pinned import host_tensor
+from minirea.plan import workspace_bytes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,6 +37,14 @@ DEMO = Path(minirea.__file__).parent.parent / "weights" / "demo"
 SCOPE: dict[str, Any] = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5}
 SCOPE |= {"chunk_size": 16, "tail_size": 12, "tail_chunk_size": 5, "dense_size": 40}
 RUNS = int(os.environ.get("MINIREA_RUNS", "20"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _followers_find_this_file() -> Iterator[None]:
+    """Some of their steps are here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        yield
 
 
 def test_the_demo_models_text_is_that_of_one_gpu() -> None:
@@ -68,6 +84,85 @@ def test_every_mode_and_sampling(tmp_path: Path, dtype: str) -> None:
             out = [llm.with_attention(mode, **SCOPE | fields).generate(ids, max_tokens=30, ignore_eos=True, **options)
                    for llm in (expected_of, two)]  # fmt: skip
             assert out[0].token_ids == out[1].token_ids, (mode, fields, options)
+
+
+def kept_of_all(model: Any, cache: KVCache) -> Iterator[tuple[torch.Tensor, list[tuple[int, ...]]]]:
+    """Of each rank the sums of the bits of each layer's keys and of its values, and how its cache is laid out."""
+    torch.cuda.synchronize()
+    stored = [x for layer in range(len(cache.v)) for x in cache.stored(layer).values()]
+    bits = torch.int16 if model.dtype.itemsize == 2 else torch.int32
+    sums = [int(x[:, : cache.seq_len].contiguous().view(bits).long().sum()) for x in stored]
+    laid = [[*cache.placement, cache.capacity, cache.sketched_len]]
+    found = model.ranks.all_gather(torch.tensor([sums], device=model.device)).cpu()
+    yield found, [tuple(row) for row in model.ranks.all_gather(torch.tensor(laid, device=model.device)).tolist()]
+
+
+def kept(session: minirea.Session) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """What all ranks keep, which lay it out alike."""
+    ((sums, laid),) = together(kept_of_all, session.llm.model, session.cache)
+    assert len(set(laid)) == 1
+    return sums, laid[0]
+
+
+def room_for(llm: minirea.LLM, capacity: int, far_keys: int) -> int:
+    """Bytes of a card with which so many layers' keys have to be far."""
+    attention, dtype = llm.model.attention, llm.model.dtype
+    placement = next(p for p in attention.placements(capacity) if p.far_keys == far_keys and p.sketched)
+    config = llm.model.config
+    near = cache_bytes(config, capacity, 0, dtype, attention.winners_shape, placement)
+    return near - far_bytes(config, capacity, dtype, placement) + workspace_bytes(attention, dtype, capacity)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_caches_on_the_host_and_sketches_change_nothing(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, answers in graphs, growth onto the host, and rewinds: tokens, and all keys and values of both ranks, are
+    those of ranks that have neither. How little room there is one of them says.
+    """
+    plain, far = (
+        minirea.load(DEMO, dtype=dtype, gpus=2, sketch=sketch, cache=cache)
+        for sketch, cache in (("off", "device"), ("int8", "host"))
+    )
+    ids = plain.encode(generate_text(0, 400_000))[:90_000]
+    free, room = memory.available_bytes, room_for(far, 92_000, 3)
+    monkeypatch.setattr(memory, "available_bytes", lambda d: min(free(d), room) if d.type == "cuda" else free(d))
+    sessions = [plain.session(92_000), far.session(20_000), far.session(92_000)]
+    assert [kept(s)[1][:3] for s in sessions] == [(0, 0, 0), (1, 6, 0), (1, 6, 3)]
+    for session in sessions:
+        session.prefill(ids)
+        for start, keep in ((0, 90_000), (3000, 89_990), (500, 60_000), (70_000, 60_700)):
+            session.rewind(keep)
+            session.generate(ids[start : start + 700], max_tokens=16, ignore_eos=True)
+    sums, _ = kept(sessions[0])
+    for session in sessions[1:]:
+        found, laid = kept(session)
+        assert session.ids == sessions[0].ids and torch.equal(found, sums)
+        assert laid[:2] == (1, 6) and laid[-1] > 60_000  # with sketches, values far
+
+
+def pin_nothing(model: Any, _: Any, rank: int, refuses: bool) -> Iterator[None]:
+    def refuse(*_: Any) -> Any:
+        raise MemoryLimitError("nothing can be pinned here")
+
+    if model.ranks.rank == rank:
+        caches.host_tensor = refuse if refuses else host_tensor  # type: ignore[attr-defined]
+    yield
+
+
+def test_what_the_host_refuses_leaves_no_rank_behind() -> None:
+    """To any of them, as a new cache or as one that grows; and what is too much for both."""
+    far = minirea.load(DEMO, gpus=2, cache="host")
+    session, tiny = far.session(2000), far.session(1)
+    with pytest.raises(MemoryLimitError, match=r"^not enough memory on [^;]*; [^;]* tokens fit$"):
+        far.session(500_000_000)
+    for rank in (1, 0):
+        list(together(pin_nothing, far.model, tiny.cache, rank, True))
+        for ask in (lambda: far.session(3000), lambda: session.generate(random_ids(3000, 2000), max_tokens=9)):
+            with pytest.raises(MemoryLimitError, match=r"^nothing can be pinned here$"):
+                ask()
+        list(together(pin_nothing, far.model, tiny.cache, rank, False))
+        assert kept(session)[1][-2] == 2000
+    out = session.generate(random_ids(3000, 2000), max_tokens=9, ignore_eos=True)
+    assert out.token_ids == far.generate(random_ids(3000, 2000), max_tokens=9, ignore_eos=True).token_ids
 
 
 def test_sessions_take_turns_with_graphs(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from minirea.errors import InputError, MemoryLimitError
 from minirea.generate import Stats
 from minirea.kernels.near import near_size
 from minirea.placement import Placement, placements
+from minirea.weights import weight_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:sketch is 'int8' on a CPU")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -197,6 +199,22 @@ def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
     return load_config(tmp_path)
 
 
+@pytest.fixture
+def cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], ModelConfig]:
+    """The shape of a 3B model, its first rank's part of two; takes what is free on each of two cards and their host."""
+    pytest.importorskip("triton")
+    from minirea.kernels.fused import launch
+
+    monkeypatch.setattr(launch, "num_programs", lambda *_: 132)
+    (tmp_path / "config.json").write_text(json.dumps(named("llama-3.2-3b")))
+
+    def free(card: int, host: int) -> ModelConfig:
+        monkeypatch.setattr(memory, "available_bytes", lambda device: card if device.type == "cuda" else host)
+        return load_config(tmp_path).of_rank(0, 2)
+
+    return free
+
+
 def planned(config: ModelConfig, num_tokens: int, weights: int, **options: str) -> tuple[Placement, memory.MemoryPlan]:
     """What a run would choose, and its plan."""
     scope = ReAttentionConfig.for_context(config.trained_context)
@@ -223,6 +241,40 @@ def test_a_million_tokens_of_an_8b_model_fit_on_one_card(llama: ModelConfig) -> 
     )
     with pytest.raises(MemoryLimitError, match=said + r" in, .*about 1,[0-9]{3},[0-9]{3} of 4,194,304 tokens fit"):
         found.check(CUDA)
+
+
+def test_four_million_tokens_of_a_3b_model_on_two_cards(cards: Callable[[int, int], ModelConfig]) -> None:
+    """Keys are 240.5 GB, and so are values, sketches 119.6: half of each for a card of 141 GB. A host of 256 GiB holds
+    the values, and the cards then hold the keys and no sketches; one of 512 GiB holds the keys of ten layers too.
+    """
+    tokens, card, part = (1 << 22) + 80, 148_500_000_000, cards(1, 1)
+    weights, each = weight_bytes(part, torch.bfloat16), array_bytes(part, tokens, torch.bfloat16)
+    assert 2 * 28 * each // 10**8 == 2405 and weights // 10**7 == 360
+    for host, cache, sketch, expected in (
+        (270, "host", "auto", (False, 28, 0)),
+        (270, "auto", "auto", (False, 23, 0)),
+        (545, "host", "int8", (True, 28, 10)),
+        (545, "auto", "auto", (True, 28, 10)),
+    ):
+        placement, found = planned(cards(card, host * 10**9), tokens, weights, cache=cache, sketch=sketch)
+        assert placement[:3] == expected and found.fits(CUDA)
+        assert found.host_cache == placement.far_arrays * each
+        assert found.peak <= card and 2 * found.host_cache <= host * 10**9 - memory.HOST_RESERVED
+    config = cards(card, 270 * 10**9)
+    _, found = planned(config, tokens, weights, cache="host", sketch="int8")
+    said = (
+        r"^not enough memory on each of 2 devices: needs 3.61 GB for weights, .* GB for the KV cache beside .* GB on "
+    )
+    with pytest.raises(MemoryLimitError, match=said + r"the host .*: about 3,[0-9,]{7} of 4,194,384 tokens fit$"):
+        found.check(CUDA)
+    _, found = planned(cards(card, 2 * 100 * 10**9), tokens, weights, cache="host", sketch="off")
+    said = (
+        r"^not enough memory on the host: needs 240.52 GB for the part of the KV cache there, of 2 devices together, "
+    )
+    with pytest.raises(MemoryLimitError, match=said + r"197.85 GB can be pinned; .* about 3,4[0-9]{2},[0-9]{3} of 4,"):
+        found.check(CUDA)
+    for num_tokens, expected in ((1 << 20, (True, 0, 0)), (1 << 21, (False, 0, 0))):
+        assert planned(cards(card, 0), num_tokens, weights, cache="auto", sketch="auto")[0][:3] == expected
 
 
 def test_auto_takes_sketches_where_they_pay_and_fit(llama: ModelConfig) -> None:

@@ -79,17 +79,16 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
     torch.set_num_threads(threads)
 
 
-def test_several_ranks_are_measured_with_a_checkpoint(tmp_path: Path, measure: BenchRun) -> None:
-    """In a process of its own, which starts the other ranks."""
-    model = write_checkpoint(tmp_path, tiny_model())
+@pytest.mark.parametrize("shape", ["", "demo"])
+def test_several_ranks_are_measured(tmp_path: Path, shape: str, measure: BenchRun) -> None:
+    """In a process of its own, which starts the other ranks; of a shape it writes a checkpoint that all read."""
+    model = ["--shape", shape, "--layers", "2"] if shape else ["--model", str(write_checkpoint(tmp_path, tiny_model()))]
     options = ["--contexts", "300", "--prefill", "40", "--tokens", "2", "--engines", "minirea", "--gpus", "2"]
-    rows = measure("model", "--model", str(model), *options)["rows"]
+    rows = measure("model", *model, *options)["rows"]
     assert [(row["context"], "decode_ms" in row, "skipped" in row) for row in rows] == [
         (300, True, False),
         (40, False, False),
     ]
-    with pytest.raises(SystemExit, match="--gpus needs --model"):
-        measure("model", "--shape", "demo", "--gpus", "2")
 
 
 def test_contexts_are_saved_and_opened_beside_plain_files(tmp_path: Path, measure: BenchRun) -> None:
@@ -232,7 +231,7 @@ def test_floor_counts_what_a_step_reads() -> None:
         head=None,
         layers=[],
         dtype=torch.bfloat16,
-        config=argparse.Namespace(num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128),
+        config=argparse.Namespace(num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, part=None),
         attention=argparse.Namespace(
             dense_size=16416,
             config=ReAttentionConfig.for_context(131072),
@@ -254,6 +253,11 @@ def test_floor_counts_what_a_step_reads() -> None:
     cache.placement = Placement(True, 32, 5, 20000)  # 128 winners select 32 tokens each, at most
     assert engine.host_bytes(131072) == (32 + 5) * (32 + 4096) * key // 32 and engine.host_bytes(16416) == 0
     assert engine.step_bytes(131072) == expected - engine.host_bytes(131072)
+    whole, far = argparse.Namespace(num_heads=32), engine.host_bytes(131072)
+    model.config = argparse.Namespace(
+        num_layers=32, num_heads=8, num_kv_heads=2, head_dim=128, part=argparse.Namespace(whole=whole)
+    )
+    assert engine.host_bytes(131072) == far // 4  # of a rank of four, whose heads vote together
 
 
 @pytest.mark.parametrize("name", SHAPES)
