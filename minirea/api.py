@@ -36,7 +36,7 @@ from minirea.config import (
 )
 from minirea.context import Origin, StoredContext, context_bytes, save_context
 from minirea.errors import InputError, MinireaWarning, MissingFileError
-from minirea.files import is_there, read_start
+from minirea.files import is_there, model_name, read_start
 from minirea.generate import GenerationConfig, Piece, Stats
 from minirea.isolation import isolated
 from minirea.leader import Leader, SharedCache
@@ -672,7 +672,7 @@ def _origin(
     settings: dict[str, int | str | None] = {"attention": attention.mode, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {name: getattr(attention.config, name) for name in fields_of(attention.mode)}
     settings["quantize"] = quantize
-    return Origin(fingerprint(path, config), Path(path).resolve().name, settings)
+    return Origin(fingerprint(path, config), model_name(path), settings)
 
 
 def _check_one_device(config: ModelConfig, what: str) -> None:

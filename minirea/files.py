@@ -15,11 +15,13 @@ from io import FileIO
 from pathlib import Path
 from typing import Final
 
-from minirea.errors import InputError, MissingFileError
+from minirea.errors import InputError, MissingFileError, printable
 
 # Names of what the process has open already. Shells hand over a pipe so: `--prompt <(command)`.
 _DESCRIPTOR: Final = re.compile(r"/dev/stdin|/dev/fd/\d+|/proc/(self|\d+)/fd/\d+")
 _BLOCK: Final = 2**20
+# How UTF-8 is to have the bytes of a file's name that are none: as JSON spells them.
+LONE_SURROGATES: Final = "backslashreplace"
 _KINDS: Final = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a named pipe",
@@ -42,6 +44,11 @@ def is_there(path: str | Path) -> bool:
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
     return True
+
+
+def model_name(directory: str | Path) -> str:
+    """What people call a model: the name of its directory, links followed, on one printable line."""
+    return printable(Path(directory).resolve().name)
 
 
 def list_directory(path: str | Path, what: str) -> list[str]:

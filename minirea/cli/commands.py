@@ -18,7 +18,7 @@ from minirea.cli.messages import as_flags
 from minirea.cli.output import Answer, footer, print_plan, warn_beyond_training
 from minirea.config import SCOPE_FIELDS
 from minirea.errors import InputError, MinireaError, MissingExtraError, printable
-from minirea.files import check_replaceable
+from minirea.files import check_replaceable, model_name
 from minirea.terminal import EXIT_INTERRUPTED, Interrupts, put, say
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _look_back(session: Session, prompt: str, answer: Answer, arguments: argpars
         return
     from minirea.explain import Explanation
 
-    name, start = Path(arguments.model).resolve().name, answer.prompt_tokens
+    name, start = model_name(arguments.model), answer.prompt_tokens
     explanation = Explanation(name, ids, start, answer.text, votes, session.llm.config.num_layers, answer.sources)
     try:
         explanation.write(Path(arguments.out), tokenizer)

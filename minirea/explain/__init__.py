@@ -13,7 +13,7 @@ from typing import Any, Final
 from minirea.errors import InputError
 from minirea.explain.page import render
 from minirea.explain.picture import draw
-from minirea.files import check_replaceable, replace_file
+from minirea.files import LONE_SURROGATES, check_replaceable, replace_file
 from minirea.sources import Votes
 from minirea.tokenizer import Tokenizer
 
@@ -61,7 +61,7 @@ class Explanation:
         page = render(self.model, self.ids, self.answer_start, self.votes, self.sources, tokenizer)
         contents = {RECORDS: json.dumps(record, indent=1, ensure_ascii=False) + "\n", PAGE: page}
         for name, content in contents.items():
-            replace_file(folder / name, content.encode("utf-8", "replace"))
+            replace_file(folder / name, content.encode("utf-8", LONE_SURROGATES))
         draw(folder / PICTURE, self.model, self.votes, self.answer_start, self.num_layers, self.token_names(tokenizer))
         return [folder / name for name in (*contents, PICTURE)]
 

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from minirea.evaluation.frame.plots import new_figure
+from minirea.evaluation.frame.plots import as_it_is, new_figure
 from minirea.files import replace_file
 from minirea.sources import Votes
 
@@ -52,9 +52,9 @@ def draw(path: Path, model: str, votes: Votes, num_tokens: int, num_layers: int,
         ax.set_xlim(0, max(1, num_tokens))
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     if together == 1 and len(answer) <= _NAMED:
-        names = [name.replace(" ", "\u2423").replace("\n", "\u21b5").replace("$", r"\$") for name in answer]
+        names = [as_it_is(name.replace(" ", "\u2423").replace("\n", "\u21b5")) for name in answer]
         axes[1][0].set_yticks(range(len(names)), names)
-    axes[0][0].set_title(f"Where {model} looked for its answer, in a prompt of {num_tokens:,} tokens")
+    axes[0][0].set_title(f"Where {as_it_is(model)} looked for its answer, in a prompt of {num_tokens:,} tokens")
     axes[1][0].set_xlabel("position in the prompt, tokens")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)

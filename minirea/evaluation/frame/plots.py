@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from minirea.errors import InputError, MissingExtraError
+from minirea.errors import InputError, MissingExtraError, printable
 from minirea.evaluation.frame.records import Record
 from minirea.evaluation.lengths import short_length
 from minirea.files import replace_file
@@ -28,6 +28,10 @@ _STYLES: Final[dict[str, dict[str, Any]]] = {
     "full": {"color": "#D55E00", "marker": "^", "markersize": 7, "linestyle": "-."},
 }
 _PANELS_IN_A_ROW: Final = 4
+_COSTS: Final = (
+    *("prompt_tokens", "shared_tokens", "shared_seconds", "first_token_seconds"),
+    *("generated_tokens", "decode_seconds", "cache_bytes", "peak_bytes"),
+)
 _DARK: Final = 55  # percent, below which a cell's number is white
 
 
@@ -58,7 +62,12 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Fi
 def heading(what: str, about: Mapping[str, Any], detail: str = "") -> str:
     """A picture's title: what it shows, then the model and `detail` in brackets."""
     inside = ", ".join(part for part in (str(about.get("model_name") or ""), detail) if part)
-    return f"{what} ({inside})" if inside else what
+    return as_it_is(f"{what} ({inside})" if inside else what)
+
+
+def as_it_is(text: str) -> str:
+    """A text that pictures show and neither take for a formula nor fail on."""
+    return printable(text).replace("$", r"\$")
 
 
 def length_axis(ax: Axes, lengths: Iterable[int], label: str) -> None:
@@ -180,7 +189,7 @@ def against_length(records: Sequence[Record], folder: Path, title: str, about: M
     pictures = []
     if scored := [r for r in records if r["score"] is not None]:
         pictures.append(_scores(scored, folder / "score.png", title, about))
-    if costing := [r for r in records if "cache_bytes" in r]:
+    if costing := [r for r in records if _tells_costs(r)]:
         pictures.append(_costs(costing, folder / "cost.png", title, about))
     return pictures
 
@@ -201,7 +210,7 @@ def _scores(records: Sequence[Record], path: Path, title: str, about: Mapping[st
         mark_trained(ax, about.get("trained_context"))
         ax.set_ylim(-4, 104)
         ax.set_ylabel("score (%)")
-        ax.set_title(kind, fontsize=10)
+        ax.set_title(as_it_is(kind), fontsize=10)
     for ax in panels[len(kinds) :]:
         ax.set_axis_off()
     panels[0].legend(fontsize=9)
@@ -211,9 +220,9 @@ def _scores(records: Sequence[Record], path: Path, title: str, about: Mapping[st
 def _costs(records: Sequence[Record], path: Path, title: str, about: Mapping[str, Any]) -> Path:
     """Speed of reading, time of an answer's token, and memory."""
     figure, axes = new_figure(1, 3, 12.0, 4.2)
-    device = records[0]["settings"]["device"]
+    device, dtype = (str(records[0]["settings"].get(name)) for name in ("device", "dtype"))
     machines = ", ".join(sorted({str(r.get("machine", device)) for r in records}))
-    detail = f"{machines}; {records[0]['settings']['dtype']}"
+    detail = f"{machines}; {dtype}"
     figure.suptitle(heading(f"{title}: what it costs", about, detail), wrap=True)
     reading, decoding, memory = axes[0]
     _lines(reading, records, read_tokens_per_second)
@@ -234,11 +243,18 @@ def _costs(records: Sequence[Record], path: Path, title: str, about: Mapping[str
     return save(figure, path)
 
 
+def _tells_costs(record: Record) -> bool:
+    numbers = all(isinstance(record.get(name), (int, float)) for name in _COSTS)
+    return numbers and isinstance(record.get("settings"), dict)
+
+
 def read_tokens_per_second(record: Record) -> float | None:
     """How fast the prompt was read: its shared part where that is most of it, otherwise all up to the first token."""
     if record["shared_tokens"] >= record["prompt_tokens"] / 2:
-        return record["shared_tokens"] / record["shared_seconds"] if record["shared_seconds"] else None
-    return record["prompt_tokens"] / record["first_token_seconds"] if not record["shared_tokens"] else None
+        tokens, seconds = record["shared_tokens"], record["shared_seconds"]
+    else:
+        tokens, seconds = 0 if record["shared_tokens"] else record["prompt_tokens"], record["first_token_seconds"]
+    return tokens / seconds if tokens and seconds else None
 
 
 def milliseconds_per_token(record: Record) -> float | None:

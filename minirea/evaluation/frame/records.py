@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from minirea.errors import InputError, MissingFileError
-from minirea.files import check_regular, read_file
+from minirea.files import LONE_SURROGATES, check_regular, read_file
 
 Record = dict[str, Any]  # one line of records.jsonl; JSON values only
 Place = Mapping[str, str | int | float]  # where a record stands: {"kind": "niah_single_1", "length": 4096, "sample": 3}
@@ -303,7 +303,7 @@ def _write_lines(file: FileIO, records: Iterable[Record]) -> None:
     """Append records, a line each. After an error the file is as it was."""
     size = file.seek(0, os.SEEK_END)
     lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-    data = memoryview("".join(lines).encode("utf-8", "replace"))
+    data = memoryview("".join(lines).encode("utf-8", LONE_SURROGATES))
     try:
         while data:
             data = data[file.write(data) :]
@@ -352,7 +352,7 @@ def _write_json(path: Path, value: Record) -> None:
     """Replace the file in one step, so that it is never half there."""
     temporary = path.with_suffix(".tmp")
     try:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8", LONE_SURROGATES)
         os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):

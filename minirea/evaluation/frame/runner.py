@@ -20,6 +20,7 @@ from minirea.evaluation.frame.cells import Cell
 from minirea.evaluation.frame.records import Place, Record, Results
 from minirea.evaluation.frame.tasks import Task
 from minirea.evaluation.lengths import short_length
+from minirea.files import model_name
 
 
 class Runner:
@@ -142,7 +143,7 @@ def known_settings(task: Task, model: LLM | ModelFiles) -> Record:
         attention, dtype, quantize = model.model.attention, model.model.dtype, model.model.quantize
     return {
         **task.identity(),
-        "model_name": "" if model.path is None else Path(model.path).resolve().name,
+        "model_name": "" if model.path is None else model_name(model.path),
         "model_config": _digest_of_config(model).hexdigest()[:16],
         "trained_context": model.config.trained_context,
         "dtype": str(dtype).removeprefix("torch."),

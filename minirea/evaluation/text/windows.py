@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minirea.errors import InputError
+from minirea.errors import InputError, printable
 from minirea.evaluation.frame.tasks import require
 from minirea.evaluation.text.encoder import Encoder
 from minirea.evaluation.text.haystack import read_text
@@ -25,7 +25,7 @@ class Text:
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
-        self.name = path.name
+        self.name = printable(path.name)
         self.beginning = Encoder(tokenizer).beginning
         self.ids = tokenizer.encode(read_text("text", path), add_special_tokens=False)
 

@@ -873,6 +873,37 @@ def test_a_report_may_be_told_what_differs(uninterrupted: Path, tmp_path: Path) 
 
 
 @NEEDS_MATPLOTLIB
+def test_names_of_models_and_texts_may_be_any_bytes(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bytes that are no UTF-8, and what a picture would take for a formula that it cannot set."""
+    named, text = (tmp_path / os.fsdecode(name) for name in (b"caf\xe9 $\\x$", b"book\xe9 $^$.txt"))
+    named.mkdir()
+    for file in model.iterdir():
+        (named / file.name).symlink_to(file)
+    text.write_text("It was a dark and stormy night. " * 99)
+    tasks = {12: ["needle", *FLAGS], 1: ["perplexity", "--text", str(text), "--lengths", "300", "--samples", "1"]}
+    for count, task in tasks.items():
+        out = tmp_path / f"{count}"
+        for _ in range(2):  # the second run finds all answers
+            status, _, err = run(capsys, *task, "--model", str(named), "--out", str(out), "--quiet")
+            assert (status, err, len(lines(out))) == (0, "", count)
+    arguments = "explain", "--model", str(named), "--prompt", str(text), "--out", str(tmp_path / "why")
+    assert main([*arguments, "--max-tokens", "2", "--quiet"]) == 0
+    assert len(list((tmp_path / "why").iterdir())) == 3
+
+
+@NEEDS_MATPLOTLIB
+def test_pictures_leave_out_what_records_do_not_hold(uninterrupted: Path, tmp_path: Path) -> None:
+    settings, records, _ = read_results([uninterrupted], (), lambda _: lambda _: None)
+    damaged = [records[0] | {name: value} for name in (*plots._COSTS, "settings") for value in (None, "x")]
+    for given, count in (([*damaged, *records], 2), (damaged, 1)):
+        pictures = plots.against_length(given, tmp_path, "needle", settings | {"model_name": "\udce9"})
+        assert len(pictures) == count
+    assert plots.read_tokens_per_second(records[0] | {"first_token_seconds": 0.0, "shared_seconds": 0.0}) is None
+
+
+@NEEDS_MATPLOTLIB
 def test_report_draws_again(uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, "report", str(uninterrupted), "--out", str(tmp_path))
     assert (status, err) == (0, "")
