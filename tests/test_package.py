@@ -45,7 +45,7 @@ ALLOWED = {
     "minirea.linear": {"quantize", "kernels", "cpu"},
     "minirea.ranks": {"config", "errors", "kernels", "sampling"},
     "minirea.model": {"kernels", "attention", "cache", "config", "cpu", "linear", "ranks"},
-    "minirea.leader": {"cache", "errors", "model", "ranks", "threads"},
+    "minirea.leader": {"cache", "config", "errors", "model", "ranks", "threads"},
     "minirea.follower": {
         *("api", "attention", "cache", "config", "errors", "isolation", "leader", "model", "ranks", "weights"),
     },
