@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from minirea.api import LLM, Session
 from minirea.errors import InputError, MinireaError, printable
-from minirea.files import read_file
+from minirea.files import as_text, read_file
 from minirea.generate import Interrupted, Piece
 from minirea.terminal import Interrupts, put, say
 from minirea.threads import delayed_keyboard_interrupt
@@ -461,12 +461,7 @@ class Chat:
         return f"; the next message begins with {', '.join(map(str, documents))}" if documents else ""
 
     def _file(self, path: str) -> str:
-        try:
-            text = read_file(path, _DOCUMENT_LIMIT, "a document", pipes=True).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{path}: not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}"
-            ) from None
+        text = as_text(read_file(path, _DOCUMENT_LIMIT, "a document", pipes=True), path)
         if not text:
             raise InputError(f"{path}: is empty, expected some text")
         document = self.conversation.add_document(text, path, self.progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -92,6 +93,19 @@ def read_file(path: str | Path, limit_bytes: int, what: str, pipes: bool = False
         if isinstance(error, (InputError, MissingFileError)):
             raise
         raise unreadable(path, error) from None
+
+
+def as_text(data: bytes, name: str, errors: str = "strict") -> str:
+    """UTF-8 text without its byte order mark. Raises InputError, whose message begins with `name`, for other bytes."""
+    try:
+        return data.decode("utf-8-sig", errors)
+    except UnicodeDecodeError as error:
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise InputError(
+                f"{name}: is UTF-16 text, expected UTF-8: `iconv -f UTF-16 -t UTF-8` makes it that"
+            ) from None
+        found = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise InputError(f"{name}: not UTF-8 text: found {found}") from None
 
 
 def check_regular(path: str | Path, what: str, pipes: bool = False) -> None:

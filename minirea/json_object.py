@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from minirea.errors import InputError
-from minirea.files import read_file
+from minirea.files import as_text, read_file
 
 _LIMIT_BYTES: Final = 2**24  # the largest config or index of a published model has some 500,000
 _LARGEST_INTEGER: Final = 2**31 - 1
@@ -29,11 +29,9 @@ class JsonObject:
     @classmethod
     def parse(cls, text: bytes, source: str) -> Self:
         """The object that JSON text holds. Raises InputError naming `source`."""
+        decoded = as_text(text, source, "surrogatepass")
         try:
-            values = json.loads(text.decode("utf-8-sig", "surrogatepass"))
-        except UnicodeDecodeError as error:
-            found = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
-            raise InputError(f"{source}: not UTF-8 text: found {found}") from None
+            values = json.loads(decoded)
         except (ValueError, RecursionError) as error:
             found = str(error)
             if isinstance(error, json.JSONDecodeError) and b"\n" not in text:  # whose line `source` may name

@@ -292,6 +292,7 @@ def test_bad_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) 
         (b"good \xff\xfe bad", ["UTF-8", "0xff", "offset 5"]),
         (b"\xc3", ["offset 0"]),
         (b"\xef\xbb\xbf", ["empty"]),
+        ("good".encode("utf-16"), ["is UTF-16 text, expected UTF-8", "iconv"]),
     ],
 )
 def test_bad_prompts(

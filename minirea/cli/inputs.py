@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import os
 import sys
 from typing import TYPE_CHECKING, Final
 
 from minirea.errors import InputError, MinireaError
-from minirea.files import read_all, read_file
+from minirea.files import as_text, read_all, read_file
 
 if TYPE_CHECKING:
     from minirea.api import ModelFiles
@@ -37,10 +36,7 @@ def _utf8(argument: str, flag: str) -> str:
     """Bytes that the locale's encoding lacks are lone surrogates in sys.argv."""
     if not any("\ud800" <= character <= "\udfff" for character in argument):
         return argument
-    try:
-        return os.fsencode(argument).decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{flag}: not UTF-8 text: found {_found_byte(error)}") from None
+    return as_text(os.fsencode(argument), flag)
 
 
 def read_prompt(arguments: argparse.Namespace) -> str:
@@ -54,19 +50,13 @@ def read_prompt(arguments: argparse.Namespace) -> str:
     else:
         source = "--prompt " + ("standard input" if arguments.prompt == "-" else arguments.prompt)
         try:
-            raw = _bytes_of(arguments.prompt, PROMPT_LIMIT, "a prompt").removeprefix(codecs.BOM_UTF8)
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{source}: not UTF-8 text: found {_found_byte(error)}") from None
+            raw = _bytes_of(arguments.prompt, PROMPT_LIMIT, "a prompt")
         except MinireaError as error:
             raise type(error)(f"--prompt {error}") from None
+        text = as_text(raw, source)
     if not text:
         raise InputError(f"{source}: the prompt is empty, expected some text")
     return text
-
-
-def _found_byte(error: UnicodeDecodeError) -> str:
-    return f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
 
 
 def _bytes_of(path: str, limit_bytes: int, what: str) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 
 from minirea.checks import unicode_text
 from minirea.errors import InputError
-from minirea.files import is_there, read_file
+from minirea.files import as_text, is_there, read_file
 from minirea.tokenizer.config import TokenizerConfig, one_line, read_if_there
 
 _LARGEST_TEMPLATE = 2**22  # bytes
@@ -31,10 +31,7 @@ class ChatTemplate:
         """chat_template.jinja, else tokenizer_config.json's, else chat_template.json's; of several, the "default"."""
         path = directory / "chat_template.jinja"
         if is_there(path):
-            try:
-                return cls(read_file(path, _LARGEST_TEMPLATE, "a chat template").decode(), str(path))
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}: cannot be read: {one_line(error)}") from None
+            return cls(as_text(read_file(path, _LARGEST_TEMPLATE, "a chat template"), str(path)), str(path))
         for source in (config.main, read_if_there(directory / "chat_template.json")):
             template = source.values.get("chat_template")
             if template is None:

@@ -386,7 +386,7 @@ def test_commands_that_cannot_be_done_are_one_line_each_and_the_rest_goes_on(mod
         "/load /none/a": "/none/a: no such file",
         f"/load {tmp_path}/latin": "is no context, expected",
         "/file /none/a": "no such file",
-        f"/file {tmp_path}/latin": "not UTF-8 text: byte 3 is 0xe9",
+        f"/file {tmp_path}/latin": "not UTF-8 text: found byte 0xe9 at offset 3",
         f"/file {tmp_path}/empty": "is empty",
         "/sources": "sources are those of an answer",
     }

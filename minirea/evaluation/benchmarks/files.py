@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from minirea.errors import InputError
-from minirea.files import list_directory
+from minirea.files import check_regular, list_directory
 from minirea.json_object import JsonObject
 
 _DEPTH: Final = 4  # folders below the given one that are searched; L-Eval's own checkout has its files 2 deep
@@ -63,6 +63,7 @@ def find(directory: Path, names: set[str]) -> dict[str, Path]:
             if name in found:
                 raise InputError(f"{directory}: holds {name} twice, in {found[name].parent} and {folder}, expected one")
             found[name] = Path(folder, name)
+            check_regular(found[name], "data")  # opening a named pipe would wait for a writer
     return found
 
 

@@ -13,14 +13,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from minirea.errors import InputError, MissingFileError
+from minirea.errors import InputError, MinireaError
 from minirea.evaluation.text.diary import diary_entries
 from minirea.evaluation.text.encoder import Encoder
-
-if TYPE_CHECKING:
-    pass
+from minirea.files import as_text, read_file
 
 # A sentence with the white space before it; a blank line ends one too.
 _SENTENCE: Final = re.compile(r"\s*\S.*?(?:[.!?]['\"\u201d\u2019)]*(?=\s)|(?=\n\s*\n)|\Z)", re.DOTALL)
@@ -28,6 +26,7 @@ _DIARY_SEED: Final = 2  # the demo model was trained on seed 1000
 # Tokens in which stretches start and words are looked for. A constant, so that a prompt depends on no other's length.
 _FIRST_PART: Final = 2**16
 _FEWEST_WORDS: Final = 100
+_LARGEST_FILE: Final = 2**32  # bytes
 
 
 @dataclass(frozen=True)
@@ -131,17 +130,9 @@ def read_haystack(files: Sequence[Path], encode: Encoder) -> Haystack:
 def read_text(name: str, path: Path) -> str:
     """A UTF-8 file. Raises MissingFileError or InputError that begins with `name`, the option it came by."""
     try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise MissingFileError(f"{name} is {str(path)!r}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{name} is {str(path)!r}, which cannot be read: {error.strerror}") from None
-    try:
-        return raw.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name} is {str(path)!r}, expected UTF-8 text: found byte 0x{raw[error.start]:02x} at {error.start}"
-        ) from None
+        return as_text(read_file(path, _LARGEST_FILE, "text", pipes=True), str(path)).replace("\r\n", "\n")
+    except MinireaError as error:
+        raise type(error)(f"{name} is {error}") from None
 
 
 def split_sentences(text: str) -> Iterator[str]:

@@ -209,9 +209,10 @@ def test_a_template_of_the_wrong_type(tmp_path: Path, template: Any, message: st
 
 
 def test_a_template_file_that_is_not_text(tmp_path: Path) -> None:
-    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match=r"chat_template.jinja: cannot be read"):
-        load_tokenizer(write(tmp_path))
+    for content, message in ((b"caf\xe9", "not UTF-8 text"), ("x".encode("utf-16"), "is UTF-16 text")):
+        (tmp_path / "chat_template.jinja").write_bytes(content)
+        with pytest.raises(InputError, match=f"chat_template.jinja: {message}"):
+            load_tokenizer(write(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -375,6 +376,9 @@ def test_directories_that_cannot_be_used(tmp_path: Path, tokenizer: Tokenizer) -
         cells(LongBench, tmp_path, tokenizer)
     write(tmp_path / "two" / "hotpotqa.jsonl")
     with pytest.raises(InputError, match="holds no question that can be scored"):
+        cells(LongBench, tmp_path / "two", tokenizer)
+    os.mkfifo(tmp_path / "two" / "lcc.jsonl")
+    with pytest.raises(InputError, match=r"lcc.jsonl: is a named pipe, expected a file with data"):
         cells(LongBench, tmp_path / "two", tokenizer)
 
 

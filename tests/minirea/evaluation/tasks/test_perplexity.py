@@ -187,7 +187,7 @@ def test_a_text_is_needed_that_is_long_enough_and_has_its_own_name(tmp_path: Pat
     tokenizer = load_tokenizer(DEMO)
     with pytest.raises(InputError, match="text is '', expected at least one file"):
         Perplexity()
-    with pytest.raises(MissingFileError, match=r"text is '.*nowhere.txt': no such file"):
+    with pytest.raises(MissingFileError, match=r"text is .*nowhere.txt: no such file"):
         Perplexity(text=(tmp_path / "nowhere.txt",)).cells(tokenizer)
     (tmp_path / "b").mkdir()
     paths = (tmp_path / "a.txt", tmp_path / "b" / "a.txt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import shutil
 from pathlib import Path
@@ -137,11 +138,14 @@ def test_distinct_values_avoid_the_text_and_sizes_agree() -> None:
 
 
 def test_files_that_cannot_be_used_are_named(encode: Encoder, tmp_path: Path) -> None:
-    with pytest.raises(MissingFileError, match=r"^haystack is '.*nowhere.txt': no such file"):
+    with pytest.raises(MissingFileError, match=r"^haystack is .*nowhere.txt: no such file"):
         read_haystack([tmp_path / "nowhere.txt"], encode)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(InputError, match="expected UTF-8 text: found byte 0xe9 at 3"):
+    with pytest.raises(InputError, match="not UTF-8 text: found byte 0xe9 at offset 3"):
         read_haystack([tmp_path / "latin.txt"], encode)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"^haystack is .*pipe: is a named pipe, expected a file with text"):
+        read_haystack([tmp_path / "pipe"], encode)
     (tmp_path / "poor.txt").write_text("the same words again and again")
     with pytest.raises(InputError, match="found 3 different words"):
         read_haystack([tmp_path / "poor.txt"], encode)
