@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import operator
 import re
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from minirea import generate as loop
 from minirea.attention import Attention
 from minirea.cache import KVCache, alone
 from minirea.checkpoint_config import load_config
-from minirea.checks import integer, items, path_like, shown, switch
+from minirea.checks import integer, items, path_like, shown, switch, valid_id
 from minirea.config import (
     CACHES,
     DEVICES,
@@ -209,20 +208,15 @@ class _Encoder:
             given: Iterable[Any] = self.tokenizer.encode(prompt, continues=continues) if prompt else ()
         else:
             given = items("the prompt", prompt, "text or token ids")
-        ids = [self._checked_id(token_id) for token_id in given]
+        ids, size = [], self.config.vocab_size
+        for value in given:
+            if (checked := valid_id(value, size)) is None:
+                found = f"the prompt holds token id {shown(value)}"
+                raise InputError(f"{found}, expected integers from 0 to {size - 1}")
+            ids.append(checked)
         if not ids:
             raise InputError("the prompt is empty, expected at least one token")
         return ids
-
-    def _checked_id(self, given: Any) -> int:
-        try:
-            token_id = -1 if isinstance(given, bool) else operator.index(given)  # also numpy's and torch's integers
-        except TypeError:
-            token_id = -1
-        if not 0 <= token_id < self.config.vocab_size:
-            found = f"the prompt holds token id {shown(given)}"
-            raise InputError(f"{found}, expected integers from 0 to {self.config.vocab_size - 1}")
-        return token_id
 
 
 class ModelFiles(_Encoder):

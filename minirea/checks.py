@@ -7,7 +7,7 @@ import operator
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from minirea.errors import InputError
 
@@ -58,6 +58,23 @@ def items(name: str, value: Any, expected: str) -> Iterator[Any]:
     except TypeError:
         pass
     raise InputError(f"{name} is {shown(value)}, expected {expected}")
+
+
+def is_unicode(text: Any) -> TypeGuard[str]:
+    r"""Whether it is text without half of a surrogate pair, as "\ud800" in JSON gives: no native library takes one."""
+    try:
+        return isinstance(text, str) and text.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def valid_id(value: Any, vocab_size: int) -> int | None:
+    """`value`, an integer of any library, as an int below vocab_size; None if it is none."""
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+    return number if 0 <= number < vocab_size else None
 
 
 def unicode_text(name: str, text: Any) -> str:

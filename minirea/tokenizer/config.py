@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from minirea.checks import is_unicode
 from minirea.files import is_there, read_file
 from minirea.json_object import JsonObject
 
@@ -122,18 +123,9 @@ def _declared_token(decoder: JsonObject, key: str) -> AddedToken:
 def _spelling(source: JsonObject, key: str, value: Any) -> str:
     """Files spell a token as a string, or as the content of an object with flags."""
     content = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(content, str) or not content or not is_unicode(content):
+    if not content or not is_unicode(content):
         raise source.fail(key, "a token, or an object with the token as its content")
     return content
-
-
-def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can encode `text`: JSON may hold halves of surrogate pairs, which no native library takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def one_line(error: BaseException) -> str:

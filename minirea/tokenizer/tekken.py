@@ -10,10 +10,10 @@ import base64
 from pathlib import Path
 from typing import Any, Final
 
+from minirea.checks import is_unicode
 from minirea.files import read_file
 from minirea.json_object import JsonObject
 from minirea.tokenizer.backend import LARGEST_FILE
-from minirea.tokenizer.config import is_unicode
 
 # The special tokens of the first tekken files, which do not list them; ids in this order.
 _FIRST_SPECIAL_TOKENS: Final = (
@@ -89,7 +89,7 @@ def _special_tokens(tekken: JsonObject, header: JsonObject) -> list[str]:
     if places > _MOST_SPECIAL_TOKENS:
         raise header.fail("default_num_special_tokens", f"at most {_MOST_SPECIAL_TOKENS}")
     special += [f"<SPECIAL_{rank}>" for rank in range(len(special), places)]
-    if not all(isinstance(token, str) and token and is_unicode(token) for token in special) or _repeats(special):
+    if not all(token and is_unicode(token) for token in special) or _repeats(special):
         raise tekken.fail("special_tokens", "distinct strings as token_str")
     return special
 

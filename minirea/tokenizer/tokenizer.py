@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from minirea.checks import items, unicode_text
+from minirea.checks import items, shown, unicode_text, valid_id
 from minirea.errors import InputError, MissingFileError
 from minirea.files import is_there, list_directory
 from minirea.tokenizer.backend import Backend
@@ -126,7 +125,7 @@ class Tokenizer:
             InputError: no ids, or one is not an integer from 0 to vocab_size - 1.
         """
         stream = self.stream(skip_special_tokens)
-        text = [stream.put(self._checked(token_id)) for token_id in items("ids", ids, "token ids")]
+        text = [stream.put(self._checked(value)) for value in items("ids", ids, "token ids")]
         return "".join(text) + stream.flush()
 
     def stream(self, skip_special_tokens: bool = True, continues: bool = False) -> StreamDecoder:
@@ -246,14 +245,10 @@ class Tokenizer:
             self._pieces[token_id] = self._backend.piece(token_id) if known else ""
         return self._pieces[token_id]
 
-    def _checked(self, token_id: Any) -> int:
-        try:
-            value = operator.index(token_id)
-        except TypeError:
-            value = -1
-        if not 0 <= value < self.vocab_size:
-            raise InputError(f"token id {token_id!r} is not in the vocabulary, expected 0 to {self.vocab_size - 1}")
-        return value
+    def _checked(self, value: Any) -> int:
+        if (checked := valid_id(value, self.vocab_size)) is None:
+            raise InputError(f"token id {shown(value)} is not in the vocabulary, expected 0 to {self.vocab_size - 1}")
+        return checked
 
 
 def _any_of(tokens: Collection[str]) -> re.Pattern[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from minirea.checks import is_unicode
 from minirea.errors import InputError
 from minirea.files import check_regular, list_directory
 from minirea.json_object import JsonObject
@@ -26,25 +27,16 @@ class Entry(JsonObject):
     def string(self, key: str) -> str:
         """Raises InputError if it is absent or no text that can be a prompt."""
         value = self.values.get(key)
-        if not isinstance(value, str) or not _is_unicode(value):
+        if not is_unicode(value):
             raise self.fail(key, "a string of valid Unicode")
         return value
 
     def strings(self, key: str) -> tuple[str, ...]:
         """Raises InputError unless it is a list of at least one string."""
         value = self.values.get(key)
-        if not isinstance(value, list) or not value or not all(isinstance(v, str) and _is_unicode(v) for v in value):
+        if not isinstance(value, list) or not value or not all(map(is_unicode, value)):
             raise self.fail(key, "a list of strings of valid Unicode")
         return tuple(value)
-
-
-def _is_unicode(text: str) -> bool:
-    r"""Whether it holds no half of a surrogate pair, as "\ud800" in JSON gives: no tokenizer takes one."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def find(directory: Path, names: set[str]) -> dict[str, Path]:
