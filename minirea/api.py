@@ -639,7 +639,8 @@ def new_cache(model: Model, capacity: int) -> KVCache:
     """A cache for a model's steps; on all its ranks, if it has several and this is the first."""
     attention = model.attention
     workspace = functools.partial(workspace_bytes, attention, model.dtype, quantize=model.quantize)
-    fit_steps(attention, lambda: plan_cache(attention, model.dtype, capacity, model.quantize)[1])
+    if model.ranks is None:
+        fit_steps(attention, lambda: plan_cache(attention, model.dtype, capacity, model.quantize)[1])
     sizes = model.config, capacity, attention.dense_limit, model.device, model.dtype
     options: dict[str, Any] = {"workspace": workspace, "placements": attention.placements}
     options["winners_shape"] = attention.winners_shape

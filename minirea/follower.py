@@ -127,8 +127,12 @@ class Follower:
 
     def answer(self, name: str, arguments: list[Any]) -> MinireaError | None:
         """Do what the leader waits for; returns what it is to raise."""
+        from minirea.ranks import LostRankError
+
         try:
             getattr(self, name)(*arguments)
+        except LostRankError:
+            raise
         except Exception as error:
             if isinstance(error, MinireaError):
                 return error

@@ -27,7 +27,7 @@ from collections.abc import Callable, Generator, Iterator
 from multiprocessing import connection as connections
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -189,6 +189,8 @@ class Leader(Ranks):
             try:
                 self._stepping = threading.get_ident()
                 yield
+            except LostRankError as lost:
+                self._lose(lost)
             finally:
                 self._stepping = 0
                 replies = [self._reply() for _ in self._connections]
@@ -227,9 +229,7 @@ class Leader(Ranks):
                 yield
                 self._check()  # on a GPU what waited for a rank that ended has gone on without it
             except LostRankError as error:
-                self._failed.wait(_GRACE)
-                self._fail(error)
-                self._check()
+                self._lose(error)
             except BaseException:
                 failure = self.failure
                 self.end()
@@ -238,6 +238,14 @@ class Leader(Ranks):
                 raise
             finally:
                 self._stepping = 0
+
+    def _lose(self, error: LostRankError) -> NoReturn:
+        """Something that crosses has failed, which usually has another reason, on another rank."""
+        self._failed.wait(_GRACE)
+        self._stepping = 0  # this thread waits for nothing
+        self._fail(error)
+        self._check()
+        raise error
 
     def _check(self) -> None:
         if self.failure is not None:

@@ -87,12 +87,12 @@ class Ranks:
         """What `measure` returns on each rank, the least of each number. None measures before all have come here, or
         goes on before all have measured.
         """
-        self.all_reduce(torch.zeros(1, device=self.device)).item()
-        numbers = torch.tensor(measure(), dtype=torch.int64, device=self.device)
-        with self._exchange():
+        with self._exchange():  # a rank that fails here leaves the others waiting
+            self.all_reduce(torch.zeros(1, device=self.device)).item()
+            numbers = torch.tensor(measure(), dtype=torch.int64, device=self.device)
             dist.all_reduce(numbers, dist.ReduceOp.MIN)
-        found: list[int] = numbers.tolist()
-        return found
+            found: list[int] = numbers.tolist()
+            return found
 
     def meet(self) -> None:
         """Nothing that a rank is given after this begins before all ranks have done what they were given before it."""
