@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from minirea.errors import InputError
 from minirea.kernels import (
+    Gather,
     ReAttentionConfig,
     check_sketched,
     chunks_of_step,
@@ -87,14 +88,15 @@ CONFIGS = [
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(
-    ("steps", "sketched", "carries"),
+    ("steps", "sketched", "carries", "ranks"),
     [
-        ([(1, 512)], False, False),
-        ([(1, 512)], True, False),
-        ([(70, 16), (13, 4)], True, False),
-        ([(2048, 512)], False, False),
-        ([(5000, 512), (31, 8)], False, False),
-        ([(1, 1)], False, True),
+        ([(1, 512)], False, False, 1),
+        ([(1, 512)], True, False, 1),
+        ([(70, 16), (13, 4)], True, False, 1),
+        ([(70, 16), (13, 4)], True, False, 2),
+        ([(2048, 512)], False, False, 1),
+        ([(5000, 512), (31, 8)], False, False, 1),
+        ([(1, 1)], False, True, 1),
     ],
 )
 def test_scratch_bytes_are_those_of_all_steps(
@@ -104,6 +106,7 @@ def test_scratch_bytes_are_those_of_all_steps(
     steps: Iterable[tuple[int, int]],
     sketched: bool,
     carries: bool,
+    ranks: int,
 ) -> None:
     num_heads, num_kv_heads, head_dim, dtype = heads
     monkeypatch.setattr(launch, "_workspaces", {})
@@ -112,19 +115,19 @@ def test_scratch_bytes_are_those_of_all_steps(
     monkeypatch.setattr(launch, "launch", lambda *_, **__: None)
     k_cache = torch.empty(num_kv_heads, 10_000, head_dim, dtype=dtype, device=META)
     table = torch.empty(20_000, head_dim // 2, device=META)
+    gather = Gather(lambda x: x.new_empty(ranks * len(x), x.shape[1]), ranks) if ranks > 1 else None
     for longest, chunk_size in steps:
         for T in {*range(1, min(longest, 80) + 1), *range(1, longest + 1, 256), *range(256, longest + 1, 256)}:
             q_THD = torch.empty(T, num_heads, head_dim, dtype=dtype, device=META)
             votes = new_votes(num_heads, num_kv_heads, config, 2, 10_000, META) if carries else None
-            launch.reattention_triton(
-                q_THD, k_cache, k_cache, 9_000, table, table, config, chunk_size=chunk_size, votes=votes
-            )
-            if sketched and launch.Layer.of(q_THD, k_cache, config).decodes(T):
+            given = q_THD, k_cache, k_cache, 9_000, table, table, config
+            launch.reattention_triton(*given, chunk_size=chunk_size, gather=gather, votes=votes)
+            if sketched and launch.Layer.of(q_THD, k_cache, config, gather).decodes(T):
                 sketch = new_sketch(num_kv_heads, head_dim, 10_000, META)
-                launch.reattention_triton(q_THD, k_cache, k_cache, 9_000, table, table, config, sketch=sketch)
+                launch.reattention_triton(*given, gather=gather, sketch=sketch)
     workspaces = list(launch._workspaces.values())
     kept = [x for x in workspaces if isinstance(x, torch.Tensor)]
-    kinds = {"sketched": sketched, "carries": carries}
+    kinds = {"ranks": ranks, "sketched": sketched, "carries": carries}
     expected = scratch_bytes(num_heads, num_kv_heads, head_dim, dtype, config, 10_000, steps, META, **kinds)
     assert expected == sum(x.nbytes for x in kept)
     stored = {id(x) for workspace in workspaces if isinstance(workspace, tuple) for x in workspace}
