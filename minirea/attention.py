@@ -59,6 +59,7 @@ class Step(NamedTuple):
         cos: of the true positions of those that lie below dense_limit, [at most T, 1, D].
         sin: like cos.
         sketched: where the device counts: every key that the step can select has a sketch (Attention._is_sketched).
+        dense: where the device counts: it is a decode step within dense_size.
         votes: what its layers' votes add up in, where they do; see `Attention.begin`.
         leaves_winners: in the cache, for later tokens.
         copies: by layer, where minirea.cpu attends; see `Attention.new_key_copies`.
@@ -69,6 +70,7 @@ class Step(NamedTuple):
     cos: Tensor = _NO_ROWS
     sin: Tensor = _NO_ROWS
     sketched: bool = False
+    dense: bool = False
     votes: Votes | None = None
     leaves_winners: bool = False
     copies: list[cpu.KeyCopies] | None = None
@@ -221,6 +223,8 @@ class Attention:
         """A step before its first layer: with the votes of the tokens before it, if its layers add to any, and whether
         it leaves winners, if the cache keeps any.
         """
+        if step.dense:
+            return step
         step = step._replace(leaves_winners=leaves_winners and cache.recent_size > 0)
         if not self.carries_votes or step.chunk_size > 1:
             return step
@@ -231,7 +235,7 @@ class Attention:
 
     def searches(self, step: Step) -> bool:
         """Whether a step may have winners; False where it is known to attend to all."""
-        return isinstance(step.seq_len, Tensor) or step.seq_len > self.dense_size
+        return not step.dense and (isinstance(step.seq_len, Tensor) or step.seq_len > self.dense_size)
 
     def new_key_copies(self, num_layers: int, dtype: torch.dtype) -> list[cpu.KeyCopies] | None:
         """For decode steps by minirea.cpu, one behind the other, before the first of them, by layer; None where other
@@ -402,9 +406,8 @@ class Attention:
         config = self.config_of(step)
         chunk_size = min(step.chunk_size, len(q_THD))
         k_GND, v_GND, (cos, sin) = cache.k[layer], cache.v[layer], self.scope_tables(cache.capacity)
-        sketch = (
-            cache.sketches[layer] if chunk_size == step.chunk_size == 1 and self._is_sketched(cache, step) else None
-        )
+        looks = chunk_size == step.chunk_size == 1 and not step.dense and self._is_sketched(cache, step)
+        sketch = cache.sketches[layer] if looks else None
         winners = cache.winners[layer] if step.leaves_winners else None
         on_cpu = sketch is None and self._on_cpu(q_THD.dtype)
         if on_cpu and isinstance(step.seq_len, int) and step.seq_len > self.dense_size:
@@ -414,13 +417,15 @@ class Attention:
         near = cache.near[layer]
         if step.chunk_size > 1:
             cache.bring_ahead(layer)
-        if sketch is None and near is not None and near.k is not None:
+        if sketch is None and not step.dense and near is not None and near.k is not None:
             k_GND, near = cache.keys_to_score(layer, cache.seq_len + len(q_THD)), Near(None, near.v)
         options = (self.impl, False, chunk_size, self.gather, sketch, step.votes, near, winners)
         out_THD: Tensor = reattention(q_THD, k_GND, v_GND, step.seq_len, cos, sin, config, *options)
         return out_THD
 
     def config_of(self, step: Step) -> ReAttentionConfig:
+        if step.dense:
+            return self.config.of_dense_step
         return self.config.of_decode_step if step.chunk_size == 1 else self.config
 
     def _is_sketched(self, cache: KVCache, step: Step) -> bool:

@@ -271,6 +271,11 @@ class ReAttentionConfig:
             return self
         return dataclasses.replace(self, max_spans=self.decode_spans)
 
+    @functools.cached_property
+    def of_dense_step(self) -> ReAttentionConfig:
+        """The sizes of a token that is read by itself within dense_size, where nothing is selected."""
+        return dataclasses.replace(self.of_decode_step, span_top_k=0)
+
     @property
     def max_scope(self) -> int:
         """The most keys that attention can see in one step (S of section 3)."""

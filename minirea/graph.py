@@ -35,6 +35,7 @@ def read_captured(
     """
     del horizon  # a dynamic RoPE is not captured
     cache.mark()
+    dense = cache.seq_len + len(ids) <= model.attention.dense_size
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
     steps = [step for part in parts for step in part.split(model.attention.step_tokens(part.chunk_size))]
     sizes = [(part.stop - part.start, part.chunk_size) for part in steps]
@@ -44,7 +45,7 @@ def read_captured(
     done, step = [torch.cuda.Event(), torch.cuda.Event()], None
     for index, (part, size) in enumerate(zip(steps, sizes, strict=True)):
         if step is None or size != sizes[index - 1]:
-            step = PromptStep(model, cache, *size)
+            step = PromptStep(model, cache, *size, dense)
             graph = StepGraph(step.run, cache)
         cache.reserve(cache.seq_len + size[0])
         step.set(ids_T[part.start : part.stop])
@@ -133,6 +134,10 @@ class StepGraph:
                 self.graph = self._capture()
             self.graph.replay()
 
+    def forget(self) -> None:
+        """The next step is a first one: it launches other kernels than those before."""
+        self.capacity = 0
+
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         if self.generator is not None:
@@ -165,7 +170,12 @@ class DecodeGraph:
     def launch(self) -> None:
         """Start a step on the current stream. The cache counts its token from now on."""
         self.cache.reserve(self.cache.seq_len + 1)
-        self.step.model.attention.sketch_keys(self.cache)
+        attention = self.step.model.attention
+        attention.sketch_keys(self.cache)
+        dense = self.cache.seq_len < attention.dense_size
+        if dense != self.step.dense:  # other kernels
+            self.step.dense = dense
+            self.graph.forget()
         self.graph.launch()
         slot = self.launched % 2
         self.token_ids[slot : slot + 1].copy_(self.step.token, non_blocking=True)

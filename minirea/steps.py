@@ -93,13 +93,17 @@ def num_shared(attention: Attention, shared: int, lengths: Sequence[int]) -> int
 
 
 class PromptStep:
-    """The kernels of one or several chunks of a prompt over one cache."""
+    """The kernels of one or several chunks of a prompt over one cache.
 
-    def __init__(self, model: Model, cache: KVCache, num_tokens: int, chunk_size: int) -> None:
+    Args:
+        dense: the prompt ends within dense_size.
+    """
+
+    def __init__(self, model: Model, cache: KVCache, num_tokens: int, chunk_size: int, dense: bool = False) -> None:
         self.model, self.cache, self.leaves_winners = model, cache, True
         self.ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
         self.seq_len = torch.zeros(1, dtype=torch.int32, device=model.device)
-        self.step = model.attention.step(self.seq_len, num_tokens, chunk_size)
+        self.step = model.attention.step(self.seq_len, num_tokens, chunk_size)._replace(dense=dense and chunk_size == 1)
 
     def set(self, ids_T: Tensor) -> None:
         """Which tokens the next run reads, behind those that the cache holds."""
@@ -118,6 +122,7 @@ class DecodeStep:
     Attributes:
         token: int64 [1], the token to feed; afterwards the sampled one.
         seq_len: int32 [1], cached tokens, on the device; `run` adds this step's.
+        dense: the next run is within dense_size, which the device does not tell.
     """
 
     def __init__(self, model: Model, cache: KVCache, last_id: int, sampler: Sampler | SharedSampler) -> None:
@@ -128,7 +133,7 @@ class DecodeStep:
         self.token = torch.full((1,), last_id, dtype=torch.int64, device=device)
         self.seq_len = torch.full((1,), cache.seq_len, dtype=torch.int32, device=device)
         self.x_E = torch.empty(c.hidden_size, dtype=model.dtype, device=device)
-        self.step = model.attention.step(self.seq_len, 1)
+        self.step, self.dense = model.attention.step(self.seq_len, 1), False
         self.q_1HD = torch.empty(1, c.num_heads, c.head_dim, dtype=model.dtype, device=device)
         self.act_F = torch.empty(c.mlp_size, dtype=model.dtype, device=device)
         # Of several ranks: this one's rows of the head, as many as every rank gives to all.
@@ -140,7 +145,8 @@ class DecodeStep:
         """One step, without waiting for the device and without a value from it."""
         model, kernels, x_E, eps = self.model, self.kernels, self.x_E, self.model.config.norm_eps
         kernels.embed(self.token, model.embed, self.seq_len, x_E)
-        step = model.attention.begin(self.step._replace(sketched=self.cache.sketched), self.cache)
+        step = self.step._replace(sketched=self.cache.sketched, dense=self.dense)
+        step = model.attention.begin(step, self.cache)
         for i, layer in enumerate(model.layers):
             k_GND, v_GND = self.cache.k[i], self.cache.v[i]
             kernels.norm_qkv(
@@ -221,4 +227,7 @@ def compile_decode_step(model: Model, placement: Placement) -> None:
         cache = KVCache(*sizes, model.device, model.dtype, winners_shape=shape, placements=lambda _: [alike])
         model.attention.write_sketches(cache, 1)
         sampler = Sampler(SamplingConfig(), [], config.vocab_size, model.device)
-        DecodeStep(first_layers, cache, 0, sampler).run()
+        step = DecodeStep(first_layers, cache, 0, sampler)
+        for dense in (False, True):
+            step.dense = dense
+            step.run()

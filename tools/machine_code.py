@@ -48,12 +48,18 @@ class Shape(NamedTuple):
     votes: bool = False  # of earlier layers and tokens, to which it adds
     near: tuple[bool, bool] = (False, False)  # keys, values of local parts are there once more
     winners: bool = False  # which it leaves for later steps
+    selects: bool = True
     ranks: int = 1  # with so many heads each; of several the launch that searches counts
 
 
 COUNTING = "votes of 7 earlier tokens of 32 layers, 9/3 heads of 64"
 SHAPES = {
     "decode, 32/8 heads of 128": Shape(32, 8, 128, 1, 1),
+    "decode that selects nothing, 32/8 heads of 128": Shape(32, 8, 128, 1, 1, selects=False),
+    "decode that selects nothing, 9/3 heads of 64": Shape(9, 3, 64, 1, 1, selects=False),
+    "decode that selects nothing, near values, 32/8 heads of 128": Shape(
+        32, 8, 128, 1, 1, near=(False, True), selects=False
+    ),
     "four chunks of 512, 32/8 heads of 128": Shape(32, 8, 128, 2048, 512),
     "decode, 9/3 heads of 64": Shape(9, 3, 64, 1, 1),
     "four chunks of 512, 9/3 heads of 64": Shape(9, 3, 64, 2048, 512),
@@ -78,7 +84,7 @@ def compiled(name: str) -> driver.Variant:
     """The machine code of a step in bfloat16 over a cache of 131,072 tokens."""
     shape = SHAPES[name]
     options: dict[str, Any] = {"vote_size": 32, "vote_window": 8, "carry_votes": True} if shape.votes else {}
-    config = ReAttentionConfig(32, 4096, 4, 32, 16 if shape.votes else 128, **options)
+    config = ReAttentionConfig(32, 4096, 4 if shape.selects else 0, 32, 16 if shape.votes else 128, **options)
     found: list[driver.Variant] = []
 
     def record_start(kernel: Any, _programs: int, _device: torch.device, arguments: Any, constants: Any) -> None:
@@ -106,12 +112,15 @@ def compiled(name: str) -> driver.Variant:
     with (
         mock.patch.object(launch, "launch_cooperatively", record),
         mock.patch.object(launching, "start", record_start),
-        mock.patch.object(launch, "num_programs", return_value=PROCESSORS),
+        mock.patch.object(launching, "starts_early", return_value=True),
+        mock.patch.object(launch, "num_programs", lambda _, tiles: PROCESSORS * tiles.programs_per_sm),
     ):
         given, left = (q_THD, k_GND, v_GND, out_THD, seq_len, rope, config), None if winners is None else winners[0]
         if name == COUNTING:
             assert votes is not None and winners is not None
             launch.count_winners(votes, winners, seq_len, config)
+        elif not shape.selects:
+            launch.launch_plain(*given, near=near)
         elif shape.num_queries == 1:
             launch.launch_decode(*given, None, gather, sketch, votes=votes, near=near, winners=left)
         else:

@@ -99,6 +99,15 @@ class DecodeScratch(NamedTuple):
     elected: Any = None  # int32 [ballots, P_PAD]: positions with most votes, see `add_votes`
 
 
+class PlainScratch(NamedTuple):
+    """Memory of a decode step that selects nothing, as in DecodeScratch."""
+
+    counters: Any
+    partial_acc: Any
+    partial_max: Any
+    partial_sum: Any
+
+
 class ChunkScratch(NamedTuple):
     """Memory of the chunks of a launch; chunks have R rows of each key/value head."""
 
@@ -237,7 +246,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class DecodeSizes(Sizes):
-    """What the decode kernel is compiled for."""
+    """What the decode kernel is compiled for, and the plain kernel."""
 
     VOTES: bool  # whether there may be more winners than are kept
     ALONE: bool  # one program does everything

@@ -1,4 +1,4 @@
-"""The decode kernel: one query per head, in one cooperative launch.
+"""The decode kernel: one query per head that selects, in one cooperative launch.
 
 A decode step has few winners. Most programs are workers, with a slice of one key/value head each; the one or few that
 are left over sort the winners of all workers, which attend to the local part meanwhile. Where earlier tokens or layers
@@ -90,18 +90,17 @@ def decode_kernel(
         tile_rope = rope_of_a_tile(rope, num_positions, c)  # while this program has nothing else to wait for
     all_arrived = tl.cast(0, tl.int64)
 
-    if c.SELECTS:
-        if not dense:
-            if c.SEARCHES:
-                if program < workers:
-                    score_slices(q, k, v, near, sketch, scratch, step, c)
-            all_arrived = arrive(scratch.counters)
-            if c.ALONE and c.ATTENDS:
-                elect_winners(scratch, winner_ptr, stride_counts, step, 0, all_arrived, c)
-            if not c.ATTENDS:
-                if c.ALONE or program >= workers:
-                    wait(scratch.counters, all_arrived)
-                    store_winners(scratch.candidate, out_ptr, 0, c.G * c.GROUP, c.BALLOT_ROWS_PAD, c)
+    if not dense:
+        if c.SEARCHES:
+            if program < workers:
+                score_slices(q, k, v, near, sketch, scratch, step, c)
+        all_arrived = arrive(scratch.counters)
+        if c.ALONE and c.ATTENDS:
+            elect_winners(scratch, winner_ptr, stride_counts, step, 0, all_arrived, c)
+        if not c.ATTENDS:
+            if c.ALONE or program >= workers:
+                wait(scratch.counters, all_arrived)
+                store_winners(scratch.candidate, out_ptr, 0, c.G * c.GROUP, c.BALLOT_ROWS_PAD, c)
 
     if c.SKETCH and c.ATTENDS:
         tile_rope = rope_of_a_tile(rope, num_positions, c)  # scanning sketches takes the registers
@@ -112,7 +111,7 @@ def decode_kernel(
             )
 
     # Last, since of a kernel's code only the first 64 KiB are fetched ahead, and the workers need those.
-    if c.SELECTS and c.ATTENDS and not c.ALONE:
+    if c.ATTENDS and not c.ALONE:
         if not dense and program >= workers:
             elect_winners(scratch, winner_ptr, stride_counts, step, program - workers, all_arrived, c)
 
@@ -205,7 +204,10 @@ def score_with_sketch(
 def attend_slice(
     q, k, v, near, out_ptr, rope, tile_rope, scratch, step, g, part, all_arrived, c: tl.constexpr,
 ):  # fmt: skip
-    """Steps 6 to 8 for slice `part` of head g: local rows, then far rows. The last one of a head combines all."""
+    """Steps 6 to 8 for slice `part` of head g: local rows, then far rows. The last one of a head combines all.
+
+    The plain kernel attends so as well.
+    """
     offs_m = tl.arange(0, c.BLOCK_M)
     offs_h = tl.arange(0, c.HALF_PAD)
     offs_d = tl.arange(0, c.BLOCK_D)
@@ -215,7 +217,7 @@ def attend_slice(
     v_head = of_head(v, g)
     k_near = near_or(k, near.k if c.NEAR_K else None, g, c.NEAR_K, c.D)
     v_near = near_or(v, near.v if c.NEAR_V else None, g, c.NEAR_V, c.D)
-    selection_ptr = scratch.selection + (g * step.max_scope if c.BY_HEAD else 0)
+    selection_ptr = scratch.selection + (g * step.max_scope if c.BY_HEAD else 0) if c.SELECTS else None
     q_a = load_rows(q.ptr, heads, q.stride_h, mask_m, offs_h, q.stride_d, c.D // 2)
     q_b = load_rows(q.ptr + c.D // 2 * q.stride_d, heads, q.stride_h, mask_m, offs_h, q.stride_d, c.D // 2)
     state = Softmax(

@@ -1,4 +1,4 @@
-"""From the arguments of a call to launches: tiles, sizes, scratch memory, one cooperative launch for each step."""
+"""From the arguments of a call to launches: tiles, sizes, scratch memory, one launch for each step."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from minirea.errors import InputError
 from minirea.kernels import Gather, launching
 from minirea.kernels.fused.arguments import (
     MAX_CANDIDATES,
+    MAX_PARTIALS,
     ChunkScratch,
     ChunkSizes,
     CountSizes,
     DecodeScratch,
     DecodeSizes,
     Heads,
+    PlainScratch,
     Rope,
     SketchRows,
     SketchSizes,
@@ -31,6 +33,7 @@ from minirea.kernels.fused.arguments import (
 )
 from minirea.kernels.fused.chunks import chunk_kernel
 from minirea.kernels.fused.decode import decode_kernel
+from minirea.kernels.fused.plain import plain_kernel
 from minirea.kernels.fused.recent import count_kernel
 from minirea.kernels.fused.sketch import sketch_kernel
 from minirea.kernels.launching import cdiv, launch_cooperatively
@@ -47,6 +50,7 @@ if not INTERPRETED:
     hash(decode_kernel)
     hash(chunk_kernel)
     hash(count_kernel)
+    hash(plain_kernel)
 # The most winners of a ballot that a decode step may hold in registers, where every one is compared with every other:
 # with twice as many a comparison takes 256 registers of every thread, and Triton 3.6 spills them all.
 MAX_WINNERS_IN_REGISTERS: Final = 128
@@ -71,6 +75,16 @@ def decode_tiles(group: int, block_d: int, itemsize: int) -> Tiles:
     """A key tile of 32 KiB, three of which are in flight while one is used; the matrix unit takes 16 rows."""
     block_n = max(16, min(128, 32768 // (block_d * itemsize)))
     return Tiles(max(16, pad(group)), block_n, max(16, block_n // 2), num_warps=8, num_stages=3, programs_per_sm=1)
+
+
+def plain_tiles(group: int, block_d: int, itemsize: int) -> Tiles:
+    """Small ones, of two programs that a multiprocessor runs beside some of the next kernel; in float32, which takes
+    twice the registers, of one."""
+    rows = max(16, pad(group))
+    if itemsize == 4:
+        return Tiles(rows, 16, 16, num_warps=8, num_stages=2, programs_per_sm=1)
+    block = max(16, min(32, 4096 // block_d))
+    return Tiles(rows, block, block, num_warps=4, num_stages=3, programs_per_sm=2)
 
 
 def sketch_tiles(head_dim: int) -> SketchTiles:
@@ -140,11 +154,23 @@ class Layer(NamedTuple):
     def by_head(self) -> bool:
         return self.config.span_scope == "kv_head"
 
+    @property
+    def selects(self) -> bool:
+        return self.config.max_selected > 0
+
+    @property
+    def ballots(self) -> int:
+        """Of a token or a chunk."""
+        return self.num_kv_heads if self.by_head else 1
+
     def decodes(self, num_queries: int) -> bool:
         """Whether a step takes the decode kernel."""
         rows = self.group if self.by_head else self.num_heads * self.ranks
-        in_registers = fits_registers(rows, self.config.span_top_k)
-        return num_queries == 1 and (in_registers or not self.config.max_selected)
+        return num_queries == 1 and self.selects and fits_registers(rows, self.config.span_top_k)
+
+    def is_plain(self, num_queries: int) -> bool:
+        """Whether a step takes the plain kernel."""
+        return num_queries == 1 and not self.selects
 
     def counts(self) -> bool:
         """Whether a step of one query with votes takes the decode kernel."""
@@ -173,7 +199,7 @@ class Layer(NamedTuple):
             "K": max(1, config.span_top_k),
             "BY_HEAD": self.by_head,
             "VOTE_SIZE": config.vote_size,
-            "SELECTS": config.max_selected > 0,
+            "SELECTS": self.selects,
             "RELATIVE": self.dtype != torch.float32,
             "SEQ_LEN_IN_MEMORY": seq_len_in_memory,
             "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
@@ -184,8 +210,16 @@ class Layer(NamedTuple):
         }
 
 
+class PlainPlan(NamedTuple):
+    """How a decode step that selects nothing is launched."""
+
+    c: DecodeSizes
+    programs: int
+    scratch: Shapes
+
+
 class DecodePlan(NamedTuple):
-    """How a decode step is launched."""
+    """How a decode step that selects is launched."""
 
     c: DecodeSizes
     programs: int
@@ -202,6 +236,25 @@ class ChunkPlan(NamedTuple):
     local_rows: int
     far_rows: int
     scratch: Shapes
+
+
+@functools.lru_cache(maxsize=256)
+def plan_plain(
+    layer: Layer, tiles: Tiles, processors: int, seq_len_in_memory: bool, near_k: int = 0, near_v: int = 0
+) -> PlainPlan:
+    """A program for each slice of each key/value head, as many slices as a program can join."""
+    H, G, D, *_ = layer
+    slices = max(1, min(processors // G, MAX_PARTIALS // layer.block_d))
+    near = {"NEAR_K": near_k, "NEAR_V": near_v}
+    constants = layer.constants(seq_len_in_memory, WHOLE) | near | {"VOTES": False, "ALONE": False}
+    c = DecodeSizes(tiles, **constants, SLICES=slices, WHOLE_TILES=False)
+    shapes: Shapes = {
+        "counters": (torch.int64, (2 + G,)),
+        "partial_acc": (torch.float32, (H, slices, D)),
+        "partial_max": (torch.float32, (H, slices)),
+        "partial_sum": (torch.float32, (H, slices)),
+    }
+    return PlainPlan(c, G * slices, shapes)
 
 
 @functools.lru_cache(maxsize=256)
@@ -359,7 +412,8 @@ def reattention_triton(
     tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
     """Arguments and results are those of `minirea.kernels.reattention`. A token or a chunk is one launch, and in half
-    precision up to MAX_CHUNKS chunks are; where heads elsewhere vote too, it is two, with `gather` between them.
+    precision up to MAX_CHUNKS chunks are; where heads elsewhere vote too, it is two, with `gather` between them. A
+    token that selects nothing takes the plain kernel, one that does the decode kernel, all others the chunk kernel.
 
     Only return_selection waits for the GPU: the scope's length decides the shape of the result. `tiles` overrides the
     tile sizes, for measurements.
@@ -374,13 +428,15 @@ def reattention_triton(
         raise InputError(f"head_dim is {D}, expected at most 256 with impl 'triton'; impl 'torch' takes any")
     rope = Rope(cos.contiguous(), sin.contiguous())
     out_THD = torch.empty(T, H, D, dtype=q_THD.dtype, device=q_THD.device)
-    scratch: DecodeScratch | ChunkScratch
+    scratch: PlainScratch | DecodeScratch | ChunkScratch
     # A workspace belongs to the current stream of the tensors' device.
     with torch.cuda.device(q_THD.device) if q_THD.is_cuda else contextlib.nullcontext():
         layer = Layer.of(q_THD, k_cache_GND, config, gather)
         if sketch is not None and T == 1:
             layer.check_sketched()
-        if layer.decodes(T) if votes is None else layer.counts():
+        if layer.is_plain(T):
+            scratch = launch_plain(q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, rope, config, tiles, near)
+        elif layer.decodes(T) if votes is None else layer.counts():
             scratch = launch_decode(
                 *(q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, rope, config, tiles, gather, sketch),
                 votes=votes,
@@ -397,7 +453,7 @@ def reattention_triton(
                 )
     if not return_selection:
         return out_THD, None
-    scopes = scopes_of(scratch, int(seq_len), config)
+    scopes = scopes_of(scratch, int(seq_len), layer)
     return out_THD, scopes if config.span_scope == "kv_head" else scopes[0]
 
 
@@ -410,6 +466,31 @@ def cut(num_queries: int, chunk_size: int, dtype: torch.dtype) -> Iterator[tuple
     for start in range(0, num_queries, together):
         stop = min(start + together, num_queries)
         yield start, stop, min(chunk_size, stop - start)
+
+
+def launch_plain(
+    q_1HD: torch.Tensor,
+    k_cache_GND: torch.Tensor,
+    v_cache_GND: torch.Tensor,
+    out_1HD: torch.Tensor,
+    seq_len: int | torch.Tensor,
+    rope: Rope,
+    config: ReAttentionConfig,
+    tiles: Tiles | None = None,
+    near: Near | None = None,
+) -> PlainScratch:
+    """One decode step that selects nothing; returns the scratch that it used."""
+    layer, device = Layer.of(q_1HD, k_cache_GND, config), q_1HD.device
+    tiles = tiles or plain_tiles(layer.group, layer.block_d, layer.dtype.itemsize)
+    in_memory = isinstance(seq_len, torch.Tensor)
+    plan = plan_plain(layer, tiles, num_programs(device, tiles), in_memory, *near_rows(near).values())
+    scratch: PlainScratch = scratch_of(PlainScratch, ("plain", tiles, layer), plan.scratch, device)
+    inputs = inputs_of(q_1HD, k_cache_GND, v_cache_GND, near, rope, seq_len, config)
+    inputs |= {"out_ptr": out_1HD, "scratch": scratch, "num_positions": rope.cos_ptr.shape[0]}
+    ordered = tuple(inputs[name] for name in _names(plain_kernel))
+    constants = {"c": plan.c, "num_warps": tiles.num_warps, "NEXT_STARTS": launching.starts_early(device)}
+    launching.start(plain_kernel, plan.programs, device, ordered, constants)
+    return scratch
 
 
 def launch_decode(
@@ -428,7 +509,7 @@ def launch_decode(
     near: Near | None = None,
     winners: torch.Tensor | None = None,
 ) -> DecodeScratch:
-    """One decode step; returns the scratch that it used."""
+    """One decode step that selects; returns the scratch that it used."""
     layer = Layer.of(q_1HD, k_cache_GND, config, gather)
     tiles = tiles or decode_tiles(layer.group, layer.block_d, layer.dtype.itemsize)
     if sketch is not None:
@@ -606,7 +687,8 @@ def inputs_of(
 @functools.cache
 def _names(kernel: Any) -> tuple[str, ...]:
     """A kernel's arguments at run time, in order."""
-    return tuple(name for name in inspect.signature(kernel.fn).parameters if name != "c")
+    parameters = inspect.signature(kernel.fn).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.annotation != "tl.constexpr")
 
 
 def launch(kernel: Any, programs: int, device: torch.device, c: Any, num_warps: int, **arguments: Any) -> None:
@@ -647,17 +729,16 @@ def scratch_of(kind: Any, key: tuple[object, ...], shapes: Shapes, device: torch
     return _workspaces[key]
 
 
-def scopes_of(scratch: DecodeScratch | ChunkScratch, seq_len: int, config: ReAttentionConfig) -> list[torch.Tensor]:
-    """The scope of each ballot: what the kernel wrote for the far rows, then the local part."""
-    selection: torch.Tensor = scratch.selection
-    local_size = min(seq_len, config.local_size)
-    local = torch.arange(seq_len - local_size, seq_len, device=selection.device)
+def scopes_of(scratch: PlainScratch | DecodeScratch | ChunkScratch, seq_len: int, layer: Layer) -> list[torch.Tensor]:
+    """The scope of each ballot: what the kernel wrote for the far rows, if it selects, then the local part."""
+    config, device = layer.config, scratch.counters.device
     if seq_len <= config.dense_size:
-        return [torch.arange(seq_len, device=selection.device) for _ in selection]
-    if not config.max_selected:
-        return [torch.cat([torch.arange(config.global_size, device=selection.device), local]) for _ in selection]
+        return [torch.arange(seq_len, device=device)] * layer.ballots
+    local = torch.arange(seq_len - min(seq_len, config.local_size), seq_len, device=device)
+    if isinstance(scratch, PlainScratch) or not layer.selects:
+        return [torch.cat([torch.arange(config.global_size, device=device), local])] * layer.ballots
     far = scratch.num_far.tolist()
-    return [torch.cat([positions[:rows], local]) for positions, rows in zip(selection, far, strict=True)]
+    return [torch.cat([positions[:rows], local]) for positions, rows in zip(scratch.selection, far, strict=True)]
 
 
 def scratch_bytes(
@@ -673,6 +754,9 @@ def scratch_bytes(
     scratches = []
     works = (WHOLE,) if layer.ranks == 1 else (SEARCH, ATTEND)
     in_decode = [layer.counts() if carries else layer.decodes(T) for T, _ in lengths]
+    if any(T == 1 for T, _ in lengths):
+        tiles = plain_tiles(layer.group, layer.block_d, layer.dtype.itemsize)
+        scratches.append(plan_plain(layer, tiles, num_programs(device, tiles), True).scratch)
     if any(in_decode):
         tiles = decode_tiles(layer.group, layer.block_d, layer.dtype.itemsize)
         programs = num_programs(device, tiles)
@@ -684,7 +768,7 @@ def scratch_bytes(
     launches = {
         (pad(cdiv(stop - start, size)), pad(size))
         for (T, chunk_size), decodes in zip(lengths, in_decode, strict=True)
-        if not decodes
+        if not (decodes or layer.is_plain(T))
         for start, stop, size in cut(T, chunk_size, layer.dtype)
     }
     for chunks, chunk_size in launches:

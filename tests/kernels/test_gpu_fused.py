@@ -62,6 +62,26 @@ def test_exact_on_random_lengths(
         check(case.on_gpu(dtype))
 
 
+@pytest.mark.parametrize(
+    ("H", "G", "D", "dtype"),
+    [
+        *((32, 8, 128, HALF), (9, 3, 64, HALF), (32, 1, 128, HALF), (8, 8, 256, HALF), (40, 2, 80, torch.float16)),
+        *((4, 2, 64, torch.float32), (8, 1, 128, torch.float32)),
+    ],
+)
+def test_exact_where_nothing_is_selected(H: int, G: int, D: int, dtype: torch.dtype) -> None:
+    """One query over global and local tokens, or all; slices may be empty. What lies behind is NaN."""
+    r = random.Random(H * D)
+    for seed in range(30):
+        config = ReAttentionConfig(r.choice([0, 4, 32]), r.choice([8, 64, 300, 4096]), 0, dense_size=5000)
+        n = r.choice([1, 2, 31, 33, r.randint(1, 700), r.randint(1, 5000), 5000, 5001, r.randint(5001, 20000)])
+        case = make_case(config, n, H=H, G=G, D=D, largest=3, seed=seed).on_gpu(dtype)
+        check(case)
+        in_memory = replace(case, seq_len=torch.tensor([n], dtype=torch.int32, device="cuda"))  # type: ignore[arg-type]
+        expected = reattention(*case.arguments(), impl="triton")
+        assert all(torch.equal(reattention(*in_memory.arguments(), impl="triton"), expected) for _ in range(3))
+
+
 @pytest.mark.parametrize(("H", "G", "D", "dtype", "span_top_k", "span_scope"), SHAPES)
 def test_chunks_in_one_launch(H: int, G: int, D: int, dtype: torch.dtype, span_top_k: int, span_scope: str) -> None:
     """Of three or four chunks, the last often shorter, the first often dense."""
@@ -225,10 +245,12 @@ def test_programs_share_the_work_of_all_chunks(H: int, G: int, D: int, chunks: i
 
 
 @pytest.mark.parametrize("n", [200, 20000])  # dense, selecting
-@pytest.mark.parametrize(("T", "kernel"), [(1, "decode_kernel"), (64, "chunk_kernel")])
-def test_a_step_is_one_launch(T: int, kernel: str, n: int) -> None:
+@pytest.mark.parametrize(
+    ("T", "span_top_k", "kernel"), [(1, 4, "decode_kernel"), (1, 0, "plain_kernel"), (64, 4, "chunk_kernel")]
+)
+def test_a_step_is_one_launch(T: int, span_top_k: int, kernel: str, n: int) -> None:
     """The profiler sees one kernel, no copy and no fill, once everything is compiled."""
-    case = make_case(ReAttentionConfig(32, 256, 4, 32, 128), n, T=T, H=32, G=8, D=128).on_gpu()
+    case = make_case(ReAttentionConfig(32, 256, span_top_k, 32, 128), n, T=T, H=32, G=8, D=128).on_gpu()
     step = functools.partial(reattention, *case.arguments(), impl="triton")
     step()
     assert gpu_activities(step) == [kernel]

@@ -32,6 +32,50 @@ def test_products_of_quantized_matrices_with_any_tile(dtype: torch.dtype, bits: 
     check_tiles(dtype, "cuda", bits)
 
 
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("span_top_k", [0, 2])
+@pytest.mark.parametrize("cached", [40, 4000])  # all of them in scope, and not
+def test_attention_between_products_reads_nothing_early(D: int, span_top_k: int, cached: int) -> None:
+    """A layer's kernels, 60 times in a graph, give what they give one by one."""
+    from minirea.config import ReAttentionConfig
+    from minirea.kernels import reattention
+    from minirea.kernels.steps import matvec as step
+
+    r = Inputs(torch.bfloat16, "cuda")
+    H, G, E, N = 4, 2, 512, 4096
+    norm_E, qkv, o = r.normal(E), r.normal((H + 2 * G) * D, E), r.normal(E, H * D)
+    start_E, x_E, k_GND, v_GND = r.normal(E), r.poison(E), r.normal(G, N, D), r.normal(G, N, D)
+    seq_len, q_HD = r.count(cached), r.poison(H, D)
+    angle = torch.outer(torch.arange(2048.0), 10000.0 ** -torch.arange(0, 1, 2 / D)).cuda()
+    cos, sin, config = angle.cos(), angle.sin(), ReAttentionConfig(4, 256, span_top_k, 16, 32)
+
+    def chain(wait: bool) -> None:
+        x_E.copy_(start_E)
+        for _ in range(60):
+            step.norm_qkv(x_E, norm_E, qkv, None, EPS, seq_len, q_HD, k_GND, v_GND)
+            if wait:
+                torch.cuda.synchronize()
+            out_1HD = reattention(q_HD[None], k_GND, v_GND, seq_len, cos, sin, config, impl="triton")
+            if wait:
+                torch.cuda.synchronize()
+            step.add_product(out_1HD.view(-1), o, None, x_E)
+            if wait:
+                torch.cuda.synchronize()
+
+    chain(wait=True)
+    expected = x_E.clone()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        chain(wait=False)  # its workspace
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        chain(wait=False)
+    for _ in range(10):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(x_E, expected)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_products_of_quantized_matrices_with_x_of_any_spread(dtype: torch.dtype, bits: int) -> None:

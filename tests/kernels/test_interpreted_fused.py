@@ -73,6 +73,8 @@ def test_lengths_around_dense_size(span_scope: str, past_edge: int) -> None:
             in_memory = replace(case, seq_len=torch.tensor([n], dtype=torch.int32))  # type: ignore[arg-type]
             found, expected = (reattention(*one.arguments(), impl="triton") for one in (in_memory, case))
             assert torch.equal(found, expected)
+        if T == 1 and n <= config.dense_size:  # as a step that is known to be
+            check(replace(case, config=config.of_dense_step))
 
 
 @pytest.mark.parametrize("seed", range(4))

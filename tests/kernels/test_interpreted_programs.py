@@ -71,12 +71,14 @@ def launch(monkeypatch: pytest.MonkeyPatch, step: Any, programs: int, arguments:
     """step(*arguments) as `programs` processes at once; returns the workspace."""
     monkeypatch.setattr(launching, "num_programs", lambda *_: programs)
     with monkeypatch.context() as patch:  # the workspace first, for all processes to share
-        patch.setattr(launching, "launch", lambda *_, **__: None)
+        for module, name in ((launching, "launch"), (launching.launching, "start")):
+            patch.setattr(module, name, lambda *_, **__: None)
         workspace = step(*arguments)
     for tensor in workspace:
         if tensor is not None:  # of a sketch that there is not
             tensor.share_memory_()
-    at_once(programs, lambda program: run_program(program, programs, step, arguments))
+    grid = 2 * max(1, programs // 2) if step is launching.launch_plain else programs
+    at_once(grid, lambda program: run_program(program, grid, step, arguments))
     return workspace
 
 
@@ -93,13 +95,15 @@ def check_growing(
     launching._workspaces.clear()  # whose counters have counted to another number of programs
     T = case.q.shape[0]
     step, sizes = (launching.launch_decode, options) if T == 1 else (launching.launch_chunks, (T,))
+    if T == 1 and not case.config.max_selected:
+        step = launching.launch_plain
     for seq_len in seq_lens:
         case = replace(case, seq_len=seq_len)
         out_THD = torch.full_like(case.q, torch.nan).share_memory_()
         arguments = (*tensors(case), out_THD, seq_len, Rope(case.cos, case.sin), case.config, None, *sizes)
         workspace = launch(monkeypatch, step, programs, arguments)
         exact_THD, scopes = case.oracle()
-        found = launching.scopes_of(workspace, seq_len, case.config)
+        found = launching.scopes_of(workspace, seq_len, launching.Layer.of(case.q, case.k_cache, case.config))
         assert [s.tolist() for s in found] == [s.tolist() for s in scopes]
         assert error(out_THD, exact_THD) <= 2 * error(plain_attention(case, scopes), exact_THD) + 1e-7
         assert not torch.equal(workspace.counters, torch.zeros_like(workspace.counters))
@@ -115,6 +119,14 @@ def test_decode_workers_and_selectors(monkeypatch: pytest.MonkeyPatch, span_scop
         config = ReAttentionConfig(2, 8, 3, 4, max_spans, span_scope=span_scope)
         case = make_case(config, 200, T=1, H=6, G=2, D=16, largest=2, seed=max_spans)
         check_growing(monkeypatch, case, programs, (60, 61, 9, 150, 200))
+
+
+@pytest.mark.parametrize("programs", [1, 2, 6])
+def test_slices_where_nothing_is_selected(monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
+    """Up to three of each of two key/value heads, some of which are empty: of global and local tokens, or of all."""
+    config = ReAttentionConfig(2, 30, 0, 4, 5, dense_size=60)
+    case = make_case(config, 200, T=1, H=6, G=2, D=16, seed=programs)
+    check_growing(monkeypatch, case, programs, (60, 61, 1, 35, 200))
 
 
 @pytest.mark.parametrize(("span_scope", "programs"), [("layer", 5), ("kv_head", 3)])
@@ -175,7 +187,7 @@ def test_votes_that_add_up(monkeypatch: pytest.MonkeyPatch, kernel: str, span_sc
             workspace = launch(monkeypatch, step, programs, arguments)
             exact_1HD, selection = reattention_oracle(*this.arguments(), votes=cast, found=found)
             scopes = as_list(selection)
-            selected = launching.scopes_of(workspace, seq_len, config)
+            selected = launching.scopes_of(workspace, seq_len, launching.Layer.of(case.q, case.k_cache, config))
             assert [s.tolist() for s in selected] == [s.tolist() for s in scopes]
             assert error(out_1HD, exact_1HD) <= 2 * error(plain_attention(this, scopes), exact_1HD) + 1e-7
             assert winners[(seq_len - 1) % 4].tolist() == [found[seq_len - 1, h] for h in range(6)]

@@ -77,8 +77,9 @@ def test_steps_give_the_tokens_of_the_torch_path(
     prefill(model, cache, ids[:-1], 1)
     attention.impl = "triton"
     step = DecodeStep(model, cache, ids[-1], Sampler(SamplingConfig(**options), ids, config.vocab_size, cpu))
-    found = []
-    for _ in expected:
+    found: list[int] = []
+    for _ in expected:  # whether a step within dense_size is known to be, its result is the same
+        step.dense = cache.seq_len < attention.dense_size and len(found) % 2 == 0
         step.run()
         cache.seq_len += 1
         found.append(int(step.token))
