@@ -242,6 +242,7 @@ def scratch_bytes(
 
     Scratch is allocated at the first step of its kind: one for decode steps, one each for steps of one, two, four and
     so on chunks, and of one chunk of two, four and so on queries. It serves all layers; another stream has its own.
+    Decode steps are both those that select and those within dense_size (`ReAttentionConfig.of_dense_step`).
 
     Args:
         capacity: tokens that the cache has room for, N.

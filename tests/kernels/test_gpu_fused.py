@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from bench_kernel import gpu_activities
-from kernel_cases import Case, as_list, error, make_case, plain_attention, popular_keys_case, votes_of
+from kernel_cases import Case, as_list, error, make_case, plain_attention, popular_keys_case, rope_table, votes_of
 
 from minirea.kernels import ReAttentionConfig, reattention
 
@@ -76,6 +76,7 @@ def test_exact_where_nothing_is_selected(H: int, G: int, D: int, dtype: torch.dt
         config = ReAttentionConfig(r.choice([0, 4, 32]), r.choice([8, 64, 300, 4096]), 0, dense_size=5000)
         n = r.choice([1, 2, 31, 33, r.randint(1, 700), r.randint(1, 5000), 5000, 5001, r.randint(5001, 20000)])
         case = make_case(config, n, H=H, G=G, D=D, largest=3, seed=seed).on_gpu(dtype)
+        case.cos, case.sin = (table.cuda() for table in rope_table(config.max_scope, D))
         check(case)
         in_memory = replace(case, seq_len=torch.tensor([n], dtype=torch.int32, device="cuda"))  # type: ignore[arg-type]
         expected = reattention(*case.arguments(), impl="triton")

@@ -113,6 +113,8 @@ def test_scratch_bytes_are_those_of_all_steps(
     monkeypatch.setattr(launch, "INTERPRETED", True)  # takes tensors that are not on a GPU
     monkeypatch.setattr(launch, "num_programs", lambda *_: 132)
     monkeypatch.setattr(launch, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(launch.launching, "start", lambda *_: None)
+    monkeypatch.setattr(launch.launching, "starts_early", lambda _: True)
     k_cache = torch.empty(num_kv_heads, 10_000, head_dim, dtype=dtype, device=META)
     table = torch.empty(20_000, head_dim // 2, device=META)
     gather = Gather(lambda x: x.new_empty(ranks * len(x), x.shape[1]), ranks) if ranks > 1 else None
@@ -122,6 +124,8 @@ def test_scratch_bytes_are_those_of_all_steps(
             votes = new_votes(num_heads, num_kv_heads, config, 2, 10_000, META) if carries else None
             given = q_THD, k_cache, k_cache, 9_000, table, table, config
             launch.reattention_triton(*given, chunk_size=chunk_size, gather=gather, votes=votes)
+            if T == 1:
+                launch.reattention_triton(*given[:3], 500, *given[4:6], config.of_dense_step, gather=gather)
             if sketched and launch.Layer.of(q_THD, k_cache, config, gather).decodes(T):
                 sketch = new_sketch(num_kv_heads, head_dim, 10_000, META)
                 launch.reattention_triton(*given, gather=gather, sketch=sketch)
