@@ -250,7 +250,8 @@ class Attention:
         if not self._selects or not self._on_cpu(dtype):
             return 0
         c = self.model
-        return c.num_layers * cpu.copies_bytes(num_tokens, self.config.local_size, c.num_kv_heads, c.head_dim)
+        sizes = num_tokens, self.config.local_size, c.num_kv_heads, c.head_dim
+        return c.num_layers * cpu.copies_bytes(*sizes, dtype)
 
     def table_rows(self, capacity: int) -> int:
         """Positions in the tables that serve a cache of `capacity` tokens.
@@ -288,7 +289,7 @@ class Attention:
     def _on_cpu(self, dtype: torch.dtype) -> bool:
         """Whether minirea.cpu attends, which does faster what the reference does."""
         plain = self.impl == "torch" and self.config.span_scope == "layer"
-        return plain and self.device.type == "cpu" and dtype == torch.float32
+        return plain and self.device.type == "cpu" and cpu.computes_in(dtype)
 
     @property
     def depends_on_context(self) -> bool:
@@ -364,7 +365,8 @@ class Attention:
         if not dense_rows:
             cache.write(layer, qkv_TXD, None)
             return None
-        qk_rotated = apply_rope(qkv_TXD[:dense_rows, : H + G], step.cos, step.sin)
+        rope = cpu.place_rope if qkv_TXD.is_cpu else apply_rope
+        qk_rotated = rope(qkv_TXD[:dense_rows, : H + G], step.cos, step.sin)
         q_rotated, k_rotated = qk_rotated.split_with_sizes((H, G), 1)
         cache.write(layer, qkv_TXD, k_rotated)
         return q_rotated

@@ -5,6 +5,9 @@ core; FBGEMM, which x86 builds of torch bring along, has a product of float32 ve
 accumulates in float32, runs on all cores and reads half as many bytes. For weights that a checkpoint stores in bfloat16
 or float16 the change of format loses nothing (see `pack`): it is float32 arithmetic at half the memory, but for
 matrices of a few hundred columns, which the format pads to 512.
+
+A processor with tiles for bfloat16 (AMX) multiplies it seven times as fast as float32. Arithmetic in bfloat16 is there
+that of products, attention and the cache; what they add up in, norms and the search's scores are float32.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import functools
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -27,9 +30,11 @@ from minirea.kernels.reference import BLOCK, INDEX_MASK, choose_scope, locate, n
 from minirea.kernels.votes import Votes
 from minirea.pages import advise, collapsed
 from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix, num_groups, quantized_bytes
+from minirea.rope import apply_rope
 from minirea.threads import thread_pool
 
 HALF_TYPES: Final = (torch.bfloat16, torch.float16)
+GATE_UP: Final = "gate_up.weight"
 MAX_PREPARING_THREADS: Final = 4  # each holds one matrix in float32
 _LARGEST_EXPONENT: Final = 15  # packed weights lie in (-2^15, 2^15)
 _LARGEST_SCALE: Final = 126  # as an exponent: its inverse is a normal float32
@@ -47,14 +52,18 @@ MANY_ROWS: Final = 1024  # and keys, of a chunk, for which products in bfloat16 
 MANY_KEYS: Final = 3072
 _PRODUCTS: Final = 1 << 25  # of a chunk, at a time: a number is kept of each block of them
 _ALIKE_ROWS: Final = 16  # products of fewer sum in another order: keys that are equal would score otherwise
+_ROWS_AT_ONCE: Final = 128
 _SHARE_OF_KEYS: Final = 8  # of a decode step's, so many parts at most are scored again
 _ROWS_COMPARED: Final = 16  # with one repeated row, a divisor of BLOCK
+_PARTS_AT_ONCE: Final = 64  # of keys' blocks that are scored again, 1 MB
 _SHARE_OF_BLOCKS: Final = 6  # of them so many parts at most are scored again
 _HALVED_AT_ONCE: Final = 512  # keys, whose products with a chunk stay in the processor's cache
 MORE_POSITIONS: Final = 256  # than the local part's, after which its keys are rotated anew
 _HALF_ROUNDING: Final = 1.01 * 2**-8  # of a number to bfloat16, relative to either
 _SMALLEST_NORM: Final = 2.0**-40  # squares of smaller numbers, and their products in tiles, may be zero
 _LARGEST: Final = torch.finfo(torch.float32).max
+_MULTIPLY_TILED: Final = torch.ops.mkldnn._linear_pointwise
+_ROWS_TILED_FOR: Final = 512  # of the left matrix: a layout for so many is as fast for one
 _FLASH: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # also gives the sums of exponentials
 
 
@@ -75,6 +84,42 @@ class PackedMatrix:
         # which cost 9 us, more than a small matrix takes.
         with torch._C.DisableTorchFunctionSubclass():
             return torch.ops.quantized.linear_dynamic_fp16(x_TK, self.packed)
+
+
+class TiledMatrix:
+    """A bfloat16 matrix [N, K] in oneDNN's layout for products of tiles. Made by `tile`."""
+
+    def __init__(self, packed: Tensor, shape: tuple[int, int]) -> None:
+        self.packed, self.shape = packed, shape
+
+    @property
+    def nbytes(self) -> int:
+        return _one_tiled_bytes(*self.shape)
+
+    def multiply(self, x_TK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+        """x_TK times the matrix transposed plus the bias, bfloat16 [T, N]; its sums are of float32."""
+        return _MULTIPLY_TILED(x_TK, self.packed, bias_N, "none", [], "")
+
+
+class TiledGateUp(NamedTuple):
+    """The matrices of a gated MLP, whose product can end in what follows it. Made by `tile_gate_up`."""
+
+    gate: TiledMatrix  # [F, E] each
+    up: TiledMatrix
+
+    @property
+    def nbytes(self) -> int:
+        return self.gate.nbytes + self.up.nbytes
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return 2 * self.gate.shape[0], self.gate.shape[1]
+
+    def swiglu(self, x_TE: Tensor, bias_M: Tensor | None = None) -> Tensor:
+        """silu(gate) * up of x, bfloat16 [T, F]."""
+        gate_bias, up_bias = (None, None) if bias_M is None else bias_M.chunk(2)
+        gate_TF = _MULTIPLY_TILED(x_TE, self.gate.packed, gate_bias, "swish", [], "")
+        return _MULTIPLY_TILED(x_TE, gate_TF, self.up.packed, up_bias, "mul")
 
 
 class PackedPlanes:
@@ -195,6 +240,37 @@ def _plane_order() -> Tensor | None:
     return row_KR[0].argsort() if same else None
 
 
+def tile(matrix_NK: Tensor) -> TiledMatrix:
+    """Rearrange a bfloat16 matrix."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(matrix_NK.contiguous(), _ROWS_TILED_FOR)
+    return TiledMatrix(packed, (matrix_NK.shape[0], matrix_NK.shape[1]))
+
+
+def tile_gate_up(matrix_ME: Tensor) -> TiledGateUp:
+    gate_FE, up_FE = matrix_ME.chunk(2)
+    return TiledGateUp(tile(gate_FE), tile(up_FE))
+
+
+def tiled_bytes(name: str, N: int, K: int) -> int:
+    """What `prepare` makes of a matrix [N, K] for arithmetic of tiles, by its name."""
+    return 2 * _one_tiled_bytes(N // 2, K) if name.endswith(GATE_UP) else _one_tiled_bytes(N, K)
+
+
+def _one_tiled_bytes(N: int, K: int) -> int:
+    """oneDNN fills up blocks of 32 rows by 32 columns."""
+    return -(-N // 32) * 32 * -(-K // 32) * 32 * torch.bfloat16.itemsize
+
+
+def multiplies_tiles(dtype: torch.dtype) -> bool:
+    """Whether this CPU's arithmetic in `dtype` is that of its tiles."""
+    return dtype == torch.bfloat16 and _has_tiles() and torch.backends.mkldnn.is_available()
+
+
+def computes_in(dtype: torch.dtype) -> bool:
+    """Whether attention in `dtype` has its own way here; any other is the reference's."""
+    return dtype == torch.float32 or multiplies_tiles(dtype)
+
+
 def _has_tiles() -> bool:
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return bool(supported and supported())
@@ -241,32 +317,35 @@ def _preparing_threads() -> int:
 def prepare(weights: dict[str, Any], dtype: torch.dtype, progress: bool = False) -> dict[str, Any]:
     """Every matrix as this CPU multiplies by it fastest, for arithmetic in `dtype`. `weights` is emptied on the way.
 
-    Half-precision matrices are packed for float32 arithmetic; the embedding, of which rows are looked up, stays.
-    Others are stored column by column, which MKL multiplies one row by twice as fast as row by row. Quantized ones are
-    rearranged for torch's product with 4-bit weights.
+    Half-precision matrices are packed for float32 arithmetic, and any are rearranged for that of tiles; the embedding,
+    of which rows are looked up, stays. Others are stored column by column, which MKL multiplies one row by twice as
+    fast as row by row. Quantized ones are rearranged for torch's product with 4-bit weights.
 
     Args:
         progress: show a bar of bytes on stderr: packing takes longer than reading.
 
     Returns:
-        name -> Tensor, PackedMatrix, PackedPlanes or QuantizedMatrix. A tied head is one object with the embedding
-        unless it is packed.
+        name -> Tensor, PackedMatrix, TiledMatrix, TiledGateUp, PackedPlanes or QuantizedMatrix. A tied head is one
+        object with the embedding unless it is packed or tiled.
     """
+    tiled = multiplies_tiles(dtype)
     halves = dtype == torch.float32 and weights["embed.weight"].dtype in HALF_TYPES
     head = weights["head.weight"]
-    tied = head is weights["embed.weight"] and not halves
+    tied = head is weights["embed.weight"] and not (halves or tiled)
     if tied:
         del weights["head.weight"]
 
-    def fastest(name: str) -> Tensor | PackedMatrix | QuantizedMatrix | PackedPlanes:
+    def fastest(name: str) -> Tensor | PackedMatrix | TiledMatrix | TiledGateUp | QuantizedMatrix | PackedPlanes:
         tensor = weights.pop(name)
         if isinstance(tensor, QuantizedMatrix):
             return pack_planes(tensor) if can_pack_planes() else tensor
         if name == "embed.weight" and isinstance(head, QuantizedMatrix):
             return tensor
         half = dtype == torch.float32 and tensor.dtype in HALF_TYPES
-        if tensor.dim() == 1 or (half and name == "embed.weight"):
+        if tensor.dim() == 1 or ((half or tiled) and name == "embed.weight"):
             return tensor
+        if tiled:
+            return (tile_gate_up if name.endswith(GATE_UP) else tile)(tensor)
         return pack(tensor) if half else tensor.t().contiguous().t()
 
     sizes = {name: tensor.nbytes for name, tensor in weights.items()}
@@ -338,33 +417,71 @@ def reattention(
     """`minirea.kernels.reattention` of one chunk, beyond global_size + local_size tokens, with one vote for all heads.
 
     The reference's phases up to the scope; then a chunk is attended to without a mask, and a decode step leaves the
-    local part where it is. Arguments are the reference's, in float32; `copies` are this layer's, of a decode step.
+    local part where it is. Arguments are the reference's, in a dtype that `computes_in`; `copies` are this layer's, of
+    a decode step.
     """
     T, H, D = q_THD.shape
     G = len(k_cache_GND)
     q_GRD = q_THD.unflatten(1, (G, H // G)).transpose(0, 1).reshape(G, -1, D)
     if T > 1:
-        start_1P, offset_1P, length_1 = choose_scope(q_GRD, k_cache_GND, seq_len, config, score, gather, votes, winners)
+        arguments = q_GRD.float(), k_cache_GND, seq_len, config, score, gather, votes, winners
+        start_1P, offset_1P, length_1 = choose_scope(*arguments)
         S = int(length_1)
         source_S = locate(torch.arange(S), start_1P, offset_1P)[0]
         k_GSD, v_GSD = k_cache_GND.index_select(1, source_S), v_cache_GND.index_select(1, source_S)
-        q_THD = rotate(q_THD.clone(), cos[S - T : S, None], sin[S - T : S, None])
-        return attend_causal(q_THD, rotate(k_GSD, cos[:S], sin[:S]), v_GSD)
+        _rotate_in_blocks(k_GSD.transpose(0, 1), cos[:S, None], sin[:S, None])
+        q_THD = _rotate_in_blocks(q_THD.clone(), cos[S - T : S, None], sin[S - T : S, None])
+        return attend_causal(q_THD, k_GSD, v_GSD)
 
     copies = copies or KeyCopies.new()
     local = slice(seq_len - config.local_size, seq_len)
     winner_GRK = None
     if config.max_selected:
-        winner_GRK = copies.half.score(q_GRD, k_cache_GND, config.global_size, local.start, config.span_top_k)
+        winner_GRK = copies.half.score(q_GRD.float(), k_cache_GND, config.global_size, local.start, config.span_top_k)
         winner_GRK = winner_GRK if gather is None else gather(winner_GRK)
     source_S = _before_local(winner_GRK, seq_len, config, votes, winners)
     q_GRD, k_local_GND, position = copies.local.place(q_GRD, k_cache_GND, seq_len, config, cos, sin)
     far = len(source_S)
     at = slice(position + 1 - config.local_size - far, position + 1 - config.local_size)
     k_GSD = rotate(k_cache_GND.index_select(1, source_S), cos[at], sin[at])
+    if q_THD.dtype != torch.float32:
+        v_GSD = v_cache_GND.index_select(1, source_S)
+        return _attend_parts(q_GRD, (k_local_GND, v_cache_GND[:, local]), (k_GSD, v_GSD)).view(1, H, D)
     p_GRS = torch.cat([torch.bmm(q_GRD, k.mT) for k in (k_GSD, k_local_GND)], -1).mul_(D**-0.5).softmax(-1)
     out_GRD = torch.bmm(p_GRS[..., :far], v_cache_GND.index_select(1, source_S))
     return out_GRD.baddbmm_(p_GRS[..., far:], v_cache_GND[:, local]).view(1, H, D)
+
+
+def _rotate_in_blocks(x_TXD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The reference's `rotate` of rows by cos and sin [T, 1, D / 2], in place."""
+    for rows in _blocks(len(x_TXD)):
+        rotated = rotate(x_TXD[rows], cos[rows], sin[rows])
+        if rotated.dtype != torch.float32:  # which is overwritten
+            x_TXD[rows] = rotated
+    return x_TXD
+
+
+def place_rope(x_TXD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """minirea.rope.apply_rope of rows by cos and sin [T, 1, D]."""
+    if len(x_TXD) == 1:
+        return apply_rope(x_TXD, cos, sin)
+    out_TXD = torch.empty(x_TXD.shape, dtype=x_TXD.dtype)
+    for rows in _blocks(len(x_TXD)):
+        out_TXD[rows] = apply_rope(x_TXD[rows], cos[rows], sin[rows])
+    return out_TXD
+
+
+def _blocks(num_rows: int) -> Iterator[slice]:
+    """Of rows that several operations go over, while they stay in the processor's second cache."""
+    for start in range(0, num_rows, _ROWS_AT_ONCE):
+        yield slice(start, min(start + _ROWS_AT_ONCE, num_rows))
+
+
+def _attend_parts(q_GRD: Tensor, *parts: tuple[Tensor, Tensor]) -> Tensor:
+    """Softmax attention over two parts' keys and values, [G, N, D] each, in bfloat16: [G, R, D]."""
+    (out_GRD, sum_GR), (other_GRD, other_sum_GR) = (_FLASH(q_GRD[None], k[None], v[None], 0.0) for k, v in parts)
+    share_GR = torch.sigmoid(other_sum_GR - sum_GR)
+    return torch.lerp(out_GRD, other_GRD, share_GR[..., None].to(out_GRD.dtype))
 
 
 def _before_local(
@@ -414,7 +531,7 @@ class LocalKeys:
     """
 
     def __init__(self) -> None:
-        self._rows_GND = torch.empty(0, 0, 0, dtype=torch.float32)
+        self._rows_GND = torch.empty(0, 0, 0)
         self._seq_len = self._stop = 0  # cached tokens, and rows, of the last step
 
     def place(
@@ -431,7 +548,7 @@ class LocalKeys:
             self._stop = local
             shape = G, min(local + MORE_POSITIONS, len(cos) - before), D
             if self._rows_GND.shape != shape:
-                self._rows_GND = torch.empty(shape, dtype=torch.float32)
+                self._rows_GND = k_cache_GND.new_empty(shape)
             k_GND, at = k_cache_GND[:, seq_len - local : seq_len].clone(), slice(before, before + local)
             self._rows_GND[:, :local] = rotate(k_GND, cos[at], sin[at])
         self._seq_len, position = seq_len, before + self._stop - 1
@@ -482,7 +599,8 @@ class HalfKeys:
         last = mid_hi - BLOCK
         copied = sorted({mid_lo + key for key in found if mid_lo + key < last})
         index_C = np.concatenate((np.array(copied, np.int64), np.arange(last, mid_hi)))
-        score_GRC = torch.bmm(not_alone(q_GRD), k_cache_GND.index_select(1, torch.from_numpy(index_C)).mT)
+        k_GCD = k_cache_GND.index_select(1, torch.from_numpy(index_C)).float()
+        score_GRC = torch.bmm(not_alone(q_GRD), k_GCD.mT)
         score_GRC = score_GRC[:, : q_GRD.shape[1]].neg_()
         at_GRK = np.argsort(score_GRC.numpy(), -1, kind="stable")[..., :span_top_k]  # the first of equals first
         return torch.from_numpy(index_C[at_GRK])
@@ -492,7 +610,7 @@ class HalfKeys:
         G, N, D = k_cache_GND.shape
         if num_keys > len(self._half_NC):  # at first, and for a cache that grew
             self._half_NC = advise(torch.empty(N - mid_lo, G * D, dtype=torch.bfloat16))
-            self._mean_G1D = k_cache_GND[:, mid_lo : mid_lo + num_keys : BLOCK].mean(1, keepdim=True)
+            self._mean_G1D = k_cache_GND[:, mid_lo : mid_lo + num_keys : BLOCK].float().mean(1, keepdim=True)
             self._norm_G1 = self._error_G1 = torch.zeros(G, 1, dtype=torch.float32)
             self._num_keys = 0
         for start in range(self._num_keys, num_keys, _HALVED_AT_ONCE):
@@ -543,25 +661,23 @@ def _off(norm_of_q: Tensor, lost: Tensor, norm: Tensor, error: Tensor, mean: Ten
 
 
 def _least_half(best: Tensor, off: Tensor) -> Tensor:
-    """What the product of a winner is at least where `best` is reached by as many keys as there are winners, if that is
-    above zero.
-    """
-    return torch.sub(best * (1 - _HALF_ROUNDING) ** 2, off, alpha=2)
+    """What the product of a winner is at least where `best` is reached by as many keys as there are winners."""
+    return torch.sub(best - best.abs() * (2 * _HALF_ROUNDING + _HALF_ROUNDING**2), off, alpha=2)
 
 
-def copies_bytes(num_tokens: int, local_size: int, num_kv_heads: int, head_dim: int) -> int:
-    """Of the KeyCopies of one layer, of a cache of so many tokens, at most."""
+def copies_bytes(num_tokens: int, local_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Of the KeyCopies of one layer, of a cache of so many tokens in `dtype`, at most."""
     halves = num_tokens * torch.bfloat16.itemsize if num_tokens >= HALVED_FROM and _has_tiles() else 0
-    local = (local_size + MORE_POSITIONS) * torch.float32.itemsize if num_tokens > local_size else 0
+    local = (local_size + MORE_POSITIONS) * dtype.itemsize if num_tokens > local_size else 0
     return num_kv_heads * head_dim * (halves + local)
 
 
 def _largest_norm(x_GND: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x_GND, dim=-1).amax(1, keepdim=True)
+    return torch.linalg.vector_norm(x_GND, dim=-1, dtype=torch.float32).amax(1, keepdim=True)
 
 
 def score(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> Tensor:
-    """The reference's `score` of float32 rows: cache positions, [G, R, K]."""
+    """The reference's `score` of float32 rows, and keys of either dtype: cache positions, [G, R, K]."""
     R, K = q_GRD.shape[1], min(span_top_k, mid_hi - mid_lo)
     if R < MANY_ROWS or mid_hi - mid_lo < MANY_KEYS or not _has_tiles():
         return _score_all(q_GRD, k_cache_GND, mid_lo, mid_hi, K)
@@ -578,22 +694,15 @@ def _score_many(q_RD: Tensor, k_ND: Tensor, num_winners: int) -> Tensor:
     be, as in HalfKeys; the row is scored with those in float32.
     """
     num_blocks = len(k_ND) // BLOCK
-    best_BR, off_R = _best_halves(q_RD, k_ND[: num_blocks * BLOCK])
-    least_R = _largest(best_BR.t().contiguous(), num_winners)[0][:, -1]
-    least_R = _least_half(least_R, off_R)
+    best_BR, least_R = _best_halves(q_RD, k_ND[: num_blocks * BLOCK], num_winners)
+    below = (least_R <= 0).nonzero()[:, 0]
+    if len(below):
+        arguments = q_RD[below], k_ND[: num_blocks * BLOCK], num_winners, True
+        best_BR[:, below], least_R[below] = _best_halves(*arguments)
     block_P, row_P = (best_BR >= least_R).nonzero(as_tuple=True)  # pairs, block by block
-    # Products are compared as integers, which holds for those above zero.
-    if len(row_P) > best_BR.numel() // _SHARE_OF_BLOCKS or not bool((least_R > 0).all()):
+    if len(row_P) > best_BR.numel() // _SHARE_OF_BLOCKS or not bool(least_R.isfinite().all()):
         return _score_all(q_RD[None], k_ND[None], 0, len(k_ND), num_winners)[0]
-    q_PD = q_RD.index_select(0, F.pad(row_P, (0, _ALIKE_ROWS)))
-    score_PM = torch.empty(len(q_PD), BLOCK, dtype=torch.float32)
-    start = 0
-    for block, count in enumerate(torch.bincount(block_P, minlength=num_blocks).tolist()):
-        if count:  # what rows of the next blocks get here they get anew
-            rows, keys = slice(start, start + max(count, _ALIKE_ROWS)), k_ND[block * BLOCK : (block + 1) * BLOCK]
-            torch.mm(q_PD[rows], keys.t(), out=score_PM[rows])
-            start += count
-    best_PK, at_PK = _largest(score_PM[:start], num_winners)
+    best_PK, at_PK = _largest(_score_pairs(q_RD, k_ND, row_P, block_P), num_winners)
     at_PK = at_PK.add_((block_P * BLOCK)[:, None])
     # By rows, whose blocks stay in ascending order, and behind them the keys that are no whole block.
     order_P = row_P.argsort(stable=True)
@@ -603,30 +712,68 @@ def _score_many(q_RD: Tensor, k_ND: Tensor, num_winners: int) -> Tensor:
     best_RCK = torch.full(shape, -torch.inf).index_put_((row_P, place_P), best_PK[order_P])
     at_RCK = torch.zeros(shape, dtype=torch.int64).index_put_((row_P, place_P), at_PK[order_P])
     at_J = torch.arange(num_blocks * BLOCK, len(k_ND))
-    score_RJ = (q_RD @ k_ND[-BLOCK:].t())[:, BLOCK - len(at_J) :]
+    score_RJ = (q_RD @ k_ND[-BLOCK:].float().t())[:, BLOCK - len(at_J) :]
     at_RK = _largest(torch.cat([best_RCK.flatten(1), score_RJ], 1), num_winners)[1]
     return torch.cat([at_RCK.flatten(1), at_J.expand(len(q_RD), -1)], 1).gather(1, at_RK)
 
 
-def _best_halves(q_RD: Tensor, k_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """The best product of each row in each whole block of keys, all less their mean and in bfloat16, [N / BLOCK, R],
-    and by how much those of a row can be off, [R], besides their own rounding. Those below zero are not exact.
+def _score_pairs(q_RD: Tensor, k_ND: Tensor, row_P: Tensor, block_P: Tensor) -> Tensor:
+    """Scores of rows with the keys of a block each, float32 [P, BLOCK]; the blocks ascend.
+
+    The rows of a block are multiplied in parts of _ALIKE_ROWS, the last of which is filled up.
     """
-    mean_D = k_ND[::BLOCK].mean(0)
+    count_B = torch.bincount(block_P)
+    parts_B = (count_B + (_ALIKE_ROWS - 1)) // _ALIKE_ROWS
+    skipped_B = (parts_B * _ALIKE_ROWS).cumsum(0) - parts_B * _ALIKE_ROWS - (count_B.cumsum(0) - count_B)
+    at_P = skipped_B[block_P].add_(torch.arange(len(block_P)))
+    block_C = torch.arange(len(parts_B)).repeat_interleave(parts_B)
+    row_CA = torch.zeros(len(block_C), _ALIKE_ROWS, dtype=torch.int64)
+    row_CA.view(-1)[at_P] = row_P
+    k_BMD = k_ND[: len(parts_B) * BLOCK].view(-1, BLOCK, k_ND.shape[1])
+    score_CAM = torch.empty(*row_CA.shape, BLOCK, dtype=torch.float32)
+    parts = (tensor.split(_PARTS_AT_ONCE) for tensor in (block_C, row_CA, score_CAM))
+    for blocks, rows, scores in zip(*parts, strict=True):
+        q_CAD = q_RD.index_select(0, rows.view(-1)).view(*rows.shape, -1)
+        torch.bmm(q_CAD, k_BMD.index_select(0, blocks).float().mT, out=scores)
+    return score_CAM.view(-1, BLOCK).index_select(0, at_P)
+
+
+def _best_halves(q_RD: Tensor, k_ND: Tensor, num_winners: int, below_zero: bool = False) -> tuple[Tensor, Tensor]:
+    """The best product of each row in each whole block of keys, in bfloat16, [N / BLOCK, R], and what that of a row's
+    winner is at least, [R]. Keys in float32 are taken less their mean.
+
+    Products are compared as integers, several times as fast, which order as they do above zero. Below they order
+    inversely: without `below_zero` the best of a block is then wrong, though below zero.
+    """
+    rounded = k_ND.dtype != torch.bfloat16
+    mean_D = k_ND[::BLOCK].mean(0) if rounded else torch.zeros(k_ND.shape[1])
     half_RD = q_RD.bfloat16()
     best_BR = torch.empty(len(k_ND) // BLOCK, len(q_RD), dtype=torch.int16)
     buffer_NR = torch.empty(_HALVED_AT_ONCE, len(q_RD), dtype=torch.bfloat16)
-    norm = error = torch.zeros(())
+    norm, error = torch.zeros(()) if rounded else _largest_norm(k_ND[None])[0, 0], torch.zeros(())
     for start in range(0, len(k_ND), _HALVED_AT_ONCE):
-        tile_ND = k_ND[start : start + _HALVED_AT_ONCE] - mean_D
-        half_ND = tile_ND.bfloat16()
+        half_ND = k_ND[start : start + _HALVED_AT_ONCE]
+        if rounded:
+            tile_ND = half_ND - mean_D
+            half_ND = tile_ND.bfloat16()
+            norm = torch.maximum(norm, _largest_norm(tile_ND[None])[0, 0])
+            error = torch.maximum(error, _largest_norm(tile_ND.sub_(half_ND)[None])[0, 0])
         product_NR = torch.mm(half_ND, half_RD.t(), out=buffer_NR[: len(half_ND)])
+        product_BMR = product_NR.view(torch.int16).view(-1, BLOCK, len(q_RD))
         best = best_BR[start // BLOCK : (start + len(half_ND)) // BLOCK]
-        torch.amax(product_NR.view(torch.int16).view(-1, BLOCK, len(q_RD)), 1, out=best)
-        norm = torch.maximum(norm, _largest_norm(tile_ND[None])[0, 0])
-        error = torch.maximum(error, _largest_norm(tile_ND.sub_(half_ND)[None])[0, 0])
+        torch.amax(product_BMR, 1, out=best)
+        if below_zero:
+            torch.where(best < 0, product_BMR.amin(1), best, out=best)
     norm_of_q, lost = (torch.linalg.vector_norm(x, dim=-1) for x in (q_RD, q_RD - half_RD))
-    return best_BR.view(torch.bfloat16).float(), _off(norm_of_q, lost, norm, error, mean_D)
+    best_BR = best_BR.view(torch.bfloat16).float()
+    return best_BR, _least_half(_reached(best_BR, num_winners), _off(norm_of_q, lost, norm, error, mean_D))
+
+
+def _reached(best_BR: Tensor, count: int) -> Tensor:
+    """What at least so many of a row's numbers reach, [R]: the `count`-th largest where none are equal."""
+    for _ in range(count - 1):
+        best_BR = best_BR.masked_fill(best_BR == best_BR.amax(0), -torch.inf)
+    return best_BR.amax(0)
 
 
 def _score_all(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, num_winners: int) -> Tensor:
@@ -649,7 +796,7 @@ def _score_all(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, num
         q_HRD, tiles = q_GRD[part], []
         num_rows = q_HRD[..., 0].numel()
         for lo in range(mid_lo, mid_hi, keys):
-            k_HND = k_cache_GND[part[0], lo : min(lo + keys, mid_hi)]
+            k_HND = k_cache_GND[part[0], lo : min(lo + keys, mid_hi)].float()
             N = k_HND.shape[1]
             blocks = -(-N // BLOCK)
             score_HRN = buffer[: num_rows * blocks * BLOCK].view(*q_HRD.shape[:2], -1)
@@ -693,15 +840,21 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, factor: float = 1.0) ->
     """x / sqrt(mean(x^2) + eps) * weight * factor per row.
 
     torch composes its own of nine operations on a CPU, twice as slow. One float32 row takes two: its mean square as a
-    number, which costs no wait where there is no device to wait for, and 0 + x * weight * number as one operation.
+    number, which costs no wait where there is no device to wait for, and 0 + x * weight * number as one operation. The
+    result has the weight's dtype, in which products take it.
     """
     if x_TE.dtype != torch.float32:
         out_TE = F.rms_norm(x_TE, weight_E.shape, weight_E, eps)
         return out_TE if factor == 1 else out_TE.mul_(factor)
     T, E = x_TE.shape
     if T > 1:
-        mean_T1 = torch.linalg.vector_norm(x_TE, dim=1, keepdim=True).square_().div_(E)
-        return x_TE.mul(mean_T1.add_(eps).rsqrt_().mul_(factor).clamp_(max=_LARGEST)).mul_(weight_E)
+        out_TE = torch.empty(T, E, dtype=weight_E.dtype)
+        for rows in _blocks(T):
+            x_BE = x_TE[rows]
+            mean_B1 = torch.linalg.vector_norm(x_BE, dim=1, keepdim=True).square_().div_(E)
+            scale_B1 = mean_B1.add_(eps).rsqrt_().mul_(factor).clamp_(max=_LARGEST)
+            out_TE[rows] = x_BE.mul(scale_B1).mul_(weight_E)
+        return out_TE
     x_E = x_TE[0]
     inverse = (torch.dot(x_E, x_E).item() / E + eps) ** -0.5
-    return torch.addcmul(_ZERO, x_TE, weight_E, value=min(inverse * factor, _LARGEST))
+    return torch.addcmul(_ZERO, x_TE, weight_E, value=min(inverse * factor, _LARGEST)).to(weight_E.dtype)

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minirea import cpu
-from minirea.cpu import PackedMatrix, PackedPlanes
+from minirea.cpu import PackedMatrix, PackedPlanes, TiledGateUp, TiledMatrix
 from minirea.kernels.steps import reference as twins
 from minirea.quantize import QuantizedMatrix, parts
 
-Matrix = Tensor | PackedMatrix | PackedPlanes | QuantizedMatrix
+Matrix = Tensor | PackedMatrix | TiledMatrix | PackedPlanes | QuantizedMatrix
 
 # Weights of a quantized matrix that are made wide at a time, by torch and by a GPU's kernels.
 WIDENED_AT_ONCE: Final = 1 << 24
@@ -29,6 +29,8 @@ def linear(x_TK: Tensor, matrix_NK: Matrix, bias_N: Tensor | None = None, kernel
     """x_TK times the matrix transposed, plus the bias: [T, N]. `kernels` has what widens a quantized matrix."""
     if isinstance(matrix_NK, Tensor):
         return F.linear(x_TK, matrix_NK, bias_N)
+    if isinstance(matrix_NK, TiledMatrix):
+        return matrix_NK.multiply(x_TK, bias_N)
     if isinstance(matrix_NK, PackedMatrix):
         out_TN = matrix_NK.multiply(x_TK).mul_(matrix_NK.inverse_scale)
     elif isinstance(matrix_NK, PackedPlanes):
@@ -42,7 +44,7 @@ def add_linear(
     sum_TN: Tensor, x_TK: Tensor, matrix_NK: Matrix, bias_N: Tensor | None = None, kernels: ModuleType = twins
 ) -> None:
     """sum_TN += linear(...), by a product that ends in the sum where there is one: one rounding, no pass of its own."""
-    if bias_N is not None:
+    if bias_N is not None or x_TK.dtype != sum_TN.dtype:
         sum_TN += linear(x_TK, matrix_NK, bias_N, kernels)
     elif isinstance(matrix_NK, QuantizedMatrix):
         for columns, wide_NK in _widened(matrix_NK, x_TK, kernels):
@@ -51,6 +53,8 @@ def add_linear(
         sum_TN += matrix_NK.multiply(x_TK)
     elif isinstance(matrix_NK, PackedMatrix):
         sum_TN.add_(matrix_NK.multiply(x_TK), alpha=matrix_NK.inverse_scale)
+    elif isinstance(matrix_NK, TiledMatrix):
+        sum_TN += matrix_NK.multiply(x_TK)
     else:
         sum_TN.addmm_(x_TK, matrix_NK.t())
 
@@ -72,6 +76,21 @@ def norm_linear(
         out_TN = matrix_NE.multiply(cpu.rms_norm(x_TE, norm_E, eps, matrix_NE.inverse_scale))
         return out_TN if bias_N is None else out_TN.add_(bias_N)
     return linear((cpu if x_TE.is_cpu else kernels).rms_norm(x_TE, norm_E, eps), matrix_NE, bias_N, kernels)
+
+
+def norm_swiglu(
+    x_TE: Tensor,
+    norm_E: Tensor,
+    eps: float,
+    matrix_ME: Matrix | TiledGateUp,
+    bias_M: Tensor | None,
+    kernels: ModuleType,
+) -> Tensor:
+    """silu(gate) * up of rms_norm(x_TE), [T, F], by a product with both, M = 2F."""
+    if isinstance(matrix_ME, TiledGateUp):
+        return matrix_ME.swiglu(cpu.rms_norm(x_TE, norm_E, eps), bias_M)
+    swiglu: Tensor = kernels.swiglu(norm_linear(x_TE, norm_E, eps, matrix_ME, bias_M, kernels))
+    return swiglu
 
 
 def _widened_product(x_TK: Tensor, matrix_NK: QuantizedMatrix, kernels: ModuleType) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor
 from minirea.attention import Attention, Step
 from minirea.cache import KVCache
 from minirea.config import ModelConfig
-from minirea.cpu import KeyCopies, prepare
+from minirea.cpu import KeyCopies, TiledGateUp, multiplies_tiles, prepare
 from minirea.kernels import Gather, prefill_kernels
-from minirea.linear import Matrix, add_linear, linear, norm_linear
+from minirea.linear import Matrix, add_linear, linear, norm_linear, norm_swiglu
 
 if TYPE_CHECKING:
     from minirea.ranks import Peers, Ranks
@@ -36,7 +36,7 @@ class Layer(NamedTuple):
     o: Matrix  # [E, H D]
     o_bias: Tensor | None
     mlp_norm: Tensor  # [E]
-    gate_up: Matrix  # [2F, E]
+    gate_up: Matrix | TiledGateUp  # [2F, E]
     gate_up_bias: Tensor | None
     down: Matrix  # [E, F]
     down_bias: Tensor | None
@@ -92,6 +92,11 @@ class Model:
     def dtype(self) -> torch.dtype:
         """Of the arithmetic and the cache; matrices may be stored in another."""
         return self.norm.dtype
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """Of the residual stream."""
+        return torch.float32 if self.embed.is_cpu and multiplies_tiles(self.dtype) else self.dtype
 
     @property
     def device(self) -> torch.device:
@@ -175,15 +180,15 @@ class Model:
         return self.attention.begin(step, cache, leaves_winners)
 
     def _embed(self, ids_T: Tensor) -> Tensor:
-        return F.embedding(ids_T, self.embed).to(self.dtype)
+        return F.embedding(ids_T, self.embed).to(self.sum_dtype)
 
     def _block(self, index: int, x_TE: Tensor, cache: KVCache, step: Step) -> None:
         """One layer, added to the residual stream in place."""
         layer = self.layers[index]
         out_THD = self.attention(index, self._qkv(layer, x_TE), cache, step)
         self._add_linear(x_TE, out_THD.flatten(1), layer.o, layer.o_bias)
-        gate_up_TM = self._norm_linear(x_TE, layer.mlp_norm, layer.gate_up, layer.gate_up_bias)  # M = 2F
-        self._add_linear(x_TE, self.kernels.swiglu(gate_up_TM), layer.down, layer.down_bias)
+        gate_up = layer.mlp_norm, self.config.norm_eps, layer.gate_up, layer.gate_up_bias
+        self._add_linear(x_TE, norm_swiglu(x_TE, *gate_up, self.kernels), layer.down, layer.down_bias)
 
     def _add_linear(self, x_TE: Tensor, y_TK: Tensor, matrix_EK: Matrix, bias_E: Tensor | None) -> None:
         """x_TE += the product; of several ranks, the sum of theirs, each of which has some columns of the matrix."""

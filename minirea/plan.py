@@ -16,9 +16,11 @@ from minirea.cpu import (
     PLANES_WIDENED_AT_ONCE,
     can_pack,
     can_pack_planes,
+    multiplies_tiles,
     packed_bytes,
     plane_bytes,
     preparing_bytes,
+    tiled_bytes,
 )
 from minirea.kernels import scratch_bytes
 from minirea.linear import WIDENED_AT_ONCE, WIDENED_BY_KERNELS
@@ -102,6 +104,8 @@ def _model_bytes(path: str | Path, config: ModelConfig, dtype: torch.dtype, devi
     # Matrices that change their layout: the head, and each layer's largest.
     rows = [config.vocab_size, *[2 * config.mlp_size] * min(config.num_layers, MAX_PREPARING_THREADS)]
     loading = preparing_bytes(n * config.hidden_size for n in rows)
+    if multiplies_tiles(dtype):
+        return weight_bytes(config, dtype, tiled_bytes), loading
     if not keeps_half(dtype, device):
         return weight_bytes(config, dtype), loading
     # A tied head is there twice: looked up and multiplied by, and one layout cannot do both.

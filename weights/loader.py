@@ -220,14 +220,27 @@ def checkpoint_dtype(directory: str | Path, config: ModelConfig) -> torch.dtype:
     return _declared_dtype(config) or _most_common_dtype(read_headers(Path(directory)))
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """How many bytes load_weights allocates for its result; a tied embedding counts once."""
+def weight_bytes(
+    config: ModelConfig, dtype: torch.dtype, matrix_bytes: Callable[[str, int, int], int] | None = None
+) -> int:
+    """How many bytes load_weights allocates for its result; a tied embedding counts once.
+
+    Args:
+        matrix_bytes: what a matrix [N, K] takes instead, by its name ("*" for the layer), but for the embedding; a tied
+            head is then one of them.
+    """
     # Not by way of _shapes: the config may claim two billion layers, and no file has been read yet.
-    elements = sum(
-        math.prod(shape) * (config.num_layers if "*" in pattern else 1)
-        for pattern, shape in NameTable(config).shapes.items()
-    )
-    return elements * dtype.itemsize
+    shapes = NameTable(config).shapes
+    if matrix_bytes and config.tie_word_embeddings:
+        shapes = shapes | {"head.weight": shapes["embed.weight"]}
+
+    def nbytes(pattern: str, shape: tuple[int, ...]) -> int:
+        if matrix_bytes and len(shape) == 2 and pattern != "embed.weight":
+            return matrix_bytes(pattern, shape[0], shape[1])
+        return math.prod(shape) * dtype.itemsize
+
+    layers = {pattern: config.num_layers if "*" in pattern else 1 for pattern in shapes}
+    return sum(nbytes(pattern, shape) * layers[pattern] for pattern, shape in shapes.items())
 
 
 def kept_weight_bytes(

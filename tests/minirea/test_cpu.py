@@ -31,13 +31,19 @@ from minirea.cpu import (
     rms_norm,
 )
 from minirea.kernels import new_votes, winners_shape
-from minirea.kernels.reference import reattention_reference, score_rows
-from minirea.linear import add_linear, linear, norm_linear
+from minirea.kernels.reference import reattention_reference, rotate, score_rows
+from minirea.kernels.steps import reference
+from minirea.linear import add_linear, linear, norm_linear, norm_swiglu
 from minirea.model import Model
+from minirea.rope import apply_rope, for_whole_heads
 from minirea.weights import load_weights
 
 DEMO = Path(__file__).parents[2] / "weights" / "demo"
 HALVES = [torch.bfloat16, torch.float16]
+needs_tiled_layout = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="this torch multiplies no bfloat16 by oneDNN",
+)
 needs_fbgemm = pytest.mark.skipif(not can_pack(), reason="this torch has no FBGEMM")
 
 
@@ -165,7 +171,8 @@ def test_preparing_holds_a_matrix_a_thread(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [False, True])
-def test_other_matrices_are_stored_by_columns(tied: bool, dtype: torch.dtype) -> None:
+def test_other_matrices_are_stored_by_columns(tied: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_has_tiles", lambda: False)
     weights = model_weights(dtype, tied)
     before = dict(weights)
     prepared = prepare(weights, dtype)
@@ -174,6 +181,40 @@ def test_other_matrices_are_stored_by_columns(tied: bool, dtype: torch.dtype) ->
     for name, matrix in before.items():
         assert torch.equal(prepared[name], matrix)
         assert matrix.dim() == 1 or prepared[name].stride() == (1, len(matrix))
+
+
+@needs_tiled_layout
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("rows", "N", "K"), [(1, 70, 45), (5, 32, 64), (130, 96, 100)])
+def test_tiled_products_of_integers_are_exact(rows: int, N: int, K: int, biased: bool) -> None:
+    """And a gated MLP's is that of its parts; results are rounded to bfloat16."""
+    generator = torch.Generator().manual_seed(rows)
+    gate_up = torch.randint(-8, 9, (2 * N, K), generator=generator).bfloat16()
+    x = torch.randint(-4, 5, (rows, K), generator=generator).bfloat16()
+    bias = torch.randint(-9, 10, (2 * N,), generator=generator).bfloat16() if biased else None
+    exact = F.linear(x.float(), gate_up.float(), None if bias is None else bias.float())
+    assert torch.equal(linear(x, cpu.tile(gate_up), bias), exact.bfloat16())
+    total = torch.full((rows, 2 * N), 0.125)
+    add_linear(total, x, cpu.tile(gate_up), bias)
+    assert torch.equal(total, exact.bfloat16().float() + 0.125)
+    norm = torch.ones(K, dtype=torch.bfloat16)
+    pair, wide = cpu.tile_gate_up(gate_up), rms_norm(x.float(), norm, 1e-5)
+    gate, up = F.linear(wide.float(), gate_up.float(), None if bias is None else bias.float()).chunk(2, -1)
+    swiglu = norm_swiglu(x.float(), norm, 1e-5, pair, bias, reference)
+    torch.testing.assert_close(swiglu, (F.silu(gate) * up).bfloat16(), rtol=2**-7, atol=2**-7)
+    assert pair.shape == gate_up.shape
+    for matrix in (cpu.tile(gate_up), *pair):
+        assert matrix.nbytes == torch.ops.mkldnn._nbytes(matrix.packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 128, 300])
+def test_rows_in_blocks_turn_as_all_do(dtype: torch.dtype, rows: int) -> None:
+    x, angles = random(rows, 3, 16).to(dtype), random(rows, 1, 8, seed=1)
+    cos, sin = angles.cos(), angles.sin()
+    whole = for_whole_heads(cos, sin)
+    assert torch.equal(cpu.place_rope(x, *whole), apply_rope(x, *whole))
+    assert torch.equal(cpu._rotate_in_blocks(x.clone(), cos, sin), rotate(x.clone(), cos, sin))
 
 
 @pytest.mark.parametrize("keys", [1, 7, 500])
@@ -290,6 +331,11 @@ def test_rows_of_a_chunk_find_the_winners_of_all_keys(
     arguments = q_GRD * scale, k_GND * scale, 7, 8527, span_top_k
     assert torch.equal(cpu.score(*arguments), cpu._score_all(*arguments))
     assert many == [150]  # by the test alone
+    # Keys that are in half precision themselves, their mean with them: some rows' best score is below zero.
+    arguments = (q_GRD * scale).bfloat16().float(), (k_GND * scale).bfloat16(), 7, 8527, span_top_k
+    many.clear()
+    assert torch.equal(cpu.score(*arguments), cpu._score_all(*arguments))
+    assert many == [150]
 
 
 @pytest.mark.parametrize("values", [1, 3])

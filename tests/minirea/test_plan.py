@@ -69,10 +69,12 @@ def test_copies_of_keys_are_in_the_plan(directory: Path, tiles: bool, monkeypatc
     heads = (
         TINY["num_hidden_layers"] * TINY["num_key_value_heads"] * (TINY["hidden_size"] // TINY["num_attention_heads"])
     )
-    for options, held in (({}, tiles), ({"dtype": "bfloat16"}, False), ({"attention": "full"}, False)):
+    cases: list[tuple[dict[str, str], bool]] = [({"dtype": "float32"}, tiles), ({"dtype": "bfloat16"}, tiles)]
+    for options, held in [*cases, ({"dtype": "float32", "attention": "full"}, False)]:
         attention = api.read_model(directory, device="cpu", **options, **SCOPE).attention
-        dtype = getattr(torch, options.get("dtype", "float32"))
-        local = (options == {}) * (SCOPE["local_size"] + cpu.MORE_POSITIONS) * heads * 4
+        dtype = getattr(torch, options["dtype"])
+        attends = "attention" not in options and (tiles or dtype == torch.float32)
+        local = attends * (SCOPE["local_size"] + cpu.MORE_POSITIONS) * heads * dtype.itemsize
         assert attention.copies_bytes_on_cpu(100_000, dtype) == held * 100_000 * heads * 2 + local
         assert attention.copies_bytes_on_cpu(cpu.HALVED_FROM - 1, dtype) == local
         assert attention.copies_bytes_on_cpu(SCOPE["local_size"], dtype) == 0
