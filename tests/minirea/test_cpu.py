@@ -443,6 +443,27 @@ def test_reattention_is_the_reference_s(seq_len: int, queries: int, span_top_k: 
         assert torch.equal(tensor.nan_to_num(9), old.nan_to_num(9))
 
 
+@pytest.mark.parametrize("queries", [1, 3, 40])
+@pytest.mark.parametrize("span_top_k", [0, 4])
+def test_reattention_in_bfloat16_is_the_reference_s(queries: int, span_top_k: int) -> None:
+    """Of the same numbers in float64, as near as the reference's own in bfloat16; what is selected is the same."""
+    config = ReAttentionConfig(
+        global_size=4, local_size=100, span_top_k=span_top_k, span_size=8, max_spans=12, chunk_size=64
+    )
+    angles = torch.outer(torch.arange(config.max_scope).float(), 1e4 ** (-torch.arange(0, 64, 2) / 64))
+    tables, copies = (angles.cos(), angles.sin()), cpu.KeyCopies.new()
+    q, k, v = (random(queries + 5, 6, 64), random(2, 900, 64, seed=1), random(2, 900, 64, seed=2))
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    for seq_len in range(800, 805 if queries == 1 else 801):
+        arguments = q[seq_len - 800 :][:queries], k, v, seq_len, *tables, config
+        exact, _ = reattention_reference(*[x.double() for x in arguments[:3]], *arguments[3:])
+        plain, _ = reattention_reference(*arguments)
+        ours = cpu.reattention(*arguments, copies=copies)
+        assert ours.dtype == torch.bfloat16
+        allowed = 2 * (plain - exact).abs().max() + 2**-9 * exact.abs().max()
+        assert (ours - exact).abs().max() <= allowed
+
+
 @pytest.mark.parametrize("more_positions", [0, 3, 256])
 def test_steps_that_share_copies_of_keys(more_positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys of the local part keep their positions for some steps, or for none; some tokens come by other means."""
@@ -516,3 +537,16 @@ def test_of_equal_keys_the_first_wins(rows: int) -> None:
         half = cpu.HalfKeys().search(q_GRD, k_GND, 30, N, 6)
         for found in (half, cpu.score(q_GRD, k_GND, 30, N, 6), score_rows(q_GRD, k_GND, 30, N, 6)):
             assert found is None or torch.equal(found, expected), (D, N)
+
+
+@needs_tiled_layout
+def test_demo_model_of_tiles_is_near_to_that_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its next tokens' distributions, where all tokens are seen, where chunks select and where the last token does."""
+    monkeypatch.setattr(cpu, "_has_tiles", lambda: True)
+    models = [api.load(DEMO, device="cpu", chunk_size=64, dtype=dtype) for dtype in ("float32", "bfloat16")]
+    assert isinstance(models[1].model.head, cpu.TiledMatrix)
+    assert (models[1].model.dtype, models[1].model.sum_dtype) == (torch.bfloat16, torch.float32)
+    ids = models[0].encode((DEMO / "prompts" / "needle-16k.txt").read_text())[:2500]
+    exact, ours = (torch.log_softmax(llm.logits(ids), -1) for llm in models)
+    divergence = (exact.exp() * (exact - ours)).sum(-1)
+    assert divergence[:1000].mean() < 2e-4 and divergence[1000:].mean() < 1e-3
