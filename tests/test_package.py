@@ -38,7 +38,7 @@ ALLOWED = {
     "minirea.pinned": {"errors", "memory"},
     "minirea.cache": {"config", "memory", "errors", "kernels", "pages", "pinned", "placement", "threads"},
     "minirea.attention": {"kernels", "cache", "config", "cpu", "placement", "rope", "errors"},
-    "minirea.cpu": {"quantize", "config", "kernels", "pages", "threads"},
+    "minirea.cpu": {"quantize", "config", "kernels", "pages", "rope", "threads"},
     "minirea.plan": {
         *("quantize", "linear", "attention", "cache", "config", "cpu", "kernels", "memory", "placement", "weights"),
     },
