@@ -175,7 +175,7 @@ def score(q_GRD: torch.Tensor, k_cache_GND: torch.Tensor, mid_lo: int, mid_hi: i
     """
     G, R, _ = q_GRD.shape
     tile = max(BLOCK, TILE_SCORES[q_GRD.device.type] // (G * R) // BLOCK * BLOCK)
-    best_GRK = torch.full((G, R, min(span_top_k, mid_hi - mid_lo)), NO_KEY, device=q_GRD.device)
+    best_GRK = torch.full((G, R, min(span_top_k, mid_hi - mid_lo)), NO_KEY, dtype=torch.int64, device=q_GRD.device)
     for lo in range(mid_lo, mid_hi, tile):
         score_GNR = _dot(k_cache_GND[:, lo : min(lo + tile, mid_hi)], q_GRD)
         _merge(best_GRK, score_GNR, lo, skip_rows=lo > mid_lo and not q_GRD.is_cuda)
@@ -365,7 +365,7 @@ def score_by_sketch(
     (G, R, _), K = q_GRD.shape, min(span_top_k, mid_hi - mid_lo)
     tile = min(SKETCHED_AT_ONCE, max(BLOCK, TILE_SCORES[q_GRD.device.type] // (G * R) // BLOCK * BLOCK))
     queries, device = quantize_queries(q_GRD), q_GRD.device
-    lower_GRK = torch.empty(G, R, 0, device=device)
+    lower_GRK = torch.empty(G, R, 0, dtype=torch.float32, device=device)
     upper_GRS, index_GRS = lower_GRK, torch.empty(G, R, 0, dtype=torch.int64, device=device)
     for lo in range(mid_lo, mid_hi, tile):
         hi = min(lo + tile, mid_hi)
@@ -471,7 +471,7 @@ def attend(q_GRD: torch.Tensor, k_GSD: torch.Tensor, v_GSD: torch.Tensor, mask: 
 
 def _query_positions(lengths: list[int], T: int, device: torch.device) -> torch.Tensor:
     """int64 [B, T]: the last T positions of each ballot's scope. Section 3, step 7."""
-    return torch.tensor(lengths, device=device)[:, None] + torch.arange(-T, 0, device=device)
+    return torch.tensor(lengths, dtype=torch.int64, device=device)[:, None] + torch.arange(-T, 0, device=device)
 
 
 def _causal_mask(pos_BT: torch.Tensor, S: int, group: int) -> torch.Tensor:

@@ -463,7 +463,9 @@ class Attention:
         _, selection = reattention(
             *arguments, return_selection=True, gather=self.gather, votes=votes, near=cache.near[0]
         )
-        lengths = torch.tensor(list(map(len, selection if isinstance(selection, list) else [selection])))
+        lengths = torch.tensor(
+            [len(of) for of in (selection if isinstance(selection, list) else [selection])], dtype=torch.int64
+        )
         if self.gather is not None and self.config.span_scope == "kv_head":
             lengths = self.gather(lengths.to(self.device))
         return int(lengths.max())

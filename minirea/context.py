@@ -37,6 +37,7 @@ from minirea.checks import shown
 from minirea.config import DTYPES, MODES, QUANTIZE, ModelConfig, ReAttentionConfig, fields_of
 from minirea.errors import InputError
 from minirea.files import check_room, is_there, replacing, unreadable
+from minirea.isolation import isolated
 from minirea.threads import thread_pool
 from minirea.weights.loader import MAX_HEADER_BYTES, StoredTensor, bytes_of, open_file, read_header
 
@@ -80,6 +81,7 @@ class _Block(NamedTuple):
     offset: int
 
 
+@isolated()
 def save_context(
     path: str | Path, cache: KVCache, ids: Sequence[int], origin: Origin, notes: dict[str, str], progress: bool = False
 ) -> None:

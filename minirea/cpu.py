@@ -153,7 +153,7 @@ class PackedPlanes:
             return self._multiply_few(x_TK)
         dtype = torch.bfloat16 if _has_tiles() else torch.float32
         x_TC = x_TK.to(dtype)
-        out_TN = torch.empty(len(x_TK), N)
+        out_TN = torch.empty(len(x_TK), N, dtype=torch.float32)
         step = max(1, PLANES_WIDENED_AT_ONCE // (self.columns * 2 * half))
         for first in range(0, blocks, step):
             rows = slice(first * 2 * half, min(N, (first + step) * 2 * half))
@@ -531,7 +531,7 @@ class LocalKeys:
     """
 
     def __init__(self) -> None:
-        self._rows_GND = torch.empty(0, 0, 0)
+        self._rows_GND = torch.empty(0, 0, 0, dtype=torch.float32)
         self._seq_len = self._stop = 0  # cached tokens, and rows, of the last step
 
     def place(
@@ -709,7 +709,7 @@ def _score_many(q_RD: Tensor, k_ND: Tensor, num_winners: int) -> Tensor:
     count_R = torch.bincount(row_P, minlength=len(q_RD))
     row_P, place_P = row_P[order_P], torch.arange(len(row_P)) - (count_R.cumsum(0) - count_R)[row_P[order_P]]
     shape = len(q_RD), int(count_R.max()), best_PK.shape[1]
-    best_RCK = torch.full(shape, -torch.inf).index_put_((row_P, place_P), best_PK[order_P])
+    best_RCK = torch.full(shape, -torch.inf, dtype=torch.float32).index_put_((row_P, place_P), best_PK[order_P])
     at_RCK = torch.zeros(shape, dtype=torch.int64).index_put_((row_P, place_P), at_PK[order_P])
     at_J = torch.arange(num_blocks * BLOCK, len(k_ND))
     score_RJ = (q_RD @ k_ND[-BLOCK:].float().t())[:, BLOCK - len(at_J) :]
@@ -746,11 +746,12 @@ def _best_halves(q_RD: Tensor, k_ND: Tensor, num_winners: int, below_zero: bool 
     inversely: without `below_zero` the best of a block is then wrong, though below zero.
     """
     rounded = k_ND.dtype != torch.bfloat16
-    mean_D = k_ND[::BLOCK].mean(0) if rounded else torch.zeros(k_ND.shape[1])
+    mean_D = k_ND[::BLOCK].mean(0) if rounded else torch.zeros(k_ND.shape[1], dtype=torch.float32)
     half_RD = q_RD.bfloat16()
     best_BR = torch.empty(len(k_ND) // BLOCK, len(q_RD), dtype=torch.int16)
     buffer_NR = torch.empty(_HALVED_AT_ONCE, len(q_RD), dtype=torch.bfloat16)
-    norm, error = torch.zeros(()) if rounded else _largest_norm(k_ND[None])[0, 0], torch.zeros(())
+    zero = torch.zeros((), dtype=torch.float32)
+    norm, error = zero if rounded else _largest_norm(k_ND[None])[0, 0], zero
     for start in range(0, len(k_ND), _HALVED_AT_ONCE):
         half_ND = k_ND[start : start + _HALVED_AT_ONCE]
         if rounded:

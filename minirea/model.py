@@ -167,7 +167,7 @@ class Model:
 
     def first_query(self, token_id: int) -> Tensor:
         """The first layer's query of a token, without RoPE, [1, H, D]; it does not depend on other tokens."""
-        x_1E = self._embed(torch.tensor([token_id], device=self.device))
+        x_1E = self._embed(torch.tensor([token_id], dtype=torch.int64, device=self.device))
         return self._qkv(self.layers[0], x_1E)[:, : self.config.num_heads]
 
     def _begin(

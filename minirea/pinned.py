@@ -84,7 +84,7 @@ def _unpin(runtime: Any, address: int, memory: mmap.mmap) -> None:
 def _clear_error() -> None:
     """A failed call of the runtime is reported once more by the next launch."""
     with contextlib.suppress(RuntimeError):
-        torch.empty(1, device="cuda").zero_()
+        torch.empty(1, dtype=torch.uint8, device="cuda").zero_()
 
 
 def _refused(count: int, reason: object) -> MemoryLimitError:

@@ -88,7 +88,7 @@ class Ranks:
         goes on before all have measured.
         """
         with self._exchange():  # a rank that fails here leaves the others waiting
-            self.all_reduce(torch.zeros(1, device=self.device)).item()
+            self.all_reduce(torch.zeros(1, dtype=torch.float32, device=self.device)).item()
             numbers = torch.tensor(measure(), dtype=torch.int64, device=self.device)
             dist.all_reduce(numbers, dist.ReduceOp.MIN)
             found: list[int] = numbers.tolist()
@@ -96,7 +96,7 @@ class Ranks:
 
     def meet(self) -> None:
         """Nothing that a rank is given after this begins before all ranks have done what they were given before it."""
-        self.all_reduce(torch.zeros(1, device=self.device))
+        self.all_reduce(torch.zeros(1, dtype=torch.float32, device=self.device))
 
     def open_peers(self, config: ModelConfig) -> Peers | None:
         """Rooms for the decode steps of a model; None where there are none, and what is small goes like the large.
@@ -115,7 +115,7 @@ class Ranks:
         if not reached:
             about = "these GPUs do not reach each other's memory (no NVLink, or no peer access over PCIe)"
             warnings.warn(f"{about}: their sums go through NCCL, which takes longer", MinireaWarning, stacklevel=3)
-        opened = torch.zeros(1, device=self.device)
+        opened = torch.zeros(1, dtype=torch.float32, device=self.device)
         peers = None
         with contextlib.suppress(Exception):
             if reached:

@@ -86,7 +86,7 @@ def look(model: Model, cache: KVCache, ids: Sequence[int], answer_start: int, st
     """
     if stop <= 0 or answer_start >= len(ids):
         empty = torch.empty(0, dtype=torch.int64)
-        return Votes(empty, empty, empty, torch.empty(0), max(0, stop))
+        return Votes(empty, empty, empty, torch.empty(0, dtype=torch.float32), max(0, stop))
     first = max(0, answer_start - 1 - NEIGHBOURS)
     observer = _Rows(model, stop)
     watched = observed(model, observer, horizon=answer_start)
@@ -130,7 +130,7 @@ class _Rows:
         weight = torch.cat(self._weights)
         key = (layer * self._heads + head) * self._stop + position
         _, index, count = key.unique(return_inverse=True, return_counts=True)  # a row votes once for a key
-        weight = weight * (1 - (count[index] - 1) / max(1, num_rows - 1)) ** SHARPNESS
+        weight = weight * (1 - (count[index] - 1).float() / max(1, num_rows - 1)) ** SHARPNESS
         kept = (query >= query_start) & (weight > 0)
         return Votes(query[kept] - query_start, layer[kept], position[kept], weight[kept], self._stop)
 
@@ -187,6 +187,7 @@ def _is_near(passage: list[float], start: int, end: int) -> bool:
     return apart <= _NEAR and max(passage[1], end) - min(passage[0], start) <= _LONGEST
 
 
+@isolated()
 def sources_of(votes: Votes, ids: Sequence[int], most: int, tokenizer: Tokenizer | None) -> list[Source]:
     """The `most` best passages as sources, widened to the sentence where its ends are near.
 

@@ -54,7 +54,7 @@ ALLOWED = {
     "minirea.steps": {"kernels", "attention", "linear", "model", "cache", "placement", "ranks", "sampling"},
     "minirea.graph": {"steps", "model", "cache", "ranks", "sampling"},
     "minirea.progress": {"config"},
-    "minirea.context": {"cache", "checks", "config", "errors", "files", "threads", "weights"},
+    "minirea.context": {"cache", "checks", "config", "errors", "files", "isolation", "threads", "weights"},
     "minirea.generate": {
         *("checks", "graph", "steps", "model", "cache", "sampling", "tokenizer", "isolation", "memory", "errors"),
         *("leader", "progress", "ranks"),
@@ -65,21 +65,11 @@ ALLOWED = {
         *("tokenizer", "plan", "sources", "weights", "errors", "files", "isolation", "context"),
     },
     "minirea.evaluation": {
-        *(
-            "evaluation",
-            "api",
-            "checks",
-            "config",
-            "generate",
-            "files",
-            "json_object",
-            "sources",
-            "tokenizer",
-            "errors",
-        ),
+        *("evaluation", "api", "checks", "config", "generate", "files", "isolation", "json_object", "sources"),
+        *("tokenizer", "errors"),
     },
     "minirea.terminal": {"errors"},
-    "minirea.explain": {"evaluation", "explain", "files", "sources", "tokenizer", "errors"},
+    "minirea.explain": {"evaluation", "explain", "files", "isolation", "sources", "tokenizer", "errors"},
     "minirea.series": {"errors", "files", "json_object"},
     "minirea.chat": {"api", "errors", "files", "generate", "terminal", "threads"},
     "minirea.cli": {"cli", "errors", "follower", "ranks", "terminal", "threads"},
@@ -139,6 +129,15 @@ def test_functions_have_at_most_80_lines_and_25_parameters() -> None:
                 first, last = min(one.lineno for one in (node, *node.decorator_list)), node.end_lineno or 0
                 parameters = [one for one in ast.walk(node.args) if isinstance(one, ast.arg)]
                 assert last - first < 80 and len(parameters) <= 25, f"{path}: {node.name}"
+
+
+def test_new_tensors_name_their_dtype() -> None:
+    """The default one is the caller's."""
+    makers = ("empty", "full", "ones", "rand", "randn", "zeros", "tensor", "eye", "linspace")
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{maker}" for maker in makers}:
+                assert any(keyword.arg == "dtype" for keyword in node.keywords), f"{path}: line {node.lineno}"
 
 
 def test_the_twins_and_the_kernel_do_not_know_each_other() -> None:

@@ -70,7 +70,7 @@ class _Prompts(argparse.Action):
         namespace.prompts = [*namespace.prompts, values]
 
 
-class OnePrompt(argparse.Action):
+class _OnePrompt(argparse.Action):
     """--prompt FILE where there is one prompt: of two, the first would be passed over."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:  # noqa: ARG002
@@ -85,15 +85,20 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_prompt(parser: argparse.ArgumentParser, several: bool = False) -> Any:
+    """The group of the flags that a prompt comes by, one of which is required; `several` takes --prompt repeatedly."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    about = "UTF-8 text file, or - for standard input"
+    action, more = (_Prompts, "; several times: one line of JSON for each") if several else (_OnePrompt, "")
+    source.add_argument("--prompt", type=path, action=action, metavar="FILE", help=about + more)
+    source.add_argument("--text", metavar="STRING", help="the prompt itself (one of these is required)")
+    return source
+
+
 def add_input(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """Model and prompts; `several` adds what asks for several answers."""
     add_model(parser)
-    source = parser.add_mutually_exclusive_group(required=True)
-    about = "UTF-8 text file, or - for standard input" + (
-        "; several times: one line of JSON for each" if several else ""
-    )
-    source.add_argument("--prompt", type=path, action=_Prompts if several else OnePrompt, metavar="FILE", help=about)
-    source.add_argument("--text", metavar="STRING", help="the prompt itself (one of these is required)")
+    source = add_prompt(parser, several)
     parser.set_defaults(prompts=[], questions=None, answers=None)
     if several:
         questions = 'JSON Lines of {"id": ..., "prompt": ...}, or - for standard input: one line of JSON for each'

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from minirea import __version__
 from minirea.cli.flags import (
     HelpFormatter,
-    OnePrompt,
     Parser,
     add_attention,
     add_execution,
     add_input,
     add_model,
+    add_prompt,
     add_sampling,
     add_scope,
     path,
@@ -91,15 +91,7 @@ def _add_read(commands: Any) -> None:
     )
     read = _add_command(commands, "read", "read a prompt once and keep the context in a file", description)
     add_model(read)
-    source = read.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--prompt",
-        type=path,
-        action=OnePrompt,
-        metavar="FILE",
-        help="UTF-8 text file, or - for standard input (or --text)",
-    )
-    source.add_argument("--text", metavar="STRING", help="the prompt itself (one of the two is required)")
+    add_prompt(read)
     read.add_argument("--save", type=path, required=True, metavar="FILE", help="where the context is kept")
     read.add_argument("--context", type=path, metavar="FILE", help="a kept context that the prompt goes on from")
     add_attention(read)

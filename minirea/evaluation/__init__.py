@@ -72,8 +72,8 @@ def evaluate(
 
     Args:
         task: "needle", "ruler", ...: one of minirea.evaluation.registry.names().
-        model: a directory, or a model that is loaded already. Then device, dtype, impl, gpus, quantize, sketch and cache
-            are the model's, whatever is given here, and fields that are not given are as it has them.
+        model: a directory, or a model that is loaded already. Then device, dtype, impl, gpus, quantize, sketch and
+            cache are its own, whatever is given here, and fields that are not given are as it has them.
         attention: modes to compare: "reattention", "streaming", "full".
         out: directory for settings.json, records.jsonl and summary.json. Answers that it holds are not asked for again.
             None keeps everything in memory.

@@ -14,6 +14,7 @@ from minirea.errors import InputError
 from minirea.explain.page import render
 from minirea.explain.picture import draw
 from minirea.files import LONE_SURROGATES, check_replaceable, replace_file
+from minirea.isolation import isolated
 from minirea.sources import Votes
 from minirea.tokenizer import Tokenizer
 
@@ -42,6 +43,7 @@ class Explanation:
     num_layers: int
     sources: Sequence[Mapping[str, Any]]
 
+    @isolated()
     def write(self, folder: Path, tokenizer: Tokenizer) -> list[Path]:
         """Write all of it into a folder, which is made; returns what was written.
 

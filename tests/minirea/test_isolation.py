@@ -62,8 +62,8 @@ def state() -> tuple[Any, ...]:
     return (torch.get_default_device(), torch.get_default_dtype(), *flags, torch.zeros(1).device)
 
 
-def results(directory: Path, attention: str, ids: list[int]) -> list[Any]:
-    """Of every public call that computes."""
+def results(directory: Path, attention: str, ids: list[int], context: Path) -> list[Any]:
+    """Of every public call that computes; `context` is where one is saved."""
     llm = minirea.load(directory, device="cpu", attention=attention, **SCOPE)
     before = state()
     session = llm.session()
@@ -73,18 +73,20 @@ def results(directory: Path, attention: str, ids: list[int]) -> list[Any]:
         assert state() == before
         pieces += piece.token_ids
     greedy = llm.with_attention(attention, **SCOPE).generate(ids, max_tokens=5, ignore_eos=True)
-    found = [pieces, greedy.token_ids, greedy.stats.scope, llm.logits(ids)]
+    session.save(context)
+    again = llm.open_session(context).generate(ids[:9], max_tokens=5, ignore_eos=True, sources=3)
+    found = [pieces, greedy.token_ids, greedy.stats.scope, again.token_ids, again.sources, llm.logits(ids)]
     assert state() == before
     return found
 
 
 @pytest.mark.parametrize("attention", ["reattention", "full"])
-def test_torchs_state_is_the_callers(directory: Path, attention: str) -> None:
+def test_torchs_state_is_the_callers(directory: Path, attention: str, tmp_path: Path) -> None:
     ids = random_ids(70)
-    *expected, logits = results(directory, attention, ids)
+    *expected, logits = results(directory, attention, ids, tmp_path / "context")
     for name, enter in STATES.items():
         with enter():
-            *found, other = results(directory, attention, ids)
+            *found, other = results(directory, attention, ids, tmp_path / "context")
         assert found == expected, name
         assert torch.equal(other, logits), name
 

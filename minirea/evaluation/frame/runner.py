@@ -21,6 +21,7 @@ from minirea.evaluation.frame.records import Place, Record, Results
 from minirea.evaluation.frame.tasks import Task
 from minirea.evaluation.lengths import short_length
 from minirea.files import model_name
+from minirea.isolation import isolated
 
 
 class Runner:
@@ -67,6 +68,7 @@ class Runner:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
         return {"machine": name, "torch": torch.__version__, "python": platform.python_version()}
 
+    @isolated()
     def run(self, results: Results, progress: bool) -> list[Record]:
         """All records, in the order of the work; those that `results` has already are not made again."""
         ids = [record_id(mode, place) for cell, mode in self.work for place in cell.places]

@@ -224,6 +224,19 @@ def test_sources_of_the_answers_are_noted_and_the_needle_is_the_first(how: dict[
     assert minirea.evaluate("needle", DEMO, out=tmp_path / "plain", **options).records == plain.records
 
 
+def test_the_callers_default_device_does_not_matter(llm: minirea.LLM) -> None:
+    tasks: dict[str, dict[str, Any]] = {
+        "needle": NEEDLE | {"sources": 2},
+        "mechanism": {"lengths": 300, "samples": 1, "studies": "overlap"},
+    }
+    for task, options in tasks.items():
+        found = []
+        for device in ("cpu", "meta"):
+            with torch.device(device):
+                found.append(timeless(minirea.evaluate(task, llm, **options).records))
+        assert found[0] == found[1]
+
+
 def test_how_often_the_needle_is_the_first_source() -> None:
     """Of right answers alone; none are right in the second mode, and the third has no sources."""
     rows = [("reattention", 1.0, 1), ("reattention", 1.0, 3), ("reattention", 0.0, 1), ("reattention", 1.0, None)]
