@@ -578,7 +578,7 @@ def test_gpus_that_do_not_reach_each_other_are_told(directory: Path, monkeypatch
     ranks.size, ranks.device = 2, torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: False)  # noqa: ARG005
-    monkeypatch.setattr(torch, "zeros", lambda *sizes, device: zeros(*sizes))  # noqa: ARG005
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, dtype, device: zeros(*sizes, dtype=dtype))  # noqa: ARG005
     monkeypatch.setattr(ranks, "all_reduce", lambda x: 2 * x)
     with pytest.warns(minirea.MinireaWarning, match="do not reach each other's memory .*: their sums go through NCCL"):
         assert ranks.open_peers(load_config(directory)) is None
