@@ -10,6 +10,7 @@ import functools
 import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from types import ModuleType
 from typing import Any, Final
 
@@ -81,7 +82,7 @@ def reattention(
 
     Up to dense_size cached tokens this is ordinary causal attention. Beyond, every query scores all keys between the
     first global_size and the last local_size ones without RoPE; the best ones are put to a vote, and
-    global ++ spans around the elected ++ local are attended with RoPE positions 0, 1, 2, ...
+    global ++ spans around the elected ++ local are attended with RoPE positions 0, 1, 2, ... No gradients flow back.
 
     Args:
         q_THD: this step's queries without RoPE, [T, H, D], the last T of the seq_len tokens.
@@ -133,7 +134,8 @@ def reattention(
     if impl == "torch":
         from minirea.kernels.reference import reattention_reference
 
-        with torch.autocast(q_THD.device.type, enabled=False):  # the caller's products may be; these are not
+        # The caller's products may be in autocast, and record gradients; these are not, and do not.
+        with torch.no_grad(), torch.autocast(q_THD.device.type, enabled=False):
             out_THD, selection = reattention_reference(*tensors, int(seq_len), cos, sin, config, **options)
     else:
         from minirea.kernels.fused.launch import reattention_triton
@@ -436,19 +438,19 @@ def _check_seq_len(seq_len: int | torch.Tensor) -> None:
     if isinstance(seq_len, torch.Tensor):
         if seq_len.numel() != 1 or seq_len.is_floating_point() or seq_len.is_complex() or seq_len.dtype == torch.bool:
             raise InputError(f"seq_len is a {seq_len.dtype} tensor {_shape(seq_len)}, expected one integer")
-    elif isinstance(seq_len, bool) or not isinstance(seq_len, int):
+    elif isinstance(seq_len, bool) or not isinstance(seq_len, Integral):
         raise InputError(f"seq_len is {seq_len!r}, expected an integer or an integer tensor of one element")
 
 
 def _checked_chunk_size(chunk_size: int, num_queries: int, return_selection: bool) -> int:
     """At most num_queries."""
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral) or chunk_size < 1:
         raise InputError(f"chunk_size is {chunk_size!r}, expected a positive integer")
     if return_selection and num_queries > chunk_size:
         raise InputError(
             f"q_THD has {num_queries} queries, expected at most one chunk of {chunk_size} with return_selection"
         )
-    return min(chunk_size, num_queries)
+    return min(int(chunk_size), num_queries)
 
 
 def _check_lengths(num_queries: int, chunk_size: int, seq_len: int, capacity: int, config: ReAttentionConfig) -> None:

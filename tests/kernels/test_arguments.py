@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kernel_cases import make_case
@@ -64,6 +65,15 @@ def test_a_selection_is_of_one_chunk() -> None:
     with pytest.raises(InputError, match="3 queries, expected at most one chunk of 2 with return_selection"):
         reattention(*case.arguments(), impl="torch", chunk_size=2, return_selection=True)
     reattention(*case.arguments(), impl="torch", chunk_size=3, return_selection=True)
+
+
+def test_tensors_that_record_gradients_and_numpys_numbers_are_like_others() -> None:
+    case = make_case(ReAttentionConfig(4, 8, 1, 2, 2), 50, T=7)
+    q_THD, k_GND, v_GND, seq_len, *others = case.arguments()
+    expected = reattention(q_THD, k_GND, v_GND, seq_len, *others, impl="torch", chunk_size=5)
+    inputs = (x.clone().requires_grad_() for x in (q_THD, k_GND, v_GND))
+    found = reattention(*inputs, np.int64(seq_len), *others, impl="torch", chunk_size=np.int32(5))  # type: ignore[arg-type]
+    assert torch.equal(found, expected) and not found.requires_grad
 
 
 def test_more_queries_than_local_size_fit_in_chunks() -> None:
