@@ -259,7 +259,7 @@ class Leader(Ranks):
         try:
             for connection in self._connections:
                 connection.send((dropped, *message))
-        except OSError:  # the thread that watches knows why, or will
+        except OSError:  # `_watch` records why
             self._failed.wait(_GRACE)
             self._check()
             raise

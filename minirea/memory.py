@@ -138,7 +138,7 @@ class MemoryPlan:
         fit = self.tokens_that_fit(device, room) if self.cache else 0
         if fit:
             return f"shorten the prompt or lower max_tokens: about {fit:,} of {self.num_tokens:,} tokens fit"
-        # So much to work in beside so large a cache grows with it.
+        # So large a workspace grows with its cache.
         if min(self.cache, self.workspace) > room.device - self.weights > 0:
             return "shorten the prompt or lower max_tokens"
         return "use a smaller `dtype`, another `device` or a smaller model"

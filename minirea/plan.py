@@ -62,7 +62,7 @@ def plan_cache(
     weights: int = 0,
     loading: int = 0,
 ) -> tuple[Placement, MemoryPlan]:
-    """Of what a cache of `num_tokens` may be the first that fits, beside its workspace and these bytes, or the one that
+    """Of what a cache of `num_tokens` may be the first that fits, with its workspace and these bytes, or the one that
     comes closest.
     """
     workspace, sizes = workspace_bytes(attention, dtype, num_tokens, quantize), (attention.dense_limit, dtype)

@@ -41,7 +41,7 @@ _gather: Final = getattr(dist, "all_gather_single", None) or dist.all_gather_int
 
 
 class LostRankError(RankError):
-    """A collective failed, as it does where another rank has ended; the leader knows which."""
+    """A collective failed, as it does where another rank has ended; the leader's error says which."""
 
 
 class Ranks:

@@ -211,7 +211,7 @@ class RankSums:
 def compile_decode_step(model: Model, placement: Placement) -> None:
     """Compile what a step over one token launches, all at the same time; nothing is launched. Its layers are as many
     as there are kinds: with sketches the first one and those after it. Of layers whose values are far, or keys, and
-    others beside them, it takes the former.
+    others besides them, it takes the former.
     """
     from minirea.kernels.driver import compiling  # imports triton
 

@@ -128,7 +128,7 @@ def evaluate(
 
 
 def _chosen_fields(config: ReAttentionConfig, trained_context: int) -> dict[str, Any]:
-    """Those that are not the default which follows from the others: what is overridden beside them may change it."""
+    """Those that are not the default which follows from the others: what is overridden besides may change it."""
     fields = dataclasses.asdict(config)
     for name in reversed(SCOPE_FIELDS):
         others = {other: value for other, value in fields.items() if other != name}

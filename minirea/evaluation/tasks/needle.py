@@ -124,7 +124,7 @@ class Needle(Task):
         _check_template("needle", self.needle, ("key", "value"))
         _check_template("question", self.question, ("key",))
         plain = (self.needle, self.question) == (NEEDLE, QUESTION)
-        require("facts", self.facts, plain or not self.facts, "no needle or question beside it: facts have their own")
+        require("facts", self.facts, plain or not self.facts, "no needle or question besides: facts have their own")
         self.check_answers(len(self.at) or self.depths)
 
     @property
