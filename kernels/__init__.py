@@ -134,8 +134,7 @@ def reattention(
     if impl == "torch":
         from minirea.kernels.reference import reattention_reference
 
-        # The caller's products may be in autocast, and record gradients; these are not, and do not.
-        with torch.no_grad(), torch.autocast(q_THD.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(q_THD.device.type, enabled=False):  # whatever the caller's products are
             out_THD, selection = reattention_reference(*tensors, int(seq_len), cos, sin, config, **options)
     else:
         from minirea.kernels.fused.launch import reattention_triton

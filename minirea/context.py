@@ -30,7 +30,6 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from minirea.cache import NO_WINNERS, KVCache
 from minirea.checks import shown
@@ -38,6 +37,7 @@ from minirea.config import DTYPES, MODES, QUANTIZE, ModelConfig, ReAttentionConf
 from minirea.errors import InputError
 from minirea.files import check_room, is_there, replacing, unreadable
 from minirea.isolation import isolated
+from minirea.progress import bar_of_bytes
 from minirea.threads import thread_pool
 from minirea.weights.loader import MAX_HEADER_BYTES, StoredTensor, bytes_of, open_file, read_header
 
@@ -404,8 +404,7 @@ def _in_parallel(
 ) -> Iterator[int]:
     """Results of `do`, in the order of the blocks, by so many threads, with a bar of bytes on stderr."""
     total = sum(block.rows.nbytes for block in blocks)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc=what, delay=1, leave=False, disable=not progress)
-    with bar, thread_pool(threads, what) as pool:
+    with bar_of_bytes(total, what, progress) as bar, thread_pool(threads, what) as pool:
         for block, result in zip(blocks, pool.map(do, blocks), strict=True):
             bar.update(block.rows.nbytes)
             yield result

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from minirea.config import ReAttentionConfig
 from minirea.kernels.reference import BLOCK, INDEX_MASK, choose_scope, locate, not_alone, rotate
 from minirea.kernels.votes import Votes
 from minirea.pages import advise, collapsed
+from minirea.progress import bar_of_bytes
 from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix, num_groups, quantized_bytes
 from minirea.rope import apply_rope
 from minirea.threads import thread_pool
@@ -354,15 +354,7 @@ def prepare(weights: dict[str, Any], dtype: torch.dtype, progress: bool = False)
     with (
         collapsed(),
         thread_pool(_preparing_threads(), "prepare") as pool,
-        tqdm(
-            total=sum(sizes.values()),
-            unit="B",
-            unit_scale=True,
-            desc="packing",
-            delay=1,
-            leave=False,
-            disable=not progress,
-        ) as bar,
+        bar_of_bytes(sum(sizes.values()), "packing", progress) as bar,
     ):
         for name, matrix in zip(names, pool.map(fastest, names), strict=True):
             prepared[name] = matrix

@@ -1,13 +1,31 @@
-"""The bar that is shown while a prompt is read. Its estimate counts that later tokens cost more than earlier ones."""
+"""Bars on stderr. The one of a prompt that is read counts that later tokens cost more than earlier ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
 from minirea.config import ModelConfig, ReAttentionConfig
+
+
+class _Hidden(tqdm):  # type: ignore[misc]  # it has no types
+    """tqdm starts a thread with a program's first bar, be it hidden, unless its class has no interval for it."""
+
+    monitor_interval = 0
+
+
+def bar(total: float, progress: bool, **how: Any) -> Any:
+    """A bar of tqdm's, which disappears at its end; without `progress` it shows nothing and starts no thread."""
+    kind = tqdm if progress else _Hidden
+    return kind(**{"total": total, "leave": False, "disable": not progress} | how)
+
+
+def bar_of_bytes(total: int, what: str, progress: bool) -> Any:
+    """The same for bytes, shown after a second: what is small is done before a bar could be read."""
+    return bar(total, progress, desc=what, unit="B", unit_scale=True, delay=1)
 
 
 def work_of(model: ModelConfig, mode: str, scope: ReAttentionConfig, dense_size: int) -> Callable[[int], float]:
@@ -40,7 +58,7 @@ class ReadingBar:
         self._work, self._cached, self._read, self._num_tokens = work, cached, 0, num_tokens
         shape = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
         total = work(cached + num_tokens) - work(cached)
-        self._bar = tqdm(desc="prefill", total=total, bar_format=shape, leave=False, disable=hide)
+        self._bar = bar(total, not hide, desc="prefill", bar_format=shape)
         self._bar.set_postfix_str(self._tokens())
 
     def update(self, num_read: int) -> None:

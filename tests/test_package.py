@@ -38,7 +38,7 @@ ALLOWED = {
     "minirea.pinned": {"errors", "memory"},
     "minirea.cache": {"config", "memory", "errors", "kernels", "pages", "pinned", "placement", "threads"},
     "minirea.attention": {"kernels", "cache", "config", "cpu", "placement", "rope", "errors"},
-    "minirea.cpu": {"quantize", "config", "kernels", "pages", "rope", "threads"},
+    "minirea.cpu": {"quantize", "config", "kernels", "pages", "progress", "rope", "threads"},
     "minirea.plan": {
         *("quantize", "linear", "attention", "cache", "config", "cpu", "kernels", "memory", "placement", "weights"),
     },
@@ -54,7 +54,7 @@ ALLOWED = {
     "minirea.steps": {"kernels", "attention", "linear", "model", "cache", "placement", "ranks", "sampling"},
     "minirea.graph": {"steps", "model", "cache", "ranks", "sampling"},
     "minirea.progress": {"config"},
-    "minirea.context": {"cache", "checks", "config", "errors", "files", "isolation", "threads", "weights"},
+    "minirea.context": {"cache", "checks", "config", "errors", "files", "isolation", "progress", "threads", "weights"},
     "minirea.generate": {
         *("checks", "graph", "steps", "model", "cache", "sampling", "tokenizer", "isolation", "memory", "errors"),
         *("leader", "progress", "ranks"),
@@ -65,8 +65,8 @@ ALLOWED = {
         *("tokenizer", "plan", "sources", "weights", "errors", "files", "isolation", "context"),
     },
     "minirea.evaluation": {
-        *("evaluation", "api", "checks", "config", "generate", "files", "isolation", "json_object", "sources"),
-        *("tokenizer", "errors"),
+        *("evaluation", "api", "checks", "config", "generate", "files", "isolation", "json_object", "progress"),
+        *("sources", "tokenizer", "errors"),
     },
     "minirea.terminal": {"errors"},
     "minirea.explain": {"evaluation", "explain", "files", "isolation", "sources", "tokenizer", "errors"},
@@ -84,11 +84,11 @@ ALLOWED = {
     "minirea.__main__": {"cli"},
     "minirea.__init__": {"errors", "api", "evaluation", "generate"},
     # What looks inside the model instead of only asking it.
-    "minirea.evaluation.tasks.likelihood": {"evaluation", "api", "cache", "steps", "errors", "isolation"},
+    "minirea.evaluation.tasks.likelihood": {"evaluation", "api", "cache", "steps", "errors", "isolation", "progress"},
     "minirea.evaluation.tasks.observe": {"evaluation", "cache", "generate", "isolation", "model", "observer"},
     "minirea.evaluation.tasks.mechanism_measures": {"evaluation", "config", "kernels", "observer", "rope"},
     "kernels": {"config", "errors", "kernels", "quantize"},
-    "weights": {"quantize", "config", "errors", "files", "json_object", "threads", "weights"},
+    "weights": {"quantize", "config", "errors", "files", "json_object", "progress", "threads", "weights"},
 }
 
 
@@ -129,6 +129,11 @@ def test_functions_have_at_most_80_lines_and_25_parameters() -> None:
                 first, last = min(one.lineno for one in (node, *node.decorator_list)), node.end_lineno or 0
                 parameters = [one for one in ast.walk(node.args) if isinstance(one, ast.arg)]
                 assert last - first < 80 and len(parameters) <= 25, f"{path}: {node.name}"
+
+
+def test_bars_come_from_one_place() -> None:
+    """Which keeps hidden ones from starting a thread."""
+    assert [path.name for path in SOURCES if "tqdm" in imports(path)] == ["progress.py"]
 
 
 def test_new_tensors_name_their_dtype() -> None:

@@ -27,12 +27,12 @@ from queue import SimpleQueue
 from typing import Any, Final, NamedTuple, TypeGuard
 
 import torch
-from tqdm import tqdm
 
 from minirea.config import ModelConfig, Packing
 from minirea.errors import InputError, MemoryLimitError, MinireaWarning, MissingFileError, memory_limit_of
 from minirea.files import check_regular, list_directory, unreadable
 from minirea.json_object import JsonObject
+from minirea.progress import bar_of_bytes
 from minirea.quantize import QuantizedMatrix, bits_of, parts, quantized_bytes, rounding_bytes
 from minirea.threads import thread_pool
 from minirea.weights.names import NameTable, Place, is_ignored
@@ -169,11 +169,7 @@ def load_weights(
             for tensor, place, scale in assigned
             if place.kept[0]
         ]
-        total = sum(transfer.nbytes for transfer in transfers)
-        # Small models load before a bar could be read.
-        with tqdm(
-            total=total, unit="B", unit_scale=True, desc="weights", delay=1, leave=False, disable=not progress
-        ) as bar:
+        with bar_of_bytes(sum(transfer.nbytes for transfer in transfers), "weights", progress) as bar:
             for nbytes in _fill(transfers, device):
                 bar.update(nbytes)
     except RuntimeError as error:

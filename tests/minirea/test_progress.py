@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import tqdm
 
 from minirea.cache import ALL_TOKENS
 from minirea.config import ModelConfig, ReAttentionConfig, RopeConfig
-from minirea.progress import ReadingBar, work_of
+from minirea.progress import ReadingBar, bar, bar_of_bytes, work_of
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -46,6 +47,17 @@ def test_work_is_the_sum_of_what_tokens_cost(mode: str, dense_size: int) -> None
     for n in (10, 28, 48, 49, 300, 5000):
         expected = sum(token_cost(i, mode, scope, dense_size, window) for i in range(1, n + 1))
         assert work(n) == pytest.approx(expected, rel=0.01)
+
+
+def test_hidden_bars_start_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr(tqdm.tqdm, "monitor", None)
+    monkeypatch.setattr("tqdm.std.TMonitor", lambda *arguments: started.append(arguments))
+    for progress in (False, True):
+        with bar(3, progress) as one, bar_of_bytes(5, "bytes", progress) as other:
+            one.update(2)
+            other.update(5)
+        assert bool(started) == progress
 
 
 def test_the_bar_counts_tokens_and_work(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from minirea.api import LLM, ModelFiles
 from minirea.errors import MemoryLimitError
@@ -22,6 +21,7 @@ from minirea.evaluation.frame.tasks import Task
 from minirea.evaluation.lengths import short_length
 from minirea.files import model_name
 from minirea.isolation import isolated
+from minirea.progress import bar
 
 
 class Runner:
@@ -73,15 +73,15 @@ class Runner:
         """All records, in the order of the work; those that `results` has already are not made again."""
         ids = [record_id(mode, place) for cell, mode in self.work for place in cell.places]
         done = sum(map(results.finished, ids))
-        with tqdm(total=len(ids), initial=done, unit="answer", dynamic_ncols=True, disable=not progress) as bar:
+        with bar(len(ids), progress, initial=done, unit="answer", dynamic_ncols=True, leave=True) as answers:
             for cell, mode in self.work:
                 wanted = [i for i, p in enumerate(cell.places) if not results.finished(record_id(mode, p))]
                 if not wanted:
                     continue
-                bar.set_description(f"{mode} {short_length(cell.tokens)}")
+                answers.set_description(f"{mode} {short_length(cell.tokens)}")
                 for index, record in zip(wanted, self._records(cell, mode, wanted, progress), strict=True):
                     results.add(self._complete(record, cell, mode, cell.places[index]))
-                    bar.update()
+                    answers.update()
         return results.records(ids)
 
     def _records(self, cell: Cell, mode: str, wanted: Sequence[int], progress: bool) -> Iterator[Record]:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from minirea.api import LLM
 from minirea.cache import KVCache
 from minirea.errors import InputError
 from minirea.isolation import isolated
+from minirea.progress import bar
 from minirea.steps import chunks
 
 # Logits held at a time, in float32 elements. A chunk of 512 tokens and a vocabulary of 128,000 have twice as many.
@@ -37,14 +37,13 @@ def token_nlls(llm: LLM, ids: Sequence[int], progress: bool = False) -> Tensor:
     ids_T = torch.tensor(ids, dtype=torch.long, device=model.device)
     rows = max(1, TILE_LOGITS // model.config.vocab_size)
     nll_T = torch.empty(num_read, dtype=torch.float32)
-    bar = tqdm(total=num_read, desc="reading", unit="tok", unit_scale=True, leave=False, disable=not progress)
-    with bar:
+    with bar(num_read, progress, desc="reading", unit="tok", unit_scale=True) as tokens:
         for start, stop, chunk_size in chunks(model.attention, 0, num_read, to_follow=1):
             x_TE = model.forward(ids_T[start:stop], cache, len(ids), chunk_size)
             parts = zip(x_TE.split(rows), ids_T[start + 1 : stop + 1].split(rows), strict=True)
             losses = [F.cross_entropy(model.logits(x_RE), next_R, reduction="none") for x_RE, next_R in parts]
             nll_T[start:stop] = torch.cat(losses).cpu()
-            bar.update(stop - start)
+            tokens.update(stop - start)
     if not nll_T.isfinite().all():
         position = int(nll_T.isfinite().logical_not().nonzero()[0])
         raise InputError(
