@@ -64,6 +64,7 @@ def test_attention_between_products_reads_nothing_early(D: int, span_top_k: int,
 
     chain(wait=True)
     expected = x_E.clone()
+    torch.cuda.synchronize()  # before another stream changes it
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.stream(stream):
         chain(wait=False)  # its workspace
