@@ -21,9 +21,8 @@ CONFIG = ReAttentionConfig(32, 256, 4, 32, 24)
 # Heads, key/value heads, head_dim, dtype, ranks, scope.
 SHAPES: list[tuple[int, int, int, torch.dtype, int, str]] = [
     (24, 8, 128, HALF, 2, "layer"),
-    (32, 8, 128, HALF, 4, "layer"),
-    (24, 8, 128, HALF, 2, "kv_head"),
-    (4, 2, 64, torch.float32, 2, "layer"),
+    (16, 8, 64, HALF, 4, "layer"),
+    (4, 2, 64, torch.float32, 2, "kv_head"),
 ]
 
 
@@ -33,7 +32,7 @@ def test_sketches_and_far_caches_change_nothing(
 ) -> None:
     """Outputs are bit for bit those of ranks without; the selection is that of one launch for all heads."""
     config = replace(CONFIG, span_scope=span_scope)
-    for seq_len in (270, 289, 9000, 40_001, 100_000):
+    for seq_len in (270, 289, 9000, 60_001):
         case = real_case(config, seq_len, seq_len, dtype, H=H, G=G, D=D).on_gpu(dtype)
         _, selection = reattention(*case.arguments(), impl="triton", return_selection=True)
         expected = on_ranks(case, ranks, "triton", return_selection=True)
@@ -42,11 +41,9 @@ def test_sketches_and_far_caches_change_nothing(
         parts = [part_of(case, rank, ranks) for rank in range(ranks)]
         sketches = [sketch_of(part, "triton") for part in parts]
         kinds: list[tuple[Any, list[dict[str, Any]], dict[str, Any]]] = [(case, [{"sketch": s} for s in sketches], {})]
-        for keys in (False, True):
-            options = [
-                {"sketch": s, "near": near_of(p, keys, True, None, ROWS)} for s, p in zip(sketches, parts, strict=True)
-            ]
-            kinds.append((far_case(case, keys, True), options, {"to_host": on_host}))
+        pairs = zip(sketches, parts, strict=True)
+        far = [{"sketch": sketch, "near": near_of(part, True, True, None, ROWS)} for sketch, part in pairs]
+        kinds.append((far_case(case, True, True), far, {"to_host": on_host}))
         for this, options, more in kinds:
             found = on_ranks(this, ranks, "triton", options, return_selection=True, **more)
             for (out_THD, selected), (expected_THD, wanted) in zip(found, expected, strict=True):
@@ -56,7 +53,7 @@ def test_sketches_and_far_caches_change_nothing(
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_keys_that_try_the_bounds_are_selected_exactly(change: Change) -> None:
-    case = changed(real_case(CONFIG, 60_000, 1, HALF, H=24, G=8, D=128).on_gpu(HALF), change)
+    case = changed(real_case(CONFIG, 30_000, 1, HALF, H=24, G=8, D=128).on_gpu(HALF), change)
     options = [{"sketch": sketch_of(part_of(case, rank, 2), "triton")} for rank in range(2)]
     pairs = zip(on_ranks(case, 2, "triton", options), on_ranks(case, 2, "triton"), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
