@@ -263,7 +263,12 @@ class ModelFiles(_Encoder):
 
     def origin(self) -> Origin:
         """What contexts of this model, under these settings, are known by."""
-        return _origin(self.path, self.config, self.attention, self.dtype, self.quantize)
+        return _origin(self.path, self.fingerprint, self.attention, self.dtype, self.quantize)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Which model this is, wherever it lies."""
+        return fingerprint(self.path, self.config)
 
     def context_bytes(self, num_tokens: int) -> int:
         """What Session.save takes for so many tokens."""
@@ -288,9 +293,10 @@ class ModelFiles(_Encoder):
         """
         self.plan(num_tokens).check(self.attention.device)
         if self.gpus == 1:
-            return LLM(self._load(progress), self._tokenizer, self.path)
+            # Known from here on, so that contexts can be saved whatever becomes of the directory.
+            return LLM(self._load(progress), self._tokenizer, self.path, self.fingerprint)
         leader, attention = Leader.of(self.gpus, self.attention.device), self.attention
-        number, digest = leader.new_id(), fingerprint(self.path, self.config)
+        number, digest = leader.new_id(), self.fingerprint
         settings = attention.mode, attention.config, attention.impl, attention.sketch, attention.cache
         dtype = str(self.dtype).removeprefix("torch.")
         try:
@@ -302,7 +308,7 @@ class ModelFiles(_Encoder):
         leader.adopt(model, number)
         with leader.asking("open", number):
             model.open_peers()
-        return LLM(model, self._tokenizer, self.path)
+        return LLM(model, self._tokenizer, self.path, digest)
 
     @isolated()
     def load_part(self, ranks: Ranks) -> Model:
@@ -324,8 +330,11 @@ class ModelFiles(_Encoder):
 class LLM(_Encoder):
     """A loaded model. Made by `load`."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer | None, path: str | Path | None = None) -> None:
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer | None, path: str | Path | None = None, fingerprint: str = ""
+    ) -> None:
         self.model = model
+        self.fingerprint = fingerprint
         self.config = model.config.part.whole if model.config.part else model.config
         self.path = path
         self._tokenizer = tokenizer
@@ -372,7 +381,7 @@ class LLM(_Encoder):
             with model.ranks.asking("vary", number, self.model.id, (attention, scope, old.impl, old.sketch, where)):
                 pass
             model.ranks.adopt(model, number)
-        return LLM(model, self._tokenizer, self.path)
+        return LLM(model, self._tokenizer, self.path, self.fingerprint)
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given, so that a clock can be read."""
@@ -458,7 +467,7 @@ class LLM(_Encoder):
         return loop.all_logits(self.model, self._cache(len(ids)), ids)
 
     def _origin(self) -> Origin:
-        return _origin(self.path, self.config, self.model.attention, self.model.dtype, self.model.quantize)
+        return _origin(self.path, self.fingerprint, self.model.attention, self.model.dtype, self.model.quantize)
 
     def _cache(self, capacity: int) -> KVCache:
         return new_cache(self.model, capacity)
@@ -659,7 +668,7 @@ def generation_config(options: dict[str, Any]) -> GenerationConfig:
 
 
 def _origin(
-    path: str | Path | None, config: ModelConfig, attention: Attention, dtype: torch.dtype, quantize: str | None
+    path: str | Path | None, fingerprint: str, attention: Attention, dtype: torch.dtype, quantize: str | None
 ) -> Origin:
     """What a context is checked against: the settings that keys and values, or what is read next, depend on."""
     if path is None:
@@ -667,7 +676,7 @@ def _origin(
     settings: dict[str, int | str | None] = {"attention": attention.mode, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {name: getattr(attention.config, name) for name in fields_of(attention.mode)}
     settings["quantize"] = quantize
-    return Origin(fingerprint(path, config), model_name(path), settings)
+    return Origin(fingerprint, model_name(path), settings)
 
 
 def _check_one_device(config: ModelConfig, what: str) -> None:

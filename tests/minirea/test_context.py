@@ -146,6 +146,24 @@ def resaved(saved: Path, edit: Callable[[dict[str, str]], object]) -> None:
     saved.write_bytes(len(text).to_bytes(8, "little") + text + raw[end:])
 
 
+def test_a_context_is_saved_and_opened_whatever_becomes_of_the_models_directory(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be another one under the name that it had, as after a change of the current directory, or none."""
+    shutil.copytree(directory, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    llm = minirea.load("model", device="cpu", **SCOPE)
+    session = llm.session()
+    session.prefill(random_ids(40))
+    write_checkpoint(tmp_path / "model", tiny_model(5))
+    session.save("first")
+    shutil.rmtree("model")
+    session.save("second")
+    assert Path("first").read_bytes() == Path("second").read_bytes()
+    assert llm.open_session("second").ids == session.ids
+    assert minirea.load(directory, device="cpu", **SCOPE).open_session("first").ids == session.ids
+
+
 def test_each_mismatch_names_both_values(directory: Path, saved: Path, tmp_path: Path) -> None:
     for change, named in (
         ({"local_size": 25}, ("local_size=24", "local_size=25")),
