@@ -46,8 +46,11 @@ class Evaluation:
         return render(self.task.table(self.rows))
 
     def plot(self, folder: str | Path) -> list[Path]:
-        """Draw the pictures as PNG files into an existing folder. Raises InputError without matplotlib."""
-        return self.task.plot(self.records, Path(folder), self.settings)
+        """Draw the pictures as PNG files into an existing folder. Raises MissingExtraError without matplotlib."""
+        from minirea.evaluation.frame.plots import own_style
+
+        with own_style():
+            return self.task.plot(self.records, Path(folder), self.settings)
 
 
 def evaluate(

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from minirea.evaluation.frame.plots import as_it_is, new_figure
+from minirea.evaluation.frame.plots import as_it_is, new_figure, own_style
 from minirea.files import replace_file
 from minirea.sources import Votes
 
@@ -19,6 +19,7 @@ _MOST_ROWS: Final = 64  # of the answer's tokens: more are put together
 _NAMED: Final = 40
 
 
+@own_style()
 def draw(path: Path, model: str, votes: Votes, num_tokens: int, num_layers: int, answer: Sequence[str]) -> None:
     """Two maps over the prompt's positions: by layer, and by the answer's tokens.
 
@@ -28,7 +29,7 @@ def draw(path: Path, model: str, votes: Votes, num_tokens: int, num_layers: int,
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or matplotlib does not start.
     """
     rows = min(len(answer), _MOST_ROWS)
     height = 2.5 + 0.16 * num_layers + 0.2 * rows

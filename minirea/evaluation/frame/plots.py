@@ -6,9 +6,10 @@ trained context, and saving. Pictures of one task's own are in modules next to i
 
 from __future__ import annotations
 
+import contextlib
 import io
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -43,18 +44,32 @@ def line_style(mode: str) -> dict[str, Any]:
     return _STYLES[mode]
 
 
-def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of `width` x `height` inches and its axes, [rows][columns].
+@contextlib.contextmanager
+def own_style() -> Iterator[None]:
+    """Within it matplotlib has its own defaults: a user's file may ask for LaTeX, or for fonts that are not there.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
+        InputError: it does not start, as with an unknown MPLBACKEND.
     """
     try:
-        from matplotlib.figure import Figure
+        import matplotlib
+        import matplotlib.figure
     except ImportError:
         raise MissingExtraError(
             "matplotlib is not installed, expected the plot extra: pip install 'minirea[plot]'"
         ) from None
+    except ValueError as error:
+        raise InputError(f"matplotlib cannot be imported: {error}") from None
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
+
+
+def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of `width` x `height` inches and its axes, [rows][columns]. Within `own_style`."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False).tolist()
 

@@ -907,6 +907,30 @@ def test_names_of_models_and_texts_may_be_any_bytes(
 
 
 @NEEDS_MATPLOTLIB
+def test_pictures_do_not_depend_on_a_users_settings_and_leave_them(uninterrupted: Path, tmp_path: Path) -> None:
+    import matplotlib
+
+    settings = {"text.usetex": True, "font.family": ["a font that is not there"], "savefig.dpi": 5}
+    sizes = []
+    for given in ({}, settings):
+        with matplotlib.rc_context(given):
+            paths = report(uninterrupted, tmp_path / str(len(given))).plot(tmp_path)
+            assert all(matplotlib.rcParams[name] == value for name, value in given.items())
+        sizes.append([path.stat().st_size for path in paths])
+    assert sizes[0] == sizes[1]
+
+
+@NEEDS_MATPLOTLIB
+def test_an_unknown_backend_of_matplotlib_is_one_line(uninterrupted: Path, tmp_path: Path) -> None:
+    arguments = "eval", "report", uninterrupted, "--out", tmp_path
+    environment = os.environ | {"MPLBACKEND": "nonsense"}
+    command = [sys.executable, "-m", "minirea", *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("minirea: error: matplotlib cannot be imported: Key backend: 'nonsense'")
+
+
+@NEEDS_MATPLOTLIB
 def test_pictures_leave_out_what_records_do_not_hold(uninterrupted: Path, tmp_path: Path) -> None:
     settings, records, _ = read_results([uninterrupted], (), lambda _: lambda _: None)
     damaged = [records[0] | {name: value} for name in (*plots._COSTS, "settings") for value in (None, "x")]
@@ -935,8 +959,8 @@ def test_without_matplotlib_results_are_saved_and_the_extra_is_named(
     assert "minirea[plot]" in err
     assert err.count("\n") == 1
     assert len(lines(tmp_path)) == 12
-    with pytest.raises(MissingExtraError):
-        plots.new_figure(1, 1, 1, 1)
+    with pytest.raises(MissingExtraError), plots.own_style():
+        pass
 
 
 @pytest.mark.parametrize(
