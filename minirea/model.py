@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from minirea.linear import Matrix, add_linear, linear, norm_linear, norm_swiglu
 
 if TYPE_CHECKING:
     from minirea.ranks import Peers, Ranks
+
+
+KEY_ROWS: Final = 64  # see Model._make_keys_alike
 
 
 class Layer(NamedTuple):
@@ -200,7 +203,27 @@ class Model:
     def _qkv(self, layer: Layer, x_TE: Tensor) -> Tensor:
         """Query, key and value heads side by side, [T, H + 2G, D]."""
         qkv = self._norm_linear(x_TE, layer.attn_norm, layer.qkv, layer.qkv_bias)
-        return qkv.view(len(x_TE), -1, self.config.head_dim)
+        qkv_TXD = qkv.view(len(x_TE), -1, self.config.head_dim)
+        if layer is self.layers[0] and x_TE.is_cuda and x_TE.dtype == torch.float32:
+            self._make_keys_alike(layer, x_TE, qkv_TXD)
+        return qkv_TXD
+
+    def _make_keys_alike(self, layer: Layer, x_TE: Tensor, qkv_TXD: Tensor) -> None:
+        """Make the first layer's keys anew, by products of KEY_ROWS rows each, so that equal tokens of a prompt have
+        equal keys, as in exact arithmetic. Those of quantized matrices stay.
+
+        Of equal scores the first key wins. How a GPU rounds a product depends on how many rows it has, and a prompt's
+        steps have some or others: a later key would score higher by that, or not, as the number of ranks will have it.
+        """
+        if not isinstance(layer.qkv, Tensor):
+            return
+        c, T = self.config, len(x_TE)
+        H, G, D = c.num_heads, c.num_kv_heads, c.head_dim
+        rows = slice(H * D, (H + G) * D)
+        bias = None if layer.qkv_bias is None else layer.qkv_bias[rows]
+        y_TE = F.pad(self.kernels.rms_norm(x_TE, layer.attn_norm, c.norm_eps), (0, 0, 0, -T % KEY_ROWS))
+        keys = torch.cat([F.linear(part, layer.qkv[rows], bias) for part in y_TE.split(KEY_ROWS)])
+        qkv_TXD[:, H : H + G] = keys[:T].view(T, G, D)
 
     def _norm_linear(self, x_TE: Tensor, norm_E: Tensor, matrix_NE: Matrix, bias_N: Tensor | None = None) -> Tensor:
         return norm_linear(x_TE, norm_E, self.config.norm_eps, matrix_NE, bias_N, self.kernels)

@@ -153,6 +153,26 @@ def test_caches_on_the_host_and_sketches_change_nothing(tmp_path: Path, monkeypa
     assert torch.all((found >= 2) & (found <= tiles.SURVIVORS))
 
 
+@torch.inference_mode()
+def test_equal_tokens_have_equal_keys_however_many_rows_a_product_has(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, tiny_model(**SMALL | {"attention_bias": True}))
+    llm = minirea.load(directory, **SCOPE)
+    model = part_of_model(directory, llm, ThreadRanks(2), 1)
+    layer, H, found = model.layers[0], model.config.num_heads, []
+    ids_T = torch.tensor(random_ids(150, 41))
+    for num_rows in (150, 64, 31, 1):
+        x_TE = model._embed(ids_T[:num_rows])
+        qkv_TXD = model._qkv(layer, x_TE)
+        made = qkv_TXD.clone()
+        model._make_keys_alike(layer, x_TE, made)
+        torch.testing.assert_close(made, qkv_TXD)
+        assert torch.equal(made[:, :H], qkv_TXD[:, :H])
+        found.append(made[:, H : H + model.config.num_kv_heads])
+    assert all(torch.equal(keys, found[0][: len(keys)]) for keys in found)
+    first = [ids_T.tolist().index(token) for token in ids_T.tolist()]
+    assert torch.equal(found[0], found[0][first])
+
+
 # The kernels that reach other ranks' memory: each rank a process, on memory that they share at equal addresses.
 
 
