@@ -134,10 +134,6 @@ class StepGraph:
                 self.graph = self._capture()
             self.graph.replay()
 
-    def forget(self) -> None:
-        """The next step is a first one: it launches other kernels than those before."""
-        self.capacity = 0
-
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         if self.generator is not None:
@@ -160,7 +156,9 @@ class DecodeGraph:
     def __init__(self, model: Model, cache: KVCache, last_id: int, sampler: Sampler | SharedSampler) -> None:
         self.cache = cache
         self.step = DecodeStep(model, cache, last_id, sampler)
-        self.graph = StepGraph(self.step.run, cache, generator=None if sampler.takes_best else sampler.generator)
+        self.generator = None if sampler.takes_best else sampler.generator
+        # By whether they are within dense_size, where other kernels run. The first one stays: it may not have ended.
+        self.graphs: dict[bool, StepGraph] = {}
         self.start = cache.seq_len
         self.launched = self.read_back = 0
         # Two tokens can be on their way: the one that is read next, and the one that is being computed.
@@ -172,11 +170,10 @@ class DecodeGraph:
         self.cache.reserve(self.cache.seq_len + 1)
         attention = self.step.model.attention
         attention.sketch_keys(self.cache)
-        dense = self.cache.seq_len < attention.dense_size
-        if dense != self.step.dense:  # other kernels
-            self.step.dense = dense
-            self.graph.forget()
-        self.graph.launch()
+        self.step.dense = dense = self.cache.seq_len < attention.dense_size
+        if dense not in self.graphs:
+            self.graphs[dense] = StepGraph(self.step.run, self.cache, self.generator)
+        self.graphs[dense].launch()
         slot = self.launched % 2
         self.token_ids[slot : slot + 1].copy_(self.step.token, non_blocking=True)
         self.arrived[slot].record()

@@ -112,7 +112,6 @@ def compiled(name: str) -> driver.Variant:
     with (
         mock.patch.object(launch, "launch_cooperatively", record),
         mock.patch.object(launching, "start", record_start),
-        mock.patch.object(launching, "starts_early", return_value=True),
         mock.patch.object(launch, "num_programs", lambda _, tiles: PROCESSORS * tiles.programs_per_sm),
     ):
         given, left = (q_THD, k_GND, v_GND, out_THD, seq_len, rope, config), None if winners is None else winners[0]

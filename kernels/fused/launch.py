@@ -78,8 +78,7 @@ def decode_tiles(group: int, block_d: int, itemsize: int) -> Tiles:
 
 
 def plain_tiles(group: int, block_d: int, itemsize: int) -> Tiles:
-    """Small ones, of two programs that a multiprocessor runs beside some of the next kernel; in float32, which takes
-    twice the registers, of one."""
+    """Small ones, of two programs that a multiprocessor runs; in float32, which takes twice the registers, of one."""
     rows = max(16, pad(group))
     if itemsize == 4:
         return Tiles(rows, 16, 16, num_warps=8, num_stages=2, programs_per_sm=1)
@@ -488,8 +487,7 @@ def launch_plain(
     inputs = inputs_of(q_1HD, k_cache_GND, v_cache_GND, near, rope, seq_len, config)
     inputs |= {"out_ptr": out_1HD, "scratch": scratch, "num_positions": rope.cos_ptr.shape[0]}
     ordered = tuple(inputs[name] for name in _names(plain_kernel))
-    constants = {"c": plan.c, "num_warps": tiles.num_warps, "NEXT_STARTS": launching.starts_early(device)}
-    launching.start(plain_kernel, plan.programs, device, ordered, constants)
+    launching.start(plain_kernel, plan.programs, device, ordered, {"c": plan.c, "num_warps": tiles.num_warps})
     return scratch
 
 
@@ -687,8 +685,7 @@ def inputs_of(
 @functools.cache
 def _names(kernel: Any) -> tuple[str, ...]:
     """A kernel's arguments at run time, in order."""
-    parameters = inspect.signature(kernel.fn).parameters.values()
-    return tuple(parameter.name for parameter in parameters if parameter.annotation != "tl.constexpr")
+    return tuple(name for name in inspect.signature(kernel.fn).parameters if name != "c")
 
 
 def launch(kernel: Any, programs: int, device: torch.device, c: Any, num_warps: int, **arguments: Any) -> None:

@@ -1,8 +1,7 @@
 """The plain kernel: one query per head where nothing is selected, so that the scope is known from the start: all cached
 tokens up to dense_size, else the first global_size and the last local_size ones.
 
-No program waits for another, so the launch is not cooperative, and programs are small: beside two of them there is room
-on a multiprocessor for programs of the next kernel, which load their first weights meanwhile.
+No program waits for another, so the launch is not cooperative; and without the search a program is small.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from minirea.kernels.fused.arguments import VARYING, Heads
 from minirea.kernels.fused.decode import Step, attend_slice, rope_of_a_tile
@@ -20,15 +18,12 @@ from minirea.kernels.fused.decode import Step, attend_slice, rope_of_a_tile
 @triton.jit(do_not_specialize=[*VARYING])
 def plain_kernel(
     q, k, v, near, out_ptr, rope, scratch, seq_len, global_size, local_size, dense_size, num_positions,
-    c: tl.constexpr, NEXT_STARTS: tl.constexpr,
+    c: tl.constexpr,
 ):  # fmt: skip
     """One step of one query per head: q [1, H, D] against k and v [G, N, D], to out [1, H, D]. near is None without.
 
-    Each program attends to one slice of the scope of one key/value head. NEXT_STARTS lets the next kernel start, which
-    waits for this one before it reads anything but weights (minirea.kernels.steps.matvec).
+    Each program attends to one slice of the scope of one key/value head.
     """
-    if NEXT_STARTS:
-        gdc_launch_dependents()
     n = tl.load(seq_len).to(tl.int32) if c.SEQ_LEN_IN_MEMORY else seq_len
     q = Heads(q.ptr, q.stride_h, 0, q.stride_d)  # one token: its stride does not matter
     dense = n <= dense_size

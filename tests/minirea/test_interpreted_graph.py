@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -241,6 +242,42 @@ def test_a_prompt_is_read_in_captured_steps(
     assert caches[0].seq_len == len(ids)
     check_equal(*caches)
     assert torch.equal(caches[0].winners, caches[1].winners)
+
+
+@torch.inference_mode()
+def test_within_dense_size_and_beyond_are_graphs_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each replays the kernels that were captured; the cache grows behind the first step beyond dense_size."""
+    directory = write_checkpoint(tmp_path, tiny_model(**SMALL))
+    llm, ids = minirea.load(directory, **SCOPE), random_ids(26, 40)
+    session = llm.session()
+    expected = session.generate(ids, max_tokens=7, ignore_eos=True).token_ids
+    model = triton_model(directory, llm)
+    cache = KVCache(model.config, 29, model.attention.dense_limit, model.device, torch.float32)
+    model.attention.impl = "torch"
+    prefill(model, cache, ids[:-1], 1)
+    model.attention.impl = "triton"
+    steps: list[tuple[str, bool]] = []
+
+    def run(step: DecodeStep, kind: str, dense: bool) -> None:
+        steps.append((kind, dense))
+        step.dense = dense
+        step.run()
+
+    def capture(graph: StepGraph) -> SimpleNamespace:
+        step = graph.run.__self__  # type: ignore[attr-defined]
+        return SimpleNamespace(replay=functools.partial(run, step, "replayed", step.dense))
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: empty(*sizes, **options | {"pin_memory": False}))
+    monkeypatch.setattr(StepGraph, "_capture", capture)
+    monkeypatch.setattr("minirea.graph.run_aside", lambda of, _: run(of.__self__, "launched", of.__self__.dense))
+    monkeypatch.setattr("minirea.graph.in_order", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    sampler = Sampler(SamplingConfig(), ids, model.config.vocab_size, model.device)
+    assert list(decode_ahead(model, cache, ids[-1], sampler, 7)) == expected
+    launched, replayed = ("launched", False), ("replayed", False)
+    assert steps == [("launched", True), ("replayed", True), ("replayed", True), launched, launched, replayed, replayed]
+    check_equal(session.cache, cache, 1e-3)
 
 
 @torch.inference_mode()
