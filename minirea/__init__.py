@@ -9,7 +9,16 @@ from __future__ import annotations
 import os
 from importlib import import_module
 
-from minirea.errors import CudaError, InputError, MemoryLimitError, MinireaError, MinireaWarning, MissingFileError
+from minirea.errors import (
+    CudaError,
+    InputError,
+    MemoryLimitError,
+    MinireaError,
+    MinireaWarning,
+    MissingExtraError,
+    MissingFileError,
+    RankError,
+)
 
 TYPE_CHECKING = (
     False  # as type checkers know it. The command handles Ctrl-C once this is imported: typing takes too long
@@ -33,8 +42,10 @@ __all__ = [
     "MemoryLimitError",
     "MinireaError",
     "MinireaWarning",
+    "MissingExtraError",
     "MissingFileError",
     "Piece",
+    "RankError",
     "Session",
     "Stats",
     "evaluate",

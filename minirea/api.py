@@ -462,7 +462,10 @@ class LLM(_Encoder):
         _check_one_device(self.model.config, what)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """Scores of the token after each of `ids`: float32 [T, V], through the same steps that `generate` takes."""
+        """Scores of the token after each of `ids`: float32 [T, V] on the model's device, an ordinary tensor.
+
+        They go through the same steps that `generate` takes. Errors as there.
+        """
         ids = self.encode(ids)
         return loop.all_logits(self.model, self._cache(len(ids)), ids)
 

@@ -231,6 +231,12 @@ def test_import_minirea_is_lazy() -> None:
     assert "torch" not in modules_after("import minirea")
 
 
+def test_a_program_can_name_every_error() -> None:
+    kinds = [kind for kind in vars(minirea.errors).values() if isinstance(kind, type)]
+    assert {kind.__name__ for kind in kinds if kind.__module__ == "minirea.errors"} <= set(minirea.__all__)
+    assert all(hasattr(minirea, name) for name in minirea.__all__)
+
+
 def test_what_is_installed() -> None:
     import minirea.kernels
     import minirea.weights

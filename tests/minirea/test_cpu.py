@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minirea import api, cpu
+from minirea import api, cpu, progress
 from minirea.attention import Attention
 from minirea.config import ReAttentionConfig
 from minirea.cpu import (
@@ -140,7 +140,7 @@ def test_the_bar_of_preparing_shows_all_bytes(tied: bool, monkeypatch: pytest.Mo
             super().__init__(**options | {"disable": False, "delay": 0, "file": io.StringIO()})
             shown.append(self)
 
-    monkeypatch.setattr(cpu, "tqdm", Bar)
+    monkeypatch.setattr(progress, "tqdm", Bar)
     weights = model_weights(torch.bfloat16, tied)
     nbytes = sum(tensor.nbytes for tensor in weights.values())
     prepare(weights, torch.float32, progress=True)

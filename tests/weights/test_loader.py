@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from testing import part_of
 from tqdm import tqdm
 
-from minirea import threads
+from minirea import progress, threads
 from minirea.config import ModelConfig, RopeConfig
 from minirea.errors import InputError, MemoryLimitError, MinireaError, MinireaWarning, MissingFileError
 from minirea.weights import checkpoint_dtype, kept_weight_bytes, load_weights, loader, weight_bytes
@@ -317,7 +317,7 @@ def test_progress_is_a_bar_of_all_bytes_on_stderr(
         bars.append(tqdm(**options | {"delay": 0}))
         return bars[0]
 
-    monkeypatch.setattr(loader, "tqdm", shown_at_once)
+    monkeypatch.setattr(progress, "tqdm", shown_at_once)
     load_weights(tmp_path, CONFIG, CPU, progress=True)
     assert bars[0].n == bars[0].total == sum(tensor.nbytes for tensor in tensors.values())
     out, err = capsys.readouterr()

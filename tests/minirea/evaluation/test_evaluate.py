@@ -988,7 +988,7 @@ def test_without_matplotlib_results_are_saved_and_the_extra_is_named(
         (
             ["needle", "--model", str(DEMO), "--out", "x", "--haystack", "no.txt"],
             1,
-            "--haystack is 'no.txt': no such file",
+            "--haystack is no.txt: no such file",
         ),
     ],
 )
