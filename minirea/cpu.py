@@ -592,7 +592,7 @@ class HalfKeys:
         copied = sorted({mid_lo + key for key in found if mid_lo + key < last})
         index_C = np.concatenate((np.array(copied, np.int64), np.arange(last, mid_hi)))
         k_GCD = k_cache_GND.index_select(1, torch.from_numpy(index_C)).float()
-        score_GRC = torch.bmm(not_alone(q_GRD), k_GCD.mT)
+        score_GRC = torch.bmm(_alike(q_GRD), k_GCD.mT)
         score_GRC = score_GRC[:, : q_GRD.shape[1]].neg_()
         at_GRK = np.argsort(score_GRC.numpy(), -1, kind="stable")[..., :span_top_k]  # the first of equals first
         return torch.from_numpy(index_C[at_GRK])
@@ -775,8 +775,6 @@ def _score_all(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, num
     Keys are scored in tiles that stay in the processor's cache until they are ranked. A row's scores lie side by side:
     maxima of blocks are then reduced, and the best blocks copied, in whole runs.
     """
-    if q_GRD.shape[1] == 1:
-        return _score_all(not_alone(q_GRD), k_cache_GND, mid_lo, mid_hi, num_winners)[:, :1]
     (G, R, _), K = q_GRD.shape, num_winners
     rows = min(R, _SCORE_ROWS)
     heads = min(G, _SCORE_ROWS // rows)  # of a decode step all: their operations are then one
@@ -787,13 +785,16 @@ def _score_all(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, num
     for g, first in itertools.product(range(0, G, heads), range(0, R, rows)):
         part = slice(g, g + heads), slice(first, first + rows)
         q_HRD, tiles = q_GRD[part], []
-        num_rows = q_HRD[..., 0].numel()
+        num_rows, alike_HRD = q_HRD[..., 0].numel(), _alike(q_HRD)
         for lo in range(mid_lo, mid_hi, keys):
             k_HND = k_cache_GND[part[0], lo : min(lo + keys, mid_hi)].float()
             N = k_HND.shape[1]
             blocks = -(-N // BLOCK)
             score_HRN = buffer[: num_rows * blocks * BLOCK].view(*q_HRD.shape[:2], -1)
-            torch.bmm(q_HRD, k_HND.mT, out=score_HRN[..., :N])
+            if alike_HRD is q_HRD:
+                torch.bmm(q_HRD, k_HND.mT, out=score_HRN[..., :N])
+            else:
+                score_HRN[..., :N] = torch.bmm(alike_HRD, k_HND.mT)[:, : q_HRD.shape[1]]
             score_HRN[..., N:] = -torch.inf
             tiles.append(_best_of_tile(score_HRN.view(num_rows, blocks, BLOCK), lo, K))
         score_PC, offs_PC = (torch.cat(parts, 1) for parts in zip(*tiles, strict=True))
@@ -801,6 +802,15 @@ def _score_all(q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, num
             offs_PC = offs_PC.gather(1, _largest(score_PC, K)[1])
         index_GRK[part] = offs_PC.view(*q_HRD.shape[:2], K)
     return index_GRK
+
+
+def _alike(q_GRD: Tensor) -> Tensor:
+    """Rows to multiply keys by, so that a key scores the same among many as among few: some more where products of
+    few rows sum in an order that depends on where a key lies (a single row), or on how threads divide them.
+    """
+    if torch.get_num_threads() == 1:
+        return not_alone(q_GRD)
+    return F.pad(q_GRD, (0, 0, 0, _ALIKE_ROWS - q_GRD.shape[1])) if q_GRD.shape[1] < _ALIKE_ROWS else q_GRD
 
 
 def _best_of_tile(score_RNM: Tensor, lo: int, num_winners: int) -> tuple[Tensor, Tensor]:

@@ -257,19 +257,15 @@ def test_winners_of_integers_are_the_reference_s(
         assert torch.equal(cpu.score(q, k, lo, hi, span_top_k), score_rows(q, k, lo, hi, span_top_k))
 
 
-@pytest.fixture
-def halved(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Keys are copied at once, however few they are, and on any CPU.
-
-    By one thread: several cut the product with all keys otherwise than that with few, and scores that are as near to
-    each other as rounding may change places.
-    """
+@pytest.fixture(params=[1, 2], ids=["one-thread", "two-threads"])
+def halved(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keys are copied at once, however few they are, and on any CPU."""
     monkeypatch.setattr(cpu, "HALVED_FROM", 256)
     monkeypatch.setattr(cpu, "_STEPS_BEFORE_HALVES", 1)
     monkeypatch.setattr(cpu, "_HALVED_AT_ONCE", 300)
     monkeypatch.setattr(cpu, "_has_tiles", lambda: True)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(threads)
 
