@@ -414,8 +414,8 @@ def reattention(
     """
     T, H, D = q_THD.shape
     G = len(k_cache_GND)
-    q_GRD = q_THD.unflatten(1, (G, H // G)).transpose(0, 1).reshape(G, -1, D)
     if T > 1:
+        q_GRD = q_THD.unflatten(1, (G, H // G)).transpose(0, 1).reshape(G, -1, D)
         arguments = q_GRD.float(), k_cache_GND, seq_len, config, score, gather, votes, winners
         start_1P, offset_1P, length_1 = choose_scope(*arguments)
         S = int(length_1)
@@ -425,7 +425,7 @@ def reattention(
         q_THD = _rotate_in_blocks(q_THD.clone(), cos[S - T : S, None], sin[S - T : S, None])
         return attend_causal(q_THD, k_GSD, v_GSD)
 
-    copies = copies or KeyCopies.new()
+    q_GRD, copies = q_THD.reshape(G, H // G, D), copies or KeyCopies.new()
     local = slice(seq_len - config.local_size, seq_len)
     winner_GRK = None
     if config.max_selected:
@@ -567,7 +567,8 @@ class HalfKeys:
         self._mean_G1D = torch.empty(0, 0, 0, dtype=torch.float32)
         # The largest |k - m|, and |k - m - copy|.
         self._norm_G1 = self._error_G1 = torch.empty(0, 0, dtype=torch.float32)
-        self._off_G1 = torch.empty(0, 0, dtype=torch.float32)  # by how much products with a query of length 1 are off
+        self._off_G1 = np.empty((0, 0), np.float32)  # by how much products with a query of length 1 are off
+        self._wide_GRGD = torch.empty(0, 0, 0, 0, dtype=torch.bfloat16)
 
     def score(self, q_GRD: Tensor, k_cache_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> Tensor:
         """`score` of the next step."""
@@ -615,19 +616,26 @@ class HalfKeys:
         if num_keys > self._num_keys:
             self._num_keys = num_keys
             norm, lost = torch.tensor([1, _HALF_ROUNDING / 2], dtype=torch.float32)
-            self._off_G1 = _off(norm, lost, self._norm_G1, self._error_G1, self._mean_G1D)
+            self._off_G1 = _off(norm, lost, self._norm_G1, self._error_G1, self._mean_G1D).numpy()
 
     def _candidates(self, q_GRD: Tensor, num_keys: int, span_top_k: int) -> list[int] | None:
-        """Of the copied keys those that can be a row's winners, some twice; None where products do not tell."""
+        """Of the copied keys those that can be a row's winners, some twice; None where products do not tell.
+
+        What is small is done by numpy, whose operations are (see _before_local).
+        """
         G, R, D = q_GRD.shape
-        wide_GRGD = torch.zeros(G, R, G, D, dtype=torch.bfloat16)  # each head's rows are zero in other heads' columns
-        wide_GRGD.diagonal(dim1=0, dim2=2).copy_(q_GRD.permute(1, 2, 0))
+        if self._wide_GRGD.shape != (G, R, G, D):  # each head's rows are zero in other heads' columns
+            self._wide_GRGD = torch.zeros(G, R, G, D, dtype=torch.bfloat16)
+        self._wide_GRGD.diagonal(dim1=0, dim2=2).copy_(q_GRD.permute(1, 2, 0))
         # As integers, which order as products above zero do and are compared several times as fast.
-        product_NQ = F.linear(self._half_NC[:num_keys], wide_GRGD.view(G * R, G * D)).view(torch.int16)
-        best_BQ = product_NQ.view(BLOCK, -1).amax(0).view(torch.bfloat16).view(-1, G * R).float()
-        norm_GR = torch.linalg.vector_norm(q_GRD, dim=-1)
-        least_Q = _least_half(best_BQ.topk(span_top_k, 0).values[-1], (norm_GR * self._off_G1).flatten()).numpy()
-        if not (0 < least_Q.min() <= least_Q.max() < np.inf and norm_GR.numpy().min() > _SMALLEST_NORM):
+        product_NQ = F.linear(self._half_NC[:num_keys], self._wide_GRGD.view(G * R, G * D)).view(torch.int16)
+        best_BQ = product_NQ.view(BLOCK, -1).amax(0).numpy().reshape(-1, G * R)
+        reached_Q = np.partition(best_BQ, -span_top_k, 0)[-span_top_k]
+        reached_Q = (reached_Q.astype(np.int32) << 16).view(np.float32)
+        with np.errstate(all="ignore"):
+            norm_GR = np.linalg.norm(q_GRD.numpy(), axis=-1)
+            least_Q = _least_half(reached_Q, (norm_GR * self._off_G1).ravel())
+        if not (0 < least_Q.min() <= least_Q.max() < np.inf and norm_GR.min() > _SMALLEST_NORM):
             return None
         # A positive number's upper half is the largest bfloat16 up to it. Repeated, for longer runs.
         least_XQ = np.empty((_ROWS_COMPARED, G * R), np.int16)
@@ -652,9 +660,11 @@ def _off(norm_of_q: Tensor, lost: Tensor, norm: Tensor, error: Tensor, mean: Ten
     return torch.where(torch.minimum(norm_of_q, norm) < _SMALLEST_NORM, torch.inf, off)
 
 
-def _least_half(best: Tensor, off: Tensor) -> Tensor:
-    """What the product of a winner is at least where `best` is reached by as many keys as there are winners."""
-    return torch.sub(best - best.abs() * (2 * _HALF_ROUNDING + _HALF_ROUNDING**2), off, alpha=2)
+def _least_half(best: Any, off: Any) -> Any:
+    """What the product of a winner is at least where `best` is reached by as many keys as there are winners; of numpy
+    or of torch.
+    """
+    return best - abs(best) * (2 * _HALF_ROUNDING + _HALF_ROUNDING**2) - 2 * off
 
 
 def copies_bytes(num_tokens: int, local_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
