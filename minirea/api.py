@@ -19,7 +19,7 @@ from minirea import generate as loop
 from minirea.attention import Attention
 from minirea.cache import KVCache, alone
 from minirea.checkpoint_config import load_config
-from minirea.checks import integer, items, path_like, shown, switch, valid_id
+from minirea.checks import choice, integer, items, path_like, shown, switch, valid_id
 from minirea.config import (
     CACHES,
     DEVICES,
@@ -132,14 +132,14 @@ def read_model(
 
     Arguments and errors as for `load`.
     """
-    _choice("attention", attention, MODES)
-    _choice("impl", impl, IMPLS)
-    _choice("dtype", dtype, ("auto", *DTYPES))
-    _choice("sketch", sketch, SKETCHES)
-    _choice("cache", cache, CACHES)
+    choice("attention", attention, MODES)
+    choice("impl", impl, IMPLS)
+    choice("dtype", dtype, ("auto", *DTYPES))
+    choice("sketch", sketch, SKETCHES)
+    choice("cache", cache, CACHES)
     gpus = integer("gpus", gpus, 1)
     if quantize is not None:
-        _choice("quantize", quantize, QUANTIZE)
+        choice("quantize", quantize, QUANTIZE)
         if gpus > 1:
             found = f"quantize is {quantize!r} with gpus={gpus}"
             raise InputError(f"{found}, expected gpus=1: several devices share no quantized model yet")
@@ -369,7 +369,7 @@ class LLM(_Encoder):
 
     def with_attention(self, attention: str, allow_out_of_distribution: bool = False, **reattention_fields: Any) -> LLM:
         """The same weights, not copied, under another attention mode or scope. Arguments and errors as for `load`."""
-        _choice("attention", attention, MODES)
+        choice("attention", attention, MODES)
         config, old = self.model.config, self.model.attention
         scope = _scope(config, attention, reattention_fields, allow_out_of_distribution)
         model = copy.copy(self.model)
@@ -687,11 +687,6 @@ def _check_one_device(config: ModelConfig, what: str) -> None:
         raise InputError(f"gpus is {config.part.ranks}, expected 1: {what} do not work on several devices")
 
 
-def _choice(name: str, value: str, expected: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in expected:
-        raise InputError(f"{name} is {value!r}, expected one of {', '.join(expected)}")
-
-
 def _check_is_model_directory(path: str | Path) -> None:
     """Files and names that are often given instead are errors that say what they are; load_config checks the rest."""
     gguf = "a GGUF file, expected a model directory with config.json, safetensors and a tokenizer: get the original"
@@ -716,7 +711,7 @@ def _check_is_model_directory(path: str | Path) -> None:
 
 
 def _device(name: str) -> torch.device:
-    _choice("device", name, DEVICES)
+    choice("device", name, DEVICES)
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise InputError("device is 'cuda', but torch sees no CUDA device; expected 'auto' or 'cpu'")

@@ -35,6 +35,12 @@ def real(name: str, value: Any, valid: Callable[[float], bool], expected: str) -
     return number
 
 
+def choice(name: str, value: Any, expected: tuple[str, ...]) -> None:
+    """Raises InputError unless `value` is one of the strings that are `expected`."""
+    if not isinstance(value, str) or value not in expected:
+        raise InputError(f"{name} is {shown(value)}, expected one of {', '.join(expected)}")
+
+
 def switch(name: str, value: Any) -> bool:
     """`value` itself, True or False. Raises InputError for what is only like one of them."""
     if not isinstance(value, bool):

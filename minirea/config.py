@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from minirea.checks import integer, switch
+from minirea.checks import choice, integer, switch
 from minirea.errors import InputError
 
 MODES: Final = ("reattention", "streaming", "full")
@@ -223,8 +223,7 @@ class ReAttentionConfig:
                 f"dense_size is {self.dense_size}, expected at least global_size + local_size "
                 f"({self.global_size + self.local_size}), which are always in scope"
             )
-        if self.span_scope not in SPAN_SCOPES:
-            raise InputError(f"span_scope is {self.span_scope!r}, expected one of {', '.join(SPAN_SCOPES)}")
+        choice("span_scope", self.span_scope, SPAN_SCOPES)
         switch("carry_votes", self.carry_votes)
         if self.vote_window > 1 and not self.carry_votes:
             raise InputError(

@@ -362,7 +362,7 @@ def test_a_path_of_any_kind(pristine: Path) -> None:
     assert session.llm.path == str(pristine)
 
 
-@pytest.mark.parametrize("name", ["device", "dtype", "attention", "impl", "sketch", "cache", "quantize"])
+@pytest.mark.parametrize("name", ["device", "dtype", "attention", "impl", "sketch", "cache", "quantize", "span_scope"])
 def test_choices_of_another_kind_are_refused_by_name(name: str, pristine: Path) -> None:
     for value in (5, [], {}, np.array(["auto", "cpu"]), torch.float32):
         with pytest.raises(minirea.InputError, match=f"^{name} is .*, expected one of "):

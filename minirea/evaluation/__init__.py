@@ -98,7 +98,7 @@ def evaluate(
         raise InputError(f"attention is {','.join(modes)!r}, expected different modes")
     fields = {name: options.pop(name) for name in SCOPE_FIELDS if name in options}
     chosen = make_task(task_class(task), options)
-    limits = _limits(at_most or {})
+    limits = _limits({} if at_most is None else at_most)
     folder = None if out is None else Path(path_like("out", out, "the name of a directory"))
 
     import minirea.api as api  # imports torch, which a bad option need not wait for
@@ -149,7 +149,9 @@ def _cells_for(task: Task, model: LLM | ModelFiles) -> Sequence[Cell]:
     return cells
 
 
-def report(folders: str | Path | Sequence[str | Path], out: str | Path, differing: Sequence[str] = ()) -> Evaluation:
+def report(
+    folders: str | Path | Sequence[str | Path], out: str | Path, differing: str | Sequence[str] = ()
+) -> Evaluation:
     """Put the results of directories together and summarize them anew; nothing is asked.
 
     For modes or lengths that ran apart, and to draw pictures where matplotlib is.
@@ -157,7 +159,7 @@ def report(folders: str | Path | Sequence[str | Path], out: str | Path, differin
     Args:
         folders: directories that `evaluate` wrote, with the same settings; or one.
         out: where the whole goes; may be one of them.
-        differing: names of settings in which they may differ; the whole's settings list the different values.
+        differing: names of settings in which they may differ, or one; the whole's settings list the different values.
 
     Raises:
         MissingFileError, InputError: not results, or those of different evaluations.
@@ -168,11 +170,16 @@ def report(folders: str | Path | Sequence[str | Path], out: str | Path, differin
         """Only what comes from the records is used: its options may name files that are elsewhere."""
         return object.__new__(task_class(str(settings.get("task"))))
 
-    paths = [Path(folders)] if isinstance(folders, (str, Path)) else [Path(folder) for folder in folders]
-    settings, records, environment = read_results(paths, differing, lambda found: task_of(found).check_record)
+    expected = "directories of results"
+    given = [folders] if isinstance(folders, (str, Path)) else items("folders", folders, expected)
+    paths = [Path(path_like("folders", folder, expected)) for folder in given]
+    if not paths:
+        raise InputError(f"folders is empty, expected {expected}")
+    names = [differing] if isinstance(differing, str) else [*map(str, items("differing", differing, "settings"))]
+    settings, records, environment = read_results(paths, names, lambda found: task_of(found).check_record)
     task = task_of(settings)
     evaluation = Evaluation(task, records, task.summarize(records), settings)
-    with Results(Path(out), settings) as results:
+    with Results(Path(path_like("out", out, "the name of a directory")), settings) as results:
         for record in records:
             if not results.finished(record["id"]):
                 results.add(record)

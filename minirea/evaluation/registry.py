@@ -31,7 +31,7 @@ def names() -> list[str]:
 
 def task_class(name: str) -> type[Task]:
     """The task of that name. Raises InputError that lists what there is."""
-    if name not in _TASKS:
+    if not isinstance(name, str) or name not in _TASKS:
         raise InputError(f"task is {name!r}, expected one of {', '.join(_TASKS)}")
     module, attribute = _TASKS[name]
     found: type[Task] = getattr(import_module(f"minirea.evaluation.{module}"), attribute)

@@ -750,6 +750,8 @@ def test_longer_than_wanted_is_skipped(llm: minirea.LLM) -> None:
         ({"at_most": {"fast": 3}}, r"^at_most is 'fast', expected one of"),
         ({"at_most": {"full": "3x"}}, r"^at_most is 'full=3x', expected a number of tokens"),
         ({"task": "nidle"}, r"^task is 'nidle', expected one of needle, "),
+        ({"task": []}, r"^task is \[\], expected one of needle, "),
+        ({"at_most": np.array([1, 2])}, r"^at_most is array"),
         ({"span_size": 3}, r"^span_size is 3, expected an even number"),
         ({"model": "nowhere"}, r"nowhere"),
     ],
@@ -758,6 +760,18 @@ def test_arguments_that_cannot_be_used(llm: minirea.LLM, options: dict[str, Any]
     arguments: dict[str, Any] = {"task": "needle", "model": llm} | NEEDLE | options
     with pytest.raises(minirea.MinireaError, match=message):
         minirea.evaluate(**arguments)
+
+
+def test_a_report_of_what_is_no_list_of_directories(uninterrupted: Path, tmp_path: Path) -> None:
+    """One directory, and one setting, need no list."""
+    for folders in (None, 5, [], [5], [[]], b"x", np.array(3)):
+        with pytest.raises(InputError, match=r"^folders is .*, expected directories of results"):
+            report(folders, tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"^differing is 5, expected settings"):
+        report(uninterrupted, tmp_path, 5)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"^out is None, expected the name of a directory"):
+        report(uninterrupted, None)  # type: ignore[arg-type]
+    assert report(uninterrupted, tmp_path, "share").records == report([uninterrupted], tmp_path, ["share"]).records
 
 
 WRONG: dict[Any, tuple[Any, ...]] = {
