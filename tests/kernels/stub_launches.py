@@ -211,6 +211,8 @@ def project() -> list[Case]:
         rows.write_kv(half(3, heads + 2 * kv_heads, dim), *caches, seq_len)
         rows.swiglu(half(3, 2 * 112))
         fused.launch_decode(half(1, heads, dim), *caches, half(1, heads, dim), seq_len, rope, config)
+        streaming = ReAttentionConfig(4, 64, 0)
+        fused.launch_plain(half(1, heads, dim), *caches, half(1, heads, dim), seq_len, rope, streaming)
         queries = half(48, heads, dim)
         fused.launch_chunks(queries, *caches, torch.empty_like(queries), seq_len, rope, config, None, 16)
         fused.sketch_keys(caches[0], new_sketch(kv_heads, dim, 256, x.device), 0, 100)
