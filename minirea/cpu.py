@@ -52,7 +52,7 @@ MANY_ROWS: Final = 1024  # and keys, of a chunk, for which products in bfloat16 
 MANY_KEYS: Final = 3072
 _PRODUCTS: Final = 1 << 25  # of a chunk, at a time: a number is kept of each block of them
 _ALIKE_ROWS: Final = 16  # products of fewer sum in another order: keys that are equal would score otherwise
-_ROWS_AT_ONCE: Final = 128
+_ROWS_AT_ONCE: Final = 128  # that several operations go over while they stay in the processor's second cache
 _SHARE_OF_KEYS: Final = 8  # of a decode step's, so many parts at most are scored again
 _ROWS_COMPARED: Final = 16  # with one repeated row, a divisor of BLOCK
 _PARTS_AT_ONCE: Final = 64  # of keys' blocks that are scored again, 1 MB
@@ -464,16 +464,21 @@ def place_rope(x_TXD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _blocks(num_rows: int) -> Iterator[slice]:
-    """Of rows that several operations go over, while they stay in the processor's second cache."""
+    """Of up to _ROWS_AT_ONCE rows."""
     for start in range(0, num_rows, _ROWS_AT_ONCE):
         yield slice(start, min(start + _ROWS_AT_ONCE, num_rows))
 
 
 def _attend_parts(q_GRD: Tensor, *parts: tuple[Tensor, Tensor]) -> Tensor:
-    """Softmax attention over two parts' keys and values, [G, N, D] each, in bfloat16: [G, R, D]."""
-    (out_GRD, sum_GR), (other_GRD, other_sum_GR) = (_FLASH(q_GRD[None], k[None], v[None], 0.0) for k, v in parts)
-    share_GR = torch.sigmoid(other_sum_GR - sum_GR)
-    return torch.lerp(out_GRD, other_GRD, share_GR[..., None].to(out_GRD.dtype))
+    """Softmax attention over the keys and values of one or two parts, [G, N, D] each, in bfloat16: [G, R, D].
+
+    torch's flash attention takes no part without keys.
+    """
+    (out_GRD, sum_GR), *others = (_FLASH(q_GRD[None], k[None], v[None], 0.0) for k, v in parts if k.shape[1])
+    for other_GRD, other_sum_GR in others:
+        share_GR = torch.sigmoid(other_sum_GR - sum_GR)
+        out_GRD = torch.lerp(out_GRD, other_GRD, share_GR[..., None].to(out_GRD.dtype))
+    return out_GRD
 
 
 def _before_local(

@@ -440,11 +440,11 @@ def test_reattention_is_the_reference_s(seq_len: int, queries: int, span_top_k: 
 
 
 @pytest.mark.parametrize("queries", [1, 3, 40])
-@pytest.mark.parametrize("span_top_k", [0, 4])
-def test_reattention_in_bfloat16_is_the_reference_s(queries: int, span_top_k: int) -> None:
+@pytest.mark.parametrize(("global_size", "span_top_k"), [(0, 0), (4, 0), (4, 4), (0, 4)])
+def test_reattention_in_bfloat16_is_the_reference_s(queries: int, global_size: int, span_top_k: int) -> None:
     """Of the same numbers in float64, as near as the reference's own in bfloat16; what is selected is the same."""
     config = ReAttentionConfig(
-        global_size=4, local_size=100, span_top_k=span_top_k, span_size=8, max_spans=12, chunk_size=64
+        global_size=global_size, local_size=100, span_top_k=span_top_k, span_size=8, max_spans=12, chunk_size=64
     )
     angles = torch.outer(torch.arange(config.max_scope).float(), 1e4 ** (-torch.arange(0, 64, 2) / 64))
     tables, copies = (angles.cos(), angles.sin()), cpu.KeyCopies.new()
