@@ -29,7 +29,7 @@ from minirea.kernels.reference import BLOCK, INDEX_MASK, choose_scope, locate, n
 from minirea.kernels.votes import Votes
 from minirea.pages import advise, collapsed
 from minirea.progress import bar_of_bytes
-from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix, num_groups, quantized_bytes
+from minirea.quantize import ZERO, QuantizedMatrix, group_size, num_groups, quantized_bytes
 from minirea.rope import apply_rope
 from minirea.threads import thread_pool
 
@@ -165,7 +165,7 @@ class PackedPlanes:
         """Of up to _FEW_ROWS rows. As few operations as can be: a small matrix takes hardly longer than they do."""
         if self.bits == 8:
             x_TC = torch.cat((x_TC, x_TC), 1)
-        size, N = GROUP_SIZE[self.bits], self.shape[0]
+        N, size = self.shape[0], group_size(self.shape[1], self.bits)
         out_TR = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TC.bfloat16(), self._rows, size, self.scale_offset)
         return out_TR if out_TR.shape[1] == N else out_TR[:, :N].contiguous()
 
@@ -188,7 +188,7 @@ def can_pack_planes() -> bool:
 def pack_planes(matrix: QuantizedMatrix) -> PackedPlanes:
     """Rearrange a quantized matrix, some rows at a time."""
     (N, K), bits, block = matrix.shape, matrix.bits, _block()
-    columns = bits // 4 * num_groups(K, bits) * GROUP_SIZE[bits]
+    columns = bits // 4 * num_groups(K, bits) * group_size(K, bits)
     blocks = -(-N // block)
     packed = torch.empty(blocks, columns, block // 2, dtype=torch.uint8)
     step = max(1, PLANES_WIDENED_AT_ONCE // 4 // (columns * block))
@@ -207,7 +207,7 @@ def plane_bytes(N: int, K: int, bits: int) -> int:
     if not can_pack_planes():
         return quantized_bytes(N, K, bits)
     groups, rows = num_groups(K, bits), -(-N // _block()) * _block()
-    return bits // 4 * rows * groups * (GROUP_SIZE[bits] // 2 + 2 * torch.bfloat16.itemsize)
+    return bits // 4 * rows * groups * (group_size(K, bits) // 2 + 2 * torch.bfloat16.itemsize)
 
 
 def _block() -> int:

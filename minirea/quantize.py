@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# By bits. Columns that share scale and offset; the q of the offset; rounds of regression, until the error stands still.
-GROUP_SIZE: Final = {8: 64, 4: 32}
+# By bits. The q of the offset; rounds of regression, until the error stands still.
 # 136 = 16 * 8 + 8: the high and the low halves of 8 bits are 4-bit matrices of their own, with exact scales.
 ZERO: Final = {8: 136, 4: 8}
 UNIT: Final = 4  # words with columns in a row
@@ -47,7 +46,7 @@ class QuantizedMatrix:
     @classmethod
     def empty(cls, N: int, K: int, bits: int, device: torch.device) -> QuantizedMatrix:
         groups = num_groups(K, bits)
-        words = torch.empty(N, groups * GROUP_SIZE[bits] * bits // 32, dtype=torch.int32, device=device)
+        words = torch.empty(N, groups * group_size(K, bits) * bits // 32, dtype=torch.int32, device=device)
         return cls(words, torch.empty(N, groups, 2, dtype=torch.bfloat16, device=device), K, bits)
 
     @property
@@ -73,16 +72,16 @@ class QuantizedMatrix:
             self.words[start:stop] = words
             self.scale_offset[start:stop] = scale_offset
 
-    def fill(self, q_NK: Tensor, scale_NS: Tensor, zero_NS: Tensor, group_size: int) -> None:
-        """Become scale * (q - zero) with groups of `group_size` columns, a multiple of GROUP_SIZE or all; 4 bits.
+    def fill(self, q_NK: Tensor, scale_NS: Tensor, zero_NS: Tensor, columns: int) -> None:
+        """Become scale * (q - zero) with groups of so many columns, a multiple of group_size or all; 4 bits.
 
         q stay as they are. Scales are rounded to bfloat16, and so are the offsets that follow from them.
         """
-        (N, K), groups, size = self.shape, self.scale_offset.shape[1], GROUP_SIZE[self.bits]
+        (N, K), groups, size = self.shape, self.scale_offset.shape[1], group_size(self.num_columns, self.bits)
         scale_NS = scale_NS.bfloat16()
         offset_NS = scale_NS.float() * (ZERO[self.bits] - zero_NS.float())
         stored = torch.stack([scale_NS, offset_NS.bfloat16()], -1)
-        self.scale_offset.copy_(stored.repeat_interleave(-(-group_size // size), 1)[:, :groups])
+        self.scale_offset.copy_(stored.repeat_interleave(-(-columns // size), 1)[:, :groups])
         q_CR = F.pad(q_NK, (0, groups * size - K)).reshape(-1, size).t()
         self.words.copy_(_packed(q_CR, self.bits).view(N, -1))
 
@@ -112,14 +111,25 @@ def bits_of(quantize: str, name: str, num_layers: int) -> int:
     return 4 if quantize == "int4" and layer >= min(2, num_layers // 3) else 8
 
 
+def group_size(K: int, bits: int) -> int:
+    """Columns that share scale and offset, of a row of K.
+
+    In 8 bits, where long rows fill larger groups, their range costs less than the bytes of more scales: 1.6 % of the
+    weights instead of 6.3 %.
+    """
+    if bits == 4:
+        return 32
+    return 256 if K >= 2048 and K % 256 == 0 else 64
+
+
 def num_groups(K: int, bits: int) -> int:
     """Of a row of K columns."""
-    return -(-K // GROUP_SIZE[bits])
+    return -(-K // group_size(K, bits))
 
 
 def quantized_bytes(N: int, K: int, bits: int) -> int:
     """What a matrix takes."""
-    return N * num_groups(K, bits) * (GROUP_SIZE[bits] * bits // 8 + 2 * torch.bfloat16.itemsize)
+    return N * num_groups(K, bits) * (group_size(K, bits) * bits // 8 + 2 * torch.bfloat16.itemsize)
 
 
 def rounding_bytes(num_columns: int, device: torch.device) -> int:
@@ -140,8 +150,8 @@ def _rounded(wide_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     Inside, the columns of a group lie one below the other, [C, R] for R = N * groups, so that sums over a group add
     whole vectors.
     """
-    (N, K), size = wide_NK.shape, GROUP_SIZE[bits]
-    groups = num_groups(K, bits)
+    (N, K), groups = wide_NK.shape, num_groups(wide_NK.shape[1], bits)
+    size = group_size(K, bits)
     if groups * size > K:  # with a value of the group's own, which does not widen its range
         wide_NK = F.pad(wide_NK[None], (0, groups * size - K), mode="replicate")[0]
     wide_CR = wide_NK.reshape(-1, size).t().contiguous()

@@ -36,14 +36,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from minirea.kernels.fused.arguments import Heads
 from minirea.kernels.launching import cdiv, launch, next_power_of_2
 from minirea.kernels.near import Near, near_rows
-from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix
+from minirea.quantize import ZERO, QuantizedMatrix, group_size
 
 Matrix = torch.Tensor | QuantizedMatrix
 
 # ------------------------------------------------------------------------------------------------------------- device
 
-GROUP_8: tl.constexpr = tl.constexpr(GROUP_SIZE[8])
-GROUP_4: tl.constexpr = tl.constexpr(GROUP_SIZE[4])
+columns_of_a_group = triton.constexpr_function(group_size)
 ZERO_8: tl.constexpr = tl.constexpr(ZERO[8])
 ZERO_4: tl.constexpr = tl.constexpr(ZERO[4])
 INTEGER: tl.constexpr = tl.constexpr(1.5 * 2**23)  # a float32 below 2^22 plus this is rounded to an integer
@@ -280,7 +279,7 @@ def product_of_words(
     """product_of_values of a QuantizedMatrix, words with BLOCK_K columns at a time."""
     if EARLY:
         gdc_launch_dependents()
-    GROUP: tl.constexpr = GROUP_8 if BITS == 8 else GROUP_4
+    GROUP: tl.constexpr = columns_of_a_group(K, BITS)
     COLUMNS: tl.constexpr = 4 * 32 // BITS  # of a unit of four words, which a thread loads at once
     UNITS: tl.constexpr = GROUP // COLUMNS  # of a group
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP

@@ -43,7 +43,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     empty, scratch_of = torch.empty, launch.scratch_of
 
     def spoiled(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else (1 << 30) - 7)
+        with torch.inference_mode():  # which scratch that is kept may be of
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else (1 << 30) - 7)
 
     def spoiled_scratch(*arguments: Any) -> Any:
         scratch = scratch_of(*arguments)

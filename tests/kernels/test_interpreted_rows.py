@@ -15,7 +15,7 @@ def test_rms_norm_equals_its_twin(T: int, E: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("N", "K"), [(3, 200), (1, 1), (2, 4100)])
+@pytest.mark.parametrize(("N", "K"), [(3, 200), (1, 1), (2, 4100), (2, 2304)])
 def test_widen_equals_its_twin(N: int, K: int, bits: int, dtype: torch.dtype) -> None:
     check_widen(N, K, bits, dtype, "cpu")
 

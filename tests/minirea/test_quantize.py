@@ -21,12 +21,12 @@ from minirea.errors import InputError
 from minirea.kernels.steps import reference as twins
 from minirea.linear import add_linear, linear
 from minirea.model import Model
-from minirea.quantize import GROUP_SIZE, ZERO, QuantizedMatrix, bits_of, quantized_bytes
+from minirea.quantize import ZERO, QuantizedMatrix, bits_of, group_size, quantized_bytes
 from minirea.weights import load_weights, loader
 
 CPU = torch.device("cpu")
 # N, K: whole blocks and groups, and sizes that neither divides.
-SHAPES = [(64, 128), (70, 45), (1, 1), (3, 32), (130, 200)]
+SHAPES = [(64, 128), (70, 45), (1, 1), (3, 32), (130, 200), (33, 2304), (2, 2100)]
 needs_planes = pytest.mark.skipif(not cpu.can_pack_planes(), reason="this torch has no fast product with 4-bit weights")
 
 
@@ -52,7 +52,7 @@ def test_rounding_is_within_half_a_step(shape: tuple[int, int], bits: int, monke
     matrix = quantized(wide_NK, bits)
     assert matrix.shape == shape
     assert matrix.nbytes == quantized_bytes(*shape, bits)
-    step_NK = matrix.scale_offset[..., 0].float().repeat_interleave(GROUP_SIZE[bits], 1)[:, : shape[1]]
+    step_NK = matrix.scale_offset[..., 0].float().repeat_interleave(group_size(shape[1], bits), 1)[:, : shape[1]]
     q_NK = matrix.unpack()[:, : shape[1]]
     inside = (q_NK > 0) & (q_NK < 2**bits - 1)  # an end of the range may stand for what is beyond it
     off = (matrix.widen(torch.float64) - wide_NK.double()).abs()
@@ -64,11 +64,12 @@ def test_rounding_is_within_half_a_step(shape: tuple[int, int], bits: int, monke
     assert torch.equal(again.scale_offset, matrix.scale_offset)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_row_of_fields_is_where_the_layout_says(bits: int) -> None:
+@pytest.mark.parametrize(("K", "bits"), [(192, 8), (2048, 8), (2304, 8), (2112, 8), (96, 4), (2048, 4)])
+def test_a_row_of_fields_is_where_the_layout_says(K: int, bits: int) -> None:
     """Values that are on a grid come back, each from its field."""
-    size = GROUP_SIZE[bits]
-    q_NK = torch.randint(0, 2**bits, (5, 3 * size), generator=torch.Generator().manual_seed(1))
+    size = group_size(K, bits)
+    assert size == (32 if bits == 4 else 256 if K in (2048, 2304) else 64)
+    q_NK = torch.randint(0, 2**bits, (5, K), generator=torch.Generator().manual_seed(1))
     q_NK[:, ::size], q_NK[:, 1::size] = 0, 2**bits - 1  # the whole range in each group
     wide_NK = (q_NK - ZERO[bits]) * 0.25
     matrix = quantized(wide_NK, bits)
