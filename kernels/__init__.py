@@ -20,7 +20,7 @@ from minirea.config import IMPLS, ReAttentionConfig
 from minirea.errors import InputError
 from minirea.kernels.near import Near
 from minirea.kernels.sketch import Sketch, new_sketch, width
-from minirea.kernels.votes import Votes, new_votes, winners_shape
+from minirea.kernels.votes import Votes, new_votes, voting_ranks, winners_shape
 
 __all__ = [
     "Gather",
@@ -253,15 +253,10 @@ def scratch_bytes(
         sketched: decode steps are called with sketches and without.
         carries: the steps, of one query each, are called with votes, whose own bytes do not count.
     """
-    from minirea.kernels.fused import launch
+    from minirea.kernels.fused import plan
 
-    layer = launch.Layer(num_heads, num_kv_heads, head_dim, dtype, config, _voting_ranks(config, ranks))
-    return launch.scratch_bytes(layer, capacity, steps, device, sketched, carries)
-
-
-def _voting_ranks(config: ReAttentionConfig, ranks: int) -> int:
-    """Processes whose heads vote together."""
-    return ranks if config.span_scope == "layer" and config.max_selected > 0 else 1
+    layer = plan.Layer(num_heads, num_kv_heads, head_dim, dtype, config, voting_ranks(config, ranks))
+    return plan.scratch_bytes(layer, capacity, steps, device, sketched, carries)
 
 
 def chunks_of_step(
@@ -273,18 +268,18 @@ def chunks_of_step(
     Args:
         device: a CUDA device; its number of multiprocessors counts.
     """
-    from minirea.kernels.fused import launch
+    from minirea.kernels.fused import plan
 
-    layer = launch.Layer(num_heads, num_kv_heads, head_dim, torch.bfloat16, ReAttentionConfig())
-    return launch.chunks_of_step(layer, chunk_size, device, least, most)
+    layer = plan.Layer(num_heads, num_kv_heads, head_dim, torch.bfloat16, ReAttentionConfig())
+    return plan.chunks_of_step(layer, chunk_size, device, least, most)
 
 
 def check_sketched(num_heads: int, num_kv_heads: int, head_dim: int, config: ReAttentionConfig, ranks: int = 1) -> None:
     """Raises InputError where impl "triton" takes no sketch for steps of one query. `ranks` is as in scratch_bytes."""
-    from minirea.kernels.fused import launch
+    from minirea.kernels.fused import plan
 
     sizes = num_heads, num_kv_heads, head_dim
-    launch.Layer(*sizes, torch.bfloat16, config, _voting_ranks(config, ranks)).check_sketched()
+    plan.Layer(*sizes, torch.bfloat16, config, voting_ranks(config, ranks)).check_sketched()
 
 
 def decode_kernels() -> ModuleType:

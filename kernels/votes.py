@@ -47,6 +47,11 @@ def new_votes(
     return Votes(*(part.view(ballots, -1) for part in parts))
 
 
+def voting_ranks(config: ReAttentionConfig, ranks: int) -> int:
+    """How many of the processes that have heads of a layer vote together."""
+    return ranks if config.span_scope == "layer" and config.max_selected > 0 else 1
+
+
 def elected_size(max_spans: int) -> int:
     """Room for a ballot's positions with most votes."""
     return max(16, 1 << (max_spans - 1).bit_length())

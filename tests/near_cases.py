@@ -31,10 +31,10 @@ def far_case(case: Case, keys: bool, values: bool) -> Case:
     The chunk kernel reads all keys from the cache, and the last tile of a far part, which has the first rows of the
     local part.
     """
-    from minirea.kernels.fused import launch
+    from minirea.kernels.fused import plan
 
     seq_len, config = case.seq_len, case.config
-    decodes = launch.Layer.of(case.q, case.k_cache, config).decodes(len(case.q))
+    decodes = plan.Layer.of(case.q, case.k_cache, config).decodes(len(case.q))
     start = 0 if seq_len <= config.dense_size else seq_len - config.local_size
     k_GND, v_GND = case.k_cache.clone(), case.v_cache.clone()
     if keys and decodes:

@@ -45,6 +45,7 @@ def found(case: Case) -> tuple[list[int], int]:
     where all keys were scored.
     """
     from minirea.kernels.fused import launch
+    from minirea.kernels.fused.arguments import SketchTiles
 
     layer = launch.Layer.of(case.q, case.k_cache, case.config, None)
     ((key, scratch),) = (
@@ -52,7 +53,7 @@ def found(case: Case) -> tuple[list[int], int]:
         for key, scratch in launch._workspaces.items()
         if isinstance(scratch, launch.DecodeScratch) and layer in key and scratch.found is not None
     )
-    room = next(part.SURVIVORS for part in key if isinstance(part, launch.SketchTiles))
+    room = next(part.SURVIVORS for part in key if isinstance(part, SketchTiles))
     survivors: list[int] = scratch.found.flatten().tolist()
     return survivors, room
 

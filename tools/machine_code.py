@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 
 from minirea.config import ReAttentionConfig
 from minirea.kernels import Gather, driver, launching
-from minirea.kernels.fused import launch
+from minirea.kernels.fused import launch, plan
 from minirea.kernels.fused.arguments import Rope
 from minirea.kernels.near import Near, near_size
 from minirea.kernels.sketch import new_sketch
@@ -112,18 +112,19 @@ def compiled(name: str) -> driver.Variant:
     with (
         mock.patch.object(launch, "launch_cooperatively", record),
         mock.patch.object(launching, "start", record_start),
-        mock.patch.object(launch, "num_programs", lambda _, tiles: PROCESSORS * tiles.programs_per_sm),
+        mock.patch.object(plan, "num_programs", lambda _, tiles: PROCESSORS * tiles.programs_per_sm),
     ):
-        given, left = (q_THD, k_GND, v_GND, out_THD, seq_len, rope, config), None if winners is None else winners[0]
+        left = None if winners is None else winners[0]
+        step = launch.Inputs(q_THD, k_GND, v_GND, out_THD, seq_len, rope, config, near=near, winners=left)
         if name == COUNTING:
             assert votes is not None and winners is not None
             launch.count_winners(votes, winners, seq_len, config)
         elif not shape.selects:
-            launch.launch_plain(*given, near=near)
+            launch.launch_plain(step)
         elif shape.num_queries == 1:
-            launch.launch_decode(*given, None, gather, sketch, votes=votes, near=near, winners=left)
+            launch.launch_decode(step._replace(gather=gather, sketch=sketch, votes=votes))
         else:
-            launch.launch_chunks(*given, None, shape.chunk_size, gather, near=near, winners=left)
+            launch.launch_chunks(step._replace(gather=gather), shape.chunk_size)
     return found[0]
 
 

@@ -28,7 +28,7 @@ from minirea.config import DEVICES, ReAttentionConfig
 from minirea.errors import MinireaWarning
 from minirea.evaluation.text.diary import generate_text
 from minirea.kernels import Sketch, reattention, reference
-from minirea.kernels.fused.launch import sketch_tiles
+from minirea.kernels.fused.plan import sketch_tiles
 
 PROCESSORS: Final = 132  # of an H100
 

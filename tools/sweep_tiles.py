@@ -87,14 +87,12 @@ def parser() -> argparse.ArgumentParser:
 
 def variants(arguments: argparse.Namespace, layer: Layer) -> list[Variant]:
     """What ships, then every other combination. Raises InputError."""
-    from minirea.kernels.fused import launch
-    from minirea.kernels.launching import next_power_of_2
+    from minirea.kernels.fused import plan
 
     if arguments.slices and arguments.kind == "decode":
         raise InputError("--slices is given, expected none for decode, whose slices follow from the number of SMs")
-    group, block_d = layer.num_heads // layer.num_kv_heads, max(16, next_power_of_2(layer.head_dim))
-    sizes = {"block_d": block_d, "itemsize": layer.dtype.itemsize}
-    shipped = launch.decode_tiles(group, **sizes) if arguments.kind == "decode" else launch.chunk_tiles(**sizes)
+    ships = plan.decode_tiles if arguments.kind == "decode" else plan.chunk_tiles
+    shipped = ships(plan.Layer(layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.dtype, layer.config))
     choices = [getattr(arguments, name) or [getattr(shipped, name)] for name in shipped._fields]
     tiles = [type(shipped)(*each) for each in itertools.product(*choices)]
     found = [Variant(each, slices) for each in tiles for slices in arguments.slices or [None]]
@@ -104,11 +102,11 @@ def variants(arguments: argparse.Namespace, layer: Layer) -> list[Variant]:
 @contextlib.contextmanager
 def launched_as(variant: Variant) -> Iterator[None]:
     """Launches in here are this variant's. Scratch of the variants before it is given back."""
-    from minirea.kernels.fused import launch
+    from minirea.kernels.fused import launch, plan
 
-    plan_chunks = launch.plan_chunks
+    plan_chunks = plan.plan_chunks
 
-    def plan(*arguments: Any) -> Any:
+    def plan_variant(*arguments: Any) -> Any:
         made = plan_chunks(*arguments)
         if variant.slices is None:
             return made
@@ -117,9 +115,9 @@ def launched_as(variant: Variant) -> Iterator[None]:
         return made._replace(c=c, scratch=made.scratch | {"candidate": (dtype, (rows, c.CANDIDATES))})
 
     with (
-        mock.patch.object(launch, "decode_tiles", return_value=variant.tiles),
-        mock.patch.object(launch, "chunk_tiles", return_value=variant.tiles),
-        mock.patch.object(launch, "plan_chunks", plan),
+        mock.patch.object(plan, "decode_tiles", return_value=variant.tiles),
+        mock.patch.object(plan, "chunk_tiles", return_value=variant.tiles),
+        mock.patch.object(plan, "plan_chunks", plan_variant),
         mock.patch.object(launch, "_workspaces", {}),
     ):
         yield

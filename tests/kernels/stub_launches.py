@@ -182,6 +182,7 @@ def project() -> list[Case]:
     """The first launch of each kernel of the project: small shapes in half precision."""
     from minirea.config import ReAttentionConfig
     from minirea.kernels.fused import launch as fused
+    from minirea.kernels.fused import plan
     from minirea.kernels.fused.arguments import Rope
     from minirea.kernels.sketch import new_sketch
     from minirea.kernels.steps import matvec, peers, rows
@@ -200,7 +201,7 @@ def project() -> list[Case]:
     x, seq_len, token = half(width), torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
     caches = half(kv_heads, 256, dim), half(kv_heads, 256, dim)
     rope, config = Rope(torch.zeros(300, dim // 2), torch.zeros(300, dim // 2)), ReAttentionConfig(4, 64, 2, 8, 4)
-    with mock.patch.object(driver, "launch", record), mock.patch.object(fused, "num_programs", return_value=8):
+    with mock.patch.object(driver, "launch", record), mock.patch.object(plan, "num_programs", return_value=8):
         matvec.embed(token, half(97, width), seq_len, x)
         matvec.norm_qkv(x, x, half(128, width), None, 1e-5, seq_len, half(heads, dim), *caches)
         matvec.add_product(x, half(width, width), None, x)
@@ -210,11 +211,10 @@ def project() -> list[Case]:
         rows.rms_norm(half(3, width), x, 1e-5)
         rows.write_kv(half(3, heads + 2 * kv_heads, dim), *caches, seq_len)
         rows.swiglu(half(3, 2 * 112))
-        fused.launch_decode(half(1, heads, dim), *caches, half(1, heads, dim), seq_len, rope, config)
-        streaming = ReAttentionConfig(4, 64, 0)
-        fused.launch_plain(half(1, heads, dim), *caches, half(1, heads, dim), seq_len, rope, streaming)
-        queries = half(48, heads, dim)
-        fused.launch_chunks(queries, *caches, torch.empty_like(queries), seq_len, rope, config, None, 16)
+        step = fused.Inputs(half(1, heads, dim), *caches, half(1, heads, dim), seq_len, rope, config)
+        fused.launch_decode(step)
+        fused.launch_plain(step._replace(config=ReAttentionConfig(4, 64, 0)))
+        fused.launch_chunks(step._replace(q=half(48, heads, dim), out=half(48, heads, dim)), 16)
         fused.sketch_keys(caches[0], new_sketch(kv_heads, dim, 256, x.device), 0, 100)
         voting = ReAttentionConfig(4, 64, 2, 8, 4, vote_window=4, carry_votes=True)
         winners = torch.zeros(3, *winners_shape(heads, voting, 8), dtype=torch.int32)

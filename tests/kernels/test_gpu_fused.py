@@ -226,7 +226,7 @@ def test_a_busy_gpu_only_delays(T: int, work: str) -> None:
 @pytest.mark.parametrize(("H", "G", "D", "chunks"), [(9, 3, 64, 4), (9, 3, 64, 11), (32, 8, 128, 4)])
 def test_programs_share_the_work_of_all_chunks(H: int, G: int, D: int, chunks: int) -> None:
     """Each scores some block of rows: a compiler that counts wrong from chunk to chunk gives all work to the first."""
-    from minirea.kernels.fused import launch
+    from minirea.kernels.fused import launch, plan
     from minirea.kernels.fused.arguments import Rope
 
     chunk_size = 512
@@ -236,12 +236,13 @@ def test_programs_share_the_work_of_all_chunks(H: int, G: int, D: int, chunks: i
     k, v = (torch.randn(G, n, D, device="cuda", dtype=HALF) for _ in range(2))
     table = torch.ones(config.max_scope + T, D // 2, device="cuda")
 
-    step = functools.partial(launch.launch_chunks, q, k, v, out, n, Rope(table, table), config, None, chunk_size)
+    inputs = launch.Inputs(q, k, v, out, n, Rope(table, table), config)
+    step = functools.partial(launch.launch_chunks, inputs, chunk_size)
     tag = step().tag  # the program's own, of the tiles that it keeps of its last block of rows
     tag.fill_(-(1 << 30))
     step()
     idle = int((tag == -(1 << 30)).flatten(1).all(1).sum())
-    tiles = launch.chunk_tiles(D, 2)
+    tiles = plan.chunk_tiles(inputs.layer)
     assert idle == max(0, len(tag) - chunks * G * -(-chunk_size * (H // G) // tiles.BLOCK_M))
 
 

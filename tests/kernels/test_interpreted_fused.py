@@ -28,7 +28,7 @@ from kernel_cases import (
 
 from minirea.errors import InputError
 from minirea.kernels import ReAttentionConfig, reattention, reference
-from minirea.kernels.fused import launch
+from minirea.kernels.fused import launch, plan
 from minirea.kernels.fused.arguments import ChunkScratch
 from minirea.kernels.fused.attend import rotate
 from minirea.kernels.fused.order import NOWHERE, pack, position_of, take_best, to_order
@@ -118,7 +118,7 @@ def test_chunks_read_nothing_that_other_launches_left(
         assert scratches
         for scratch in scratches:
             for name, tensor in scratch._asdict().items():
-                if name in launch.PASSING:
+                if name in plan.PASSING:
                     tensor.view(torch.uint8).fill_(byte)
         assert torch.equal(reattention(*case.arguments(), impl="triton", chunk_size=4), expected_THD)
 
@@ -175,8 +175,9 @@ def test_small_chunks_in_one_launch(T: int, chunk_size: int, span_scope: str) ->
 
 def test_more_chunks_than_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     launch_chunks, queries = launch.launch_chunks, []
-    monkeypatch.setattr(launch, "MAX_CHUNKS", 2)
-    monkeypatch.setattr(launch, "launch_chunks", lambda *args: (queries.append(len(args[0])), launch_chunks(*args))[1])
+    monkeypatch.setattr(plan, "MAX_CHUNKS", 2)
+    record = lambda step, size: (queries.append(len(step.q)), launch_chunks(step, size))[1]  # noqa: E731
+    monkeypatch.setattr(launch, "launch_chunks", record)
     case = make_case(ReAttentionConfig(3, 8, 2, 4, 5), 80, T=19, dtype=torch.float16)
     check_chunks(case, 4, reattention(*case.arguments(), impl="triton", chunk_size=4))
     assert queries == [8, 8, 3]

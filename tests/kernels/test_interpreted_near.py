@@ -13,7 +13,7 @@ from sketch_cases import found, real_case, sketch_of
 
 from minirea.errors import InputError
 from minirea.kernels import Near, ReAttentionConfig, reattention, winners_shape
-from minirea.kernels.fused import launch
+from minirea.kernels.fused import launch, plan
 from minirea.kernels.fused.arguments import SketchTiles
 from minirea.kernels.steps import matvec, reference, rows
 
@@ -38,7 +38,7 @@ def test_chunks_of_one_launch_share_near_values() -> None:
 
 def test_steps_with_sketches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Survivors, and slices with too many of them, are scored where the cache lies."""
-    monkeypatch.setattr(launch, "sketch_tiles", lambda _: SketchTiles(32, 32, 128, 64, num_stages=2, LIVE_M=4))
+    monkeypatch.setattr(plan, "sketch_tiles", lambda _: SketchTiles(32, 32, 128, 64, num_stages=2, LIVE_M=4))
     launch._workspaces.clear()
     for G, span_scope in ((1, "layer"), (2, "kv_head")):
         case = real_case(ReAttentionConfig(4, 8, 4, 4, 20, span_scope=span_scope), 150, G, H=4, G=G, D=16)
@@ -53,7 +53,7 @@ def test_short_slices_of_far_keys_are_looked_at_by_their_sketches(
 ) -> None:
     """From one key on, also where fewer tiles than winners leave no threshold; near keys would be scored."""
     tiles = SketchTiles(32, 32, 128, 256, num_stages=2, LIVE_M=4)
-    monkeypatch.setattr(launch, "sketch_tiles", lambda _: tiles)
+    monkeypatch.setattr(plan, "sketch_tiles", lambda _: tiles)
     case = real_case(ReAttentionConfig(4, 8, 4, 4, 20), seq_len, seq_len, torch.float16, H=4, G=2, D=16)
     for keys in (False, True):
         launch._workspaces.clear()

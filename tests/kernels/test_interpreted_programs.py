@@ -28,8 +28,9 @@ from processes import at_once
 from sketch_cases import real_case, sketch_of
 from triton.runtime import interpreter
 
-from minirea.kernels import ReAttentionConfig, reattention, winners_shape
+from minirea.kernels import ReAttentionConfig, Sketch, reattention, winners_shape
 from minirea.kernels.fused import launch as launching
+from minirea.kernels.fused import plan
 from minirea.kernels.fused.arguments import Rope, SketchTiles
 
 
@@ -69,7 +70,7 @@ def run_program(program: int, programs: int, step: Any, arguments: tuple[Any, ..
 
 def launch(monkeypatch: pytest.MonkeyPatch, step: Any, programs: int, arguments: tuple[Any, ...]) -> Any:
     """step(*arguments) as `programs` processes at once; returns the workspace."""
-    monkeypatch.setattr(launching, "num_programs", lambda *_: programs)
+    monkeypatch.setattr(plan, "num_programs", lambda *_: programs)
     with monkeypatch.context() as patch:  # the workspace first, for all processes to share
         for module, name in ((launching, "launch"), (launching.launching, "start")):
             patch.setattr(module, name, lambda *_, **__: None)
@@ -82,26 +83,26 @@ def launch(monkeypatch: pytest.MonkeyPatch, step: Any, programs: int, arguments:
     return workspace
 
 
-def tensors(case: Case) -> tuple[torch.Tensor, ...]:
-    return case.q, case.k_cache, case.v_cache
+def inputs(case: Case, out_THD: torch.Tensor, **options: Any) -> launching.Inputs:
+    rope = Rope(case.cos, case.sin)
+    return launching.Inputs(case.q, case.k_cache, case.v_cache, out_THD, case.seq_len, rope, case.config, **options)
 
 
 def check_growing(
-    monkeypatch: pytest.MonkeyPatch, case: Case, programs: int, seq_lens: tuple[int, ...], *options: Any
+    monkeypatch: pytest.MonkeyPatch, case: Case, programs: int, seq_lens: tuple[int, ...], sketch: Sketch | None = None
 ) -> Any:
     """Launches with more and more keys find the right scope and output, whatever the one before left behind. Returns
-    the last workspace; `options` follow launch_decode's tiles.
+    the last workspace.
     """
     launching._workspaces.clear()  # whose counters have counted to another number of programs
     T = case.q.shape[0]
-    step, sizes = (launching.launch_decode, options) if T == 1 else (launching.launch_chunks, (T,))
+    step, sizes = (launching.launch_decode, ()) if T == 1 else (launching.launch_chunks, (T,))
     if T == 1 and not case.config.max_selected:
         step = launching.launch_plain
     for seq_len in seq_lens:
         case = replace(case, seq_len=seq_len)
         out_THD = torch.full_like(case.q, torch.nan).share_memory_()
-        arguments = (*tensors(case), out_THD, seq_len, Rope(case.cos, case.sin), case.config, None, *sizes)
-        workspace = launch(monkeypatch, step, programs, arguments)
+        workspace = launch(monkeypatch, step, programs, (inputs(case, out_THD, sketch=sketch), *sizes))
         exact_THD, scopes = case.oracle()
         found = launching.scopes_of(workspace, seq_len, launching.Layer.of(case.q, case.k_cache, case.config))
         assert [s.tolist() for s in found] == [s.tolist() for s in scopes]
@@ -136,7 +137,8 @@ def test_decode_with_sketches(monkeypatch: pytest.MonkeyPatch, span_scope: str, 
         tiles = SketchTiles(BLOCK_N=32, ROOM=ROOM, SURVIVORS=512, LEAST=64, num_stages=2, LIVE_M=4)
         case = real_case(ReAttentionConfig(2, 8, 3, 4, 5, span_scope=span_scope), 300, 3, H=6, G=2, D=16)
         sketch = sketch_of(case, "torch", 143)
-        workspace = check_growing(monkeypatch, case, programs, seq_lens, None, sketch, tiles)
+        monkeypatch.setattr(plan, "sketch_tiles", lambda _, tiles=tiles: tiles)
+        workspace = check_growing(monkeypatch, case, programs, seq_lens, sketch)
         assert torch.all((workspace.found > tiles.SURVIVORS) == (ROOM == 1))
 
 
@@ -146,7 +148,8 @@ def test_slices_know_each_others_bounds(monkeypatch: pytest.MonkeyPatch, best: i
     tiles = SketchTiles(BLOCK_N=16, ROOM=32, SURVIVORS=512, LEAST=64, num_stages=2, LIVE_M=4)
     case = real_case(ReAttentionConfig(2, 8, 3, 4, 5), 150, 3, H=6, G=2, D=16)
     case.k_cache[:, 2 + 70 * (1 - best) : 72 + 70 * (1 - best)] *= 1e-2
-    workspace = check_growing(monkeypatch, case, 5, (150, 150), None, sketch_of(case, "torch"), tiles)
+    monkeypatch.setattr(plan, "sketch_tiles", lambda _: tiles)
+    workspace = check_growing(monkeypatch, case, 5, (150, 150), sketch_of(case, "torch"))
     assert torch.all(workspace.found[:, 1 - best] == 0)
     assert torch.all((workspace.found[:, best] >= 3) & (workspace.found[:, best] < 70))
 
@@ -179,12 +182,9 @@ def test_votes_that_add_up(monkeypatch: pytest.MonkeyPatch, kernel: str, span_sc
         for layer in range(3):
             this, found = replace(case, q=case.q.roll(layer, -1), seq_len=seq_len), {}
             out_1HD = torch.full_like(case.q, torch.nan).share_memory_()
-            arguments = (*tensors(this), out_1HD, seq_len, Rope(case.cos, case.sin), config, None)
-            if kernel == "decode":
-                step, arguments = launching.launch_decode, (*arguments, None, None, None, votes, None, winners)
-            else:
-                step, arguments = launching.launch_chunks, (*arguments, 1, None, votes, None, winners)
-            workspace = launch(monkeypatch, step, programs, arguments)
+            given = inputs(this, out_1HD, votes=votes, winners=winners)
+            step, sizes = (launching.launch_decode, ()) if kernel == "decode" else (launching.launch_chunks, (1,))
+            workspace = launch(monkeypatch, step, programs, (given, *sizes))
             exact_1HD, selection = reattention_oracle(*this.arguments(), votes=cast, found=found)
             scopes = as_list(selection)
             selected = launching.scopes_of(workspace, seq_len, launching.Layer.of(case.q, case.k_cache, config))
@@ -200,8 +200,7 @@ def test_chunks_leave_winners(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(config, 60, T=7, H=6, G=2, D=16, largest=2, dtype=torch.float16)
     winners, found = torch.full((4, 6, 3), -1, dtype=torch.int32).share_memory_(), {}
     out_THD = torch.full_like(case.q, torch.nan).share_memory_()
-    arguments = (*tensors(case), out_THD, 60, Rope(case.cos, case.sin), config, None, 5, None, None, None, winners)
-    launch(monkeypatch, launching.launch_chunks, 4, arguments)
+    launch(monkeypatch, launching.launch_chunks, 4, (inputs(case, out_THD, winners=winners), 5))
     for chunk in case.chunks(5):
         reattention_oracle(*chunk.arguments(), found=found)
     for token in range(56, 60):
@@ -217,6 +216,5 @@ def test_chunks_together(monkeypatch: pytest.MonkeyPatch, span_scope: str, progr
     for seq_len in (60, 14, 11, 150):
         case = replace(case, seq_len=seq_len)
         out_THD = torch.full_like(case.q, torch.nan).share_memory_()
-        arguments = (*tensors(case), out_THD, seq_len, Rope(case.cos, case.sin), case.config, None, 4)
-        launch(monkeypatch, launching.launch_chunks, programs, arguments)
+        launch(monkeypatch, launching.launch_chunks, programs, (inputs(case, out_THD), 4))
         check_chunks(case, 4, out_THD)

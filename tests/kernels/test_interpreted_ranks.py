@@ -15,7 +15,7 @@ from sketch_cases import CHANGES, all_equal, changed, few_stand_out, real_case, 
 
 from minirea.errors import InputError
 from minirea.kernels import ReAttentionConfig, new_votes, reattention, winners_shape
-from minirea.kernels.fused import launch
+from minirea.kernels.fused import launch, plan
 from minirea.kernels.fused.arguments import SketchTiles
 
 
@@ -91,7 +91,7 @@ def test_heads_that_vote_alone_gather_nothing() -> None:
 
 def test_chunks_that_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """In two launches, in one of which some are dense; the length is read from memory as in a captured step."""
-    monkeypatch.setattr(launch, "MAX_CHUNKS", 2)
+    monkeypatch.setattr(plan, "MAX_CHUNKS", 2)
     case = make_case(ReAttentionConfig(3, 8, 2, 4, 4, dense_size=40), 46, T=11, H=4, G=2, dtype=torch.float16)
     case.cos, case.sin = rope_table(60, 16)
     expected_THD = reattention(*case.arguments(), impl="triton", chunk_size=3)
@@ -123,7 +123,7 @@ SMALL_TILES = SketchTiles(BLOCK_N=32, ROOM=32, SURVIVORS=128, LEAST=64, num_stag
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "sketch_tiles", lambda _: SMALL_TILES)
+    monkeypatch.setattr(plan, "sketch_tiles", lambda _: SMALL_TILES)
     launch._workspaces.clear()
 
 

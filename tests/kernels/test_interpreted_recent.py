@@ -9,7 +9,7 @@ import torch
 from kernel_cases import check_decode_steps, check_votes, decode_layers, make_case, votes_of
 
 from minirea.kernels import ReAttentionConfig, count_winners
-from minirea.kernels.fused import launch
+from minirea.kernels.fused import launch, plan
 from minirea.kernels.fused.arguments import CountSizes
 
 
@@ -44,12 +44,13 @@ def test_more_winners_than_vote_in_a_round() -> None:
     check_decode_steps(decode_layers(config, 70, 1, H=10, G=2, D=8, largest=1), "triton", (68, 69, 70))
 
 
-@pytest.mark.parametrize(("H", "max_spans"), [(4, launch.MAX_ELECTED + 1), (40, 5)])
+@pytest.mark.parametrize(("H", "max_spans"), [(4, plan.MAX_ELECTED + 1), (40, 5)])
 def test_more_than_is_compared_takes_the_chunk_kernel(monkeypatch: pytest.MonkeyPatch, H: int, max_spans: int) -> None:
     """More spans, or more winners."""
     launched: list[int] = []
     chunks = launch.launch_chunks
-    monkeypatch.setattr(launch, "launch_chunks", lambda *args: (launched.append(len(args[0])), chunks(*args))[1])
+    record = lambda step, size: (launched.append(len(step.q)), chunks(step, size))[1]  # noqa: E731
+    monkeypatch.setattr(launch, "launch_chunks", record)
     config = ReAttentionConfig(1, 9, 4, 2, max_spans, vote_window=2, carry_votes=True)
     check_decode_steps(decode_layers(config, 70, 1, H=H, G=4, D=8), "triton", (69, 70))
     assert launched == [1, 1]

@@ -14,7 +14,7 @@ from sketch_cases import CHANGES, Change, all_equal, changed, few_stand_out, fou
 
 from minirea.errors import InputError
 from minirea.kernels import ReAttentionConfig, Sketch, new_sketch, reattention, reference, sketch_keys
-from minirea.kernels.fused import launch
+from minirea.kernels.fused import launch, plan
 from minirea.kernels.fused.arguments import SketchTiles
 
 TILES = SketchTiles(BLOCK_N=32, ROOM=32, SURVIVORS=128, LEAST=64, num_stages=2, LIVE_M=4)
@@ -23,7 +23,7 @@ CONFIG = ReAttentionConfig(4, 8, 4, 4, 20)
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "sketch_tiles", lambda _: TILES)
+    monkeypatch.setattr(plan, "sketch_tiles", lambda _: TILES)
     launch._workspaces.clear()
 
 
@@ -88,9 +88,9 @@ def test_equals_oracle_on_random_shapes(seed: int, monkeypatch: pytest.MonkeyPat
     """Integers, of which many tie, dense and streaming steps, one slice or several, room for few tiles or survivors."""
     r = random.Random(seed)
     tiles = TILES._replace(ROOM=r.choice([4, 32]), SURVIVORS=r.choice([16, 128]), LEAST=r.choice([1, 64]))
-    monkeypatch.setattr(launch, "sketch_tiles", lambda _: tiles)
-    monkeypatch.setattr(launch, "MAX_CANDIDATES", r.choice([256, 8192]))
-    launch.plan_decode.cache_clear()
+    monkeypatch.setattr(plan, "sketch_tiles", lambda _: tiles)
+    monkeypatch.setattr(plan, "MAX_CANDIDATES", r.choice([256, 8192]))
+    plan.plan_decode.cache_clear()
     case = random_case(seed, head_dims=(8, 16, 20, 32))
     dtype = r.choice([torch.float32, torch.float16])
     case = replace(case, **{name: getattr(case, name).to(dtype) for name in ("q", "k_cache", "v_cache")})
@@ -145,7 +145,7 @@ def test_keys_that_int8_cannot_hold_are_scored(value: float) -> None:
 def test_sizes_of_a_real_model_are_those_that_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sizes for a GPU, over a slice just long enough for them."""
     monkeypatch.undo()
-    tiles = launch.sketch_tiles(64)
+    tiles = plan.sketch_tiles(64)
     case = real_case(CONFIG, 12 + tiles.LEAST, 0, H=2, G=1, D=64)
     check_equal(case)
     assert all(4 <= survivors <= tiles.SURVIVORS for survivors in found(case)[0])

@@ -22,7 +22,7 @@ from minirea.kernels import (
     new_votes,
     scratch_bytes,
 )
-from minirea.kernels.fused import launch  # (which imports triton)
+from minirea.kernels.fused import launch, plan  # (which imports triton)
 
 META = torch.device("meta")
 
@@ -41,8 +41,8 @@ META = torch.device("meta")
     ],
 )
 def test_slices_even_out_the_turns(units: int, programs: int, slices: int) -> None:
-    assert launch.chunk_slices(units, programs, 2048) == slices
-    assert launch.chunk_slices(units, programs, 1) == 1
+    assert plan.chunk_slices(units, programs, 2048) == slices
+    assert plan.chunk_slices(units, programs, 1) == 1
 
 
 @pytest.mark.parametrize(
@@ -59,14 +59,14 @@ def test_slices_even_out_the_turns(units: int, programs: int, slices: int) -> No
 def test_chunks_of_a_step_fill_rounds(
     monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int, int], most: int, chunks: int
 ) -> None:
-    monkeypatch.setattr(launch, "num_programs", lambda *_: 132)
+    monkeypatch.setattr(plan, "num_programs", lambda *_: 132)
     assert chunks_of_step(*heads, 512, META, 4, most) == chunks
 
 
 def test_a_slice_never_costs_more_than_it_saves() -> None:
     for programs in (1, 5, 78, 114, 132):
         for units in range(1, 600):
-            slices = launch.chunk_slices(units, programs, 512)
+            slices = plan.chunk_slices(units, programs, 512)
             assert slices & (slices - 1) == 0
             assert math.ceil(units * slices / programs) / slices <= math.ceil(units / programs)
 
@@ -110,8 +110,8 @@ def test_scratch_bytes_are_those_of_all_steps(
 ) -> None:
     num_heads, num_kv_heads, head_dim, dtype = heads
     monkeypatch.setattr(launch, "_workspaces", {})
-    monkeypatch.setattr(launch, "INTERPRETED", True)  # takes tensors that are not on a GPU
-    monkeypatch.setattr(launch, "num_programs", lambda *_: 132)
+    monkeypatch.setattr(plan, "INTERPRETED", True)  # takes tensors that are not on a GPU
+    monkeypatch.setattr(plan, "num_programs", lambda *_: 132)
     monkeypatch.setattr(launch, "launch", lambda *_, **__: None)
     monkeypatch.setattr(launch.launching, "start", lambda *_: None)
     k_cache = torch.empty(num_kv_heads, 10_000, head_dim, dtype=dtype, device=META)
@@ -125,7 +125,7 @@ def test_scratch_bytes_are_those_of_all_steps(
             launch.reattention_triton(*given, chunk_size=chunk_size, gather=gather, votes=votes)
             if T == 1:
                 launch.reattention_triton(*given[:3], 500, *given[4:6], config.of_dense_step, gather=gather)
-            if sketched and launch.Layer.of(q_THD, k_cache, config, gather).decodes(T):
+            if sketched and plan.Layer.of(q_THD, k_cache, config, gather).decodes(T):
                 sketch = new_sketch(num_kv_heads, head_dim, 10_000, META)
                 launch.reattention_triton(*given, gather=gather, sketch=sketch)
     workspaces = list(launch._workspaces.values())
@@ -144,8 +144,8 @@ def test_scratch_bytes_are_those_of_all_steps(
         ({}, 1, True),
         ({"span_scope": "kv_head"}, 1, True),
         ({}, 2, False),  # whose heads, 64, have 256 winners
-        ({"max_spans": launch.MAX_ELECTED}, 1, True),
-        ({"max_spans": launch.MAX_ELECTED + 1}, 1, False),
+        ({"max_spans": plan.MAX_ELECTED}, 1, True),
+        ({"max_spans": plan.MAX_ELECTED + 1}, 1, False),
         ({"span_top_k": 2}, 2, True),
         ({"span_top_k": 8}, 1, False),  # 32 heads have 256 winners
         ({"span_top_k": 8, "span_scope": "kv_head"}, 1, True),
@@ -153,7 +153,7 @@ def test_scratch_bytes_are_those_of_all_steps(
 )
 def test_which_steps_with_votes_take_the_decode_kernel(fields: dict[str, Any], ranks: int, counted: bool) -> None:
     config = replace(ReAttentionConfig(32, 512, 4, 32, 16), **fields)
-    assert launch.Layer(32, 8, 128, torch.bfloat16, config, ranks).counts() == counted
+    assert plan.Layer(32, 8, 128, torch.bfloat16, config, ranks).counts() == counted
 
 
 def test_more_winners_than_a_decode_step_sorts_take_no_sketch() -> None:

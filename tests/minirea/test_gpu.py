@@ -330,7 +330,7 @@ def test_the_demo_computes_the_same_with_sketches() -> None:
     """50 questions behind 275,000 to 300,000 tokens, whose slices are long enough for sketches. Every key and value of
     their answers is the same bit for bit: it depends on what the layers before have selected.
     """
-    from minirea.kernels.fused import launch
+    from minirea.kernels.fused import launch, plan
 
     without, with_sketches = (minirea.load(DEMO, sketch=sketch).session(301_000) for sketch in ("off", "int8"))
     ids = without.llm.encode(generate_text(0, 1_500_000))[:300_000]
@@ -354,4 +354,4 @@ def test_the_demo_computes_the_same_with_sketches() -> None:
     ]
     survivors = torch.cat(found)
     survivors = survivors[survivors > 0]
-    assert float((survivors <= launch.sketch_tiles(64).SURVIVORS).float().mean()) > 0.5
+    assert float((survivors <= plan.sketch_tiles(64).SURVIVORS).float().mean()) > 0.5

@@ -20,7 +20,7 @@ from minirea.attention import Attention
 from minirea.cache import KVCache
 from minirea.generate import decode_one_by_one, prefill
 from minirea.graph import StepGraph, decode_ahead
-from minirea.kernels.fused import launch
+from minirea.kernels.fused import launch, plan
 from minirea.kernels.fused.arguments import SketchTiles
 from minirea.model import Model, _layer
 from minirea.placement import NEAR, Placement
@@ -95,7 +95,7 @@ def test_steps_give_the_tokens_of_the_torch_path(
 def test_steps_with_sketches_compute_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit."""
     tiles = SketchTiles(BLOCK_N=16, ROOM=16, SURVIVORS=64, LEAST=32, num_stages=2, LIVE_M=4)
-    monkeypatch.setattr(launch, "sketch_tiles", lambda _: tiles)
+    monkeypatch.setattr(plan, "sketch_tiles", lambda _: tiles)
     monkeypatch.setattr(launch, "_workspaces", {})
     directory = write_checkpoint(tmp_path, tiny_model(**SMALL))
     llm, ids, caches, tokens = minirea.load(directory, **SCOPE), random_ids(90, 40), [], []
@@ -315,7 +315,7 @@ def test_steps_over_a_far_cache_compute_the_same(tmp_path: Path, monkeypatch: py
     One cache gets sketches, and its keys go to the host, when the step of a token is there already.
     """
     tiles = SketchTiles(BLOCK_N=16, ROOM=16, SURVIVORS=64, LEAST=32, num_stages=2, LIVE_M=4)
-    monkeypatch.setattr(launch, "sketch_tiles", lambda _: tiles)
+    monkeypatch.setattr(plan, "sketch_tiles", lambda _: tiles)
     monkeypatch.setattr("minirea.cache.TAKEN_BACK", 4)
     directory = write_checkpoint(tmp_path, tiny_model(**SMALL))
     llm, ids = minirea.load(directory, **SCOPE), random_ids(90, 40)

@@ -16,7 +16,7 @@ from testing import random_ids, tiny_model, write_checkpoint
 import minirea
 from minirea.attention import Attention
 from minirea.cache import KVCache
-from minirea.kernels.fused import launch
+from minirea.kernels.fused import launch, plan
 from minirea.kernels.fused.arguments import SketchTiles
 from minirea.kernels.steps import peers
 from minirea.model import Model, _layer
@@ -122,7 +122,7 @@ def test_caches_on_the_host_and_sketches_change_nothing(tmp_path: Path, monkeypa
     far: all keys and values are those of ranks that do not.
     """
     tiles = SketchTiles(BLOCK_N=16, ROOM=16, SURVIVORS=64, LEAST=32, num_stages=2, LIVE_M=4)
-    monkeypatch.setattr(launch, "sketch_tiles", lambda _: tiles)
+    monkeypatch.setattr(plan, "sketch_tiles", lambda _: tiles)
     monkeypatch.setattr(launch, "_workspaces", {})
     directory = write_checkpoint(tmp_path, tiny_model(**SMALL | {"num_hidden_layers": 3}))
     llm, ids, ranks = minirea.load(directory, **SCOPE, tail_size=0), random_ids(81, 41), ThreadRanks(2)

@@ -191,9 +191,9 @@ CARD, HOST = 84_000_000_000, 130_000_000_000  # free on a card of 80 GB, and bes
 def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
     """The shape of an 8B model, on a card that is not there."""
     pytest.importorskip("triton")
-    from minirea.kernels.fused import launch
+    from minirea.kernels.fused import plan as launches
 
-    monkeypatch.setattr(launch, "num_programs", lambda *_: 132)
+    monkeypatch.setattr(launches, "num_programs", lambda *_: 132)
     monkeypatch.setattr(memory, "available_bytes", lambda device: CARD if device.type == "cuda" else HOST)
     (tmp_path / "config.json").write_text(json.dumps(named("llama-3.1-8b")))
     return load_config(tmp_path)
@@ -203,9 +203,9 @@ def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
 def cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], ModelConfig]:
     """The shape of a 3B model, its first rank's part of two; takes what is free on each of two cards and their host."""
     pytest.importorskip("triton")
-    from minirea.kernels.fused import launch
+    from minirea.kernels.fused import plan as launches
 
-    monkeypatch.setattr(launch, "num_programs", lambda *_: 132)
+    monkeypatch.setattr(launches, "num_programs", lambda *_: 132)
     (tmp_path / "config.json").write_text(json.dumps(named("llama-3.2-3b")))
 
     def free(card: int, host: int) -> ModelConfig:

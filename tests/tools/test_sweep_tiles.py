@@ -12,7 +12,7 @@ import torch
 from bench_kernel import Layer
 
 from minirea.errors import InputError
-from minirea.kernels.fused import launch
+from minirea.kernels.fused import plan
 from minirea.kernels.fused.arguments import Tiles
 
 SCRIPT = Path(sweep_tiles.__file__)
@@ -23,14 +23,19 @@ def variants(*options: str) -> list[sweep_tiles.Variant]:
     return sweep_tiles.variants(arguments, Layer.of(arguments))
 
 
+def layer_of(*options: str) -> plan.Layer:
+    bench = Layer.of(sweep_tiles.parser().parse_args([*options]))
+    return plan.Layer(bench.num_heads, bench.num_kv_heads, bench.head_dim, bench.dtype, bench.config)
+
+
 def test_every_combination_and_first_what_ships() -> None:
-    shipped = launch.decode_tiles(4, 128, 2)
+    shipped = plan.decode_tiles(layer_of("decode"))
     found = variants("decode", "--block-a", "32,64", "--stages", "3,4")
     assert found[0] == (shipped, None)
     assert len(found) == len(set(found)) == 4
     assert {(v.tiles.BLOCK_A, v.tiles.num_stages) for v in found} == {(32, 3), (32, 4), (64, 3), (64, 4)}
-    small = variants("prefill", "--heads", "9", "--kv-heads", "3", "--head-dim", "64", "--slices", "1,2")
-    assert small == [(launch.chunk_tiles(64, 2), slices) for slices in (None, 1, 2)]
+    small = "prefill", "--heads", "9", "--kv-heads", "3", "--head-dim", "64", "--slices", "1,2"
+    assert variants(*small) == [(plan.chunk_tiles(layer_of(*small)), slices) for slices in (None, 1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -55,20 +60,17 @@ def test_what_cannot_be_measured_is_refused(
 
 def test_a_variant_is_what_is_launched() -> None:
     """Slices change what a chunk's rows leave in scratch; without them the kernel's own choice stays."""
-    arguments = sweep_tiles.parser().parse_args(["prefill", "--slices", "8"])
-    bench = Layer.of(arguments)
-    layer = launch.Layer(bench.num_heads, bench.num_kv_heads, bench.head_dim, bench.dtype, bench.config)
-    tiles = Tiles(64, 64, 32, 4, 2, 2)
-    own = launch.plan_chunks(layer, tiles, 264, True, 4, 512, 32768)
+    layer, tiles = layer_of("prefill", "--slices", "8"), Tiles(64, 64, 32, 4, 2, 2)
+    own = plan.plan_chunks(layer, tiles, 264, True, 4, 512, 32768)
     for slices in (None, 8):
         with sweep_tiles.launched_as(sweep_tiles.Variant(tiles, slices)):
-            assert launch.chunk_tiles(128, 2) == launch.decode_tiles(4, 128, 2) == tiles
-            plan = launch.plan_chunks(layer, tiles, 264, True, 4, 512, 32768)
-        chosen = plan.c.SLICES
+            assert plan.chunk_tiles(layer) == plan.decode_tiles(layer) == tiles
+            made = plan.plan_chunks(layer, tiles, 264, True, 4, 512, 32768)
+        chosen = made.c.SLICES
         assert chosen == (slices or own.c.SLICES)
-        assert plan.scratch["candidate"] == (torch.int64, (4 * 8 * 512 * 4, plan.c.CANDIDATES))
-        assert {name for name in plan.scratch if plan.scratch[name] != own.scratch[name]} <= {"candidate"}
-    assert launch.plan_chunks(layer, tiles, 264, True, 4, 512, 32768) == own
+        assert made.scratch["candidate"] == (torch.int64, (4 * 8 * 512 * 4, made.c.CANDIDATES))
+        assert {name for name in made.scratch if made.scratch[name] != own.scratch[name]} <= {"candidate"}
+    assert plan.plan_chunks(layer, tiles, 264, True, 4, 512, 32768) == own
 
 
 def test_rows_are_readable() -> None:
