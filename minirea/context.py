@@ -39,7 +39,7 @@ from minirea.files import check_room, is_there, replacing, unreadable
 from minirea.isolation import isolated
 from minirea.progress import bar_of_bytes
 from minirea.threads import thread_pool
-from minirea.weights.loader import MAX_HEADER_BYTES, StoredTensor, bytes_of, open_file, read_header
+from minirea.weights.safetensors import MAX_HEADER_BYTES, StoredTensor, bytes_of, open_file, read_header
 
 FORMAT: Final = "minirea context"
 VERSION: Final = "2"
@@ -479,7 +479,7 @@ def _write_at(file: FileIO, offset: int, data: memoryview) -> None:
 
 
 def _read_at(file: FileIO, offset: int, data: memoryview) -> None:
-    """Unlike loader.read_into for threads that share a file, whose position stays."""
+    """Unlike weights.safetensors.read_into for threads that share a file, whose position stays."""
     try:
         while data:
             count = os.preadv(file.fileno(), [data], offset)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from minirea.config import ModelConfig
-from minirea.weights.loader import StoredTensor, open_file, read_headers, read_into
+from minirea.weights.safetensors import StoredTensor, open_file, read_headers, read_into
 
 # Of a tensor's bytes, at even distances from its first to its last. Training and merging change every value of a
 # matrix, so that a few places tell one model from another.

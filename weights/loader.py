@@ -2,21 +2,13 @@
 
 A few threads read blocks of bounded size, with plain reads, straight into their destination or through a staging buffer
 each where dtype, device or row order differ. On the way to a GPU every thread copies on a stream of its own, so that
-disk, page cache and PCIe work at the same time. Files are never mapped: mapped pages count as resident memory, so a
-mapped 16 GB checkpoint looks like a second copy of the model.
-
-The format: an 8-byte little-endian length, a JSON header of that length that gives each tensor's dtype, shape and byte
-range, then the tensors' bytes (https://github.com/huggingface/safetensors).
+disk, page cache and PCIe work at the same time.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
-import reprlib
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,92 +16,23 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Final, NamedTuple, TypeGuard
+from typing import Any, Final, NamedTuple
 
 import torch
 
-from minirea.config import ModelConfig, Packing
-from minirea.errors import InputError, MemoryLimitError, MinireaWarning, MissingFileError, memory_limit_of
-from minirea.files import check_regular, list_directory, unreadable
-from minirea.json_object import JsonObject
+from minirea.config import ModelConfig
+from minirea.errors import InputError, MemoryLimitError, memory_limit_of
 from minirea.progress import bar_of_bytes
 from minirea.quantize import QuantizedMatrix, bits_of, parts, quantized_bytes, rounding_bytes
 from minirea.threads import thread_pool
-from minirea.weights.names import NameTable, Place, is_ignored
-from minirea.weights.packed import FORMS, GROUPS_OF_COLUMNS, SHAPES, Form
+from minirea.weights.assign import Assigned, PackedTensor, assign, tensors_of, warn_of_unused
+from minirea.weights.names import NameTable, Place
+from minirea.weights.safetensors import StoredTensor, bytes_of, open_file, read_headers, read_into, read_whole
 
-MAX_HEADER_BYTES: Final = 100_000_000  # the format's own
 STAGING_BYTES: Final = 8 * 2**20  # of one reader
 # A disk is fastest with several requests at a time; PCIe takes ten times what one core copies out of the page cache.
 READERS: Final = {"cpu": 4, "cuda": 8}
 UNPACKED_AT_ONCE: Final = 1 << 21  # weights of a matrix that comes in 4 bits
-
-_DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Of matrices with a scale.
-_QUANTIZED_DTYPES: Final = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
-# What else a tensor that the model does not use may be stored in, by the bits of an element.
-_OTHER_BITS: Final = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
-    **dict.fromkeys(("U16", "I16"), 16),
-    **dict.fromkeys(("U32", "I32"), 32),
-    **dict.fromkeys(("U64", "I64", "C64"), 64),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    **dict.fromkeys(("F4",), 4),
-}
-_OTHER_FORMATS: Final = (".bin", ".pth", ".pt", ".gguf")
-_LISTED: Final = 3  # how many names a message lists before it only counts
-
-_repr = reprlib.Repr()  # names and shapes of hostile files: bounded, on one line
-_repr.maxstring, _repr.maxother, _repr.maxlong = 120, 120, 40
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor in a file: `nbytes` bytes from byte `offset` of the file on, row-major.
-
-    `stored_as` is the format's name of its dtype.
-    """
-
-    path: Path
-    name: str
-    stored_as: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-    def __str__(self) -> str:
-        return f"{self.path}: tensor {_repr.repr(self.name)}"
-
-    @property
-    def is_readable(self) -> bool:
-        """Whether it has a dtype that a weight may have. Others are buffers, or quantized."""
-        return self.stored_as in _DTYPES
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return _DTYPES.get(self.stored_as) or _QUANTIZED_DTYPES[self.stored_as]
-
-
-@dataclass(frozen=True)
-class PackedTensor(StoredTensor):
-    """A matrix of `shape` that comes in 4 bits: the tensor of its q, under the matrix's name, and what belongs to it.
-
-    `zero` is absent where all zero points are 8, `groups` where columns are in order. See minirea.weights.packed.
-    """
-
-    form: Form
-    group_size: int
-    scale: StoredTensor
-    zero: StoredTensor | None
-    groups: StoredTensor | None
-
-
-class Assigned(NamedTuple):
-    """A tensor of a checkpoint and where it goes. `scale`, one number or one per row, makes quantized values wide."""
-
-    tensor: StoredTensor
-    place: Place
-    scale: StoredTensor | None = None
 
 
 def load_weights(
@@ -148,9 +71,9 @@ def load_weights(
         InputError: a malformed file, or a missing, misshapen, duplicated or non-finite tensor, or one of another model.
         MemoryLimitError: the weights do not fit on the device.
     """
-    tensors, table = _tensors(Path(directory), config), NameTable(config)
-    assigned = _assign(Path(directory), tensors, table)
-    _warn_of_unused(Path(directory), tensors, assigned)
+    tensors, table = tensors_of(Path(directory), config), NameTable(config)
+    assigned = assign(Path(directory), tensors, table)
+    warn_of_unused(Path(directory), tensors, assigned)
     dtype = dtype or _declared_dtype(config) or _most_common_dtype(tensors)
     kept = _kept_dtypes(assigned) if keep_half else {}
     try:
@@ -266,7 +189,7 @@ def quantized_weight_bytes(
 
     Without `keep_half` all others are in `dtype`. Raises what load_weights raises for the files' headers.
     """
-    assigned = _assign(Path(directory), _tensors(Path(directory), config), NameTable(config))
+    assigned = assign(Path(directory), tensors_of(Path(directory), config), NameTable(config))
     kept = _kept_dtypes(assigned) if keep_half else {}
     packs = packed_bytes if keep_half else None
     shapes = dict(_shapes(config))
@@ -356,287 +279,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# --- Which files ------------------------------------------------------------------------------------------------------
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """The files of one set of weights: Hugging Face's or Mistral's, whole or in shards."""
-    names = list_directory(directory, "model directory")
-    stored = [name for name in names if name.endswith(".safetensors")]
-    mistral = [name for name in stored if name.startswith("consolidated")]
-    hugging_face = [name for name in stored if name not in mistral]
-    # A directory that holds both sets holds the same weights twice; config.json describes Hugging Face's.
-    chosen = (hugging_face or mistral) if "config.json" in names else (mistral or hugging_face)
-    stem = "consolidated" if chosen and chosen is mistral else "model"
-    if f"{stem}.safetensors" in chosen:
-        return [directory / f"{stem}.safetensors"]
-    if f"{stem}.safetensors.index.json" in names:
-        return _indexed_files(directory, f"{stem}.safetensors.index.json", chosen)
-    if not chosen:
-        other = next((name for name in names if name.endswith(_OTHER_FORMATS)), "no weights")
-        raise MissingFileError(f"{directory}: holds {other}, expected *.safetensors files: minirea reads only those")
-    return [directory / name for name in chosen]
-
-
-def _indexed_files(directory: Path, index_name: str, present: list[str]) -> list[Path]:
-    """The shards that an index names. Nothing else in it counts: the shards' headers say what they hold."""
-    index = JsonObject.read(directory / index_name)
-    weight_map = index.child("weight_map")
-    if weight_map is None or not weight_map.values:
-        raise index.fail("weight_map", "an object of tensor and file names")
-    for tensor_name, shard in weight_map.values.items():
-        # Looking the name up among the directory's own also keeps paths that lead out of it from being opened.
-        if shard not in present:
-            raise MissingFileError(
-                f"{index.source}: {_repr.repr(tensor_name)} is in {_repr.repr(shard)}, which is not in {directory}"
-            )
-    return [directory / shard for shard in sorted(set(weight_map.values.values()))]
-
-
-# --- Headers ----------------------------------------------------------------------------------------------------------
-
-
-def read_headers(directory: Path) -> list[StoredTensor]:
-    """All tensors of a checkpoint, buffers left out, in the order in which they lie in the files."""
-    by_name: dict[str, StoredTensor] = {}
-    for path in _weight_files(directory):
-        with open_file(path) as file:
-            _, stored = read_header(file, path)
-        for tensor in stored:
-            if is_ignored(tensor.name):
-                continue
-            if tensor.name in by_name:
-                raise InputError(f"{tensor} is also in {by_name[tensor.name].path}, expected it once")
-            by_name[tensor.name] = tensor
-    return list(by_name.values())
-
-
-def read_header(file: FileIO, path: Path) -> tuple[dict[str, str], list[StoredTensor]]:
-    """The metadata of an open safetensors file, and its tensors in the order in which they lie in it.
-
-    Raises:
-        InputError: the header is malformed, or its tensors do not fill the file; the message names `path`.
-    """
-    size = os.fstat(file.fileno()).st_size
-    if size < 8:
-        raise InputError(f"{path}: holds {size} bytes, expected a safetensors file")
-    prefix = bytearray(8)
-    read_into(file, 0, memoryview(prefix))
-    length = int.from_bytes(prefix, "little")
-    if length > min(size - 8, MAX_HEADER_BYTES):
-        raise InputError(
-            f"{path}: the header claims {length} bytes, expected at most {min(size - 8, MAX_HEADER_BYTES)}: "
-            "truncated, or not a safetensors file"
-        )
-    text = bytearray(length)
-    read_into(file, 8, memoryview(text))
-    metadata, header = _parse_header(path, text)
-    tensors = [_stored_tensor(path, name, entry, 8 + length) for name, entry in header.items()]
-    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
-    _check_tiling(path, tensors, 8 + length, size)
-    return metadata, tensors
-
-
-def _parse_header(path: Path, text: bytearray) -> tuple[dict[str, str], dict[str, Any]]:
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:  # bad syntax and bad UTF-8 are both ValueErrors
-        raise InputError(f"{path}: the header is not valid JSON: {error}") from None
-    if not isinstance(header, dict):
-        raise InputError(f"{path}: the header is a JSON {type(header).__name__}, expected an object")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise InputError(f"{path}: __metadata__ is {_repr.repr(metadata)}, expected an object of strings")
-    return metadata, header
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"{_repr.repr(repeated)} is there twice")
-    return values
-
-
-def _stored_tensor(path: Path, name: str, entry: Any, data_offset: int) -> StoredTensor:
-    """Check one header entry by itself."""
-    where = f"{path}: tensor {_repr.repr(name)}"
-    fields = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
-        raise InputError(f"{where} is described as {_repr.repr(entry)}, expected a dtype, a shape and two data_offsets")
-    begin, end = offsets
-    bits = 8 * _DTYPES[dtype].itemsize if dtype in _DTYPES else _OTHER_BITS.get(dtype)
-    if bits is None:
-        known = ", ".join((*_DTYPES, *_OTHER_BITS))
-        raise InputError(f"{where} has dtype {_repr.repr(dtype)}, expected one of {known}")
-    nbytes = -(-math.prod(shape) * bits // 8)
-    if end - begin != nbytes:
-        raise InputError(f"{where} has data_offsets {offsets}, expected {nbytes} bytes for {dtype} {_repr.repr(shape)}")
-    return StoredTensor(path, name, dtype, tuple(shape), data_offset + begin, nbytes)
-
-
-def _are_sizes(value: Any) -> TypeGuard[list[int]]:
-    """A list of at most eight integers that a file can hold; the bounds keep products of hostile ones small."""
-    return isinstance(value, list) and len(value) <= 8 and all(type(n) is int and 0 <= n < 2**63 for n in value)
-
-
-def _check_tiling(path: Path, tensors: list[StoredTensor], begin: int, end: int) -> None:
-    """The sorted tensors must tile bytes [begin, end) of the file, as the format demands: else it is damaged."""
-    for tensor in tensors:
-        if tensor.offset + tensor.nbytes > end:
-            last = tensor.offset + tensor.nbytes
-            raise InputError(f"{tensor} ends at byte {last}, but the file has {end}: is the download complete?")
-        if tensor.offset != begin:
-            problem = "it overlaps another tensor" if tensor.offset < begin else "no tensor has the bytes between"
-            raise InputError(f"{tensor} begins at byte {tensor.offset}, expected {begin}: {problem}")
-        begin += tensor.nbytes
-    if begin != end:
-        raise InputError(f"{path}: has {end} bytes, but its header describes {begin}")
-
-
-# --- From the checkpoint's tensors to ours ----------------------------------------------------------------------------
-
-
-def _assign(directory: Path, tensors: list[StoredTensor], table: NameTable) -> list[Assigned]:
-    """Each tensor of the model with its place. Every place of the table is taken, once, by a tensor of its shape."""
-    assigned: dict[tuple[str, int], Assigned] = {}
-    extra: list[StoredTensor] = []
-    scales = _scales(tensors) if table.quantized else {}
-    for tensor in tensors:
-        place = table.find(tensor.name)
-        if place is None:
-            extra.append(tensor)
-            continue
-        scale = scales.get(tensor.name)
-        _check_dtype(tensor, place, scale, table)
-        if tensor.shape != place.shape:
-            raise InputError(f"{tensor} has shape {list(tensor.shape)}, expected {list(place.shape)}")
-        if place.slot in assigned:
-            other = _repr.repr(assigned[place.slot].tensor.name)
-            raise InputError(f"{tensor} is also there as {other}, expected it once")
-        assigned[place.slot] = Assigned(tensor, place, None if tensor.is_readable else scale)
-    head, embedding = assigned.get(("head.weight", 0)), ("embed.weight", 0)
-    if head and table.is_redundant(head.place) and embedding not in assigned:  # a tied matrix under its other name
-        del assigned[head.place.slot]
-        kept = tuple(map(range, head.place.shape))
-        assigned[embedding] = head._replace(place=head.place._replace(name="embed.weight", kept=kept))
-    used = {entry.scale.name for entry in assigned.values() if entry.scale}
-    extra = [tensor for tensor in extra if tensor.name not in used]
-    expected = table.expected([tensor.name for tensor in tensors])
-    missing = list(itertools.islice((name for name, place in expected if place.slot not in assigned), _LISTED))
-    problems = []
-    if missing:
-        found = sum(1 for entry in assigned.values() if not table.is_redundant(entry.place))
-        problems.append(f"lacks {_listed(missing, table.count() - found)}")
-    # Integers are buffers, wherever they are, but for zero points. A parameter without a place means another model.
-    parameters = [t.name for t in extra if t.is_readable or isinstance(t, PackedTensor) or table.quantized]
-    suspects = [tensor.name for tensor in extra] if missing else parameters
-    wrong = [name for name in suspects if missing or table.changes_the_model(name)]
-    if wrong:
-        problems.append(f"holds {_listed(wrong, len(wrong))}, for which the config has no place")
-    if problems:
-        raise InputError(f"{directory}: the checkpoint {' and '.join(problems)}")
-    return list(assigned.values())
-
-
-def _check_dtype(tensor: StoredTensor, place: Place, scale: StoredTensor | None, table: NameTable) -> None:
-    """Raises InputError for a tensor whose dtype its place cannot have."""
-    in_layer = len(place.shape) == 2 and place.name.startswith("layers.")
-    if isinstance(tensor, PackedTensor) or (table.packed and in_layer):
-        if not (isinstance(tensor, PackedTensor) and in_layer and not place.interleaved):
-            here = "4 bits, as the config says" if in_layer else "another one: only layers come in 4 bits"
-            raise InputError(f"{tensor} has dtype {tensor.stored_as}, expected {here}")
-    elif not tensor.is_readable and not (scale and tensor.stored_as in _QUANTIZED_DTYPES):
-        lacks = f", or {' or '.join(_QUANTIZED_DTYPES)} with a weight_scale" if table.quantized else ""
-        raise InputError(
-            f"{tensor} has dtype {tensor.stored_as}, expected one of {', '.join(_DTYPES)}{lacks}: "
-            "other quantized weights are not supported"
-        )
-
-
-def _tensors(directory: Path, config: ModelConfig) -> list[StoredTensor]:
-    """read_headers, with one tensor for each matrix in 4 bits."""
-    tensors = read_headers(directory)
-    if config.packing is None:
-        return tensors
-    table, form = NameTable(config), FORMS[config.packing.method]
-    by_name = {tensor.name: tensor for tensor in tensors}
-    merged: dict[str, StoredTensor] = {}
-    for tensor in tensors:
-        module, _, kind = tensor.name.rpartition(".")
-        if kind == form.names[0]:
-            merged[tensor.name] = _packed_tensor(tensor, table.find(f"{module}.weight"), by_name, config.packing)
-            continue
-        belongs = kind in (*form.names, *GROUPS_OF_COLUMNS, *SHAPES)
-        # Some exporters give every module a bias, whether the model has one or not.
-        belongs |= kind == "bias" and table.find(tensor.name) is None and _is_zero(tensor)
-        if not belongs or f"{module}.{form.names[0]}" not in by_name:
-            merged[tensor.name] = tensor
-    return list(merged.values())
-
-
-def _packed_tensor(
-    q: StoredTensor, place: Place | None, by_name: Mapping[str, StoredTensor], packing: Packing
-) -> PackedTensor:
-    """A matrix from the tensor of its q, once those that belong to it are there and have the shapes that its place
-    needs, or without a place those that q implies.
-    """
-    form, module = FORMS[packing.method], q.name.rpartition(".")[0]
-    zero, scale = (by_name.get(f"{module}.{name}") for name in form.names[1:])
-    groups = next((by_name[f"{module}.{name}"] for name in GROUPS_OF_COLUMNS if f"{module}.{name}" in by_name), None)
-    absent = {form.names[2]: scale is None, form.names[1]: zero is None and not packing.symmetric}
-    absent[form.groups] = groups is None and packing.act_order
-    missing = next((name for name, is_absent in absent.items() if is_absent), None)
-    if scale is None or missing:
-        raise InputError(f"{q} comes without {_repr.repr(f'{module}.{missing}')}")
-    stored = form.shape(q.shape) if len(q.shape) == 2 else (0, 0)
-    N, K = place.shape if place and len(place.shape) == 2 else stored
-    if not N or not K or N % 8 or K % 8:
-        found = f"{q} is {q.stored_as} {_repr.repr(list(q.shape))}, of a matrix of shape {[N, K]}"
-        raise InputError(f"{found}, expected multiples of 8 rows and columns")
-    group_size = packing.group_size or K
-    for tensor, shape in zip((q, zero, scale), form.shapes(N, K, group_size), strict=True):
-        is_right = tensor is None or (tensor.is_readable if tensor is scale else tensor.stored_as == "I32")
-        if tensor is not None and not (is_right and tensor.shape == shape):
-            expected = f"{'floating-point numbers' if tensor is scale else 'I32'} {list(shape)}, groups of {group_size}"
-            raise InputError(f"{tensor} is {tensor.stored_as} {_repr.repr(list(tensor.shape))}, expected {expected}")
-    if groups is not None and (groups.stored_as, groups.shape) != ("I32", (K,)):
-        raise InputError(f"{groups} is {groups.stored_as} {_repr.repr(list(groups.shape))}, expected I32 {[K]}")
-    where = q.path, f"{module}.weight", q.stored_as, (N, K), q.offset, q.nbytes
-    return PackedTensor(*where, form, group_size, scale, zero, groups)
-
-
-def _is_zero(bias: StoredTensor) -> bool:
-    return bias.is_readable and not _read_whole(bias).any()
-
-
-def _scales(tensors: list[StoredTensor]) -> dict[str, StoredTensor]:
-    """The scale of each quantized matrix by the matrix's name. One number or one per row, or an error."""
-    by_name = {tensor.name: tensor for tensor in tensors}
-    scales = {}
-    for name, scale in by_name.items():
-        weight = by_name.get(name.removesuffix("_scale"))
-        if not name.endswith(".weight_scale") or weight is None:
-            continue
-        if not scale.is_readable or scale.shape not in ((), (1,), (1, 1), weight.shape[:1], (*weight.shape[:1], 1)):
-            found = f"{scale.stored_as} {list(scale.shape)}"
-            raise InputError(f"{scale} is {found}, expected floating-point numbers, one or one per row")
-        scales[weight.name] = scale
-    return scales
-
-
-def _warn_of_unused(directory: Path, tensors: list[StoredTensor], assigned: list[Assigned]) -> None:
-    used = {tensor.name for entry in assigned for tensor in (entry.tensor, entry.scale) if tensor}
-    unused = [tensor.name for tensor in tensors if tensor.name not in used]
-    if unused:
-        listed = _listed(unused, len(unused))
-        warnings.warn(f"{directory}: not used, the model has no such part: {listed}", MinireaWarning, stacklevel=3)
-
-
-def _listed(names: list[str], count: int) -> str:
-    more = f" and {count - _LISTED} more" if count > _LISTED else ""
-    return ", ".join(map(_repr.repr, names[:_LISTED])) + more
+# --- From a file into tensors of ours ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -779,14 +422,14 @@ class _PackedTransfer:
         N, K = tensor.shape
         if tensor.groups is not None:
             in_order = torch.arange(K, dtype=torch.int32) // tensor.group_size
-            if not torch.equal(_read_whole(tensor.groups), in_order):
+            if not torch.equal(read_whole(tensor.groups), in_order):
                 raise InputError(f"{tensor.groups} mixes columns (act-order, desc_act), expected groups of neighbours")
-        q, scale = _read_whole(tensor, form.shapes(N, K, tensor.group_size)[0]), _read_whole(tensor.scale)
+        q, scale = read_whole(tensor, form.shapes(N, K, tensor.group_size)[0]), read_whole(tensor.scale)
         if not bool(scale.float().isfinite().all()):
             raise InputError(f"{tensor.scale} has a NaN or infinity, expected finite numbers")
         with workspace.on_stream, torch.inference_mode():
             q, scale = self._rows_first(q), self._rows_first(scale).float()
-            zero = None if tensor.zero is None else self._rows_first(_read_whole(tensor.zero))
+            zero = None if tensor.zero is None else self._rows_first(read_whole(tensor.zero))
             for start, stop in parts(N // 8, 8 * K, UNPACKED_AT_ONCE):
                 rows, words = slice(8 * start, 8 * stop), slice(start, stop)
                 zero_words = None if zero is None else zero[words]
@@ -841,44 +484,6 @@ def _fill(transfers: Sequence[_Transfer | _PackedTransfer], device: torch.device
         torch.cuda.empty_cache()  # what the readers' streams have cached can serve no other stream
 
 
-# --- Reading ----------------------------------------------------------------------------------------------------------
-
-
-def open_file(path: Path, what: str = "tensors") -> FileIO:
-    """An open regular file; `what` is expected there, for messages."""
-    check_regular(path, what)
-    try:
-        return FileIO(path)
-    except OSError as error:
-        raise unreadable(path, error) from None
-
-
-def read_into(file: FileIO, offset: int, buffer: memoryview) -> None:
-    """Fill the buffer with the file's bytes from `offset` on."""
-    try:
-        file.seek(offset)
-        while buffer:
-            count = file.readinto(buffer)
-            if not count:
-                raise InputError(f"{file.name}: ends at byte {file.tell()}: it was cut short while it was being read")
-            buffer = buffer[count:]
-    except OSError as error:
-        raise InputError(f"{file.name}: cannot be read: {error.strerror}") from None
-
-
-def _read_whole(tensor: StoredTensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-    """A tensor's numbers, on the CPU; with another shape than its own."""
-    values = torch.empty(shape or tensor.shape, dtype=torch.int32 if tensor.stored_as == "I32" else tensor.dtype)
-    with open_file(tensor.path) as file:
-        read_into(file, tensor.offset, bytes_of(values))
-    return values
-
-
 def _read_scale(scale: StoredTensor, dimensions: int) -> torch.Tensor:
     """A quantized matrix's scale, float32 [1, ...] or [rows, 1, ...] with as many dimensions as the matrix."""
-    return _read_whole(scale).float().view(-1, *(1,) * (dimensions - 1))
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A contiguous CPU tensor's memory. numpy has no bfloat16, hence the view."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
+    return read_whole(scale).float().view(-1, *(1,) * (dimensions - 1))

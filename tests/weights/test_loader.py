@@ -31,6 +31,7 @@ from minirea import progress, threads
 from minirea.config import ModelConfig, RopeConfig
 from minirea.errors import InputError, MemoryLimitError, MinireaError, MinireaWarning, MissingFileError
 from minirea.weights import checkpoint_dtype, kept_weight_bytes, load_weights, loader, weight_bytes
+from minirea.weights import safetensors as stored
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -462,7 +463,7 @@ def test_tensors_beside_the_model_are_warned_of(tmp_path: Path, extra: str) -> N
         weights = load_weights(tmp_path, CONFIG, CPU, torch.float32)
     assert_same(weights, fused(tensors, CONFIG, torch.float32))
     (message,) = (str(warning.message) for warning in caught)
-    assert loader._repr.repr(extra) in message
+    assert stored.brief(extra) in message
     assert message.isprintable()
     assert len(message) < 2000
 
@@ -674,9 +675,9 @@ def test_disk_that_fails_and_file_that_shrinks_while_being_read(
         def readinto(self, buffer: Any) -> int:
             return read(self, buffer[: len(buffer) // 2]) if self.tell() < 5000 else 0
 
-    monkeypatch.setattr(loader, "FileIO", FailingFile)
+    monkeypatch.setattr(stored, "FileIO", FailingFile)
     assert "model.safetensors: cannot be read: Input/output error" in str(load_error(tmp_path))
-    monkeypatch.setattr(loader, "FileIO", ShrinkingFile)
+    monkeypatch.setattr(stored, "FileIO", ShrinkingFile)
     assert "it was cut short while it was being read" in str(load_error(tmp_path))
 
 
@@ -707,7 +708,7 @@ def test_several_readers_work_and_none_remains(tmp_path: Path, monkeypatch: pyte
                 busy.wait()  # until all readers read at the same time
             return super().readinto(buffer)
 
-    monkeypatch.setattr(loader, "FileIO", MeetingFile)
+    monkeypatch.setattr(stored, "FileIO", MeetingFile)
     load_weights(tmp_path, CONFIG, CPU)
     assert len(names) == loader.READERS["cpu"]
     assert not reader_threads()
@@ -747,7 +748,7 @@ def test_an_error_cancels_what_is_not_begun(tmp_path: Path, monkeypatch: pytest.
             left.set()
             super().shutdown(*arguments, **options)
 
-    monkeypatch.setattr(loader, "FileIO", CountingFile)
+    monkeypatch.setattr(stored, "FileIO", CountingFile)
     write(tmp_path, tensors)
     first = 8 + int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
     load_weights(tmp_path, CONFIG, CPU, torch.float32)
@@ -778,7 +779,7 @@ def test_ctrl_c_stops_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
                 assert interrupted.wait(60)
             return super().readinto(buffer)
 
-    monkeypatch.setattr(loader, "FileIO", InterruptedFile)
+    monkeypatch.setattr(stored, "FileIO", InterruptedFile)
     gc.collect()  # an exception in a finalizer that strikes in between would be lost
     before = signal.signal(signal.SIGINT, interrupt)
     try:
@@ -892,8 +893,8 @@ def test_hostile_files(tmp_path: Path, header: Any, data_bytes: int, length: int
 def test_header_length_is_capped(tmp_path: Path) -> None:
     """A header that fits its file is still refused beyond the cap; the file is sparse."""
     path = tmp_path / "model.safetensors"
-    path.write_bytes((loader.MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
-    os.truncate(path, 2 * loader.MAX_HEADER_BYTES)
+    path.write_bytes((stored.MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
+    os.truncate(path, 2 * stored.MAX_HEADER_BYTES)
     assert "expected at most 100000000" in str(load_error(tmp_path))
 
 
@@ -939,7 +940,7 @@ def test_other_runtime_errors_are_not_taken_for_lack_of_memory(tmp_path: Path) -
 def test_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: ModelConfig, target: torch.dtype, block_bytes: int
 ) -> None:
-    """In both formats. Bytes that are read are those of the part, once the header is."""
+    """In both formats. Bytes of tensors that are read are those of the part."""
     monkeypatch.setattr(loader, "STAGING_BYTES", block_bytes)
     tensors = hugging_face_tensors(config)
     directories = [
@@ -959,7 +960,7 @@ def test_parts(
             for name, tensor in expected.items():
                 assert torch.equal(found[name], tensor), (directory.name, rank, name)
             held = {name: x for name, x in found.items() if name != "head.weight" or not config.tie_word_embeddings}
-            assert sum(read[2:]) == 4 * sum(tensor.numel() for tensor in held.values())
+            assert sum(read) == 4 * sum(tensor.numel() for tensor in held.values())
             assert weight_bytes(part, target) == sum(tensor.nbytes for tensor in held.values())
 
 
