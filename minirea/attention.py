@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirea import cpu
+from minirea import cpu_attention as cpu
 from minirea.cache import ALL_TOKENS, NO_WINNERS, KVCache, array_bytes
 from minirea.config import ModelConfig, ReAttentionConfig
 from minirea.errors import InputError
@@ -62,7 +62,7 @@ class Step(NamedTuple):
         dense: where the device counts: it is a decode step within dense_size.
         votes: what its layers' votes add up in, where they do; see `Attention.begin`.
         leaves_winners: in the cache, for later tokens.
-        copies: by layer, where minirea.cpu attends; see `Attention.new_key_copies`.
+        copies: by layer, where minirea.cpu_attention does; see `Attention.new_key_copies`.
     """
 
     seq_len: int | Tensor
@@ -238,8 +238,8 @@ class Attention:
         return not step.dense and (isinstance(step.seq_len, Tensor) or step.seq_len > self.dense_size)
 
     def new_key_copies(self, num_layers: int, dtype: torch.dtype) -> list[cpu.KeyCopies] | None:
-        """For decode steps by minirea.cpu, one behind the other, before the first of them, by layer; None where other
-        code attends, or nothing is selected.
+        """For decode steps by minirea.cpu_attention, one behind the other, before the first of them, by layer; None
+        where other code attends, or nothing is selected.
         """
         if not self._selects or not self._on_cpu(dtype):
             return None
@@ -287,7 +287,7 @@ class Attention:
         return self.device.type == "cuda" and self.impl == "triton" and self.mode != "full"
 
     def _on_cpu(self, dtype: torch.dtype) -> bool:
-        """Whether minirea.cpu attends, which does faster what the reference does."""
+        """Whether minirea.cpu_attention attends, which does faster what the reference does."""
         plain = self.impl == "torch" and self.config.span_scope == "layer"
         return plain and self.device.type == "cpu" and cpu.computes_in(dtype)
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from minirea.attention import Attention, Step
 from minirea.cache import KVCache
 from minirea.config import ModelConfig
-from minirea.cpu import KeyCopies, TiledGateUp, multiplies_tiles, prepare
+from minirea.cpu import TiledGateUp, multiplies_tiles, prepare
+from minirea.cpu_attention import KeyCopies
 from minirea.kernels import Gather, prefill_kernels
 from minirea.linear import Matrix, add_linear, linear, norm_linear, norm_swiglu
 

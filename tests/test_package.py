@@ -37,14 +37,15 @@ ALLOWED = {
     "minirea.pages": set(),
     "minirea.pinned": {"errors", "memory"},
     "minirea.cache": {"config", "memory", "errors", "kernels", "pages", "pinned", "placement", "threads"},
-    "minirea.attention": {"kernels", "cache", "config", "cpu", "placement", "rope", "errors"},
-    "minirea.cpu": {"quantize", "config", "kernels", "pages", "progress", "rope", "threads"},
+    "minirea.attention": {"kernels", "cache", "config", "cpu_attention", "placement", "rope", "errors"},
+    "minirea.cpu": {"quantize", "pages", "progress", "threads"},
+    "minirea.cpu_attention": {"config", "cpu", "kernels", "pages", "rope"},
     "minirea.plan": {
         *("quantize", "linear", "attention", "cache", "config", "cpu", "kernels", "memory", "placement", "weights"),
     },
     "minirea.linear": {"quantize", "kernels", "cpu"},
     "minirea.ranks": {"config", "errors", "kernels", "sampling"},
-    "minirea.model": {"kernels", "attention", "cache", "config", "cpu", "linear", "ranks"},
+    "minirea.model": {"kernels", "attention", "cache", "config", "cpu", "cpu_attention", "linear", "ranks"},
     "minirea.leader": {"cache", "config", "errors", "model", "ranks", "threads"},
     "minirea.follower": {
         *("api", "attention", "cache", "config", "errors", "isolation", "leader", "model", "ranks", "weights"),

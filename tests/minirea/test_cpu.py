@@ -16,20 +16,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minirea import api, cpu, progress
+from minirea import api, cpu, cpu_attention, progress
 from minirea.attention import Attention
 from minirea.config import ReAttentionConfig
-from minirea.cpu import (
-    PackedMatrix,
-    attend,
-    attend_causal,
-    can_pack,
-    pack,
-    packed_bytes,
-    prepare,
-    preparing_bytes,
-    rms_norm,
-)
+from minirea.cpu import PackedMatrix, can_pack, pack, packed_bytes, prepare, preparing_bytes, rms_norm
+from minirea.cpu_attention import attend, attend_causal
 from minirea.kernels import new_votes, winners_shape
 from minirea.kernels.reference import reattention_reference, rotate, score_rows
 from minirea.kernels.steps import reference
@@ -213,8 +204,8 @@ def test_rows_in_blocks_turn_as_all_do(dtype: torch.dtype, rows: int) -> None:
     x, angles = random(rows, 3, 16).to(dtype), random(rows, 1, 8, seed=1)
     cos, sin = angles.cos(), angles.sin()
     whole = for_whole_heads(cos, sin)
-    assert torch.equal(cpu.place_rope(x, *whole), apply_rope(x, *whole))
-    assert torch.equal(cpu._rotate_in_blocks(x.clone(), cos, sin), rotate(x.clone(), cos, sin))
+    assert torch.equal(cpu_attention.place_rope(x, *whole), apply_rope(x, *whole))
+    assert torch.equal(cpu_attention._rotate_in_blocks(x.clone(), cos, sin), rotate(x.clone(), cos, sin))
 
 
 @pytest.mark.parametrize("keys", [1, 7, 500])
@@ -249,20 +240,20 @@ def test_winners_of_integers_are_the_reference_s(
     lo: int, hi: int, rows: int, scores_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scores of few values: nearly all tie, within blocks, across them and across tiles, and the lowest key wins."""
-    monkeypatch.setattr(cpu, "_SCORES", scores_at_a_time)
+    monkeypatch.setattr(cpu_attention, "_SCORES", scores_at_a_time)
     generator = torch.Generator().manual_seed(hi + rows)
     q = torch.randint(-1, 2, (3, rows, 4), generator=generator).float()
     k = torch.randint(-1, 2, (3, 1100, 4), generator=generator).float()
     for span_top_k in (1, 4, 7, 12):
-        assert torch.equal(cpu.score(q, k, lo, hi, span_top_k), score_rows(q, k, lo, hi, span_top_k))
+        assert torch.equal(cpu_attention.score(q, k, lo, hi, span_top_k), score_rows(q, k, lo, hi, span_top_k))
 
 
 @pytest.fixture(params=[1, 2], ids=["one-thread", "two-threads"])
 def halved(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
     """Keys are copied at once, however few they are, and on any CPU."""
-    monkeypatch.setattr(cpu, "HALVED_FROM", 256)
-    monkeypatch.setattr(cpu, "_STEPS_BEFORE_HALVES", 1)
-    monkeypatch.setattr(cpu, "_HALVED_AT_ONCE", 300)
+    monkeypatch.setattr(cpu_attention, "HALVED_FROM", 256)
+    monkeypatch.setattr(cpu_attention, "_STEPS_BEFORE_HALVES", 1)
+    monkeypatch.setattr(cpu_attention, "_HALVED_AT_ONCE", 300)
     monkeypatch.setattr(cpu, "_has_tiles", lambda: True)
     threads = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -275,7 +266,7 @@ def halved(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> I
 @pytest.mark.parametrize(("G", "R", "D", "span_top_k"), [(3, 3, 64, 2), (2, 6, 32, 4), (1, 8, 128, 1), (8, 4, 128, 2)])
 def test_keys_in_half_precision_find_the_winners_of_all(G: int, R: int, D: int, span_top_k: int, scale: float) -> None:
     """Keys with a large mean, some of them equal; the middle grows, and the cache does once."""
-    mean, halves = random(G, 1, D, seed=5) * 4, cpu.HalfKeys()
+    mean, halves = random(G, 1, D, seed=5) * 4, cpu_attention.HalfKeys()
     k_GND = (random(G, 9900, D) + mean) * scale
     # For the first query of each head: the best keys, of which half precision does not tell the very best.
     best_G1D = random(G, 1, D, seed=7) * 1.2 * scale
@@ -292,19 +283,19 @@ def test_keys_in_half_precision_find_the_winners_of_all(G: int, R: int, D: int, 
         if found is None:
             continue
         looked_at += 1
-        assert torch.equal(found, cpu.score(q_GRD, cache_GND, 5, hi, span_top_k))
+        assert torch.equal(found, cpu_attention.score(q_GRD, cache_GND, 5, hi, span_top_k))
     assert looked_at == 6
 
 
 @pytest.fixture
 def many(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Chunks are searched by products in half precision, however small. Rows of those that had to be searched anew."""
-    monkeypatch.setattr(cpu, "MANY_ROWS", 20)
-    monkeypatch.setattr(cpu, "MANY_KEYS", 100)
-    monkeypatch.setattr(cpu, "_HALVED_AT_ONCE", 320)
+    monkeypatch.setattr(cpu_attention, "MANY_ROWS", 20)
+    monkeypatch.setattr(cpu_attention, "MANY_KEYS", 100)
+    monkeypatch.setattr(cpu_attention, "_HALVED_AT_ONCE", 320)
     monkeypatch.setattr(cpu, "_has_tiles", lambda: True)
-    anew, score_all = [], cpu._score_all
-    monkeypatch.setattr(cpu, "_score_all", lambda q, *rest: (anew.append(q.shape[1]), score_all(q, *rest))[1])
+    anew, score_all = [], cpu_attention._score_all
+    monkeypatch.setattr(cpu_attention, "_score_all", lambda q, *rest: (anew.append(q.shape[1]), score_all(q, *rest))[1])
     return anew
 
 
@@ -323,14 +314,14 @@ def test_rows_of_a_chunk_find_the_winners_of_all_keys(
     q_GRD[:, ::3] = best_G1D + random(G, 50, D, seed=2) * 0.01
     q_GRD[:, 1::9] = k_GND[:, 300:317] - mean_G1D
     q_GRD[:, 2::9] = k_GND[:, 8510:8527] - mean_G1D
-    monkeypatch.setattr(cpu, "_PRODUCTS", 100 * 8520)
+    monkeypatch.setattr(cpu_attention, "_PRODUCTS", 100 * 8520)
     arguments = q_GRD * scale, k_GND * scale, 7, 8527, span_top_k
-    assert torch.equal(cpu.score(*arguments), cpu._score_all(*arguments))
+    assert torch.equal(cpu_attention.score(*arguments), cpu_attention._score_all(*arguments))
     assert many == [150]  # by the test alone
     # Keys that are in half precision themselves, their mean with them: some rows' best score is below zero.
     arguments = (q_GRD * scale).bfloat16().float(), (k_GND * scale).bfloat16(), 7, 8527, span_top_k
     many.clear()
-    assert torch.equal(cpu.score(*arguments), cpu._score_all(*arguments))
+    assert torch.equal(cpu_attention.score(*arguments), cpu_attention._score_all(*arguments))
     assert many == [150]
 
 
@@ -340,7 +331,7 @@ def test_rows_of_a_chunk_with_equals_find_the_first(values: int, many: list[int]
     generator = torch.Generator().manual_seed(values)
     q_GRD, k_GND = (torch.randint(-values, values + 1, (2, n, 4), generator=generator).float() for n in (40, 1000))
     for hi in (300, 323, 999):
-        assert torch.equal(cpu.score(q_GRD, k_GND, 3, hi, 3), score_rows(q_GRD, k_GND, 3, hi, 3))
+        assert torch.equal(cpu_attention.score(q_GRD, k_GND, 3, hi, 3), score_rows(q_GRD, k_GND, 3, hi, 3))
     assert set(many) == {40}
 
 
@@ -350,7 +341,7 @@ def test_rows_of_a_chunk_that_are_not_finite_or_score_below_zero(many: list[int]
         spoiled = q_GRD.clone()
         spoiled[0, row] = value
         many.clear()
-        index_GRK = cpu.score(spoiled, k_GND, 0, 900, 2)
+        index_GRK = cpu_attention.score(spoiled, k_GND, 0, 900, 2)
         assert many == [30] and bool(((index_GRK >= 0) & (index_GRK < 900)).all())
 
 
@@ -358,14 +349,14 @@ def test_rows_of_a_chunk_that_are_not_finite_or_score_below_zero(many: list[int]
 def test_keys_in_half_precision_are_of_no_use() -> None:
     """Few keys; more that may win than an eighth; what is not finite. All keys are searched then."""
     k_GND, q_GRD = random(2, 1000, 16), random(2, 3, 16, seed=1)
-    assert cpu.HalfKeys().search(q_GRD, k_GND, 5, 200, 2) is None
-    assert cpu.HalfKeys().search(q_GRD, k_GND.sign()[:, :1].expand_as(k_GND), 5, 999, 2) is None
+    assert cpu_attention.HalfKeys().search(q_GRD, k_GND, 5, 200, 2) is None
+    assert cpu_attention.HalfKeys().search(q_GRD, k_GND.sign()[:, :1].expand_as(k_GND), 5, 999, 2) is None
     for span_top_k in (15, 16, 500):  # of 15 blocks
-        assert cpu.HalfKeys().search(q_GRD, k_GND, 5, 999, span_top_k) is None
+        assert cpu_attention.HalfKeys().search(q_GRD, k_GND, 5, 999, span_top_k) is None
     for value in (torch.nan, torch.inf):
         spoiled = k_GND.clone()
         spoiled[1, 77, 3] = value
-        halves = cpu.HalfKeys()
+        halves = cpu_attention.HalfKeys()
         assert halves.search(q_GRD, spoiled, 5, 999, 2) is None
         assert halves.search(q_GRD, k_GND, 5, 999, 2) is None  # and it stays so
 
@@ -376,8 +367,8 @@ def test_keys_in_half_precision_find_many_winners(span_top_k: int) -> None:
     best_G1D, k_GND = random(2, 1, 64, seed=7), random(2, 4400, 64, seed=1)
     k_GND[:, 107:4300:200] = best_G1D * (2 + 0.004 * random(2, 21, 64, seed=8))
     arguments = best_G1D + random(2, 3, 64) * 0.001, k_GND, 4, 4390, span_top_k
-    found = cpu.HalfKeys().search(*arguments)
-    assert found is not None and torch.equal(found, cpu._score_all(*arguments))
+    found = cpu_attention.HalfKeys().search(*arguments)
+    assert found is not None and torch.equal(found, cpu_attention._score_all(*arguments))
 
 
 @pytest.mark.usefixtures("halved", "many")
@@ -393,9 +384,9 @@ def test_winners_of_small_numbers_are_those_of_float32(scale: float) -> None:
     cases = (q_GRD * scale, wide_GND), (q_GRD, wide_GND * scale), (uneven_GRD * scale, k_GND)
     for (q, k), rows in itertools.product(cases, (3, 30)):
         arguments = q[:, :rows].contiguous(), k, 4, 4390, 2
-        expected, found = cpu._score_all(*arguments), cpu.HalfKeys().search(*arguments)
+        expected, found = cpu_attention._score_all(*arguments), cpu_attention.HalfKeys().search(*arguments)
         assert found is None or torch.equal(found, expected)
-        assert torch.equal(cpu.score(*arguments), expected)
+        assert torch.equal(cpu_attention.score(*arguments), expected)
 
 
 @pytest.mark.usefixtures("halved")
@@ -404,10 +395,10 @@ def test_keys_in_half_precision_step_by_step() -> None:
     generator = torch.Generator().manual_seed(3)
     q_GTMD = torch.randint(-40, 41, (3, 90, 3, 32), generator=generator).float()
     k_GND = torch.randint(-40, 41, (3, 4400, 32), generator=generator).float()
-    halves = cpu.HalfKeys()
+    halves = cpu_attention.HalfKeys()
     for step in range(90):
         arguments = q_GTMD[:, step], k_GND, 4, 150 + step if step < 40 else 4200 + step, 2
-        assert torch.equal(halves.score(*arguments), cpu.score(*arguments)), step
+        assert torch.equal(halves.score(*arguments), cpu_attention.score(*arguments)), step
     assert halves._num_keys > 4200 and halves._useful
 
 
@@ -425,13 +416,13 @@ def test_reattention_is_the_reference_s(seq_len: int, queries: int, span_top_k: 
     k[:, seq_len:], v[:, seq_len:] = torch.nan, torch.nan
     arguments = (q, k, v, seq_len, angles.cos(), angles.sin(), config)
     before = q.clone(), k.clone(), v.clone()
-    torch.testing.assert_close(cpu.reattention(*arguments), reattention_reference(*arguments)[0])
+    torch.testing.assert_close(cpu_attention.reattention(*arguments), reattention_reference(*arguments)[0])
     ours, theirs = (new_votes(6, 2, config, 2, 2100, q.device) for _ in range(2))
     found, left = torch.full((2, 16, *winners_shape(6, config, 1)[1:]), -1, dtype=torch.int32)
     for layer in range(2):
         arguments = (q.roll(layer, -1), *arguments[1:])
         expected, _ = reattention_reference(*arguments, votes=theirs, winners=left)
-        torch.testing.assert_close(cpu.reattention(*arguments, votes=ours, winners=found), expected)
+        torch.testing.assert_close(cpu_attention.reattention(*arguments, votes=ours, winners=found), expected)
         assert torch.equal(found, left) and (found >= 0).sum() == 6 * min(queries, 16) * min(span_top_k, seq_len - 104)
     assert torch.equal(ours.counts, theirs.counts)
     assert int(ours.counts.sum()) == 2 * queries * 6 * min(span_top_k, seq_len - 104)
@@ -447,14 +438,14 @@ def test_reattention_in_bfloat16_is_the_reference_s(queries: int, global_size: i
         global_size=global_size, local_size=100, span_top_k=span_top_k, span_size=8, max_spans=12, chunk_size=64
     )
     angles = torch.outer(torch.arange(config.max_scope).float(), 1e4 ** (-torch.arange(0, 64, 2) / 64))
-    tables, copies = (angles.cos(), angles.sin()), cpu.KeyCopies.new()
+    tables, copies = (angles.cos(), angles.sin()), cpu_attention.KeyCopies.new()
     q, k, v = (random(queries + 5, 6, 64), random(2, 900, 64, seed=1), random(2, 900, 64, seed=2))
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
     for seq_len in range(800, 805 if queries == 1 else 801):
         arguments = q[seq_len - 800 :][:queries], k, v, seq_len, *tables, config
         exact, _ = reattention_reference(*[x.double() for x in arguments[:3]], *arguments[3:])
         plain, _ = reattention_reference(*arguments)
-        ours = cpu.reattention(*arguments, copies=copies)
+        ours = cpu_attention.reattention(*arguments, copies=copies)
         assert ours.dtype == torch.bfloat16
         allowed = 2 * (plain - exact).abs().max() + 2**-9 * exact.abs().max()
         assert (ours - exact).abs().max() <= allowed
@@ -463,15 +454,15 @@ def test_reattention_in_bfloat16_is_the_reference_s(queries: int, global_size: i
 @pytest.mark.parametrize("more_positions", [0, 3, 256])
 def test_steps_that_share_copies_of_keys(more_positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys of the local part keep their positions for some steps, or for none; some tokens come by other means."""
-    monkeypatch.setattr(cpu, "MORE_POSITIONS", more_positions)
+    monkeypatch.setattr(cpu_attention, "MORE_POSITIONS", more_positions)
     config = ReAttentionConfig(global_size=4, local_size=20, span_top_k=2, span_size=8, max_spans=5, chunk_size=8)
     angles = torch.outer(torch.arange(300).float(), 1e4 ** (-torch.arange(0, 16, 2) / 16))
-    tables, copies = (angles.cos(), angles.sin()), cpu.KeyCopies.new()
+    tables, copies = (angles.cos(), angles.sin()), cpu_attention.KeyCopies.new()
     k, v = random(2, 200, 16, seed=1), random(2, 200, 16, seed=2)
     for seq_len in (*range(100, 109), 130, 131, 120, 121, 121, 122):
         arguments = random(1, 6, 16, seed=seq_len), k, v, seq_len, *tables, config
         expected = reattention_reference(*arguments)[0]
-        torch.testing.assert_close(cpu.reattention(*arguments, copies=copies), expected)
+        torch.testing.assert_close(cpu_attention.reattention(*arguments, copies=copies), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -530,8 +521,8 @@ def test_of_equal_keys_the_first_wins(rows: int) -> None:
         for row, place in enumerate(places):
             k_GND[:, place] = q_GRD[:, row, None] * 3
         expected = places[:, :6].expand(3, -1, -1)
-        half = cpu.HalfKeys().search(q_GRD, k_GND, 30, N, 6)
-        for found in (half, cpu.score(q_GRD, k_GND, 30, N, 6), score_rows(q_GRD, k_GND, 30, N, 6)):
+        half = cpu_attention.HalfKeys().search(q_GRD, k_GND, 30, N, 6)
+        for found in (half, cpu_attention.score(q_GRD, k_GND, 30, N, 6), score_rows(q_GRD, k_GND, 30, N, 6)):
             assert found is None or torch.equal(found, expected), (D, N)
 
 

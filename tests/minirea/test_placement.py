@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:sketch is 'int8' on a CPU")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SCOPE = {"global_size": 4, "local_size": 8, "span_top_k": 2, "span_size": 4, "max_spans": 5, "chunk_size": 8}
 SCOPE |= {"dense_size": 20}
-# Neither is read by minirea.cpu, so that everything has to be equal bit for bit.
+# Neither is read by minirea.cpu_attention, so that everything has to be equal bit for bit.
 KINDS: list[dict[str, Any]] = [{"span_scope": "kv_head"}, {"dtype": "bfloat16"}]
 
 

@@ -15,7 +15,7 @@ import torch
 from testing import TINY, random_ids, tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
-from minirea import api, cpu, memory
+from minirea import api, cpu, cpu_attention, memory
 from minirea.attention import LEAST_ROWS
 from minirea.cli import main
 from minirea.errors import MemoryLimitError
@@ -65,7 +65,7 @@ def test_copies_of_keys_are_in_the_plan(directory: Path, tiles: bool, monkeypatc
     precision of all, if there are many.
     """
     monkeypatch.setattr(cpu, "_has_tiles", lambda: tiles)
-    halved_from = cpu.HALVED_FROM
+    halved_from = cpu_attention.HALVED_FROM
     heads = (
         TINY["num_hidden_layers"] * TINY["num_key_value_heads"] * (TINY["hidden_size"] // TINY["num_attention_heads"])
     )
@@ -74,14 +74,14 @@ def test_copies_of_keys_are_in_the_plan(directory: Path, tiles: bool, monkeypatc
         attention = api.read_model(directory, device="cpu", **options, **SCOPE).attention
         dtype = getattr(torch, options["dtype"])
         attends = "attention" not in options and (tiles or dtype == torch.float32)
-        local = attends * (SCOPE["local_size"] + cpu.MORE_POSITIONS) * heads * dtype.itemsize
+        local = attends * (SCOPE["local_size"] + cpu_attention.MORE_POSITIONS) * heads * dtype.itemsize
         assert attention.copies_bytes_on_cpu(100_000, dtype) == held * 100_000 * heads * 2 + local
-        assert attention.copies_bytes_on_cpu(cpu.HALVED_FROM - 1, dtype) == local
+        assert attention.copies_bytes_on_cpu(cpu_attention.HALVED_FROM - 1, dtype) == local
         assert attention.copies_bytes_on_cpu(SCOPE["local_size"], dtype) == 0
         planned = workspace_bytes(attention, dtype, 100_000)
-        monkeypatch.setattr(cpu, "HALVED_FROM", 100_001)
+        monkeypatch.setattr(cpu_attention, "HALVED_FROM", 100_001)
         assert planned - workspace_bytes(attention, dtype, 100_000) == held * 100_000 * heads * 2
-        monkeypatch.setattr(cpu, "HALVED_FROM", halved_from)
+        monkeypatch.setattr(cpu_attention, "HALVED_FROM", halved_from)
 
 
 def test_what_does_not_fit_is_refused_before_weights_are_read(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +272,7 @@ def test_an_allocation_that_fails_anywhere_is_one_line(directory: Path, monkeypa
     fails("minirea.model.Model._embed", lambda: session.prefill(random_ids(20)))
     fails("minirea.model.Model.logits", lambda: session.generate(random_ids(20), max_tokens=2))
     fails("minirea.model.Model.logits", lambda: llm.logits(random_ids(20)))
-    fails("minirea.cpu.reattention", lambda: session.prefill(random_ids(100)))
+    fails("minirea.cpu_attention.reattention", lambda: session.prefill(random_ids(100)))
     assert session.generate(random_ids(20), max_tokens=2, ignore_eos=True).token_ids
 
 

@@ -100,7 +100,7 @@ def check_sketched(directory: Path, gpus: int) -> None:
     """
     kinds: list[tuple[str, int, dict[str, Any]]] = [
         ("float32", 1, {"span_scope": "kv_head", "vote_size": 3}),
-        ("float16", gpus, {}),  # which minirea.cpu does not read
+        ("float16", gpus, {}),  # which minirea.cpu_attention does not read
     ]
     for dtype, devices, fields in kinds[: 2 if gpus == 2 else 1]:
         sizes = SCOPE | fields

@@ -19,7 +19,7 @@ from minirea.placement import FIRST_SKETCHED_LAYER, Placement
 
 SCOPE = {"global_size": 4, "local_size": 8, "span_top_k": 2, "span_size": 4, "max_spans": 5, "chunk_size": 8}
 pytestmark = pytest.mark.filterwarnings("ignore:sketch is 'int8' on a CPU")
-# Neither is read by minirea.cpu, whose sums are others, so that everything has to be equal bit for bit.
+# Neither is read by minirea.cpu_attention, whose sums are others, so that everything has to be equal bit for bit.
 KINDS: list[dict[str, Any]] = [{"span_scope": "kv_head", "vote_size": 3, "decode_spans": 3}, {"dtype": "float16"}]
 
 

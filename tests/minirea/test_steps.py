@@ -188,9 +188,9 @@ def test_a_token_counts_what_those_before_it_found(directory: Path, monkeypatch:
         assert {j: n for j, n in enumerate(votes.counts[0].tolist()) if n} == counted
         sums.append(counted.total())
 
-    before_local = minirea.cpu._before_local
+    before_local = minirea.cpu_attention._before_local
     monkeypatch.setattr(minirea.kernels.reference, "leave", of_chunk)
-    monkeypatch.setattr(minirea.cpu, "_before_local", of_query)
+    monkeypatch.setattr(minirea.cpu_attention, "_before_local", of_query)
     monkeypatch.setattr(minirea.attention, "count_winners", check)
     cache, ids = new_cache(model, 10), random_ids(120)
 
@@ -259,9 +259,9 @@ def test_votes_of_an_answer_add_up_from_layer_to_layer(
         seen.append((seq_len, 1, None if votes is None else int(votes.counts.sum())))
         return before_local(winner_GRK, seq_len, config, votes, winners)
 
-    choose_scope, before_local = minirea.kernels.reference.choose_scope, minirea.cpu._before_local
-    monkeypatch.setattr(minirea.cpu, "_before_local", of_query)
-    for module in ("kernels.reference", "cpu"):
+    choose_scope, before_local = minirea.kernels.reference.choose_scope, minirea.cpu_attention._before_local
+    monkeypatch.setattr(minirea.cpu_attention, "_before_local", of_query)
+    for module in ("kernels.reference", "cpu_attention"):
         monkeypatch.setattr(f"minirea.{module}.choose_scope", spy)
     fields = SCOPE | {"span_scope": span_scope, "tail_size": 7}
     alone, carrying = (
