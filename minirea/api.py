@@ -17,7 +17,6 @@ from torch import Tensor
 
 from minirea import generate as loop
 from minirea.attention import Attention
-from minirea.cache import KVCache, alone
 from minirea.checkpoint_config import load_config
 from minirea.checks import choice, integer, items, path_like, shown, switch, valid_id
 from minirea.config import (
@@ -38,15 +37,16 @@ from minirea.errors import InputError, MinireaWarning, MissingFileError
 from minirea.files import is_there, model_name, read_start
 from minirea.generate import GenerationConfig, Piece, Stats
 from minirea.isolation import isolated
-from minirea.leader import Leader, SharedCache
+from minirea.leader import Leader
+from minirea.loading import load_model, new_cache
 from minirea.memory import MemoryPlan, human
 from minirea.model import Model
-from minirea.plan import fit_steps, keeps_half, plan_cache, plan_run, workspace_bytes
-from minirea.ranks import Ranks, follows
+from minirea.plan import fit_steps, plan_run
+from minirea.ranks import follows
 from minirea.sources import Source, Votes, look, question_start, sources_of
 from minirea.steps import num_shared
 from minirea.tokenizer import NoTokenizerError, Tokenizer, load_tokenizer
-from minirea.weights import checkpoint_dtype, fingerprint, load_weights
+from minirea.weights import checkpoint_dtype, fingerprint
 
 
 @dataclass(frozen=True)
@@ -292,16 +292,17 @@ class ModelFiles(_Encoder):
             MissingFileError, InputError, MemoryLimitError: with one line that says what to fix.
         """
         self.plan(num_tokens).check(self.attention.device)
+        weights = self.path, self.attention, self.dtype, self.quantize
         if self.gpus == 1:
             # Known from here on, so that contexts can be saved whatever becomes of the directory.
-            return LLM(self._load(progress), self._tokenizer, self.path, self.fingerprint)
+            return LLM(load_model(*weights, progress), self._tokenizer, self.path, self.fingerprint)
         leader, attention = Leader.of(self.gpus, self.attention.device), self.attention
         number, digest = leader.new_id(), self.fingerprint
         settings = attention.mode, attention.config, attention.impl, attention.sketch, attention.cache
         dtype = str(self.dtype).removeprefix("torch.")
         try:
             with leader.asking("load", number, str(Path(self.path).resolve()), self.config, settings, dtype, digest):
-                model = self._load(progress, leader)
+                model = load_model(*weights, progress, leader)
         except BaseException:
             leader.drop(number)
             raise
@@ -309,22 +310,6 @@ class ModelFiles(_Encoder):
         with leader.asking("open", number):
             model.open_peers()
         return LLM(model, self._tokenizer, self.path, digest)
-
-    @isolated()
-    def load_part(self, ranks: Ranks) -> Model:
-        """What `load` does on a rank that follows."""
-        if self.attention.device.type == "cuda":
-            self.plan().check(self.attention.device)
-        return self._load(False, ranks)
-
-    def _load(self, progress: bool, ranks: Ranks | None = None) -> Model:
-        """This rank's part, or all of the model."""
-        attention, dtype, device = self.attention, self.dtype, self.attention.device
-        keep_half = keeps_half(dtype, device)
-        weights = load_weights(self.path, attention.model, device, dtype, progress, keep_half, self.quantize)
-        model = Model(attention.model, weights, attention, progress, ranks)
-        attention.gather = model.gather
-        return model
 
 
 class LLM(_Encoder):
@@ -467,13 +452,10 @@ class LLM(_Encoder):
         They go through the same steps that `generate` takes. Errors as there.
         """
         ids = self.encode(ids)
-        return loop.all_logits(self.model, self._cache(len(ids)), ids)
+        return loop.all_logits(self.model, new_cache(self.model, len(ids)), ids)
 
     def _origin(self) -> Origin:
         return _origin(self.path, self.fingerprint, self.model.attention, self.model.dtype, self.model.quantize)
-
-    def _cache(self, capacity: int) -> KVCache:
-        return new_cache(self.model, capacity)
 
 
 class Session:
@@ -495,7 +477,7 @@ class Session:
 
     def __init__(self, llm: LLM, capacity: int = 0) -> None:
         self.llm = llm
-        self.cache = llm._cache(integer("capacity", capacity, 0))
+        self.cache = new_cache(llm.model, integer("capacity", capacity, 0))
         self.ids: list[int] = []
         self.notes: dict[str, str] = {}
         self._in_use = False  # by a call that has not ended
@@ -645,20 +627,6 @@ class Session:
                 self._answer = answer
                 self.cache.rewind(min(cached, self.cache.seq_len))
             raise
-
-
-def new_cache(model: Model, capacity: int) -> KVCache:
-    """A cache for a model's steps; on all its ranks, if it has several and this is the first."""
-    attention = model.attention
-    workspace = functools.partial(workspace_bytes, attention, model.dtype, quantize=model.quantize)
-    if model.ranks is None:
-        fit_steps(attention, lambda: plan_cache(attention, model.dtype, capacity, model.quantize)[1])
-    sizes = model.config, capacity, attention.dense_limit, model.device, model.dtype
-    options: dict[str, Any] = {"workspace": workspace, "placements": attention.placements}
-    options["winners_shape"] = attention.winners_shape
-    if isinstance(model.ranks, Leader):
-        return SharedCache(model.ranks, model, *sizes, **options)
-    return KVCache(*sizes, **options, least=model.ranks.least if model.ranks else alone)
 
 
 def generation_config(options: dict[str, Any]) -> GenerationConfig:

@@ -9,7 +9,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Client, Connection
-from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -150,13 +149,16 @@ class Follower:
         """This rank's part of the model in a directory that must hold the leader's."""
         import torch
 
-        from minirea.api import ModelFiles
+        from minirea.loading import load_model
+        from minirea.plan import fit_steps, plan_run
         from minirea.weights import fingerprint
 
         if fingerprint(path, config) != digest:
             raise RankError(f"{path}: holds another model for rank {self.ranks.rank} than for the first one")
-        files = ModelFiles(Path(path), config, None, self._attention(config, *attention), getattr(torch, dtype))
-        self.models[number] = files.load_part(self.ranks)
+        made, arithmetic = self._attention(config, *attention), getattr(torch, dtype)
+        if made.device.type == "cuda":
+            fit_steps(made, lambda: plan_run(path, made, arithmetic)).check(made.device)
+        self.models[number] = load_model(path, made, arithmetic, ranks=self.ranks)
 
     def open(self, number: int) -> None:
         self.models[number].open_peers()
@@ -171,7 +173,7 @@ class Follower:
         self.models[number] = model
 
     def allocate(self, number: int, model: int, capacity: int) -> None:
-        from minirea.api import new_cache
+        from minirea.loading import new_cache
 
         self.caches[number] = new_cache(self.models[model], capacity)
 

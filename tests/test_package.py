@@ -48,7 +48,19 @@ ALLOWED = {
     "minirea.model": {"kernels", "attention", "cache", "config", "cpu", "cpu_attention", "linear", "ranks"},
     "minirea.leader": {"cache", "config", "errors", "model", "ranks", "threads"},
     "minirea.follower": {
-        *("api", "attention", "cache", "config", "errors", "isolation", "leader", "model", "ranks", "weights"),
+        *(
+            "attention",
+            "cache",
+            "config",
+            "errors",
+            "isolation",
+            "leader",
+            "loading",
+            "model",
+            "plan",
+            "ranks",
+            "weights",
+        ),
     },
     "minirea.observer": {"attention", "cache", "kernels", "model", "rope"},
     "minirea.sources": {"cache", "isolation", "model", "observer", "tokenizer"},
@@ -60,9 +72,10 @@ ALLOWED = {
         *("checks", "graph", "steps", "model", "cache", "sampling", "tokenizer", "isolation", "memory", "errors"),
         *("leader", "progress", "ranks"),
     },
+    "minirea.loading": {"attention", "cache", "isolation", "leader", "model", "plan", "ranks", "weights"},
     "minirea.api": {
-        *("follower", "leader", "ranks"),
-        *("generate", "steps", "attention", "model", "cache", "checks", "checkpoint_config", "config", "memory"),
+        *("follower", "leader", "loading", "ranks"),
+        *("generate", "steps", "attention", "model", "checks", "checkpoint_config", "config", "memory"),
         *("tokenizer", "plan", "sources", "weights", "errors", "files", "isolation", "context"),
     },
     "minirea.evaluation": {

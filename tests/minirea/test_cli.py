@@ -347,7 +347,7 @@ def test_a_byte_order_mark_is_no_text(model: Path, tmp_path: Path, capsys: pytes
 def test_dry_run_prints_the_plan_and_stops(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minirea.api.load_weights", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr("minirea.loading.load_weights", lambda *_: pytest.fail("the weights were read"))
     status, out, err = run(capsys, model, "--text", PROMPT, "--max-tokens", "12", "--dry-run")
     assert (status, err) == (0, "")
     for part in ("device      cpu, float32", "12 to generate", "weights ", "cache ", "workspace ", "that are free"):

@@ -15,7 +15,7 @@ import torch
 from testing import TINY, random_ids, tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
-from minirea import api, cpu, cpu_attention, memory
+from minirea import api, cpu, cpu_attention, loading, memory
 from minirea.attention import LEAST_ROWS
 from minirea.cli import main
 from minirea.errors import MemoryLimitError
@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(directory: Path, m
     files = api.read_model(directory, device="cpu", **SCOPE)
     needed = plan_run(directory, files.attention, files.dtype)
     monkeypatch.setattr(memory, "available_bytes", lambda _: needed.weights + needed.loading - 1)
-    monkeypatch.setattr(api, "load_weights", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(loading, "load_weights", lambda *_: pytest.fail("read"))
     with pytest.raises(MemoryLimitError, match=r"for weights and .* to work in, .* use a smaller `dtype`"):
         api.load(directory, device="cpu", **SCOPE)
 
@@ -105,7 +105,7 @@ def test_command_line_counts_the_prompt_first(
     assert plan.loading < plan.cache + plan.workspace
     monkeypatch.setattr(memory, "available_bytes", lambda _: room - 1)
     with monkeypatch.context() as patch:
-        patch.setattr(api, "load_weights", lambda *_: pytest.fail("read"))
+        patch.setattr(loading, "load_weights", lambda *_: pytest.fail("read"))
         assert main([*arguments, *options]) == 1
     out, err = capsys.readouterr()
     assert not out

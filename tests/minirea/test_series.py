@@ -83,7 +83,7 @@ def test_a_chat_after_a_context_begins_no_text(model: Path, book: Path, capsys: 
 def test_contexts_that_do_not_fit_are_one_line_with_the_flag(
     model: Path, book: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minirea.api.load_weights", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr("minirea.loading.load_weights", lambda *_: pytest.fail("the weights were read"))
     assert_one_line(generate(capsys, model, "--context", book, "--text", "a", "--span-size", "16"), "--span-size 32")
     assert_one_line(
         generate(capsys, model, "--context", tmp_path / "none", "--text", "a"), "--context", "none: no such file"
@@ -162,7 +162,7 @@ def test_a_series_goes_on_where_it_was(
         for line, before in zip(out.read_text().splitlines(), without_time, strict=True):
             assert json.loads(line)["token_ids"] == before["token_ids"]
     done = out.read_bytes()
-    monkeypatch.setattr("minirea.api.load_weights", lambda *_: pytest.fail("nothing is left to answer"))
+    monkeypatch.setattr("minirea.loading.load_weights", lambda *_: pytest.fail("nothing is left to answer"))
     assert generate(capsys, model, *arguments) == (0, "", f"minirea: 3 of 3 are answered in {out}\n")
     assert generate(capsys, model, *arguments, "--quiet") == (0, "", "")
     assert out.read_bytes() == done

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from testing import random_ids, tiny_model, write_checkpoint
 
 import minirea
-from minirea.api import new_cache
 from minirea.attention import Attention
 from minirea.config import ModelConfig, ReAttentionConfig, RopeConfig
 from minirea.errors import InputError
+from minirea.loading import new_cache
 from minirea.steps import Part, chunks, cut, num_shared
 
 # Small enough that a prompt of 100 tokens selects: 48 tokens dense, then spans.

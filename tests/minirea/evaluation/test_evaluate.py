@@ -609,7 +609,7 @@ def test_another_model_is_told_by_name_before_its_weights_are_read(
     other = write_model(tmp_path / "other", num_hidden_layers=1)
     moved = shutil.copytree(model, tmp_path / "moved")
     minirea.evaluate("needle", moved, out=tmp_path / "out", device="cpu", **options)  # the same under another name
-    monkeypatch.setattr(minirea.api, "load_weights", None)
+    monkeypatch.setattr("minirea.loading.load_weights", None)
     with pytest.raises(InputError, match=rf'evaluation: model is "{model.name}" there and "other" here'):
         minirea.evaluate("needle", other, out=tmp_path / "out", device="cpu", **options)
     with pytest.raises(InputError, match="seed is 5 there and 6 here"):
