@@ -313,7 +313,7 @@ class ModelFiles(_Encoder):
 
 
 class LLM(_Encoder):
-    """A loaded model. Made by `load`."""
+    """A loaded model. Made by `load`. Threads may share it; a process that is not forked loads its own."""
 
     def __init__(
         self, model: Model, tokenizer: Tokenizer | None, path: str | Path | None = None, fingerprint: str = ""
@@ -332,6 +332,9 @@ class LLM(_Encoder):
             f"<LLM{name}: {human(model.nbytes)} of weights, {model.device.type}, {dtype}, {attention.mode}, "
             f"{attention.impl}, trained on {self.config.trained_context:,} tokens>"
         )
+
+    def __reduce__(self) -> str:
+        raise TypeError("a model cannot be copied, nor sent to another process: share it, or load it there again")
 
     @property
     def chunk_size(self) -> int:
@@ -485,6 +488,9 @@ class Session:
 
     def __repr__(self) -> str:
         return f"<Session of {len(self.ids):,} tokens, cache for {self.cache.capacity:,}, of {self.llm!r}>"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a session cannot be copied, nor sent to another process: save it, and open it again there")
 
     def prefill(self, prompt: str | Sequence[int], progress: bool = False, to_follow: int = 0) -> None:
         """Append a text or token ids to the context. Errors as for LLM.generate.

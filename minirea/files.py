@@ -171,8 +171,9 @@ def _open_at_once(path: str, flags: int) -> int:
 def replacing(path: str | Path) -> Iterator[FileIO]:
     """A new file that takes the place of `path` when the block ends well: whatever happens, the old one or the new.
 
-    It is written under a name of its own in the same directory, brought to the disk and renamed. What a process that
-    was killed has left there is removed by the next call for the same path.
+    It is written under a name of its own in the same directory, brought to the disk and renamed. Who may read and write
+    an old file may so with the new one. What a process that was killed has left there is removed by the next call for
+    the same path.
 
     Raises:
         InputError: `path` is no regular file, or its directory cannot be written to, or the disk is full.
@@ -187,6 +188,7 @@ def replacing(path: str | Path) -> Iterator[FileIO]:
         file, name = _temporary(target)
         try:
             with file:
+                _permit_as(target, file)
                 yield file
                 os.fsync(file.fileno())
                 os.replace(name, target)
@@ -246,6 +248,12 @@ def _temporary(target: Path) -> tuple[FileIO, Path]:
         if os.fstat(file.fileno()).st_nlink:  # else another process took it for left over before it was locked
             return file, name
         file.close()
+
+
+def _permit_as(target: Path, file: FileIO) -> None:
+    """Give a new file the permissions of the one that it replaces, before it holds anything."""
+    with contextlib.suppress(OSError):  # there is none, or a file system without permissions
+        os.fchmod(file.fileno(), os.stat(target).st_mode & 0o777)
 
 
 def _remove_left_over(target: Path) -> None:

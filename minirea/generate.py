@@ -162,6 +162,9 @@ class Interrupted(KeyboardInterrupt):
         super().__init__()
         self.piece = piece
 
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[Piece]]:
+        return type(self), (self.piece,)  # to the process that waits for it, as errors of a pool's workers go
+
 
 class StopStrings:
     """Passes text through until one of `stops` appears, holding back what could be the beginning of one."""

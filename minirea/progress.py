@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -18,9 +19,13 @@ class _Hidden(tqdm):  # type: ignore[misc]  # it has no types
 
 
 def bar(total: float, progress: bool, **how: Any) -> Any:
-    """A bar of tqdm's, which disappears at its end; without `progress` it shows nothing and starts no thread."""
-    kind = tqdm if progress else _Hidden
-    return kind(**{"total": total, "leave": False, "disable": not progress} | how)
+    """A bar of tqdm's, which disappears at its end; without `progress` it shows nothing and starts no thread.
+
+    Nor does it show anything where a program has no standard error, or where TQDM_DISABLE says so.
+    """
+    shown = progress and sys.stderr is not None
+    kind = tqdm if shown else _Hidden
+    return kind(**{"total": total, "leave": False} | ({} if shown else {"disable": True}) | how)
 
 
 def bar_of_bytes(total: int, what: str, progress: bool) -> Any:

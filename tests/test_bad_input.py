@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -415,6 +416,35 @@ def test_unexpected_errors_are_one_line_too(
         assert_one_line(err, *named)
         with pytest.raises(type(error)):
             run(capsys, "generate", "--model", pristine, "--text", "a", "--debug")
+
+
+def test_what_a_library_fails_with_names_it_and_its_settings(
+    pristine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is imported, where it is not there, and later, when the fault may be minirea's too."""
+    (tmp_path / "broken_library").mkdir()
+    (tmp_path / "broken_library" / "__init__.py").write_text("import broken_library.inner")
+    (tmp_path / "broken_library" / "inner.py").write_text("float('x')")
+    (tmp_path / "library.py").write_text("def use():\n    return float('x')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for settings in ({}, {"BROKEN_LIBRARY_RATE": "x", "LIBRARY_RATE": "x"}):
+        for variable, value in settings.items():
+            monkeypatch.setenv(variable, value)
+        for package, expected, others in (
+            ("broken_library", "broken_library cannot be imported", "fault"),
+            ("absent_library", "absent_library cannot be imported", "fault"),
+            ("library", "a fault of minirea", "cannot be imported"),
+        ):
+
+            def fail(*_: object, package: str = package) -> None:
+                importlib.import_module(package).use()
+
+            monkeypatch.setattr("minirea.api.ModelFiles.load", fail)
+            status, out, err = run(capsys, "generate", "--model", pristine, "--text", "a")
+            assert (status, out) == (1, "")
+            assert_one_line(err, expected)
+            assert others not in err
+            assert ("RATE in the environment" in err) == bool(settings and package != "absent_library")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

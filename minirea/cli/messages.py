@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
+import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -49,7 +51,24 @@ def explained(error: Exception) -> str:
         return str(limit)
     if "C compiler" in text or (isinstance(error, subprocess.CalledProcessError) and "-shared" in text):
         return f'Triton cannot compile: {text}; install a C compiler such as gcc, or use impl="torch"'
-    return f"{type(error).__name__}: {text} (a fault of minirea; --debug shows where)"
+    text = f"{type(error).__name__}: {text}"
+    imported, last = _packages(error)
+    settings = ", ".join(name for name in sorted(os.environ) if name.startswith(f"{imported or last}_".upper()))
+    if imported:
+        return f"{imported} cannot be imported{f' with {settings} in the environment' * bool(settings)}: {text}"
+    suspects = f"a fault of minirea{f', or of {settings} in the environment' * bool(settings)}"
+    return f"{text} ({suspects}; --debug shows where)"
+
+
+def _packages(error: Exception) -> tuple[str, str]:
+    """Which package, none of ours, was being imported when an error was raised, or ""; and which raised it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
+    importing = [name for frame, name in zip(frames, packages, strict=True) if frame.f_code.co_name == "<module>"]
+    if isinstance(error, ImportError):
+        importing.append(str(error.name).partition(".")[0])
+    imported = next((name for name in reversed(importing) if name not in ("minirea", "__main__", "None")), "")
+    return imported, packages[-1] if packages else "minirea"
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from minirea.errors import InputError, MemoryLimitError, MinireaError, MissingExtraError, MissingFileError
-from minirea.files import is_there, read_file
+from minirea.files import is_there, read_file, replace_file
 
 LIMIT = 1000
 
@@ -44,6 +44,19 @@ def test_what_is_no_file_is_refused(case: str, pipes: bool, tmp_path: Path, monk
     with pytest.raises(error, match=f"^{tmp_path}/name: .*{found}"):
         read_file(tmp_path / "name", LIMIT, "a config", pipes)
     assert is_there(tmp_path / "name") == (case != "absent")
+
+
+def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path: Path) -> None:
+    path, mask = tmp_path / "name", os.umask(0o022)
+    try:
+        replace_file(path, b"new")
+        assert path.stat().st_mode & 0o777 == 0o644
+        for mode in (0o600, 0o440, 0o664):
+            path.chmod(mode)
+            replace_file(path, f"{mode}".encode())
+            assert (path.stat().st_mode & 0o777, path.read_bytes()) == (mode, f"{mode}".encode())
+    finally:
+        os.umask(mask)
 
 
 def test_names_that_no_file_can_have(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from testing import TINY, random_ids, tiny_model, write_checkpoint, write_tokeni
 
 import minirea
 from minirea.config import ReAttentionConfig
-from minirea.generate import GenerationConfig, StopStrings
+from minirea.generate import GenerationConfig, Interrupted, StopStrings
 
 # Small enough that a prompt of 100 tokens selects: 4 + 24 dense, then spans.
 SCOPE = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5, "chunk_size": 16}
@@ -415,6 +417,21 @@ def test_a_session_whose_stream_waits_refuses_other_calls(demo: minirea.LLM, tmp
     left.close()
     for call in calls.values():
         call()
+
+
+def test_what_other_processes_may_have_can_be_pickled_and_the_rest_says_why_not(demo: minirea.LLM) -> None:
+    session = demo.session()
+    for thing in (session.generate("The old house", 3, sources=1), demo.config, minirea.GenerationConfig(stop=("a",))):
+        assert pickle.loads(pickle.dumps(thing)) == thing
+    stream = session.stream(" by", 9)
+    next(stream)
+    with pytest.raises(Interrupted) as struck:
+        stream.throw(KeyboardInterrupt)
+    assert pickle.loads(pickle.dumps(struck.value)).piece == struck.value.piece
+    for thing, why in ((demo, "load it there"), (session, "save it")):
+        for copied in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match=f"cannot be copied, .* another process: .*{why}"):
+                copied(thing)
 
 
 def test_what_there_is_can_be_seen(demo: minirea.LLM) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import sys
 
 import pytest
 import tqdm
@@ -58,6 +60,21 @@ def test_hidden_bars_start_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
             one.update(2)
             other.update(5)
         assert bool(started) == progress
+
+
+def test_bars_are_hidden_where_they_cannot_or_must_not_be_seen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as program:
+        program.setattr(sys, "stderr", None)
+        with bar(3, True) as one, bar_of_bytes(5, "bytes", True) as other:
+            one.update(2)
+            other.update(5)
+    disabled = type("Disabled", (tqdm.tqdm,), {"__init__": functools.partialmethod(tqdm.tqdm.__init__, disable=True)})
+    monkeypatch.setattr("minirea.progress.tqdm", disabled)  # what TQDM_DISABLE makes of it
+    with bar(3, True) as one:
+        one.update(2)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_bar_counts_tokens_and_work(capsys: pytest.CaptureFixture[str]) -> None:
