@@ -162,7 +162,8 @@ def read_results(
 
     The records are those of the first directory and what each next one adds, shortest first as in a single run.
     Settings named in `differing` need not agree: each becomes the list of its different values. So does what differs in
-    the environment; every record names its own machine. `check_of` gives, for settings, what Results takes as `check`.
+    the environment; every record names its own machine. Seeds that may differ become a part of the records' ids.
+    `check_of` gives, for settings, what Results takes as `check`.
 
     Raises:
         MissingFileError, InputError: not a directory of results; those of different evaluations; `differing` names none
@@ -177,6 +178,8 @@ def read_results(
         if difference := _difference(_without(settings, differing), _without(part, differing)):
             raise InputError(f"{folders[0]} and {folder} hold different evaluations: {difference}")
         for record in _read_records(folder / RECORDS, check_of(part))[0]:
+            if "seed" in differing and not isinstance(part["seed"], list):  # of parts that were joined, ids have theirs
+                record["id"] += f" seed={part['seed']}"
             if "skipped" in records.setdefault(record["id"], record):
                 records[record["id"]] = record
         environments.append(_read_environment(folder))

@@ -693,6 +693,18 @@ def test_a_report_names_every_machine_and_keeps_the_first_answer(uninterrupted: 
     assert json_of(tmp_path / "again")["environment"] == {"machine": ["large", "small"], "torch": "2.11"}
 
 
+def test_a_report_of_several_seeds_counts_each_answer_once(llm: minirea.LLM, tmp_path: Path) -> None:
+    few = {"lengths": 300, "samples": 1, "depths": 2}
+    for seed in (0, 1, 2):
+        minirea.evaluate("passkey", llm, out=tmp_path / str(seed), seed=seed, **few)
+    two = report([tmp_path / "0", tmp_path / "1"], tmp_path / "two", "seed")
+    assert (len(two.records), two.settings["seed"]) == (4, [0, 1])
+    for order in (["two", "2", "1"], ["1", "2", "two"]):
+        whole = report([tmp_path / name for name in order], tmp_path / order[0] / "all", differing="seed")
+        assert len({record["id"] for record in whole.records}) == len(whole.records) == 6
+        assert len({record["prompt_sha256"] for record in whole.records}) == 6
+
+
 def test_a_report_of_different_evaluations_is_refused(llm: minirea.LLM, uninterrupted: Path, tmp_path: Path) -> None:
     minirea.evaluate("passkey", llm, out=tmp_path / "other", lengths=300, samples=1, depths=1)
     with pytest.raises(InputError, match="hold different evaluations: task is"):
