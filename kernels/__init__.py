@@ -365,25 +365,17 @@ def _check_sketch(sketch: Sketch, k_cache_GND: torch.Tensor) -> None:
     (G, N, _), C = k_cache_GND.shape, width(k_cache_GND.shape[2])
     expected = ((torch.int8, [G, N, C]), (torch.int32, [G, N, 1]), (torch.float32, [G, C]))
     for name, tensor, (dtype, shape) in zip(Sketch._fields, sketch, expected, strict=True):
-        if tensor.dtype != dtype or list(tensor.shape) != shape or not tensor.is_contiguous():
-            found = f"{tensor.dtype} {_shape(tensor)}{'' if tensor.is_contiguous() else ', not contiguous'}"
-            raise InputError(f"sketch.{name} is {found}, expected {dtype} {shape}, contiguous, for k_cache_GND")
-        if tensor.device != k_cache_GND.device:
-            raise InputError(f"sketch.{name} is on {tensor.device}, expected {k_cache_GND.device} like k_cache_GND")
+        fits = list(tensor.shape) == shape
+        _check_tensor(f"sketch.{name}", tensor, fits, dtype, str(shape), k_cache_GND.device)
 
 
 def _check_near(near: Near, k_cache_GND: torch.Tensor, config: ReAttentionConfig, more_queries: int) -> None:
     (G, _, D), least = k_cache_GND.shape, max(config.local_size, config.dense_size) + more_queries
     for name, rows_GRD in zip(Near._fields, near, strict=True):
-        if rows_GRD is None:
-            continue
-        fits = rows_GRD.dim() == 3 and (len(rows_GRD), rows_GRD.shape[2]) == (G, D) and rows_GRD.shape[1] >= least
-        if not fits or rows_GRD.dtype != k_cache_GND.dtype or not rows_GRD.is_contiguous():
-            found = f"{rows_GRD.dtype} {_shape(rows_GRD)}{'' if rows_GRD.is_contiguous() else ', not contiguous'}"
-            expected = f"{k_cache_GND.dtype} [{G}, at least {least}, {D}]"
-            raise InputError(f"near.{name} is {found}, expected {expected}, contiguous, for k_cache_GND")
-        if rows_GRD.device != k_cache_GND.device:
-            raise InputError(f"near.{name} is on {rows_GRD.device}, expected {k_cache_GND.device} like k_cache_GND")
+        if rows_GRD is not None:
+            fits = rows_GRD.dim() == 3 and (len(rows_GRD), rows_GRD.shape[2]) == (G, D) and rows_GRD.shape[1] >= least
+            expected = k_cache_GND.dtype, f"[{G}, at least {least}, {D}]", k_cache_GND.device
+            _check_tensor(f"near.{name}", rows_GRD, fits, *expected)
 
 
 def _voting_heads(num_heads: int, config: ReAttentionConfig, gather: Gather | None) -> int:
@@ -399,7 +391,7 @@ def _check_votes(
     least = new_votes(_voting_heads(H, config, gather), G, config, 1, N, torch.device("meta"))
     for name, tensor, expected in zip(Votes._fields, votes, least, strict=True):
         fits = tensor.dim() == 2 and len(tensor) == len(expected) and tensor.shape[1] >= expected.shape[1]
-        _check_int32(f"votes.{name}", tensor, fits, f"{_shape(expected)} or longer", q_THD.device)
+        _check_tensor(f"votes.{name}", tensor, fits, torch.int32, f"{_shape(expected)} or longer", q_THD.device)
 
 
 def _check_winners(
@@ -407,23 +399,26 @@ def _check_winners(
 ) -> None:
     R, *sizes = winners_shape(_voting_heads(q_THD.shape[1], config, gather), config, 1)
     fits = winners.dim() == 3 and len(winners) >= R and list(winners.shape[1:]) == sizes
-    _check_int32("winners", winners, fits, f"[at least {R}, {sizes[0]}, {sizes[1]}]", q_THD.device)
+    _check_tensor("winners", winners, fits, torch.int32, f"[at least {R}, {sizes[0]}, {sizes[1]}]", q_THD.device)
 
 
 def _check_earlier(votes: Votes, winners: torch.Tensor, config: ReAttentionConfig) -> None:
     B, least = len(votes.counts), config.vote_window
     fits = winners.dim() == 4 and winners.shape[1] >= least and not winners.shape[2] % B
     expected = f"[layers, at least {least}, a multiple of {B}, winners]"
-    _check_int32("winners_LRHK", winners, fits, expected, votes.counts.device)
+    _check_tensor("winners_LRHK", winners, fits, torch.int32, expected, votes.counts.device)
     width = 2 + winners.shape[0] * (least - 1) * winners.shape[2] // B * winners.shape[3]
     fits = votes.voted.dim() == 2 and votes.voted.shape[1] >= width
-    _check_int32("votes.voted", votes.voted, fits, f"[{B}, at least {width}]", votes.counts.device)
+    _check_tensor("votes.voted", votes.voted, fits, torch.int32, f"[{B}, at least {width}]", votes.counts.device)
 
 
-def _check_int32(name: str, tensor: torch.Tensor, fits: bool, expected: str, device: torch.device) -> None:
-    if tensor.dtype != torch.int32 or not fits or not tensor.is_contiguous():
+def _check_tensor(
+    name: str, tensor: torch.Tensor, fits: bool, dtype: torch.dtype, shape: str, device: torch.device
+) -> None:
+    """Raises InputError unless the tensor `fits` its `shape` and has the others."""
+    if tensor.dtype != dtype or not fits or not tensor.is_contiguous():
         found = f"{tensor.dtype} {_shape(tensor)}{'' if tensor.is_contiguous() else ', not contiguous'}"
-        raise InputError(f"{name} is {found}, expected torch.int32 {expected}, contiguous")
+        raise InputError(f"{name} is {found}, expected {dtype} {shape}, contiguous")
     if tensor.device != device:
         raise InputError(f"{name} is on {tensor.device}, expected {device} like the other tensors")
 

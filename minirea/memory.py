@@ -82,7 +82,7 @@ class MemoryPlan:
         return dataclasses.replace(self, **{name: self.ranks * getattr(self, name) for name in names}, ranks=1)
 
     def fits(self, device: torch.device, room: Room | None = None) -> bool:
-        """Whether `device`, and the host beside it, can hold it; true where the system does not say how much it has."""
+        """Whether `device`, and its host, can hold it; true where the system does not say how much it has."""
         room = room or Room.of(device)
         return self.peak <= room.device and (self.host_cache <= 0 or self.ranks * self.host_cache <= room.host)
 

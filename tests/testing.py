@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from minirea.config import ModelConfig
+from minirea.config import ModelConfig, RopeConfig
 
 TINY: dict[str, Any] = {
     "vocab_size": 97,
@@ -40,6 +40,13 @@ def tiny_model(seed: int = 0, mistral: bool = False, family: str = "Llama", **fi
             spread = 0.2 if parameter.dim() == 1 else 1.5 * parameter.shape[-1] ** -0.5
             parameter.normal_(1.0 if "norm" in name else 0.0, spread)
     return model
+
+
+def tiny_config(num_layers: int = 2, mlp_size: int = 112, **fields: Any) -> ModelConfig:
+    """Of 4 query heads and 2 key/value heads."""
+    sizes = {"hidden_size": 64, "head_dim": 16, "vocab_size": 97, "max_position_embeddings": 256} | fields
+    heads = {"num_heads": 4, "num_kv_heads": 2, "norm_eps": 1e-5, "rope": RopeConfig()}
+    return ModelConfig(num_layers=num_layers, mlp_size=mlp_size, **sizes, **heads)
 
 
 def write_checkpoint(

@@ -18,7 +18,16 @@ from typing import Any
 
 import torch
 from bench_load import drop_pages
-from bench_machine import Lengths, add_device, describe_machine, lengths, print_machine, print_result, synchronize
+from bench_machine import (
+    Lengths,
+    add_device,
+    describe_machine,
+    lengths,
+    new_command,
+    print_machine,
+    print_result,
+    synchronize,
+)
 
 import minirea
 from minirea.api import LLM, Session
@@ -29,9 +38,7 @@ DEMO = Path(__file__).parents[1] / "weights" / "demo"
 
 
 def add_command(subparsers: Any) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        "context", help="contexts in files", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_command(subparsers, "context", "contexts in files", __doc__)
     parser.add_argument("--model", type=Path, default=DEMO, metavar="DIR", help="default: the demo model")
     parser.add_argument("--contexts", type=lengths, nargs="+", action=Lengths, default=[2**16], help="default: 64k")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="on the disk that is measured; default: temporary")

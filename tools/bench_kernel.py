@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from bench_machine import Lengths, describe_machine, lengths, print_machine, print_result
+from bench_machine import Lengths, describe_machine, lengths, new_command, print_machine, print_result
 
 from minirea.attention import step_chunks
 from minirea.config import DTYPES, SPAN_SCOPES, ReAttentionConfig, RopeConfig
@@ -46,12 +46,7 @@ FUSED_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")  
 
 
 def add_command(subparsers: Any) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        "kernel",
-        help="the fused attention kernel",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_command(subparsers, "kernel", "the fused attention kernel", __doc__)
     parser.add_argument("--only", choices=tuple(CONTEXTS), help="default: both")
     add_shape(parser, "default: 8k,16k,32k,128k,1m for decode, 32k,128k for prefill")
     return parser

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from bench_machine import describe_machine, print_machine, print_result
+from bench_machine import describe_machine, new_command, print_machine, print_result
 
 import minirea
 
@@ -26,12 +26,7 @@ REPEATS = 15
 
 
 def add_command(subparsers: Any) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        "launch",
-        help="host time of each kernel's launch",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_command(subparsers, "launch", "host time of each kernel's launch", __doc__)
     parser.add_argument("--model", default=str(Path(__file__).parents[1] / "weights" / "demo"), metavar="DIR")
     return parser
 

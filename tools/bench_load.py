@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_machine import add_device, describe_machine, print_machine, print_result, synchronize
+from bench_machine import add_device, describe_machine, new_command, print_machine, print_result, synchronize
 
 BLOCK_BYTES = 8 * 2**20
 
 
 def add_command(subparsers: Any) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        "load", help="loading a checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_command(subparsers, "load", "loading a checkpoint", __doc__)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR")
     parser.add_argument("--states", nargs="+", choices=("cold", "warm"), default=["cold", "warm"])
     parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS))

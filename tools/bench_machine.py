@@ -97,20 +97,29 @@ def host_bandwidth(device: str) -> float:
     return source.nbytes / median_seconds(lambda: target.copy_(source, non_blocking=True), 5, device)
 
 
+def new_command(subparsers: Any, name: str, about: str, description: str | None) -> argparse.ArgumentParser:
+    """A command of bench.py; `description` is its module's docstring."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name, help=about, description=description, formatter_class=formatter
+    )
+    return parser
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def median_seconds(run: Callable[[], Any], repeat: int, device: str, warmup: int = 3) -> float:
-    """Median seconds of one call, the device waited for before and after each."""
+def median_seconds(run: Callable[[], Any], repeat: int, device: str) -> float:
+    """Median seconds of one call, the device waited for before and after each, three calls before them left out."""
     seconds = []
-    for index in range(warmup + repeat):
+    for index in range(3 + repeat):
         synchronize(device)
         start = time.perf_counter()
         run()
         synchronize(device)
-        if index >= warmup:
+        if index >= 3:
             seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 

@@ -36,6 +36,7 @@ from bench_machine import (
     describe_machine,
     host_bandwidth,
     lengths,
+    new_command,
     print_machine,
     print_result,
     synchronize,
@@ -56,9 +57,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def add_command(subparsers: Any) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        "model", help="decode and prefill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_command(subparsers, "model", "decode and prefill", __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="DIR", help="Hugging Face model directory")
     source.add_argument("--shape", choices=SHAPES, help="random weights, made on the device")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench_machine import new_command
 from bench_model import named_engine
 
 KERNELS = Path(__file__).parent.parent / "kernels"
@@ -34,12 +35,7 @@ Row = dict[str, Any]
 
 
 def add_command(subparsers: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "report",
-        help="tables of the results that are kept",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_command(subparsers, "report", "tables of the results that are kept", __doc__)
     about = "what other commands printed: kept as a result of that name first"
     parser.add_argument("logs", nargs="*", type=Path, metavar="LOG", help=about)
     parser.add_argument("--results", type=Path, default=KERNELS / "benchmarks", metavar="DIR", help="of JSON files")

@@ -224,11 +224,18 @@ def plan_plain(
     c = DecodeSizes(tiles, **constants, SLICES=slices, WHOLE_TILES=False)
     shapes: Shapes = {
         "counters": (torch.int64, (2 + G,)),
-        "partial_acc": (torch.float32, (H, slices, D)),
-        "partial_max": (torch.float32, (H, slices)),
-        "partial_sum": (torch.float32, (H, slices)),
+        **partial_shapes(H, slices, D),
     }
     return PlainPlan(c, G * slices, shapes)
+
+
+def partial_shapes(num_heads: int, slices: int, head_dim: int) -> Shapes:
+    """Of what slices leave and `combine` joins, in both kernels of a decode step."""
+    return {
+        "partial_acc": (torch.float32, (num_heads, slices, head_dim)),
+        "partial_max": (torch.float32, (num_heads, slices)),
+        "partial_sum": (torch.float32, (num_heads, slices)),
+    }
 
 
 @functools.lru_cache(maxsize=256)
@@ -267,9 +274,7 @@ def plan_decode(
         "candidate": (torch.int64, (H, slices, c.K_PAD)),
         "kept": (torch.int32, (ballots, c.KEPT_PAD)),
         "num_kept": (torch.int32, (ballots,)),
-        "partial_acc": (torch.float32, (H, slices, D)),
-        "partial_max": (torch.float32, (H, slices)),
-        "partial_sum": (torch.float32, (H, slices)),
+        **partial_shapes(H, slices, D),
         "selection": (torch.int64, (ballots, config.max_scope)),
         "num_far": (torch.int32, (ballots,)),
     }

@@ -152,7 +152,7 @@ def _cells_for(task: Task, model: LLM | ModelFiles) -> Sequence[Cell]:
 def report(
     folders: str | Path | Sequence[str | Path], out: str | Path, differing: str | Sequence[str] = ()
 ) -> Evaluation:
-    """Put the results of directories together and summarize them anew; nothing is asked.
+    """Put the results of directories together and summarize them anew, without a model.
 
     For modes or lengths that ran apart, and to draw pictures where matplotlib is.
 

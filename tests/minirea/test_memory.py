@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from testing import tiny_config
 
 from minirea import memory
 from minirea.cache import ALL_TOKENS, KVCache
-from minirea.config import ModelConfig, RopeConfig
 from minirea.errors import MemoryLimitError
 from minirea.memory import MemoryPlan, available_bytes, human, peak_bytes
 
 CPU = torch.device("cpu")
-CONFIG = ModelConfig(3, 64, 112, 4, 2, 16, 97, 1e-5, RopeConfig(), 256)
+CONFIG = tiny_config(3)
 
 
 def test_available_and_peak_are_plausible() -> None:

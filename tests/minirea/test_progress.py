@@ -8,23 +8,13 @@ import sys
 
 import pytest
 import tqdm
+from testing import tiny_config
 
 from minirea.cache import ALL_TOKENS
-from minirea.config import ModelConfig, ReAttentionConfig, RopeConfig
+from minirea.config import ReAttentionConfig
 from minirea.progress import ReadingBar, bar, bar_of_bytes, work_of
 
-MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=64,
-    mlp_size=112,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    vocab_size=97,
-    norm_eps=1e-5,
-    rope=RopeConfig(),
-    max_position_embeddings=256,
-)
+MODEL = tiny_config()
 SCOPE = ReAttentionConfig(global_size=4, local_size=24, span_top_k=2, span_size=4, max_spans=5, chunk_size=16)
 
 

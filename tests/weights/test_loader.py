@@ -24,11 +24,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from testing import part_of
+from testing import part_of, tiny_config
 from tqdm import tqdm
 
 from minirea import progress, threads
-from minirea.config import ModelConfig, RopeConfig
+from minirea.config import ModelConfig
 from minirea.errors import InputError, MemoryLimitError, MinireaError, MinireaWarning, MissingFileError
 from minirea.weights import checkpoint_dtype, kept_weight_bytes, load_weights, loader, weight_bytes
 from minirea.weights import safetensors as stored
@@ -36,18 +36,8 @@ from minirea.weights import safetensors as stored
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EMBED, HEAD, Q0 = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"
-CONFIG = ModelConfig(
-    num_layers=2,
-    hidden_size=16,
-    mlp_size=20,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,  # so that H * D, G * D, E, F and V are all different
-    vocab_size=11,
-    norm_eps=1e-5,
-    rope=RopeConfig(),
-    max_position_embeddings=64,
-)
+# H * D, G * D, E, F and V are all different.
+CONFIG = tiny_config(2, 20, hidden_size=16, head_dim=6, vocab_size=11)
 BIASED = dataclasses.replace(CONFIG, qkv_bias=True, o_bias=True, mlp_bias=True)
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
 

@@ -6,23 +6,12 @@ import dataclasses
 import itertools
 
 import pytest
+from testing import tiny_config
 
-from minirea.config import ModelConfig, RopeConfig
 from minirea.errors import InputError
 from minirea.weights.names import NameTable, Place, is_ignored
 
-CONFIG = ModelConfig(
-    num_layers=12,
-    hidden_size=16,
-    mlp_size=20,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    vocab_size=11,
-    norm_eps=1e-5,
-    rope=RopeConfig(),
-    max_position_embeddings=64,
-)
+CONFIG = tiny_config(12, 20, hidden_size=16, head_dim=6, vocab_size=11)
 
 
 def whole(name: str, first_row: int, shape: tuple[int, ...], interleaved: int = 0) -> Place:

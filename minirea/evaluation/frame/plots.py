@@ -95,13 +95,13 @@ def length_axis(ax: Axes, lengths: Iterable[int], label: str) -> None:
     ax.grid(True, alpha=0.3)
 
 
-def mark_trained(ax: Axes, trained: int | None, label: str = "trained context") -> None:
+def mark_trained(ax: Axes, trained: int | None) -> None:
     """A dashed vertical line at the trained context on a length axis, if it lies in the axis' range or at its edge."""
     if trained is None:
         return
     low, high = ax.get_xlim()
     if low <= trained <= high:
-        ax.axvline(trained, color="black", linestyle="--", linewidth=1, label=label, zorder=1)
+        ax.axvline(trained, color="black", linestyle="--", linewidth=1, label="trained context", zorder=1)
 
 
 def log_axis(ax: Axes) -> None:
