@@ -26,9 +26,7 @@ Damage = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = write_checkpoint(tmp_path_factory.mktemp("pristine"), tiny_model())
-    write_tokenizer(directory)
-    return directory
+    return write_tokenizer(write_checkpoint(tmp_path_factory.mktemp("pristine"), tiny_model()))
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def oracle_greedy(directory: Path, ids: list[int], num_tokens: int) -> list[int]
     return out[0, len(ids) :].tolist()
 
 
-def write_tokenizer(directory: Path, vocab_size: int = TINY["vocab_size"], **config: Any) -> None:
+def write_tokenizer(directory: Path, vocab_size: int = TINY["vocab_size"], **config: Any) -> Path:
     """A tokenizer.json whose tokens are single printable ASCII characters, after <unk>, <s> and </s>."""
     from tokenizers import Tokenizer, models
 
@@ -104,36 +104,45 @@ def write_tokenizer(directory: Path, vocab_size: int = TINY["vocab_size"], **con
     tokenizer.save(str(directory / "tokenizer.json"))
     values = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"} | config
     (directory / "tokenizer_config.json").write_text(json.dumps(values))
+    return directory
+
+
+MISTRAL_NAMES = {
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "embed_tokens": "tok_embeddings",
+    "lm_head": "output",
+}
+
+
+def to_mistral(tensors: dict[str, torch.Tensor], head_dim: int) -> dict[str, torch.Tensor]:
+    """The same model in Mistral's own format: other names, and RoPE pairs in neighbouring rows of wq and wk."""
+    result = {}
+    for name, tensor in tensors.items():
+        if "q_proj" in name or "k_proj" in name:
+            heads = tensor.view(-1, 2, head_dim // 2, *tensor.shape[1:])
+            tensor = heads.transpose(1, 2).reshape(tensor.shape)
+        name = name.removeprefix("model.")
+        for theirs, mistral in MISTRAL_NAMES.items():
+            name = name.replace(theirs, mistral)
+        result[name] = tensor.contiguous()
+    return result
 
 
 def write_mistral(directory: Path, model: Any) -> Path:
-    """The same weights in Mistral's own format: its names, and rows of q and k in neighbouring RoPE pairs."""
+    """The same weights in Mistral's own format."""
     from safetensors.torch import save_file
 
     c = model.config
     directory.mkdir(parents=True, exist_ok=True)
-    names = {
-        "model.embed_tokens": "tok_embeddings",
-        "model.norm": "norm",
-        "lm_head": "output",
-        "self_attn.q_proj": "attention.wq",
-        "self_attn.k_proj": "attention.wk",
-        "self_attn.v_proj": "attention.wv",
-        "self_attn.o_proj": "attention.wo",
-        "mlp.gate_proj": "feed_forward.w1",
-        "mlp.down_proj": "feed_forward.w2",
-        "mlp.up_proj": "feed_forward.w3",
-        "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "model.layers": "layers",
-    }
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):  # halves side by side -> pairs
-            tensor = tensor.view(-1, 2, c.head_dim // 2, c.hidden_size).transpose(1, 2).reshape(tensor.shape)
-        for theirs, mistral in names.items():
-            name = name.replace(theirs, mistral)
-        tensors[name] = tensor.contiguous()
+    tensors = to_mistral(model.state_dict(), c.head_dim)
     save_file(tensors, directory / "consolidated.safetensors")
     params = {
         "dim": c.hidden_size,

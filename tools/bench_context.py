@@ -18,16 +18,7 @@ from typing import Any
 
 import torch
 from bench_load import drop_pages
-from bench_machine import (
-    Lengths,
-    add_device,
-    describe_machine,
-    lengths,
-    new_command,
-    print_machine,
-    print_result,
-    synchronize,
-)
+from bench_machine import Lengths, add_device, lengths, new_command, print_machine, print_result, synchronize
 
 import minirea
 from minirea.api import LLM, Session
@@ -47,8 +38,7 @@ def add_command(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    machine = describe_machine(arguments.device)
-    print_machine(machine)
+    machine = print_machine(arguments.device)
     llm = minirea.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from bench_machine import Lengths, describe_machine, lengths, new_command, print_machine, print_result
+from bench_machine import Lengths, lengths, new_command, print_machine, print_result
 
 from minirea.attention import step_chunks
 from minirea.config import DTYPES, SPAN_SCOPES, ReAttentionConfig, RopeConfig
@@ -88,8 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def print_measurements(layer: Layer, arguments: argparse.Namespace) -> None:
-    machine = describe_machine("cuda")
-    print_machine(machine)
+    machine = print_machine("cuda")
     bytes_per_us = machine["copy_gb_per_s"] * 1e3
     rows = []
     # One stream for all: a workspace belongs to a stream, and capturing needs one that is not the default.

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from bench_machine import describe_machine, new_command, print_machine, print_result
+from bench_machine import new_command, print_machine, print_result
 
 import minirea
 
@@ -34,8 +34,7 @@ def add_command(subparsers: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench.py launch needs an NVIDIA GPU, and torch finds no CUDA device here")
-    machine = describe_machine("cuda")
-    print_machine(machine)
+    machine = print_machine("cuda")
     rows = []
     for launch in recorded(arguments.model):
         rows.append(measure(launch))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_machine import add_device, describe_machine, new_command, print_machine, print_result, synchronize
+from bench_machine import add_device, new_command, print_machine, print_result, synchronize
 
 BLOCK_BYTES = 8 * 2**20
 
@@ -31,8 +31,7 @@ def add_command(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    machine = describe_machine(arguments.device)
-    print_machine(machine)
+    machine = print_machine(arguments.device)
     files = sorted(arguments.model.glob("*.safetensors"))
     nbytes = sum(path.stat().st_size for path in files)
     rows = []

@@ -124,9 +124,11 @@ def median_seconds(run: Callable[[], Any], repeat: int, device: str) -> float:
     return statistics.median(seconds)
 
 
-def print_machine(machine: dict[str, Any]) -> None:
-    """The first line of every command."""
+def print_machine(device: str) -> dict[str, Any]:
+    """The first line of every command; returns what it says."""
+    machine = describe_machine(device)
     print(", ".join(f"{key} {value or 'not installed'}" for key, value in machine.items()), flush=True)
+    return machine
 
 
 def print_result(machine: dict[str, Any], arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:

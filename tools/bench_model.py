@@ -33,7 +33,6 @@ import torch
 from bench_machine import (
     Lengths,
     add_device,
-    describe_machine,
     host_bandwidth,
     lengths,
     new_command,
@@ -62,7 +61,7 @@ def add_command(subparsers: Any) -> argparse.ArgumentParser:
     source.add_argument("--model", metavar="DIR", help="Hugging Face model directory")
     source.add_argument("--shape", choices=SHAPES, help="random weights, made on the device")
     parser.add_argument("--layers", type=int, metavar="N", help="with --shape: other than its own number")
-    length = {"type": lengths, "nargs": "+", "action": Lengths, "metavar": "N"}
+    length: dict[str, Any] = {"type": lengths, "nargs": "+", "action": Lengths, "metavar": "N"}
     parser.add_argument("--contexts", default=[512], **length, help="decode with so many tokens cached: 1k,32k,128k")
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="decode steps timed; the median counts")
     parser.add_argument(
@@ -107,8 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
         for row in measure(arguments):
             print(json.dumps(row), flush=True)
         return
-    machine = describe_machine(arguments.device)
-    print_machine(machine)
+    machine = print_machine(arguments.device)
     rows: list[dict[str, Any]] = []
     turns = [["--cell", *cell] for cell in cells(arguments)] * arguments.rounds if arguments.rounds > 1 else [[]]
     for turn, threads, engine in itertools.product(turns, arguments.threads or [None], arguments.engines):

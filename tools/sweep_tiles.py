@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 from bench_kernel import Layer, add_shape, attention_step, graph_us
-from bench_machine import build, describe_machine, print_machine, print_result
+from bench_machine import build, print_machine, print_result
 
 from minirea.errors import InputError, MinireaError
 
@@ -156,8 +156,7 @@ def main() -> None:
         raise SystemExit(f"sweep_tiles.py: {error}") from None
     if not torch.cuda.is_available():
         raise SystemExit("sweep_tiles.py needs an NVIDIA GPU, and torch finds no CUDA device here")
-    machine = describe_machine("cuda")
-    print_machine(machine)
+    machine = print_machine("cuda")
     rows = []
     with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
         for variant in wanted:

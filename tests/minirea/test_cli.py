@@ -32,9 +32,7 @@ FAST = ("--local-size", "24", "--global-size", "4", "--max-spans", "4", "--chunk
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = write_checkpoint(tmp_path_factory.mktemp("model"), tiny_model())
-    write_tokenizer(directory)
-    return directory
+    return write_tokenizer(write_checkpoint(tmp_path_factory.mktemp("model"), tiny_model()))
 
 
 def run(capsys: pytest.CaptureFixture[str], model: Path, *arguments: str) -> tuple[int, str, str]:

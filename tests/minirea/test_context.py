@@ -31,9 +31,7 @@ MUTATIONS = int(os.environ.get("MINIREA_MUTATIONS", "150"))  # of one file; more
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = write_checkpoint(tmp_path_factory.mktemp("models") / "tiny", tiny_model())
-    write_tokenizer(path)
-    return path
+    return write_tokenizer(write_checkpoint(tmp_path_factory.mktemp("models") / "tiny", tiny_model()))
 
 
 @pytest.fixture(scope="module")

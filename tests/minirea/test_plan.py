@@ -26,9 +26,7 @@ SCOPE: dict[str, Any] = {"global_size": 4, "local_size": 24, "span_size": 8, "ma
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = write_checkpoint(tmp_path_factory.mktemp("model"), tiny_model(), torch.bfloat16)
-    write_tokenizer(directory)
-    return directory
+    return write_tokenizer(write_checkpoint(tmp_path_factory.mktemp("model"), tiny_model(), torch.bfloat16))
 
 
 @pytest.mark.parametrize("attention", ["reattention", "full"])

@@ -44,9 +44,7 @@ LENGTHS = (1, 29, 41, 60, 110)
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = write_checkpoint(tmp_path_factory.mktemp("model"), tiny_model(**HEADS))
-    write_tokenizer(path)
-    return path
+    return write_tokenizer(write_checkpoint(tmp_path_factory.mktemp("model"), tiny_model(**HEADS)))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -25,9 +25,9 @@ KINDS: list[dict[str, Any]] = [{"span_scope": "kv_head", "vote_size": 3, "decode
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = write_checkpoint(tmp_path_factory.mktemp("models") / "tiny", tiny_model(num_hidden_layers=3))
-    write_tokenizer(path)
-    return path
+    return write_tokenizer(
+        write_checkpoint(tmp_path_factory.mktemp("models") / "tiny", tiny_model(num_hidden_layers=3))
+    )
 
 
 @pytest.fixture

@@ -24,9 +24,7 @@ WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = write_checkpoint(tmp_path_factory.mktemp("model"), tiny_model())
-    write_tokenizer(directory)
-    return directory
+    return write_tokenizer(write_checkpoint(tmp_path_factory.mktemp("model"), tiny_model()))
 
 
 def generate(model: Path, *arguments: str) -> list[str]:

@@ -24,7 +24,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from testing import part_of, tiny_config
+from testing import part_of, tiny_config, to_mistral
 from tqdm import tqdm
 
 from minirea import progress, threads
@@ -91,35 +91,6 @@ def fused(tensors: dict[str, torch.Tensor], config: ModelConfig, dtype: torch.dt
             for kind in ["weight", "bias"] if has_bias else ["weight"]:
                 result[f"{ours}.{name}.{kind}"] = torch.cat([tensors[f"{theirs}.{m}.{kind}"] for m in modules])
     return {name: tensor.to(dtype) for name, tensor in result.items()}
-
-
-MISTRAL_NAMES = {
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
-    "embed_tokens": "tok_embeddings",
-    "lm_head": "output",
-}
-
-
-def to_mistral(tensors: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The same model in Mistral's own format: other names, and RoPE pairs in neighbouring rows of wq and wk."""
-    result = {}
-    for name, tensor in tensors.items():
-        if "q_proj" in name or "k_proj" in name:
-            heads = tensor.view(-1, 2, config.head_dim // 2, *tensor.shape[1:])
-            tensor = heads.transpose(1, 2).reshape(tensor.shape).contiguous()
-        name = name.removeprefix("model.")
-        for theirs, mistral in MISTRAL_NAMES.items():
-            name = name.replace(theirs, mistral)
-        result[name] = tensor
-    return result
 
 
 def write(directory: Path, tensors: dict[str, torch.Tensor], file_name: str = "model.safetensors") -> Path:
@@ -214,13 +185,13 @@ def test_mistral_format_equals_hugging_face(
 ) -> None:
     monkeypatch.setattr(loader, "STAGING_BYTES", block_bytes)
     tensors = hugging_face_tensors(config)
-    write(tmp_path, to_mistral(tensors, config), "consolidated.safetensors")
+    write(tmp_path, to_mistral(tensors, config.head_dim), "consolidated.safetensors")
     assert_same(load_weights(tmp_path, config, CPU, torch.float32), fused(tensors, config, torch.float32))
 
 
 def test_mistral_queries_and_keys_rotate_as_in_mistral(tmp_path: Path) -> None:
     """q . k after half-split RoPE on our rows equals q . k after interleaved RoPE on the file's."""
-    file = to_mistral(hugging_face_tensors(CONFIG), CONFIG)
+    file = to_mistral(hugging_face_tensors(CONFIG), CONFIG.head_dim)
     write(tmp_path, file, "consolidated.safetensors")
     weights = load_weights(tmp_path, CONFIG, CPU, torch.float32)
     num_heads, head_dim = CONFIG.num_heads, CONFIG.head_dim
@@ -255,7 +226,7 @@ def test_of_two_sets_one_is_read(tmp_path: Path, has_config_json: bool) -> None:
     hugging_face = hugging_face_tensors(CONFIG)
     mistral = {name: tensor + 1 for name, tensor in hugging_face.items()}
     write_shards(tmp_path, hugging_face)
-    write(tmp_path, to_mistral(mistral, CONFIG), "consolidated.safetensors")
+    write(tmp_path, to_mistral(mistral, CONFIG.head_dim), "consolidated.safetensors")
     if has_config_json:
         (tmp_path / "config.json").write_text("{}")
     expected = hugging_face if has_config_json else mistral
@@ -267,7 +238,7 @@ def test_mistral_set_serves_a_directory_whose_other_shards_are_not_downloaded(tm
     for shard in write_shards(tmp_path, tensors).glob("*.safetensors"):
         shard.unlink()
     (tmp_path / "config.json").write_text("{}")
-    write(tmp_path, to_mistral(tensors, CONFIG), "consolidated.safetensors")
+    write(tmp_path, to_mistral(tensors, CONFIG.head_dim), "consolidated.safetensors")
     assert_same(load_weights(tmp_path, CONFIG, CPU, torch.float32), fused(tensors, CONFIG, torch.float32))
 
 
@@ -323,7 +294,7 @@ def test_gpu_equals_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target:
     monkeypatch.setattr(loader, "STAGING_BYTES", block_bytes)
     tensors = hugging_face_tensors(TIED, torch.bfloat16)
     tensors[HEAD] = tensors[EMBED].clone()
-    write(tmp_path, to_mistral(tensors, TIED), "consolidated.safetensors")
+    write(tmp_path, to_mistral(tensors, TIED.head_dim), "consolidated.safetensors")
     weights = load_weights(tmp_path, TIED, torch.device("cuda"), target)
     assert all(tensor.is_cuda for tensor in weights.values())
     assert_same({name: tensor.cpu() for name, tensor in weights.items()}, fused(tensors, TIED, target))
@@ -356,7 +327,7 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Mo
     config = dataclasses.replace(
         CONFIG, num_layers=4, hidden_size=1024, mlp_size=4096, num_heads=16, head_dim=64, vocab_size=26000
     )
-    tensors = to_mistral(hugging_face_tensors(config, torch.bfloat16), config)
+    tensors = to_mistral(hugging_face_tensors(config, torch.bfloat16), config.head_dim)
     return write(tmp_path_factory.mktemp("large"), tensors, "consolidated.safetensors"), config
 
 
@@ -366,7 +337,7 @@ def test_peak_memory_is_the_model_and_staging_buffers(
     tmp_path: Path, large_checkpoint: tuple[Path, ModelConfig], target: str
 ) -> None:
     directory, config = large_checkpoint
-    small = write(tmp_path, to_mistral(hugging_face_tensors(CONFIG), CONFIG), "consolidated.safetensors")
+    small = write(tmp_path, to_mistral(hugging_face_tensors(CONFIG), CONFIG.head_dim), "consolidated.safetensors")
     command = [sys.executable, "-c", MEASURE, str(small), str(directory), target, repr(CONFIG), repr(config)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     largest, slack = config.vocab_size * config.hidden_size * 2, 8 * 2**20
@@ -404,7 +375,7 @@ def test_each_missing_tensor_is_named(tmp_path: Path, gone: str) -> None:
 
 @pytest.mark.parametrize("gone", ["tok_embeddings.weight", "layers.0.attention.wq.weight", "norm.weight"])
 def test_missing_tensors_are_named_in_the_checkpoints_spelling(tmp_path: Path, gone: str) -> None:
-    tensors = to_mistral(hugging_face_tensors(CONFIG), CONFIG)
+    tensors = to_mistral(hugging_face_tensors(CONFIG), CONFIG.head_dim)
     del tensors[gone]
     assert f"lacks {gone!r}" in str(load_error(write(tmp_path, tensors, "consolidated.safetensors")))
 
@@ -482,7 +453,7 @@ def test_a_tied_matrix_stored_as_the_head(tmp_path: Path, spelling: str) -> None
     tensors = hugging_face_tensors(TIED)
     stored = {HEAD if name == EMBED else name: tensor for name, tensor in tensors.items()}
     if spelling == "mistral":
-        write(tmp_path, to_mistral(stored, TIED), "consolidated.safetensors")
+        write(tmp_path, to_mistral(stored, TIED.head_dim), "consolidated.safetensors")
     else:
         write(tmp_path, stored)
     weights = load_weights(tmp_path, TIED, CPU, torch.float32)
@@ -782,7 +753,7 @@ def test_ctrl_c_stops_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_it_loads_under_inference_mode(tmp_path: Path) -> None:
     """The mode is a thread's own: readers must be able to fill tensors that the caller's mode made."""
-    tensors = to_mistral(hugging_face_tensors(CONFIG, torch.bfloat16), CONFIG)
+    tensors = to_mistral(hugging_face_tensors(CONFIG, torch.bfloat16), CONFIG.head_dim)
     write(tmp_path, tensors, "consolidated.safetensors")
     with torch.inference_mode():
         inside = load_weights(tmp_path, CONFIG, CPU, torch.float32)
@@ -935,7 +906,7 @@ def test_parts(
     tensors = hugging_face_tensors(config)
     directories = [
         write(tmp_path / "hugging face", tensors),
-        write(tmp_path / "mistral", to_mistral(tensors, config), "consolidated.safetensors"),
+        write(tmp_path / "mistral", to_mistral(tensors, config.head_dim), "consolidated.safetensors"),
     ]
     read: list[int] = []
     read_into = loader.read_into
