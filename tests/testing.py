@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,15 @@ def write_tokenizer(directory: Path, vocab_size: int = TINY["vocab_size"], **con
     values = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"} | config
     (directory / "tokenizer_config.json").write_text(json.dumps(values))
     return directory
+
+
+def in_threads(work: Callable[[Any], None], each: Iterable[Any]) -> None:
+    """work(x) for each x, all at the same time."""
+    threads = [threading.Thread(target=work, args=(x,)) for x in each]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 MISTRAL_NAMES = {

@@ -24,6 +24,7 @@ triton = pytest.importorskip("triton")
 
 import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
+from testing import in_threads  # noqa: E402
 
 from minirea.errors import CudaError, InputError  # noqa: E402
 from minirea.kernels import driver  # noqa: E402
@@ -259,16 +260,12 @@ def test_threads_that_need_the_same_code_compile_it_once(monkeypatch: pytest.Mon
     arguments = (x, x, 64, 3, 0.5)
     found: list[Any] = []
 
-    def ask() -> None:
+    def ask(_: int) -> None:
         together.wait()
         found.append(kernel.variant("key", TARGET, arguments, {"BLOCK": 64}, kernel.layout(arguments)))
 
     with pytest.raises(RuntimeError, match="first attempt"):
         kernel.variant("key", TARGET, arguments, {"BLOCK": 64}, kernel.layout(arguments))
-    threads = [threading.Thread(target=ask) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(ask, range(4))
     assert len(compiled) == 2
     assert found == 4 * found[:1]

@@ -9,7 +9,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from testing import random_ids, tiny_model, write_checkpoint, write_tokenizer
+from testing import in_threads, random_ids, tiny_model, write_checkpoint, write_tokenizer
 
 import minirea
 from minirea import api, cli, context, files
@@ -517,11 +516,7 @@ def test_several_may_save_and_open_one_file_at_once(llm: minirea.LLM, saved: Pat
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(session,)) for session in sessions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, sessions)
     assert not failures and not left_over(saved.parent)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from processes import at_once
-from testing import random_ids, tiny_model, write_checkpoint
+from testing import in_threads, random_ids, tiny_model, write_checkpoint
 
 import minirea
 from minirea.attention import Attention
@@ -67,11 +67,7 @@ class ThreadRanks:
                     self.barrier.abort()
                     raise
 
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(one, range(self.size))
         return results
 
 

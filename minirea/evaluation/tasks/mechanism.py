@@ -87,14 +87,18 @@ class _Prompt(NamedTuple):
 
 
 @dataclass(frozen=True)
-class OverlapCell(Cell):
-    """One record: for each layer and head, what the selection has in common with attention."""
+class WatchedCell(Cell):
+    """One record about a prompt, from inside the model."""
 
     build: Callable[[], Watched]
 
     @property
     def looks_inside(self) -> str:
         return "studies of attention"
+
+
+class OverlapCell(WatchedCell):
+    """For each layer and head, what the selection has in common with attention."""
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:  # noqa: ARG002  one place
         from minirea.evaluation.tasks.mechanism_measures import Overlap
@@ -113,15 +117,8 @@ class OverlapCell(Cell):
         yield head | {"chance": overlap.chance, "per_head": overlap.per_head}
 
 
-@dataclass(frozen=True)
-class SpreadCell(Cell):
-    """One record: the positions that keys got, and for each layer and head the entropy of attention."""
-
-    build: Callable[[], Watched]
-
-    @property
-    def looks_inside(self) -> str:
-        return "studies of attention"
+class SpreadCell(WatchedCell):
+    """The positions that keys got, and for each layer and head the entropy of attention."""
 
     def run(self, llm: LLM, wanted: Sequence[int], progress: bool) -> Iterator[Record]:  # noqa: ARG002  one place
         from minirea.evaluation.tasks.mechanism_measures import Spread
