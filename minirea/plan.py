@@ -27,7 +27,7 @@ from minirea.linear import WIDENED_AT_ONCE, WIDENED_BY_KERNELS
 from minirea.memory import MemoryPlan, first_that_fits
 from minirea.placement import Placement
 from minirea.quantize import quantized_bytes
-from minirea.weights import kept_weight_bytes, quantized_weight_bytes, quantizing_bytes, weight_bytes
+from minirea.weights import quantizing_bytes, stored_weight_bytes, weight_bytes
 
 # Kernels that are loaded on first use, cuBLAS's workspaces, and what an allocator cannot use for its blocks' sizes.
 RESERVED: Final = {"cpu": 64 * 2**20, "cuda": 768 * 2**20}
@@ -109,7 +109,7 @@ def _model_bytes(path: str | Path, config: ModelConfig, dtype: torch.dtype, devi
     if not keeps_half(dtype, device):
         return weight_bytes(config, dtype), loading
     # A tied head is there twice: looked up and multiplied by, and one layout cannot do both.
-    return kept_weight_bytes(path, config, dtype, packed_bytes), loading
+    return stored_weight_bytes(path, config, dtype, packed_bytes=packed_bytes), loading
 
 
 def _quantized_model_bytes(
@@ -119,7 +119,7 @@ def _quantized_model_bytes(
     on_cpu, keep_half = device.type == "cpu", keeps_half(dtype, device)
     matrix_bytes = plane_bytes if on_cpu else quantized_bytes
     arguments = path, config, dtype, quantize, keep_half, matrix_bytes
-    weights = quantized_weight_bytes(*arguments, packed_bytes if config.packing else None)
+    weights = stored_weight_bytes(*arguments, packed_bytes if config.packing else None)
     loading = quantizing_bytes(config, device)
     if on_cpu:  # each thread has a matrix in two layouts
         largest = max(config.vocab_size, 2 * config.mlp_size)

@@ -4,10 +4,9 @@ from minirea.weights.fingerprint import fingerprint
 from minirea.weights.loader import (
     checkpoint_dtype,
     empty_weights,
-    kept_weight_bytes,
     load_weights,
-    quantized_weight_bytes,
     quantizing_bytes,
+    stored_weight_bytes,
     weight_bytes,
 )
 
@@ -15,9 +14,8 @@ __all__ = [
     "checkpoint_dtype",
     "empty_weights",
     "fingerprint",
-    "kept_weight_bytes",
     "load_weights",
-    "quantized_weight_bytes",
     "quantizing_bytes",
+    "stored_weight_bytes",
     "weight_bytes",
 ]

@@ -162,32 +162,23 @@ def weight_bytes(
     return sum(nbytes(pattern, shape) * layers[pattern] for pattern, shape in shapes.items())
 
 
-def kept_weight_bytes(
+def stored_weight_bytes(
     directory: str | Path,
     config: ModelConfig,
     dtype: torch.dtype,
-    packed_bytes: Callable[[int, int], int] | None = None,
-) -> int:
-    """Like weight_bytes, with keep_half and, but for the embedding, such matrices [N, K] in `packed_bytes(N, K)`. Then
-    a tied head is one of them.
-
-    Raises what load_weights raises for the files' headers.
-    """
-    return quantized_weight_bytes(directory, config, dtype, None, True, packed_bytes=packed_bytes)
-
-
-def quantized_weight_bytes(
-    directory: str | Path,
-    config: ModelConfig,
-    dtype: torch.dtype,
-    quantize: str | None,
-    keep_half: bool,
+    quantize: str | None = None,
+    keep_half: bool = True,
     matrix_bytes: Callable[[int, int, int], int] = quantized_bytes,
     packed_bytes: Callable[[int, int], int] | None = None,
 ) -> int:
-    """Like kept_weight_bytes, with `quantize`: a quantized matrix [N, K] takes `matrix_bytes(N, K, bits)`.
+    """Like weight_bytes, for arguments of load_weights that depend on how a checkpoint is stored.
 
-    Without `keep_half` all others are in `dtype`. Raises what load_weights raises for the files' headers.
+    Args:
+        matrix_bytes: what a quantized matrix [N, K] takes, from N, K and bits.
+        packed_bytes: what another one takes that is left in half precision, from N and K, but for the embedding; a tied
+            head is then one of them.
+
+    Raises what load_weights raises for the files' headers.
     """
     assigned = assign(Path(directory), tensors_of(Path(directory), config), NameTable(config))
     kept = _kept_dtypes(assigned) if keep_half else {}

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from minirea import progress, threads
 from minirea.config import ModelConfig
 from minirea.errors import InputError, MemoryLimitError, MinireaError, MinireaWarning, MissingFileError
-from minirea.weights import checkpoint_dtype, kept_weight_bytes, load_weights, loader, weight_bytes
+from minirea.weights import checkpoint_dtype, load_weights, loader, stored_weight_bytes, weight_bytes
 from minirea.weights import safetensors as stored
 
 CPU = torch.device("cpu")
@@ -459,7 +459,7 @@ def test_a_tied_matrix_stored_as_the_head(tmp_path: Path, spelling: str) -> None
     weights = load_weights(tmp_path, TIED, CPU, torch.float32)
     assert weights["head.weight"] is weights["embed.weight"]
     assert_same(weights, fused(tensors, TIED, torch.float32))
-    assert kept_weight_bytes(tmp_path, TIED, torch.float32) == weight_bytes(TIED, torch.float32)
+    assert stored_weight_bytes(tmp_path, TIED, torch.float32) == weight_bytes(TIED, torch.float32)
 
 
 def test_a_tied_matrix_stored_nowhere(tmp_path: Path) -> None:
@@ -776,7 +776,7 @@ def test_half_precision_matrices_can_be_kept(tmp_path: Path) -> None:
     exact = fused(tensors, TIED, torch.float32)
     assert_same({name: t.float() for name, t in weights.items()}, exact)
     storages = {tensor.data_ptr(): tensor.nbytes for tensor in weights.values()}
-    assert kept_weight_bytes(tmp_path, TIED, torch.float32) == sum(storages.values())
+    assert stored_weight_bytes(tmp_path, TIED, torch.float32) == sum(storages.values())
 
 
 # --- Hostile files ----------------------------------------------------------------------------------------------------

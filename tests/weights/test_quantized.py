@@ -14,7 +14,7 @@ from testing import edit_json, oracle_logits, part_of, random_ids, tiny_model, w
 import minirea
 from minirea.checkpoint_config import load_config
 from minirea.errors import InputError
-from minirea.weights import kept_weight_bytes, load_weights, loader, weight_bytes
+from minirea.weights import load_weights, loader, stored_weight_bytes, weight_bytes
 
 IDS = random_ids(60)
 CPU = torch.device("cpu")
@@ -120,7 +120,7 @@ def test_the_memory_plan_counts_what_is_allocated(tmp_path: Path) -> None:
         weights = load_weights(quantized, config, CPU, torch.float32, keep_half=keep_half)
         storages = {tensor.data_ptr(): tensor.nbytes for tensor in weights.values()}
         assert sum(storages.values()) == weight_bytes(config, torch.float32)
-        assert sum(storages.values()) == kept_weight_bytes(quantized, config, torch.float32)
+        assert sum(storages.values()) == stored_weight_bytes(quantized, config, torch.float32)
 
 
 def test_scales_of_activations_and_cache_are_left_out(tmp_path: Path) -> None:
