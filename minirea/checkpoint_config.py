@@ -27,7 +27,7 @@ _LARGEST_HEAD_DIM: Final = 4096
 # Matrices in 8 bits, float or integer, with a scale per tensor or row; and in 4 bits (_packing).
 _QUANT_METHODS: Final = ("compressed-tensors", "fp8", "fbgemm_fp8", "gptq", "awq")
 _QUANT_FORMATS: Final = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
-_PACKED_GROUP: Final = 32  # columns: minirea.quantize.group_size of 4 bits, without importing torch
+_PACKED_GROUP: Final = 32  # columns, the least that products with 4 bits take on all devices
 _FLOAT64: Final = "float64"  # nothing is computed in it: such a checkpoint runs in float32
 _SENSIBLE_LENGTHS: Final = range(16, 10**9)  # of a tokenizer's model_max_length; 10^30 says that there is none
 

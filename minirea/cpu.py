@@ -24,7 +24,7 @@ from torch import Tensor
 
 from minirea.pages import collapsed
 from minirea.progress import bar_of_bytes
-from minirea.quantize import ZERO, QuantizedMatrix, group_size, num_groups, quantized_bytes
+from minirea.quantize import ZERO, QuantizedMatrix, quantized_bytes
 from minirea.threads import thread_pool
 
 HALF_TYPES: Final = (torch.bfloat16, torch.float16)
@@ -113,7 +113,9 @@ class PackedPlanes:
 
     def __init__(self, packed: Tensor, scale_offset: Tensor, shape: tuple[int, int], bits: int) -> None:
         self.packed, self.scale_offset, self.shape, self.bits = packed, scale_offset, shape, bits
-        self.columns = packed.shape[1] // (bits // 4)
+        planes = bits // 4
+        self.columns = packed.shape[1] // planes
+        self.group_size = self.columns * planes // len(scale_offset)
         self._rows = packed.view(-1, packed.shape[1] // 2)  # the shape that the product takes
 
     @property
@@ -141,7 +143,7 @@ class PackedPlanes:
         """Of up to _FEW_ROWS rows. As few operations as can be: a small matrix takes hardly longer than they do."""
         if self.bits == 8:
             x_TC = torch.cat((x_TC, x_TC), 1)
-        N, size = self.shape[0], group_size(self.shape[1], self.bits)
+        N, size = self.shape[0], self.group_size
         out_TR = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TC.bfloat16(), self._rows, size, self.scale_offset)
         return out_TR if out_TR.shape[1] == N else out_TR[:, :N].contiguous()
 
@@ -149,7 +151,7 @@ class PackedPlanes:
         """Blocks [first, stop) of rows as columns, float32 [columns, rows]."""
         q_KN = _unpack_plane(self.packed[first:stop])
         q_CN = q_KN.float() if self.bits == 4 else (q_KN[: self.columns] * 16 + q_KN[self.columns :]).float()
-        groups, block = num_groups(self.shape[1], self.bits), 2 * self.packed.shape[2]
+        groups, block = self.columns // self.group_size, 2 * self.packed.shape[2]
         scale_offset = self.scale_offset[-groups:, first * block : stop * block].float()
         scale_G1N, offset_G1N = scale_offset.permute(2, 0, 1)[:, :, None]
         q_GSN = q_CN.view(groups, -1, q_CN.shape[1]).sub_(ZERO[self.bits])
@@ -163,8 +165,8 @@ def can_pack_planes() -> bool:
 
 def pack_planes(matrix: QuantizedMatrix) -> PackedPlanes:
     """Rearrange a quantized matrix, some rows at a time."""
-    (N, K), bits, block = matrix.shape, matrix.bits, _block()
-    columns = bits // 4 * num_groups(K, bits) * group_size(K, bits)
+    N, bits, block = matrix.shape[0], matrix.bits, _block()
+    columns = bits // 4 * matrix.scale_offset.shape[1] * matrix.group_size
     blocks = -(-N // block)
     packed = torch.empty(blocks, columns, block // 2, dtype=torch.uint8)
     step = max(1, PLANES_WIDENED_AT_ONCE // 4 // (columns * block))
@@ -178,12 +180,13 @@ def pack_planes(matrix: QuantizedMatrix) -> PackedPlanes:
     return PackedPlanes(packed, scale_offset.contiguous(), matrix.shape, bits)
 
 
-def plane_bytes(N: int, K: int, bits: int) -> int:
-    """What `pack_planes` makes of a matrix [N, K]; of any other machine's torch, what it is without."""
+def plane_bytes(N: int, K: int, bits: int, size: int) -> int:
+    """What `pack_planes` makes of a matrix [N, K] with groups of `size` columns; of any other machine's torch, what it
+    is without."""
     if not can_pack_planes():
-        return quantized_bytes(N, K, bits)
-    groups, rows = num_groups(K, bits), -(-N // _block()) * _block()
-    return bits // 4 * rows * groups * (group_size(K, bits) // 2 + 2 * torch.bfloat16.itemsize)
+        return quantized_bytes(N, K, bits, size)
+    groups, rows = -(-K // size), -(-N // _block()) * _block()
+    return bits // 4 * rows * groups * (size // 2 + 2 * torch.bfloat16.itemsize)
 
 
 def _block() -> int:

@@ -26,7 +26,7 @@ from minirea.kernels import scratch_bytes
 from minirea.linear import WIDENED_AT_ONCE, WIDENED_BY_KERNELS
 from minirea.memory import MemoryPlan, first_that_fits
 from minirea.placement import Placement
-from minirea.quantize import quantized_bytes
+from minirea.quantize import group_size, quantized_bytes
 from minirea.weights import quantizing_bytes, stored_weight_bytes, weight_bytes
 
 # Kernels that are loaded on first use, cuBLAS's workspaces, and what an allocator cannot use for its blocks' sizes.
@@ -122,8 +122,8 @@ def _quantized_model_bytes(
     weights = stored_weight_bytes(*arguments, packed_bytes if config.packing else None)
     loading = quantizing_bytes(config, device)
     if on_cpu:  # each thread has a matrix in two layouts
-        largest = max(config.vocab_size, 2 * config.mlp_size)
-        loading += MAX_PREPARING_THREADS * plane_bytes(largest, config.hidden_size, 8)
+        N, K = max(config.vocab_size, 2 * config.mlp_size), config.hidden_size
+        loading += MAX_PREPARING_THREADS * plane_bytes(N, K, 8, group_size(K, 8))
     return weights, loading
 
 

@@ -23,7 +23,7 @@ import torch
 from minirea.config import ModelConfig
 from minirea.errors import InputError, MemoryLimitError, memory_limit_of
 from minirea.progress import bar_of_bytes
-from minirea.quantize import QuantizedMatrix, bits_of, parts, quantized_bytes, rounding_bytes
+from minirea.quantize import QuantizedMatrix, bits_of, group_size, parts, quantized_bytes, rounding_bytes
 from minirea.threads import thread_pool
 from minirea.weights.assign import Assigned, PackedTensor, assign, tensors_of, warn_of_unused
 from minirea.weights.names import NameTable, Place
@@ -115,7 +115,7 @@ def empty_weights(
     """What load_weights returns, not filled. `other_dtypes`: name -> an exception."""
     other_dtypes = other_dtypes or {}
     weights: dict[str, Any] = {
-        name: QuantizedMatrix.empty(shape[0], shape[1], bits, device)
+        name: QuantizedMatrix.empty(shape[0], shape[1], bits, _group_size(config, shape[1], bits), device)
         if (bits := _bits(config, quantize, name, shape))
         else torch.empty(shape, dtype=other_dtypes.get(name, dtype), device=device)
         for name, shape in _shapes(config)
@@ -123,7 +123,7 @@ def empty_weights(
     V, E = weights["embed.weight"].shape
     head_bits = _bits(config, quantize, "head.weight", (V, E))
     if config.tie_word_embeddings and head_bits:
-        weights["head.weight"] = QuantizedMatrix.empty(V, E, head_bits, device)
+        weights["head.weight"] = QuantizedMatrix.empty(V, E, head_bits, _group_size(config, E, head_bits), device)
     elif config.tie_word_embeddings:
         rows = config.head_rows
         embedding = weights["embed.weight"]
@@ -168,13 +168,13 @@ def stored_weight_bytes(
     dtype: torch.dtype,
     quantize: str | None = None,
     keep_half: bool = True,
-    matrix_bytes: Callable[[int, int, int], int] = quantized_bytes,
+    matrix_bytes: Callable[[int, int, int, int], int] = quantized_bytes,
     packed_bytes: Callable[[int, int], int] | None = None,
 ) -> int:
     """Like weight_bytes, for arguments of load_weights that depend on how a checkpoint is stored.
 
     Args:
-        matrix_bytes: what a quantized matrix [N, K] takes, from N, K and bits.
+        matrix_bytes: what a quantized matrix [N, K] takes, from N, K, bits and group size.
         packed_bytes: what another one takes that is left in half precision, from N and K, but for the embedding; a tied
             head is then one of them.
 
@@ -191,7 +191,7 @@ def stored_weight_bytes(
 
     def nbytes(name: str, shape: tuple[int, ...]) -> int:
         if bits := _bits(config, quantize, name, shape):
-            return matrix_bytes(shape[0], shape[1], bits)
+            return matrix_bytes(shape[0], shape[1], bits, _group_size(config, shape[1], bits))
         if packs and name in kept and name != "embed.weight":
             return packs(shape[0], shape[1])
         return math.prod(shape) * kept.get(name, dtype).itemsize
@@ -218,6 +218,16 @@ def _bits(config: ModelConfig, quantize: str | None, name: str, shape: tuple[int
     if config.packing:
         return 4 if name.startswith("layers.") else 0
     return bits_of(quantize, name, config.num_layers)
+
+
+def _group_size(config: ModelConfig, K: int, bits: int) -> int:
+    """Columns that share scale and offset in a quantized matrix of K: those that a checkpoint in 4 bits has, or, where
+    they are more than products take on any device, a part of them.
+    """
+    if not config.packing:
+        return group_size(K, bits)
+    columns = config.packing.group_size or K
+    return next((size for size in (256, 128, 64) if columns % size == 0), 32)
 
 
 def _targets(

@@ -36,13 +36,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from minirea.kernels.fused.arguments import Heads
 from minirea.kernels.launching import cdiv, launch, next_power_of_2
 from minirea.kernels.near import Near, near_rows
-from minirea.quantize import ZERO, QuantizedMatrix, group_size
+from minirea.quantize import ZERO, QuantizedMatrix
 
 Matrix = torch.Tensor | QuantizedMatrix
 
 # ------------------------------------------------------------------------------------------------------------- device
 
-columns_of_a_group = triton.constexpr_function(group_size)
 ZERO_8: tl.constexpr = tl.constexpr(ZERO[8])
 ZERO_4: tl.constexpr = tl.constexpr(ZERO[4])
 INTEGER: tl.constexpr = tl.constexpr(1.5 * 2**23)  # a float32 below 2^22 plus this is rounded to an integer
@@ -59,14 +58,16 @@ def load_weights(w_ptrs, offs_k, K: tl.constexpr):
 @triton.jit
 def product(
     w_ptr, scale_ptr, first, rows, x_ptr, norm_ptr, eps, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr,
-    BITS: tl.constexpr, EARLY: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """W[rows] . x, or with NORM W[rows] . rms_norm(x): float32 [rows]. W is row-major with K columns.
 
     With BITS w_ptr and scale_ptr are those of a QuantizedMatrix.
     """
     if BITS:
-        out, squares = product_of_words(w_ptr, scale_ptr, first, rows, x_ptr, norm_ptr, K, NORM, BLOCK_K, BITS, EARLY)
+        out, squares = product_of_words(
+            w_ptr, scale_ptr, first, rows, x_ptr, norm_ptr, K, NORM, BLOCK_K, BITS, GROUP, EARLY
+        )
     else:
         out, squares = product_of_values(w_ptr, rows, x_ptr, norm_ptr, K, NORM, BLOCK_K, EARLY)
     if NORM:
@@ -274,12 +275,11 @@ def add_tile(
 @triton.jit
 def product_of_words(
     w_ptr, scale_ptr, first_row, rows, x_ptr, norm_ptr, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr,
-    BITS: tl.constexpr, EARLY: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """product_of_values of a QuantizedMatrix, words with BLOCK_K columns at a time."""
     if EARLY:
         gdc_launch_dependents()
-    GROUP: tl.constexpr = columns_of_a_group(K, BITS)
     COLUMNS: tl.constexpr = 4 * 32 // BITS  # of a unit of four words, which a thread loads at once
     UNITS: tl.constexpr = GROUP // COLUMNS  # of a group
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
@@ -334,10 +334,10 @@ def norm_qkv_kernel(
     x_ptr, norm_ptr, w_ptr, scale_ptr, bias_ptr, eps, seq_len_ptr, q_ptr, k, v, near,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
     NEAR_K: tl.constexpr, NEAR_V: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     first, rows, mask = my_rows((H + 2 * G) * D, BLOCK_N, BITS)
-    out = product(w_ptr, scale_ptr, first, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, BITS, EARLY)
+    out = product(w_ptr, scale_ptr, first, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, BITS, GROUP, EARLY)
     if BIAS:
         out += tl.load(bias_ptr + rows).to(tl.float32)
     out = out.to(q_ptr.dtype.element_ty)
@@ -359,10 +359,10 @@ def norm_qkv_kernel(
 @triton.jit
 def add_product_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     first, rows, mask = my_rows(N, BLOCK_N, BITS)
-    out = product(w_ptr, scale_ptr, first, rows, x_ptr, x_ptr, 0.0, K, False, BLOCK_K, BITS, EARLY)
+    out = product(w_ptr, scale_ptr, first, rows, x_ptr, x_ptr, 0.0, K, False, BLOCK_K, BITS, GROUP, EARLY)
     if BIAS:
         out += tl.load(bias_ptr + rows).to(tl.float32)
     out += tl.load(out_ptr + rows).to(tl.float32)
@@ -372,7 +372,7 @@ def add_product_kernel(
 @triton.jit
 def norm_gate_up_kernel(
     x_ptr, norm_ptr, w_ptr, scale_ptr, bias_ptr, eps, out_ptr, F: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N rows of the matrix are BLOCK_N / 2 features: their gate rows, then their up rows."""
     half: tl.constexpr = BLOCK_N // 2
@@ -382,7 +382,7 @@ def norm_gate_up_kernel(
     if not BITS or F % half:
         rows = tl.minimum(rows, F - 1)
     rows += offs_n // half * F
-    out = product(w_ptr, scale_ptr, first, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, BITS, EARLY)
+    out = product(w_ptr, scale_ptr, first, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, BITS, GROUP, EARLY)
     if BIAS:
         out += tl.load(bias_ptr + rows).to(tl.float32)
     offs_f = tl.arange(0, half)[:, None]
@@ -395,10 +395,10 @@ def norm_gate_up_kernel(
 @triton.jit
 def norm_logits_kernel(
     x_ptr, norm_ptr, w_ptr, scale_ptr, eps, logits_ptr, V: tl.constexpr, K: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     first, rows, mask = my_rows(V, BLOCK_N, BITS)
-    out = product(w_ptr, scale_ptr, first, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, BITS, EARLY)
+    out = product(w_ptr, scale_ptr, first, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, BITS, GROUP, EARLY)
     tl.store(logits_ptr + rows, out, mask=mask)
 
 
@@ -445,7 +445,8 @@ BEST_PROGRAMS: Final = 64
 
 
 class Tile(NamedTuple):
-    """Rows and columns of weights that a program multiplies at a time, its warps, and the bits of quantized weights.
+    """Rows and columns of weights that a program multiplies at a time, its warps; quantized weights' bits, and columns
+    of a group.
 
     Registers of a thread may be bounded, where one or two fewer let all programs run at once.
     """
@@ -454,6 +455,7 @@ class Tile(NamedTuple):
     BLOCK_K: int
     num_warps: int
     BITS: int = 0
+    GROUP: int = 0
     maxnreg: int | None = None
 
 
@@ -501,7 +503,7 @@ def tile_of_words(matrix: QuantizedMatrix) -> Tile:
     pieces = cdiv(K, columns * num_warps)
     # Long rows of 8 bits: with 64 registers, as many as they take or a few less, an eighth program has room.
     maxnreg = 64 if bits == 8 and rows == 4 and pieces > 2 else None
-    return Tile(rows, columns * num_warps, num_warps, bits, maxnreg)
+    return Tile(rows, columns * num_warps, num_warps, bits, matrix.group_size, maxnreg)
 
 
 def operands(matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from minirea.kernels.launching import cdiv, launch, next_power_of_2
 from minirea.kernels.near import Near, near_rows
-from minirea.quantize import UNIT, ZERO, QuantizedMatrix, group_size
+from minirea.quantize import UNIT, ZERO, QuantizedMatrix
 
 # ------------------------------------------------------------------------------------------------------------- device
 
@@ -173,6 +173,6 @@ def widen(matrix_NK: QuantizedMatrix, out_NK: torch.Tensor) -> None:
     """out = the matrix, rounded once from float32. Both are contiguous."""
     (N, K), U, bits = matrix_NK.shape, matrix_NK.words.shape[1] // UNIT, matrix_NK.bits
     block_u = min((256, 128, 64), key=lambda units: cdiv(U, units) * units)
-    constants = {"K": K, "BITS": bits, "GROUP": group_size(K, bits), "ZERO": ZERO[bits], "BLOCK_U": block_u}
+    constants = {"K": K, "BITS": bits, "GROUP": matrix_NK.group_size, "ZERO": ZERO[bits], "BLOCK_U": block_u}
     pointers = matrix_NK.words, matrix_NK.scale_offset.view(torch.int32), out_NK
     launch(widen_kernel, N * cdiv(U, block_u), out_NK.device, *pointers, **constants, num_warps=NUM_WARPS)

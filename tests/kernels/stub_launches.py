@@ -219,7 +219,7 @@ def project() -> list[Case]:
         voting = ReAttentionConfig(4, 64, 2, 8, 4, vote_window=4, carry_votes=True)
         winners = torch.zeros(3, *winners_shape(heads, voting, 8), dtype=torch.int32)
         fused.count_winners(new_votes(heads, kv_heads, voting, 3, 256, x.device), winners, seq_len, voting)
-        rows.widen(QuantizedMatrix.empty(8, width, 8, x.device), half(8, width))
+        rows.widen(QuantizedMatrix.empty(8, width, 8, 64, x.device), half(8, width))
         addresses, turns = torch.zeros(2, dtype=torch.int64), torch.zeros(peers.MAX_PROGRAMS, dtype=torch.int32)
         room = peers.Room(torch.zeros(4096, dtype=torch.int32), addresses, addresses, turns, 0)
         peers.add_sums(x, room, 0)

@@ -34,8 +34,8 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def quantized(wide_NK: torch.Tensor, bits: int) -> QuantizedMatrix:
-    matrix = QuantizedMatrix.empty(*wide_NK.shape, bits, CPU)
+def quantized(wide_NK: torch.Tensor, bits: int, size: int = 0) -> QuantizedMatrix:
+    matrix = QuantizedMatrix.empty(*wide_NK.shape, bits, size or group_size(wide_NK.shape[1], bits), CPU)
     matrix.round(wide_NK)
     return matrix
 
@@ -51,8 +51,8 @@ def test_rounding_is_within_half_a_step(shape: tuple[int, int], bits: int, monke
     given = wide_NK.clone()
     matrix = quantized(wide_NK, bits)
     assert matrix.shape == shape
-    assert matrix.nbytes == quantized_bytes(*shape, bits)
-    step_NK = matrix.scale_offset[..., 0].float().repeat_interleave(group_size(shape[1], bits), 1)[:, : shape[1]]
+    assert matrix.nbytes == quantized_bytes(*shape, bits, matrix.group_size)
+    step_NK = matrix.scale_offset[..., 0].float().repeat_interleave(matrix.group_size, 1)[:, : shape[1]]
     q_NK = matrix.unpack()[:, : shape[1]]
     inside = (q_NK > 0) & (q_NK < 2**bits - 1)  # an end of the range may stand for what is beyond it
     off = (matrix.widen(torch.float64) - wide_NK.double()).abs()
@@ -68,7 +68,7 @@ def test_rounding_is_within_half_a_step(shape: tuple[int, int], bits: int, monke
 def test_a_row_of_fields_is_where_the_layout_says(K: int, bits: int) -> None:
     """Values that are on a grid come back, each from its field."""
     size = group_size(K, bits)
-    assert size == (32 if bits == 4 else 256 if K in (2048, 2304) else 64)
+    assert size == {8: 256 if K in (2048, 2304) else 64, 4: 64 if K == 2048 else 32}[bits]
     q_NK = torch.randint(0, 2**bits, (5, K), generator=torch.Generator().manual_seed(1))
     q_NK[:, ::size], q_NK[:, 1::size] = 0, 2**bits - 1  # the whole range in each group
     wide_NK = (q_NK - ZERO[bits]) * 0.25
@@ -141,7 +141,7 @@ def test_packed_planes_hold_the_matrix(
     monkeypatch.setattr(cpu, "PLANES_WIDENED_AT_ONCE", 20_000)  # several parts
     matrix = quantized(random(*shape), bits)
     packed, wide_NK = cpu.pack_planes(matrix), matrix.widen(torch.float32)
-    assert packed.nbytes == cpu.plane_bytes(*shape, bits)
+    assert packed.nbytes == cpu.plane_bytes(*shape, bits, matrix.group_size)
     N, K = shape
     assert torch.equal(packed._widen(0, len(packed.packed))[:K, :N].t(), wide_NK)
     for rows in (1, 7, 16, 17, 40):

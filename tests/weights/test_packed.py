@@ -41,7 +41,9 @@ def test_weights_are_those_that_the_checkpoint_means(
         assert isinstance(weights[name], QuantizedMatrix) == is_matrix
         found = widened(weights[name])
         if is_matrix:
-            scale_offset = weights[name].scale_offset.float().repeat_interleave(32, 1)[:, : tensor.shape[1]]
+            K, size = tensor.shape[1], weights[name].group_size
+            assert size == (64 if (KINDS[kind][2] or K) % 64 == 0 else 32)
+            scale_offset = weights[name].scale_offset.float().repeat_interleave(size, 1)[:, :K]
             assert bool(((found - tensor).abs() <= scale_offset[..., 1].abs() * 2**-8).all()), name
             exact = scale_offset[..., 1] == 0
             assert exact.any() or "rows" in kind
