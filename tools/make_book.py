@@ -11,7 +11,10 @@ import argparse
 from pathlib import Path
 from typing import Final
 
+from minirea.checks import integer
+from minirea.errors import MinireaError
 from minirea.evaluation.text.diary import generate_text
+from minirea.files import replace_file
 from minirea.tokenizer import load_tokenizer
 
 FACT: Final = "The special magic number for copper-lantern is 7402913."
@@ -41,7 +44,11 @@ def main() -> None:
     parser.add_argument("tokens", type=int, help="length of the book")
     parser.add_argument("file", type=Path, help="where the prompt goes")
     arguments = parser.parse_args()
-    arguments.file.write_text(book(arguments.model, arguments.tokens))
+    try:
+        text = book(arguments.model, integer("tokens", arguments.tokens, 1))
+        replace_file(arguments.file, text.encode())
+    except MinireaError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
     print(ANSWER)
 
 

@@ -135,6 +135,23 @@ def test_command_tells_errors_in_one_line(
     assert capsys.readouterr().err == f"convert_gguf.py: error: {tmp_path / 'missing.gguf'}: no such file\n"
 
 
+def test_a_book_that_cannot_be_made_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for model, tokens, file, found in (
+        (tmp_path / "missing", "100", "book.txt", "missing: no such model directory"),
+        (DEMO, "0", "book.txt", "tokens is 0"),
+        (DEMO, "100", "missing/book.txt", "cannot be written"),
+    ):
+        monkeypatch.setattr(sys, "argv", [make_book.__file__, str(model), tokens, str(tmp_path / file)])
+        with pytest.raises(SystemExit) as stop:
+            make_book.main()
+        assert stop.value.code == 1
+        err = capsys.readouterr().err
+        assert err.startswith("make_book.py: error: ") and found in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_book_has_its_length_its_fact_and_its_question() -> None:
     tokenizer = minirea.tokenizer.load_tokenizer(DEMO)
     for tokens in (1000, 5000):
