@@ -960,7 +960,8 @@ def test_an_unknown_backend_of_matplotlib_is_one_line(uninterrupted: Path, tmp_p
 def test_pictures_leave_out_what_records_do_not_hold(uninterrupted: Path, tmp_path: Path) -> None:
     settings, records, _ = read_results([uninterrupted], (), lambda _: lambda _: None)
     damaged = [records[0] | {name: value} for name in (*plots._COSTS, "settings") for value in (None, "x")]
-    for given, count in (([*damaged, *records], 2), (damaged, 1)):
+    no_speed = [record | {"shared_tokens": 1, "prompt_tokens": 9, "generated_tokens": 1} for record in records]
+    for given, count in (([*damaged, *records], 2), (damaged, 1), (no_speed, 2)):
         pictures = plots.against_length(given, tmp_path, "needle", settings | {"model_name": "\udce9"})
         assert len(pictures) == count
     assert plots.read_tokens_per_second(records[0] | {"first_token_seconds": 0.0, "shared_seconds": 0.0}) is None
