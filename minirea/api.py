@@ -313,7 +313,7 @@ class ModelFiles(_Encoder):
 
 
 class LLM(_Encoder):
-    """A loaded model. Made by `load`. Threads may share it; a process that is not forked loads its own."""
+    """A loaded model. Made by `load`. Threads may share it; another process loads its own."""
 
     def __init__(
         self, model: Model, tokenizer: Tokenizer | None, path: str | Path | None = None, fingerprint: str = ""
