@@ -415,7 +415,7 @@ def _check_earlier(votes: Votes, winners: torch.Tensor, config: ReAttentionConfi
 def _check_tensor(
     name: str, tensor: torch.Tensor, fits: bool, dtype: torch.dtype, shape: str, device: torch.device
 ) -> None:
-    """Raises InputError unless the tensor `fits` its `shape` and has the others."""
+    """Raises InputError unless a tensor has the dtype, is contiguous, `fits` the shape and is on the device."""
     if tensor.dtype != dtype or not fits or not tensor.is_contiguous():
         found = f"{tensor.dtype} {_shape(tensor)}{'' if tensor.is_contiguous() else ', not contiguous'}"
         raise InputError(f"{name} is {found}, expected {dtype} {shape}, contiguous")

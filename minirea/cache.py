@@ -473,7 +473,7 @@ class BroughtKeys:
         self._layer, self._stop = -1, 0  # whose keys are there or on their way, and how many; none below 0
 
     def forget(self) -> None:
-        """What is there, or on its way, is not what a later step wants, whose tokens are others."""
+        """What is there, or on its way, is of no use to a later step, whose tokens are others."""
         self._layer = -1
 
     def begin(self, layer: int, stop: int) -> None:

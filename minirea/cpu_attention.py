@@ -188,8 +188,8 @@ def _before_local(
 
 
 class KeyCopies(NamedTuple):
-    """What one layer's decode steps share, which follow each other: if others' tokens come into the cache, or some are
-    taken back, new ones have to go on.
+    """What consecutive decode steps of one layer share. Where other tokens come into the cache between them, or some
+    are taken back, new copies have to be made.
     """
 
     half: HalfKeys

@@ -317,8 +317,8 @@ def decode_one_by_one(
 ) -> Generator[int, None, None]:
     """`decode` by the model's ordinary forward pass, each token read before the next step begins.
 
-    Its steps share copies of keys. If others' tokens come into the cache, or some are taken back, a new one has to go
-    on.
+    Its steps share copies of keys, which hold for the cache as these steps leave it: after a rewind, or other tokens,
+    another call goes on.
     """
     ids_T = torch.tensor([last_id], dtype=torch.long, device=model.device)
     copies = model.attention.new_key_copies(len(model.layers), model.dtype)

@@ -177,7 +177,7 @@ class Model:
     def _begin(
         self, ids_T: Tensor, cache: KVCache, horizon: int, chunk_size: int | None, leaves_winners: bool = True
     ) -> Step:
-        """Make room for a step of one chunk."""
+        """A step of one chunk, for which the cache has room from then on."""
         seq_len = cache.seq_len + len(ids_T)
         cache.reserve(seq_len)
         step = self.attention.step(seq_len, len(ids_T), chunk_size, horizon)

@@ -189,7 +189,7 @@ class Peers(NamedTuple):
 
 
 class SharedSampler:
-    """The sampler of a generation on several ranks: rank 0 draws, and its token is everyone's.
+    """The sampler of a generation on several ranks: rank 0 draws, and all take its token.
 
     Where simply the best token is taken, each rank could take it by itself, since all have the same logits to the bit.
     """

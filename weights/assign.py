@@ -41,7 +41,11 @@ class Assigned(NamedTuple):
 
 
 def assign(directory: Path, tensors: list[StoredTensor], table: NameTable) -> list[Assigned]:
-    """Each tensor of the model with its place. Every place of the table is taken, once, by a tensor of its shape."""
+    """Each tensor of the model with its place. Every place of the table is taken, once, by a tensor of its shape.
+
+    Raises:
+        InputError: a tensor is missing, doubled, of another shape or dtype, or one that only another model has.
+    """
     assigned: dict[tuple[str, int], Assigned] = {}
     extra: list[StoredTensor] = []
     scales = _scales(tensors) if table.quantized else {}
@@ -169,6 +173,7 @@ def _scales(tensors: list[StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def warn_of_unused(directory: Path, tensors: list[StoredTensor], assigned: list[Assigned]) -> None:
+    """MinireaWarning, at load_weights' caller, of tensors that the model has no use for."""
     used = {tensor.name for entry in assigned for tensor in (entry.tensor, entry.scale) if tensor}
     unused = [tensor.name for tensor in tensors if tensor.name not in used]
     if unused:

@@ -167,7 +167,7 @@ def score_chunks(q, k, scratch, step, c: tl.constexpr):
 
 @triton.jit
 def merge_chunks(scratch, winner_ptr, step, c: tl.constexpr):
-    """Step 4 for other ranks to know: the winners of every row, over all slices."""
+    """Step 4, for all ranks: the winners of every row, over all slices."""
     for chunk in range(step.chunks):
         _, num_queries, chunk_n = chunk_at(chunk, step)
         if chunk_n > step.dense_size:

@@ -1,4 +1,4 @@
-"""From the arguments of a call to launches: inputs by the kernels' names, scratch memory, one launch for each step."""
+"""From the arguments of a call to launches: inputs by the kernels' names, scratch memory, and launches of a step."""
 
 from __future__ import annotations
 
@@ -186,22 +186,21 @@ def launch_decode(inputs: Inputs) -> DecodeScratch:
         )
         return scratch
 
-    return in_parts(do, inputs, layer.num_heads)
+    return in_parts(do, inputs, layer, layer.num_heads)
 
 
-def in_parts(do: Any, inputs: Inputs, num_rows: int) -> Any:
+def in_parts(do: Any, inputs: Inputs, layer: Layer, num_rows: int) -> Any:
     """A step as one launch, or where other ranks have heads that vote too, as two around `gather`.
 
     Args:
         do: (work, where its result goes, winners that it takes) -> scratch.
         num_rows: whose winners a launch leaves.
     """
-    layer, gather = inputs.layer, inputs.gather
-    if gather is None or layer.ranks == 1:
+    if inputs.gather is None or layer.ranks == 1:
         return do(WHOLE, inputs.out)
     winners = layer.winners(num_rows, inputs.device)
     do(SEARCH, winners)
-    return do(ATTEND, inputs.out, gather(winners))
+    return do(ATTEND, inputs.out, inputs.gather(winners))
 
 
 def launch_chunks(inputs: Inputs, chunk_size: int) -> ChunkScratch:
@@ -241,7 +240,7 @@ def launch_chunks(inputs: Inputs, chunk_size: int) -> ChunkScratch:
         )
         return scratch
 
-    return in_parts(do, inputs, chunks * chunk_size * H)
+    return in_parts(do, inputs, layer, chunks * chunk_size * H)
 
 
 def count_winners(

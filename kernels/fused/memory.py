@@ -70,8 +70,8 @@ def prefetch_rows(ptr, stride_n, lo, hi, D: tl.constexpr, BLOCK_N: tl.constexpr,
 def prefetch_spans(k, v, kept_ptr, max_kept, part, mid_lo, mid_hi, span_size, c: tl.constexpr):
     """`prefetch_rows` for keys and values of slice `part` of the spans, before it is known which rows they fill.
 
-    max_kept is how many positions kept_ptr may hold: how many it does is not waited for, and NOWHERE does no harm. What
-    is far the L2 cache does not keep, and to ask for two arrays of it takes 13 us.
+    max_kept is how many positions kept_ptr may hold: how many it does is not waited for, and NOWHERE does no harm. The
+    L2 cache does not keep what is far, and prefetching two arrays of it takes 13 us.
     """
     if COMPILED and not c.NEAR_K:
         rows = tl.cdiv(max_kept * span_size, c.SLICES)

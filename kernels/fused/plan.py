@@ -86,7 +86,7 @@ class Work(NamedTuple):
 WHOLE: Final = Work()
 SEARCH: Final = Work(attends=False)
 ATTEND: Final = Work(searches=False)
-# Scratch.
+# Scratch that only a launch touches which searches.
 _OF_THE_SEARCH: Final = ("block", "tag", "candidate")
 _OF_THE_SKETCH: Final = ("upper", "tile", "tile_upper", "live", "threshold", "survivor", "lower", "found")
 
@@ -137,10 +137,14 @@ class Layer(NamedTuple):
         """Of a token or a chunk."""
         return self.num_kv_heads if self.by_head else 1
 
+    @property
+    def voters(self) -> int:
+        """Query heads of a ballot."""
+        return self.group if self.by_head else self.num_heads * self.ranks
+
     def decodes(self, num_queries: int) -> bool:
         """Whether a step takes the decode kernel."""
-        rows = self.group if self.by_head else self.num_heads * self.ranks
-        return num_queries == 1 and self.selects and fits_registers(rows, self.config.span_top_k)
+        return num_queries == 1 and self.selects and fits_registers(self.voters, self.config.span_top_k)
 
     def is_plain(self, num_queries: int) -> bool:
         """Whether a step takes the plain kernel."""
@@ -153,10 +157,10 @@ class Layer(NamedTuple):
     def check_sketched(self) -> None:
         """Raises InputError where one query has no decode kernel, which is the one that reads sketches."""
         if not self.decodes(1):
-            rows, K = self.group if self.by_head else self.num_heads * self.ranks, self.config.span_top_k
             raise InputError(
-                f"{rows} heads vote with {K} winners each, expected at most {MAX_WINNERS_IN_REGISTERS} winners with"
-                " sketches (both numbers count as the next power of two); lower span_top_k or use span_scope kv_head"
+                f"{self.voters} heads vote with {self.config.span_top_k} winners each, expected at most "
+                f"{MAX_WINNERS_IN_REGISTERS} winners with sketches (both numbers count as the next power of two); "
+                "lower span_top_k or use span_scope kv_head"
             )
 
     def winners(self, num_rows: int, device: torch.device) -> torch.Tensor:

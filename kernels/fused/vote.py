@@ -28,8 +28,8 @@ def pool(winner, mid_lo, mid_hi, VOTE_SIZE: tl.constexpr):
 def vote(winner, max_spans, W_PAD: tl.constexpr):
     """Of winner int32 [W_PAD], keep the max_spans positions named most often, NOWHERE instead of the others.
 
-    By counting pairs: sorting is slower for the few winners of a decode step. Only the first of
-    equal positions is kept.
+    By counting pairs: sorting is slower for the few winners of a decode step. Only the first of equal positions is
+    kept.
     """
     offs_w = tl.arange(0, W_PAD)
     same = winner[:, None] == winner[None, :]
