@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 from minirea import generate as loop
 from minirea.attention import Attention
 from minirea.checkpoint_config import load_config
-from minirea.checks import choice, integer, items, path_like, shown, switch, valid_id
+from minirea.checks import choice, integer, items, known_options, path_like, shown, switch, valid_id
 from minirea.config import (
     CACHES,
     DEVICES,
@@ -26,6 +27,7 @@ from minirea.config import (
     IMPLS,
     MODES,
     QUANTIZE,
+    SCOPE_FIELDS,
     SKETCHES,
     ModelConfig,
     Packing,
@@ -132,6 +134,7 @@ def read_model(
 
     Arguments and errors as for `load`.
     """
+    known_options(reattention_fields, [*list(inspect.signature(load).parameters)[1:-1], *SCOPE_FIELDS])
     choice("attention", attention, MODES)
     choice("impl", impl, IMPLS)
     choice("dtype", dtype, ("auto", *DTYPES))
@@ -637,10 +640,7 @@ class Session:
 
 def generation_config(options: dict[str, Any]) -> GenerationConfig:
     """GenerationConfig from keyword arguments. Raises InputError naming an unknown or malformed one."""
-    unknown = sorted(set(options) - set(GenerationConfig.__dataclass_fields__))
-    if unknown:
-        expected = ", ".join(GenerationConfig.__dataclass_fields__)
-        raise InputError(f"unknown option {unknown[0]!r}, expected one of {expected}")
+    known_options(options, GenerationConfig.__dataclass_fields__)
     return GenerationConfig(**options)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import numbers
 import operator
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -39,6 +40,14 @@ def choice(name: str, value: Any, expected: tuple[str, ...]) -> None:
     """Raises InputError unless `value` is one of the strings that are `expected`."""
     if not isinstance(value, str) or value not in expected:
         raise InputError(f"{name} is {shown(value)}, expected one of {', '.join(expected)}")
+
+
+def known_options(given: Iterable[str], known: Iterable[str], of: str = "") -> None:
+    """Raises InputError with the first name of those `given` that is not `known`, and the one that it is like."""
+    known = tuple(known)
+    for name in sorted(set(given) - set(known)):
+        nearest = "".join(f"; the nearest is {one}" for one in difflib.get_close_matches(name, known, 1))
+        raise InputError(f"unknown option {name!r}{of}, expected one of {', '.join(known)}{nearest}")
 
 
 def switch(name: str, value: Any) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from minirea.checks import choice, integer, switch
+from minirea.checks import choice, integer, known_options, switch
 from minirea.errors import InputError
 
 MODES: Final = ("reattention", "streaming", "full")
@@ -237,9 +237,7 @@ class ReAttentionConfig:
     def for_context(cls, trained_context: int, **fields: Any) -> ReAttentionConfig:
         """The defaults for a model trained on `trained_context` tokens; `fields` that are not None override them."""
         given = {name: value for name, value in fields.items() if value is not None}
-        unknown = sorted(set(given) - set(SCOPE_FIELDS))
-        if unknown:
-            raise InputError(f"unknown option {unknown[0]!r}, expected one of {', '.join(SCOPE_FIELDS)}")
+        known_options(given, SCOPE_FIELDS)
         large, medium = trained_context >= 32768, 4096 <= trained_context < 32768
         # Few local tokens, few winners and half of the room that is left: see kernels/NOTEBOOK.md, 2026-11-26.
         values = {

@@ -186,9 +186,16 @@ def test_ids_may_be_any_integers(llm: minirea.LLM) -> None:
         llm.generate([3, 1.5])  # type: ignore[list-item]
 
 
-def test_unknown_options_are_named(llm: minirea.LLM) -> None:
-    with pytest.raises(minirea.InputError, match="unknown option 'max_token'"):
+def test_unknown_options_are_named_with_the_one_that_is_meant(llm: minirea.LLM, directory: Path) -> None:
+    with pytest.raises(minirea.InputError, match="unknown option 'max_token', expected .*; the nearest is max_tokens$"):
         llm.generate([3], max_token=5)
+    for name, meant in {"quantise": "quantize", "local_sizes": "local_size", "treads": None, "gpu": "gpus"}.items():
+        with pytest.raises(minirea.InputError, match=rf"'{name}', expected .*gpus.*dense_size{nearest(meant)}$"):
+            minirea.load(directory, **{name: 1})
+
+
+def nearest(name: str | None) -> str:
+    return f"; the nearest is {name}" if name else ""
 
 
 def test_logits_that_are_not_finite_are_reported(directory: Path) -> None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from minirea.checks import shown
+from minirea.checks import known_options, shown
 from minirea.errors import InputError
 from minirea.evaluation.frame import plots
 from minirea.evaluation.frame.cells import Cell
@@ -194,8 +194,7 @@ def make_task(cls: type[Task], options: Mapping[str, Any]) -> Task:
         InputError: an unknown option, or a value that cannot be used; names it.
     """
     known = {f.name: f.metadata["option"] for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(options) - set(known)):
-        raise InputError(f"unknown option {unknown[0]!r} of {cls.name}, expected one of {', '.join(known)}")
+    known_options(options, known, f" of {cls.name}")
     return cls(**{name: parsed(name, value, known[name]) for name, value in options.items() if value is not None})
 
 
