@@ -28,6 +28,8 @@ import bench_model
 import bench_report
 from bench_machine import build
 
+from minirea.errors import MinireaError
+
 COMMANDS = (
     bench_model,
     bench_load,
@@ -52,7 +54,10 @@ def main() -> None:
     arguments = parser().parse_args()
     if arguments.driver == "triton":
         bench_launch.use_tritons_driver()
-    arguments.run(arguments)
+    try:
+        arguments.run(arguments)
+    except MinireaError as error:
+        raise SystemExit(f"bench.py: error: {error}") from None
 
 
 if __name__ == "__main__":

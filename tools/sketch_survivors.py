@@ -25,7 +25,7 @@ from bench_machine import build, device_name, tokens
 import minirea
 from minirea import attention
 from minirea.config import DEVICES, ReAttentionConfig
-from minirea.errors import MinireaWarning
+from minirea.errors import MinireaError, MinireaWarning
 from minirea.evaluation.text.diary import generate_text
 from minirea.kernels import Sketch, reattention, reference
 from minirea.kernels.fused.plan import sketch_tiles
@@ -132,6 +132,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = parser().parse_args()
+    try:
+        sys.exit(run(arguments))
+    except (MinireaError, OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"sketch_survivors.py: error: {error}") from None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what is found. Returns the exit status: 1 if a selection is not the exact one."""
     length = 8 * (arguments.tokens + 100 * arguments.prompts)  # characters; a token has fewer
     text = generate_text(0, length) if arguments.text is None else arguments.text.read_text()
     alone: dict[str, Any] = {"vote_window": 1, "carry_votes": False, "sketch": "int8"}
@@ -145,7 +153,7 @@ def main() -> None:
         raise SystemExit(f"nothing was selected: --tokens is {arguments.tokens:,}, expected more than {dense:,}")
     print_table(comparison, sketch_tiles(llm.config.head_dim).SURVIVORS)
     print(f"{comparison.steps - comparison.wrong:,} of {comparison.steps:,} selections and outputs are the exact ones")
-    sys.exit(int(comparison.wrong > 0))
+    return int(comparison.wrong > 0)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,9 @@ def test_ids_may_be_any_integers(llm: minirea.LLM) -> None:
 
 
 def test_unknown_options_are_named_with_the_one_that_is_meant(llm: minirea.LLM, directory: Path) -> None:
-    with pytest.raises(minirea.InputError, match="unknown option 'max_token', expected .*; the nearest is max_tokens$"):
+    with pytest.raises(
+        minirea.InputError, match=r"unknown option 'max_token', expected .*; the nearest is max_tokens$"
+    ):
         llm.generate([3], max_token=5)
     for name, meant in {"quantise": "quantize", "local_sizes": "local_size", "treads": None, "gpu": "gpus"}.items():
         with pytest.raises(minirea.InputError, match=rf"'{name}', expected .*gpus.*dense_size{nearest(meant)}$"):

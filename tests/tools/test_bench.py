@@ -281,6 +281,12 @@ def test_help(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert f"bench.py {command}" in capsys.readouterr().out
 
 
+def test_what_cannot_be_measured_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.py", "load", "--model", "nowhere"])
+    with pytest.raises(SystemExit, match=r"^bench\.py: error: nowhere: no such model directory$"):
+        bench.main()
+
+
 def test_a_filled_cache_has_winners(tmp_path: Path) -> None:
     """So that what is timed counts as many votes as a step of `generate` does."""
     llm = minirea.load(write_checkpoint(tmp_path, tiny_model()), vote_window=3, carry_votes=True)

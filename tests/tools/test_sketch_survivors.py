@@ -63,3 +63,10 @@ def test_a_text_that_is_too_short_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(sys, "argv", ["sketch_survivors.py", *arguments])
     with pytest.raises(SystemExit, match=r"^the text has \d tokens, expected at least 4,146$"):
         sketch_survivors.main()
+
+
+@pytest.mark.parametrize("flag", ["--model", "--text"])
+def test_files_that_are_not_there_are_one_line(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sketch_survivors.py", "--model", "weights/demo", flag, "nowhere"])
+    with pytest.raises(SystemExit, match=r"^sketch_survivors\.py: error: .*nowhere"):
+        sketch_survivors.main()
