@@ -145,7 +145,7 @@ def _add_eval(commands: Any, with_tasks: bool) -> None:
         "results", type=path, nargs="+", metavar="DIR", help="an --out of earlier evaluations, all of one task"
     )
     command.add_argument("--out", type=path, required=True, metavar="DIR", help="where to; may be one of them")
-    differing = "a setting in which the directories may differ (repeatable), such as share"
+    differing = "a setting in which the directories may differ (repeatable), such as share or seed"
     command.add_argument("--differing", action="append", default=[], metavar="NAME", help=differing)
     command.add_argument("--debug", action="store_true", help="show tracebacks")
 

@@ -154,12 +154,13 @@ def report(
 ) -> Evaluation:
     """Put the results of directories together and summarize them anew, without a model.
 
-    For modes or lengths that ran apart, and to draw pictures where matplotlib is.
+    For modes, lengths or seeds that ran apart, and to draw pictures where matplotlib is.
 
     Args:
         folders: directories that `evaluate` wrote, with the same settings; or one.
         out: where the whole goes; may be one of them.
         differing: names of settings in which they may differ, or one; the whole's settings list the different values.
+            With "seed" each record's id names its own, so that the answers of all seeds count.
 
     Raises:
         MissingFileError, InputError: not results, or those of different evaluations.

@@ -177,9 +177,10 @@ def read_results(
     for folder, part in zip(folders, parts, strict=True):
         if difference := _difference(_without(settings, differing), _without(part, differing)):
             raise InputError(f"{folders[0]} and {folder} hold different evaluations: {difference}")
+        # The ids of parts that were joined before have their seeds.
+        seed = f" seed={part['seed']}" if "seed" in differing and isinstance(part.get("seed"), int) else ""
         for record in _read_records(folder / RECORDS, check_of(part))[0]:
-            if "seed" in differing and not isinstance(part["seed"], list):  # of parts that were joined, ids have theirs
-                record["id"] += f" seed={part['seed']}"
+            record["id"] = record["id"].removesuffix(seed) + seed
             if "skipped" in records.setdefault(record["id"], record):
                 records[record["id"]] = record
         environments.append(_read_environment(folder))

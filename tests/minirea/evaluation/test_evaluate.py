@@ -699,7 +699,8 @@ def test_a_report_of_several_seeds_counts_each_answer_once(llm: minirea.LLM, tmp
         minirea.evaluate("passkey", llm, out=tmp_path / str(seed), seed=seed, **few)
     two = report([tmp_path / "0", tmp_path / "1"], tmp_path / "two", "seed")
     assert (len(two.records), two.settings["seed"]) == (4, [0, 1])
-    for order in (["two", "2", "1"], ["1", "2", "two"]):
+    report(tmp_path / "2", tmp_path / "alone", "seed")
+    for order in (["two", "2", "1"], ["1", "2", "two"], ["alone", "two", "2"]):
         whole = report([tmp_path / name for name in order], tmp_path / order[0] / "all", differing="seed")
         assert len({record["id"] for record in whole.records}) == len(whole.records) == 6
         assert len({record["prompt_sha256"] for record in whole.records}) == 6
