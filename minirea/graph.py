@@ -43,22 +43,23 @@ def read_captured(
     # Keys that are brought are counted on the host.
     captured = bool(sizes) and sizes.count(sizes[0]) >= WORTH_CAPTURING and not cache.placement.far_keys
     done, step = [torch.cuda.Event(), torch.cuda.Event()], None
-    for index, (part, size) in enumerate(zip(steps, sizes, strict=True)):
-        if step is None or size != sizes[index - 1]:
-            step = PromptStep(model, cache, *size, dense)
-            graph = StepGraph(step.run, cache)
-        cache.reserve(cache.seq_len + size[0])
-        step.set(ids_T[part.start : part.stop])
-        step.leaves_winners = leaves_winners[index]
-        if captured and index != 1 and size == sizes[0] and not step.leaves_winners:
-            graph.launch()
-        else:
-            run_aside(step.run, cache.device)
-        cache.seq_len += size[0]
-        done[index % 2].record()
-        if index:
-            done[1 - index % 2].synchronize()
-        yield size[0]
+    with contextlib.ExitStack() as graphs:
+        for index, (part, size) in enumerate(zip(steps, sizes, strict=True)):
+            if step is None or size != sizes[index - 1]:
+                step = PromptStep(model, cache, *size, dense)
+                graph = graphs.enter_context(contextlib.closing(StepGraph(step.run, cache)))
+            cache.reserve(cache.seq_len + size[0])
+            step.set(ids_T[part.start : part.stop])
+            step.leaves_winners = leaves_winners[index]
+            if captured and index != 1 and size == sizes[0] and not step.leaves_winners:
+                graph.launch()
+            else:
+                run_aside(step.run, cache.device)
+            cache.seq_len += size[0]
+            done[index % 2].record()
+            if index:
+                done[1 - index % 2].synchronize()
+            yield size[0]
 
 
 def decode_ahead(
@@ -68,8 +69,7 @@ def decode_ahead(
 
     When a token is yielded, the GPU is at work on the next one. If the caller stops before that one, it is taken back.
     """
-    step = DecodeGraph(model, cache, last_id, sampler)
-    try:
+    with contextlib.closing(DecodeGraph(model, cache, last_id, sampler)) as step:
         step.launch()
         yield step.read()  # by itself: what follows is captured, and the first token should not wait for that
         for launched in range(1, limit):
@@ -78,8 +78,6 @@ def decode_ahead(
                 yield step.read()
         if limit > 1:
             yield step.read()
-    finally:
-        step.take_back()
 
 
 _compiling: weakref.WeakSet[Model] = weakref.WeakSet()
@@ -126,7 +124,8 @@ class StepGraph:
     def launch(self) -> None:
         """Start a step on the current stream. The cache has room for it."""
         if self.capacity != self.cache.capacity:
-            self.capacity, self.graph = self.cache.capacity, None
+            self.close()
+            self.capacity = self.cache.capacity
             run_aside(self.run, self.cache.device)
             return
         with in_order(self.cache.device):
@@ -134,19 +133,26 @@ class StepGraph:
                 self.graph = self._capture()
             self.graph.replay()
 
+    def close(self) -> None:
+        """Free the graph: torch keeps a list of those that there are, which threads may not change at the same time."""
+        with _enqueueing:
+            self.graph = None
+
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         if self.generator is not None:
             graph.register_generator_state(self.generator)  # type: ignore[attr-defined]
-        aside = capture_stream(self.cache.device)
+        current, aside = torch.cuda.current_stream(self.cache.device), capture_stream(self.cache.device)
+        # A generator's offset is written there before anything is captured, to memory of the current stream, on which
+        # what was freed may still be read.
+        aside.wait_stream(current)
         with torch.cuda.stream(aside):
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self.run()
             finally:
                 graph.capture_end()
-        # To begin with, torch has set the generator's offset on that stream; a replay sets it on this one.
-        torch.cuda.current_stream(self.cache.device).wait_stream(aside)
+        current.wait_stream(aside)  # a replay sets the offset on this one
         return graph
 
 
@@ -187,11 +193,13 @@ class DecodeGraph:
         self.read_back += 1
         return int(self.token_ids[slot])
 
-    def take_back(self) -> None:
-        """Wait for the step whose token was not read, and remove that token from the cache."""
+    def close(self) -> None:
+        """Wait for the step whose token was not read, remove that token from the cache, and free the graphs."""
         self.cache.rewind(self.start + self.read_back)
         while self.read_back < self.launched:
             self.read()
+        for graph in self.graphs.values():
+            graph.close()
 
 
 def run_aside(run: Callable[[], None], device: torch.device) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ import minirea
 from minirea.attention import Attention
 from minirea.cache import KVCache
 from minirea.generate import decode_one_by_one, prefill
-from minirea.graph import StepGraph, decode_ahead
+from minirea.graph import StepGraph, _enqueueing, decode_ahead
 from minirea.kernels.fused import launch, plan
 from minirea.kernels.fused.arguments import SketchTiles
 from minirea.model import Model, _layer
@@ -246,7 +247,9 @@ def test_a_prompt_is_read_in_captured_steps(
 
 @torch.inference_mode()
 def test_within_dense_size_and_beyond_are_graphs_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each replays the kernels that were captured; the cache grows behind the first step beyond dense_size."""
+    """Each replays the kernels that were captured; the cache grows behind the first step beyond dense_size. Graphs are
+    freed where no other thread captures one.
+    """
     directory = write_checkpoint(tmp_path, tiny_model(**SMALL))
     llm, ids = minirea.load(directory, **SCOPE), random_ids(26, 40)
     session = llm.session()
@@ -265,8 +268,11 @@ def test_within_dense_size_and_beyond_are_graphs_of_their_own(tmp_path: Path, mo
 
     def capture(graph: StepGraph) -> SimpleNamespace:
         step = graph.run.__self__  # type: ignore[attr-defined]
-        return SimpleNamespace(replay=functools.partial(run, step, "replayed", step.dense))
+        replay = functools.partial(run, step, "replayed", step.dense)
+        weakref.finalize(replay, lambda: alone.append(_enqueueing._is_owned()))  # type: ignore[attr-defined]
+        return SimpleNamespace(replay=replay)
 
+    alone: list[bool] = []
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *sizes, **options: empty(*sizes, **options | {"pin_memory": False}))
     monkeypatch.setattr(StepGraph, "_capture", capture)
@@ -277,6 +283,7 @@ def test_within_dense_size_and_beyond_are_graphs_of_their_own(tmp_path: Path, mo
     assert list(decode_ahead(model, cache, ids[-1], sampler, 7)) == expected
     launched, replayed = ("launched", False), ("replayed", False)
     assert steps == [("launched", True), ("replayed", True), ("replayed", True), launched, launched, replayed, replayed]
+    assert alone == [True, True]
     check_equal(session.cache, cache, 1e-3)
 
 
