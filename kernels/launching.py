@@ -23,7 +23,7 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **
         arguments: its first arguments, in order.
         constants: the others by name, and Triton's options.
     """
-    early = _starts_early(device)
+    early = starts_early(device)
     if early:
         constants["launch_pdl"] = True
     start(kernel, programs, device, arguments, constants | {"EARLY": early})
@@ -52,6 +52,6 @@ def start(
 
 
 @functools.cache
-def _starts_early(device: torch.device) -> bool:
+def starts_early(device: torch.device) -> bool:
     """Whether the device has programmatic dependent launch (Hopper and later)."""
     return not triton.knobs.runtime.interpret and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -112,6 +112,7 @@ def compiled(name: str) -> driver.Variant:
     with (
         mock.patch.object(launch, "launch_cooperatively", record),
         mock.patch.object(launching, "start", record_start),
+        mock.patch.object(launching, "starts_early", return_value=True),
         mock.patch.object(plan, "num_programs", lambda _, tiles: PROCESSORS * tiles.programs_per_sm),
     ):
         left = None if winners is None else winners[0]

@@ -73,12 +73,7 @@ def attend(
     query, at row q_row, gets its distance to the tile's first row. Else positions are rows + shift: in float32 the
     tables' own rounding would show.
     """
-    dtype = k.ptr.dtype.element_ty
     offs_h = tl.arange(0, c.HALF_PAD)
-    offs_d = tl.arange(0, c.BLOCK_D)
-    mask_h = offs_h < c.D // 2
-    cos, sin = tile_rope
-    acc, row_max, row_sum = state
     for first in tl.range(row_lo, row_hi, c.BLOCK_A, num_stages=c.STAGES):
         offs_r = first + tl.arange(0, c.BLOCK_A)
         mask_r = offs_r < row_hi
@@ -89,26 +84,75 @@ def attend(
         v_row = source % V_ROWS if V_ROWS else source
         k_a = load_rows(k.ptr, k_row, k.stride_n, mask_r, offs_h, k.stride_d, c.D // 2)
         k_b = load_rows(k.ptr + c.D // 2 * k.stride_d, k_row, k.stride_n, mask_r, offs_h, k.stride_d, c.D // 2)
-        values = load_rows(v.ptr, v_row, v.stride_n, mask_r, offs_d, v.stride_d, c.D)
-        if RELATIVE:
-            q_position = q_row - first
-        else:
-            q_position = q_row + shift
-            cos = load_rows(rope.cos_ptr, offs_r + shift, c.D // 2, mask_r, offs_h, 1, c.D // 2)
-            sin = load_rows(rope.sin_ptr, offs_r + shift, c.D // 2, mask_r, offs_h, 1, c.D // 2)
-        q_cos = tl.load(rope.cos_ptr + q_position * (c.D // 2) + offs_h, mask=mask_h, other=0.0)[None, :]
-        q_sin = tl.load(rope.sin_ptr + q_position * (c.D // 2) + offs_h, mask=mask_h, other=0.0)[None, :]
-        keys = rotate(k_a, k_b, cos, sin, dtype)
-        q = rotate(q_a, q_b, q_cos, q_sin, dtype)
-        logits = tl.dot(q, tl.trans(keys), input_precision=c.PRECISION)
-        logits = tl.where(mask_r[None, :], logits, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(logits, axis=1) * (c.SCALE * LOG2_E))
-        rescale = tl.exp2(row_max - new_max)[:, None]
-        probability = tl.exp2(tl.fma(logits, c.SCALE * LOG2_E, -new_max[:, None]))
-        row_sum = row_sum * rescale + probability
-        acc = add_product(probability.to(dtype), values, acc, rescale, c)
-        row_max = new_max
-    return Softmax(acc, row_max, row_sum)
+        values = load_rows(v.ptr, v_row, v.stride_n, mask_r, tl.arange(0, c.BLOCK_D), v.stride_d, c.D)
+        tile = (k_a, k_b, values)
+        state = attend_tile(state, q_a, q_b, tile, rope, tile_rope, first, row_hi, q_row, shift, RELATIVE, c)
+    return state
+
+
+@triton.jit
+def attend_tile(
+    state, q_a, q_b, tile, rope, tile_rope, first, row_hi, q_row, shift, RELATIVE: tl.constexpr, c: tl.constexpr,
+):  # fmt: skip
+    """The state of `attend` with one tile added: rows from `first` on, below row_hi, of which there are both halves of
+    the keys [N, HALF_PAD] and the values [N, D].
+    """
+    k_a, k_b, values = tile
+    dtype = k_a.dtype
+    offs_r = first + tl.arange(0, c.BLOCK_A)
+    offs_h = tl.arange(0, c.HALF_PAD)
+    mask_r = offs_r < row_hi
+    mask_h = offs_h < c.D // 2
+    if RELATIVE:
+        q_position = q_row - first
+        cos, sin = tile_rope
+    else:
+        q_position = q_row + shift
+        cos = load_rows(rope.cos_ptr, offs_r + shift, c.D // 2, mask_r, offs_h, 1, c.D // 2)
+        sin = load_rows(rope.sin_ptr, offs_r + shift, c.D // 2, mask_r, offs_h, 1, c.D // 2)
+    q_cos = tl.load(rope.cos_ptr + q_position * (c.D // 2) + offs_h, mask=mask_h, other=0.0)[None, :]
+    q_sin = tl.load(rope.sin_ptr + q_position * (c.D // 2) + offs_h, mask=mask_h, other=0.0)[None, :]
+    keys = rotate(k_a, k_b, cos, sin, dtype)
+    q = rotate(q_a, q_b, q_cos, q_sin, dtype)
+    logits = tl.dot(q, tl.trans(keys), input_precision=c.PRECISION)
+    logits = tl.where(mask_r[None, :], logits, float("-inf"))
+    new_max = tl.maximum(state.row_max, tl.max(logits, axis=1) * (c.SCALE * LOG2_E))
+    rescale = tl.exp2(state.row_max - new_max)[:, None]
+    probability = tl.exp2(tl.fma(logits, c.SCALE * LOG2_E, -new_max[:, None]))
+    row_sum = state.row_sum * rescale + probability
+    acc = add_product(probability.to(dtype), values, state.acc, rescale, c)
+    return Softmax(acc, new_max, row_sum)
+
+
+@triton.jit
+def nothing_attended(c: tl.constexpr):
+    """The state of `attend` before its first tile."""
+    acc = tl.full([c.BLOCK_M, c.BLOCK_D], 0, tl.float32)
+    row_max = tl.full([c.BLOCK_M], -1.0e38, tl.float32)
+    return Softmax(acc, row_max, tl.full([c.BLOCK_M, c.BLOCK_A], 0, tl.float32))
+
+
+@triton.jit
+def halves_of_queries(q, g, c: tl.constexpr):
+    """The queries of key/value head g of a decode step, [M, HALF_PAD] each."""
+    offs_m = tl.arange(0, c.BLOCK_M)
+    offs_h = tl.arange(0, c.HALF_PAD)
+    heads = g * c.GROUP + offs_m
+    mask_m = offs_m < c.GROUP
+    q_a = load_rows(q.ptr, heads, q.stride_h, mask_m, offs_h, q.stride_d, c.D // 2)
+    return q_a, load_rows(q.ptr + c.D // 2 * q.stride_d, heads, q.stride_h, mask_m, offs_h, q.stride_d, c.D // 2)
+
+
+@triton.jit
+def join_slices(state, out_ptr, scratch, counter_ptr, g, part, c: tl.constexpr):
+    """Leave the state of slice `part` of head g; the last program of a head to do so combines those of all slices."""
+    offs_m = tl.arange(0, c.BLOCK_M)
+    partial = (g * c.GROUP + offs_m) * c.SLICES + part
+    store_partial(scratch, state, partial, offs_m < c.GROUP, tl.arange(0, c.BLOCK_D), c)
+    tl.debug_barrier()
+    done = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    if done % c.SLICES == c.SLICES - 1:  # the last of this launch
+        combine(scratch, out_ptr, g, c)
 
 
 @triton.jit

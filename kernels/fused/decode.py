@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from minirea.kernels.fused.arguments import VARYING, Heads, Rope, Softmax
-from minirea.kernels.fused.attend import attend, combine, store_partial
+from minirea.kernels.fused.arguments import VARYING, Heads, Rope
+from minirea.kernels.fused.attend import attend, halves_of_queries, join_slices, nothing_attended
 from minirea.kernels.fused.memory import load_rows, near_or, of_head, prefetch_rows, prefetch_spans, slice_of
 from minirea.kernels.fused.recent import elect_by_counts
 from minirea.kernels.fused.scope import locate, select
@@ -204,50 +204,31 @@ def score_with_sketch(
 def attend_slice(
     q, k, v, near, out_ptr, rope, tile_rope, scratch, step, g, part, all_arrived, c: tl.constexpr,
 ):  # fmt: skip
-    """Steps 6 to 8 for slice `part` of head g: local rows, then far rows. The last one of a head combines all.
-
-    The plain kernel attends so as well.
-    """
-    offs_m = tl.arange(0, c.BLOCK_M)
-    offs_h = tl.arange(0, c.HALF_PAD)
-    offs_d = tl.arange(0, c.BLOCK_D)
-    mask_m = offs_m < c.GROUP
-    heads = g * c.GROUP + offs_m
+    """Steps 6 to 8 for slice `part` of head g: local rows, then far rows. The last one of a head combines all."""
     k_head = of_head(k, g)
     v_head = of_head(v, g)
     k_near = near_or(k, near.k if c.NEAR_K else None, g, c.NEAR_K, c.D)
     v_near = near_or(v, near.v if c.NEAR_V else None, g, c.NEAR_V, c.D)
-    selection_ptr = scratch.selection + (g * step.max_scope if c.BY_HEAD else 0) if c.SELECTS else None
-    q_a = load_rows(q.ptr, heads, q.stride_h, mask_m, offs_h, q.stride_d, c.D // 2)
-    q_b = load_rows(q.ptr + c.D // 2 * q.stride_d, heads, q.stride_h, mask_m, offs_h, q.stride_d, c.D // 2)
-    state = Softmax(
-        tl.full([c.BLOCK_M, c.BLOCK_D], 0, tl.float32),
-        tl.full([c.BLOCK_M], -1.0e38, tl.float32),
-        tl.full([c.BLOCK_M, c.BLOCK_A], 0, tl.float32),
-    )
+    selection_ptr = scratch.selection + (g * step.max_scope if c.BY_HEAD else 0)
+    q_a, q_b = halves_of_queries(q, g, c)
+    state = nothing_attended(c)
 
     lo, hi = slice_of(step.local_lo, step.n, part, c.SLICES)
     if c.RELATIVE:
         state = attend(state, q_a, q_b, k_near, v_near, rope, tile_rope, lo, hi, step.n - 1, 0, selection_ptr,
                        False, True, c, c.NEAR_K, c.NEAR_V)  # fmt: skip
     num_far = tl.where(step.dense, 0, step.mid_lo)
-    if c.SELECTS:
-        if not step.dense:
-            wait(scratch.counters + SORTED, all_arrived // tl.num_programs(0) * step.selectors)
-            num_far += select_and_locate(k_head, v_head, scratch, selection_ptr, step, g if c.BY_HEAD else 0, part, c)
+    if not step.dense:
+        wait(scratch.counters + SORTED, all_arrived // tl.num_programs(0) * step.selectors)
+        num_far += select_and_locate(k_head, v_head, scratch, selection_ptr, step, g if c.BY_HEAD else 0, part, c)
     length = num_far + step.n - step.local_lo
     if not c.RELATIVE:
         state = attend(state, q_a, q_b, k_near, v_near, rope, tile_rope, lo, hi, step.n - 1, length - step.n,
                        selection_ptr, False, False, c, c.NEAR_K, c.NEAR_V)  # fmt: skip
     lo, hi = slice_of(0, num_far, part, c.SLICES)
     state = attend(state, q_a, q_b, k_head, v_head, rope, tile_rope, lo, hi, length - 1, 0, selection_ptr,
-                   c.SELECTS, c.RELATIVE, c)  # fmt: skip
-
-    store_partial(scratch, state, heads * c.SLICES + part, mask_m, offs_d, c)
-    tl.debug_barrier()
-    done = tl.atomic_add(scratch.counters + SLICES_DONE + g, 1, sem="acq_rel", scope="gpu")
-    if done % c.SLICES == c.SLICES - 1:  # the last of this launch
-        combine(scratch, out_ptr, g, c)
+                   True, c.RELATIVE, c)  # fmt: skip
+    join_slices(state, out_ptr, scratch, scratch.counters + SLICES_DONE + g, g, part, c)
 
 
 @triton.jit

@@ -148,7 +148,8 @@ def launch_plain(inputs: Inputs) -> PlainScratch:
     given = inputs.arguments()
     given |= {"out_ptr": inputs.out, "scratch": scratch, "num_positions": inputs.rope.cos_ptr.shape[0]}
     ordered = tuple(given[name] for name in _names(plain_kernel))
-    launching.start(plain_kernel, programs, device, ordered, {"c": c, "num_warps": tiles.num_warps})
+    constants = {"c": c, "num_warps": tiles.num_warps, "NEXT_STARTS": launching.starts_early(device)}
+    launching.start(plain_kernel, programs, device, ordered, constants)
     return scratch
 
 
@@ -290,7 +291,8 @@ def sketch_keys(k_cache_GND: torch.Tensor, sketch: Sketch, first: int, last: int
 @functools.cache
 def _names(kernel: Any) -> tuple[str, ...]:
     """A kernel's arguments at run time, in order."""
-    return tuple(name for name in inspect.signature(kernel.fn).parameters if name != "c")
+    parameters = inspect.signature(kernel.fn).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.annotation != "tl.constexpr")
 
 
 def launch(kernel: Any, programs: int, device: torch.device, c: Any, num_warps: int, **arguments: Any) -> None:

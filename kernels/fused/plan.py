@@ -54,12 +54,16 @@ def decode_tiles(layer: Layer) -> Tiles:
 
 
 def plain_tiles(layer: Layer) -> Tiles:
-    """Small ones, of two programs that a multiprocessor runs; in float32, which takes twice the registers, of one."""
+    """Two tiles at a time in registers, of which float32 takes twice as many; for small heads two programs that a
+    multiprocessor runs, with a tile each, are faster than one with two.
+    """
     rows = max(16, pad(layer.group))
     if layer.dtype.itemsize == 4:
-        return Tiles(rows, 16, 16, num_warps=8, num_stages=2, programs_per_sm=1)
-    block = max(16, min(32, 4096 // layer.block_d))
-    return Tiles(rows, block, block, num_warps=4, num_stages=3, programs_per_sm=2)
+        return Tiles(rows, 16, 16, num_warps=8, num_stages=1, programs_per_sm=1)
+    if layer.block_d < 128:
+        return Tiles(rows, 32, 32, num_warps=4, num_stages=1, programs_per_sm=2)
+    block = max(16, 8192 // layer.block_d)
+    return Tiles(rows, block, block, num_warps=8, num_stages=1, programs_per_sm=1)
 
 
 def sketch_tiles(head_dim: int) -> SketchTiles:

@@ -447,8 +447,6 @@ BEST_PROGRAMS: Final = 64
 class Tile(NamedTuple):
     """Rows and columns of weights that a program multiplies at a time, its warps; quantized weights' bits, and columns
     of a group.
-
-    Registers of a thread may be bounded, where one or two fewer let all programs run at once.
     """
 
     BLOCK_N: int
@@ -456,20 +454,22 @@ class Tile(NamedTuple):
     num_warps: int
     BITS: int = 0
     GROUP: int = 0
-    maxnreg: int | None = None
 
 
 def tile(matrix: Matrix, piece: int = 4096) -> Tile:
     """Two rows in pieces of up to `piece` bytes, of which two are in flight: 16 or 32 bytes per thread and row.
 
-    Rows of 16 KiB and more are taken eight at a time: there reading x costs as much as a row, and eight share it.
+    Rows of 16 KiB and more are taken eight at a time: there reading x costs as much as a row, and eight share it. Rows
+    of one piece are read as two, so that there are two in flight, or where there are few, four at a time.
     """
-    K = matrix.shape[1]
+    N, K = matrix.shape
     if isinstance(matrix, QuantizedMatrix):
         return tile_of_words(matrix)
     itemsize = matrix.element_size()
     if K * itemsize >= 16384:
         return Tile(8, 2048 // itemsize, 8)
+    if K * itemsize == piece == 4096:
+        return Tile(2, 2048 // itemsize, 4) if N > 2048 else Tile(4, 4096 // itemsize, 8)
     block_k = min(piece // itemsize, max(16, next_power_of_2(K)))
     return Tile(2, block_k, max(1, min(8, block_k * itemsize // 512)))
 
@@ -482,28 +482,19 @@ def tile_of_words(matrix: QuantizedMatrix) -> Tile:
     """
     (N, K), bits = matrix.shape, matrix.bits
     columns = 4 * 32 // bits * 32  # of a warp
-    rows, warps = 4, [4, 2, 1]
-    if bits == 4 and (N >= 24576 or (N > 5120 and K >= 4096)):
-        rows = 16
-    elif bits == 4 and N > 5120:
-        rows, warps = 8, [2, 1]
-    elif bits == 4 and K >= 8192:
-        rows, warps = (8, [4]) if N >= 4096 else (4, [8])
-    elif bits == 4 and N >= 4096 and K >= 4096:
-        rows = 8
-    elif bits == 4:
-        warps = [2, 1]
-    elif N <= 2048 and K >= 8192:
-        warps = [8]
-    elif N >= 65536 and 4 * columns >= K:
-        rows = 8
-    elif N >= 12288 and 4 * columns >= K:
-        warps = [2, 1]
+    few = 2048 if bits == 8 else 4095
+    if few >= N and K >= 8192:
+        rows, warps = 4, [8]
+    elif bits == 8:
+        rows, warps = (4 if few >= N else 8), [4, 2, 1]
+        if N >= 12288 and 8 * columns == K:
+            warps = [8]
+    elif N >= 4096 and K >= 4096:
+        rows, warps = 8, [4]
+    else:
+        rows, warps = (8 if N > 5120 else 4), [2, 1]
     num_warps = min(warps, key=lambda count: cdiv(K, columns * count) * count)
-    pieces = cdiv(K, columns * num_warps)
-    # Long rows of 8 bits: with 64 registers, as many as they take or a few less, an eighth program has room.
-    maxnreg = 64 if bits == 8 and rows == 4 and pieces > 2 else None
-    return Tile(rows, columns * num_warps, num_warps, bits, matrix.group_size, maxnreg)
+    return Tile(rows, columns * num_warps, num_warps, bits, matrix.group_size)
 
 
 def operands(matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:

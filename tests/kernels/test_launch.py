@@ -114,6 +114,7 @@ def test_scratch_bytes_are_those_of_all_steps(
     monkeypatch.setattr(plan, "num_programs", lambda *_: 132)
     monkeypatch.setattr(launch, "launch", lambda *_, **__: None)
     monkeypatch.setattr(launch.launching, "start", lambda *_: None)
+    monkeypatch.setattr(launch.launching, "starts_early", lambda _: True)
     k_cache = torch.empty(num_kv_heads, 10_000, head_dim, dtype=dtype, device=META)
     table = torch.empty(20_000, head_dim // 2, device=META)
     gather = Gather(lambda x: x.new_empty(ranks * len(x), x.shape[1]), ranks) if ranks > 1 else None
