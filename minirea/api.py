@@ -377,7 +377,7 @@ class LLM(_Encoder):
     def synchronize(self) -> None:
         """Wait until the device has done what it was given, so that a clock can be read."""
         if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
+            torch.cuda.current_stream(self.model.device).synchronize()
 
     def session(self, capacity: int = 0) -> Session:
         """A context that is kept between calls; `capacity` tokens of cache are allocated at once."""

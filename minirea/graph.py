@@ -10,7 +10,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -19,9 +19,11 @@ from minirea.model import Model
 from minirea.ranks import SharedSampler
 from minirea.sampling import Sampler
 from minirea.steps import DecodeStep, Part, PromptStep, compile_decode_step, leaving
+from minirea.threads import enqueueing
 
 # Equal steps of a prompt from which on it pays to capture one: the first two are launched.
 WORTH_CAPTURING: Final = 5
+MOST_CAPTURES: Final = 20  # of one step, where other threads end them
 
 
 def read_captured(
@@ -81,7 +83,6 @@ def decode_ahead(
 
 
 _compiling: weakref.WeakSet[Model] = weakref.WeakSet()
-_enqueueing = threading.RLock()  # held while a step is put on its way, never while something is waited for
 
 
 @contextlib.contextmanager
@@ -90,7 +91,7 @@ def compiling_decode_step(model: Model, cache: KVCache) -> Iterator[None]:
 
     They are half of what a first start waits for. At the end it waits for the thread, unless it ends with an error.
     """
-    with _enqueueing:
+    with enqueueing:
         # Of several ranks' steps some parts would run, on this rank alone.
         known = not model.attention.can_capture or model.ranks is not None or model in _compiling
         if not known:
@@ -135,11 +136,18 @@ class StepGraph:
 
     def close(self) -> None:
         """Free the graph: torch keeps a list of those that there are, which threads may not change at the same time."""
-        with _enqueueing:
+        with enqueueing:
             self.graph = None
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
+        """Another thread that waits for the whole device gets an error, and ends the capture, which is made again."""
+        for _ in range(MOST_CAPTURES - 1):
+            with contextlib.suppress(CaptureEndedError):
+                return self._capture_once()
+        return self._capture_once()
+
+    def _capture_once(self) -> torch.cuda.CUDAGraph:
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         if self.generator is not None:
             graph.register_generator_state(self.generator)  # type: ignore[attr-defined]
         current, aside = torch.cuda.current_stream(self.cache.device), capture_stream(self.cache.device)
@@ -147,13 +155,28 @@ class StepGraph:
         # what was freed may still be read.
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 self.run()
             finally:
-                graph.capture_end()
+                end_capture(graph, pool)
         current.wait_stream(aside)  # a replay sets the offset on this one
         return graph
+
+
+class CaptureEndedError(RuntimeError):
+    """What is captured is lost by what another thread did."""
+
+
+def end_capture(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """Raises CaptureEndedError where the capture has been ended already. Then torch leaves its pool open."""
+    try:
+        graph.capture_end()
+    except torch.AcceleratorError as error:
+        device = torch.cuda.current_device()
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+        raise CaptureEndedError(str(error).splitlines()[0]) from None
 
 
 class DecodeGraph:
@@ -218,7 +241,7 @@ def in_order(device: torch.device) -> Iterator[None]:
 
     Threads take turns, for as long as it takes to launch a step.
     """
-    with _enqueueing:
+    with enqueueing:
         current, last = torch.cuda.current_stream(device), _last_streams.get(device)
         if last is not None and last != current:
             current.wait_stream(last)

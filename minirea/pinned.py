@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minirea.errors import MemoryLimitError
 from minirea.memory import human
+from minirea.threads import enqueueing
 
 PAGE: Final = 4096
 
@@ -73,12 +74,15 @@ _to_unpin: Final[list[tuple[int, mmap.mmap]]] = []
 
 
 def _unpin(runtime: Any, address: int, memory: mmap.mmap) -> None:
-    """Once no step reads it. A thread that captures a graph must not wait for the device: the next one does it then."""
-    _to_unpin.append((address, memory))
-    if not torch.cuda.is_current_stream_capturing():
-        torch.cuda.synchronize()
-        while _to_unpin:
-            runtime.cudaHostUnregister(_to_unpin.pop()[0])
+    """Once no step reads it. While a graph is captured a device must not be waited for: this thread's next call does it
+    then, and other threads wait here.
+    """
+    with enqueueing:
+        _to_unpin.append((address, memory))
+        if not torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+            while _to_unpin:
+                runtime.cudaHostUnregister(_to_unpin.pop()[0])
 
 
 def _clear_error() -> None:

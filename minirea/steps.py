@@ -144,6 +144,8 @@ class DecodeStep:
     def run(self) -> None:
         """One step, without waiting for the device and without a value from it."""
         model, kernels, x_E, eps = self.model, self.kernels, self.x_E, self.model.config.norm_eps
+        if self.sums is not None:
+            self.sums.turn = 0  # also where a capture was ended in the middle of a step
         kernels.embed(self.token, model.embed, self.seq_len, x_E)
         step = self.step._replace(sketched=self.cache.sketched, dense=self.dense)
         step = model.attention.begin(step, self.cache)

@@ -18,6 +18,10 @@ from typing import Final
 
 from minirea.errors import InputError
 
+# Held while a step is put on its way to a GPU, and while a whole device is waited for: that would end a capture in
+# another thread.
+enqueueing: Final = threading.RLock()
+
 # OpenMP's own variable, and what the runtimes that torch comes with (GNU's on Linux, LLVM's elsewhere) prefer to it.
 _WAIT_VARIABLES: Final = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -239,6 +240,35 @@ def test_a_capture_writes_to_nothing_that_is_still_read() -> None:
         del numbers[::2]  # which leaves holes of the size that a generator's numbers take
         graph.launch()  # which captures
         assert joined.sum().item() == 4096
+
+
+def test_a_capture_that_another_thread_ends_is_made_again() -> None:
+    """By waiting for the whole device, which it may not: that thread has the error."""
+    device, errors = torch.device("cuda", torch.cuda.current_device()), []
+    generator, out = torch.Generator(device).manual_seed(3), torch.zeros(4, device=device)
+    cache: Any = SimpleNamespace(device=device, capacity=16)
+
+    def wait() -> None:
+        try:
+            torch.cuda.synchronize()
+        except torch.AcceleratorError as error:
+            errors.append(error)
+
+    def run() -> None:
+        out.add_(1)
+        if torch.cuda.is_current_stream_capturing() and len(errors) < 3:
+            thread = threading.Thread(target=wait)
+            thread.start()
+            thread.join()
+        out.add_(torch.rand(4, device=device, generator=generator).ceil())
+
+    graph = StepGraph(run, cache, generator)
+    for _ in range(4):
+        graph.launch()
+    assert len(errors) == 3
+    assert out.tolist() == [8.0] * 4
+    torch.rand(4, device=device, generator=generator)
+    torch.rand(4, device=device)  # the default generator is no longer captured
 
 
 def test_a_chat_outgrows_its_cache_and_its_graph(tmp_path: Path) -> None:

@@ -20,13 +20,14 @@ import minirea
 from minirea.attention import Attention
 from minirea.cache import KVCache
 from minirea.generate import decode_one_by_one, prefill
-from minirea.graph import StepGraph, _enqueueing, decode_ahead
+from minirea.graph import StepGraph, decode_ahead
 from minirea.kernels.fused import launch, plan
 from minirea.kernels.fused.arguments import SketchTiles
 from minirea.model import Model, _layer
 from minirea.placement import NEAR, Placement
 from minirea.sampling import Sampler, SamplingConfig
 from minirea.steps import DecodeStep, PromptStep
+from minirea.threads import enqueueing
 from minirea.weights import load_weights
 
 SCOPE = {"global_size": 4, "local_size": 24, "span_top_k": 2, "span_size": 4, "max_spans": 5, "chunk_size": 16}
@@ -269,7 +270,7 @@ def test_within_dense_size_and_beyond_are_graphs_of_their_own(tmp_path: Path, mo
     def capture(graph: StepGraph) -> SimpleNamespace:
         step = graph.run.__self__  # type: ignore[attr-defined]
         replay = functools.partial(run, step, "replayed", step.dense)
-        weakref.finalize(replay, lambda: alone.append(_enqueueing._is_owned()))  # type: ignore[attr-defined]
+        weakref.finalize(replay, lambda: alone.append(enqueueing._is_owned()))  # type: ignore[attr-defined]
         return SimpleNamespace(replay=replay)
 
     alone: list[bool] = []

@@ -12,6 +12,7 @@ import torch
 from minirea import pinned
 from minirea.errors import MemoryLimitError
 from minirea.pinned import host_tensor
+from minirea.threads import enqueueing
 
 CUDA = torch.device("cuda")
 
@@ -23,6 +24,7 @@ class Runtime:
         self.registered: dict[int, int] = {}
         self.limit = 1 << 30
         self.waits = 0
+        self.alone: list[bool] = []
         self.capturing = False
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
@@ -40,6 +42,7 @@ class Runtime:
     def synchronize(self) -> None:
         assert not self.capturing
         self.waits += 1
+        self.alone.append(enqueueing._is_owned())  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -89,6 +92,7 @@ def test_memory_is_given_back_after_the_device_has_read_it(runtime: Runtime) -> 
     del after
     gc.collect()
     assert not runtime.registered and not pinned._to_unpin
+    assert runtime.alone == [True, True]  # where no other thread captures
 
 
 def test_a_refusal_says_how_much_was_wanted(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
