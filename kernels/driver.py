@@ -382,6 +382,11 @@ def compiling() -> Iterator[None]:
         _thread.calls, _thread.compilers = calls, None
 
 
+def is_compiling() -> bool:
+    """Whether this thread's launches only compile."""
+    return _thread.compilers is not None
+
+
 def _launch(
     function: triton.JITFunction, programs: int, device: int, arguments: Sequence[Any], constants: dict[str, Any]
 ) -> None:

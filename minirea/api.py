@@ -43,6 +43,7 @@ from minirea.leader import Leader
 from minirea.loading import load_model, new_cache
 from minirea.memory import MemoryPlan, human
 from minirea.model import Model
+from minirea.pinned import wait_for_device
 from minirea.plan import fit_steps, plan_run
 from minirea.ranks import follows
 from minirea.sources import Source, Votes, look, question_start, sources_of
@@ -377,7 +378,7 @@ class LLM(_Encoder):
     def synchronize(self) -> None:
         """Wait until the device has done what it was given, so that a clock can be read."""
         if self.model.device.type == "cuda":
-            torch.cuda.current_stream(self.model.device).synchronize()
+            wait_for_device(self.model.device)
 
     def session(self, capacity: int = 0) -> Session:
         """A context that is kept between calls; `capacity` tokens of cache are allocated at once."""

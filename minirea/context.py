@@ -37,6 +37,7 @@ from minirea.config import DTYPES, MODES, QUANTIZE, ModelConfig, ReAttentionConf
 from minirea.errors import InputError
 from minirea.files import check_room, is_there, replacing, unreadable
 from minirea.isolation import isolated
+from minirea.pinned import wait_for_device
 from minirea.progress import bar_of_bytes
 from minirea.threads import thread_pool
 from minirea.weights.safetensors import MAX_HEADER_BYTES, StoredTensor, bytes_of, open_file, read_header
@@ -98,7 +99,7 @@ def save_context(
         raise InputError(f"{path}: not saved: the context is empty, expected at least one token")
     ids_M = torch.tensor(ids, dtype=torch.int64)
     if cache.placement.far_arrays and cache.device.type == "cuda":
-        torch.cuda.synchronize(cache.device)  # the last step may still write to the host's memory
+        wait_for_device(cache.device)  # the last step may still write to the host's memory
     parts = _parts(cache, cache.seq_len)
     sums = torch.zeros(1 + _num_blocks(parts), dtype=torch.int64)
     shapes = {"ids": (ids_M.dtype, (len(ids),)), "checksums": (sums.dtype, tuple(sums.shape))}

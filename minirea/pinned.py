@@ -74,15 +74,19 @@ _to_unpin: Final[list[tuple[int, mmap.mmap]]] = []
 
 
 def _unpin(runtime: Any, address: int, memory: mmap.mmap) -> None:
-    """Once no step reads it. While a graph is captured a device must not be waited for: this thread's next call does it
-    then, and other threads wait here.
-    """
+    """Once no step reads it. A thread that captures a graph must not wait for the device: the next one does it then."""
     with enqueueing:
         _to_unpin.append((address, memory))
         if not torch.cuda.is_current_stream_capturing():
-            torch.cuda.synchronize()
+            wait_for_device()
             while _to_unpin:
                 runtime.cudaHostUnregister(_to_unpin.pop()[0])
+
+
+def wait_for_device(device: torch.device | None = None) -> None:
+    """Until the device, or the current one, has done all that it was given; a capture in another thread ends first."""
+    with enqueueing:
+        torch.cuda.synchronize(device)
 
 
 def _clear_error() -> None:

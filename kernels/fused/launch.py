@@ -11,7 +11,7 @@ import torch
 
 from minirea.config import ReAttentionConfig
 from minirea.errors import InputError
-from minirea.kernels import Gather, launching
+from minirea.kernels import Gather, driver, launching
 from minirea.kernels.fused import plan
 from minirea.kernels.fused.arguments import (
     ChunkScratch,
@@ -34,6 +34,7 @@ from minirea.kernels.launching import next_power_of_2 as pad
 from minirea.kernels.near import Near, near_rows
 from minirea.kernels.sketch import Sketch, hadamard
 from minirea.kernels.votes import Votes
+from minirea.threads import enqueueing
 
 # Which of two kernels that share functions Triton 3.6 hashes first decides under which names it keeps them on the disk.
 # Threads that compile would leave that to chance, and compile again in the next process.
@@ -117,25 +118,32 @@ def reattention_triton(
     rope = Rope(cos.contiguous(), sin.contiguous())
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     inputs = Inputs(q_THD, k_cache_GND, v_cache_GND, out_THD, seq_len, rope, config, **options)
-    scratch: PlainScratch | DecodeScratch | ChunkScratch
-    # A workspace belongs to the current stream of the tensors' device.
-    with torch.cuda.device(q_THD.device) if q_THD.is_cuda else contextlib.nullcontext():
-        layer = inputs.layer
-        if inputs.sketch is not None and T == 1:
-            layer.check_sketched()
-        if layer.is_plain(T):
-            scratch = launch_plain(inputs)
-        elif layer.decodes(T) if inputs.votes is None else layer.counts():
-            scratch = launch_decode(inputs)
-        else:
-            for start, stop, size in plan.cut(T, chunk_size or T, q_THD.dtype):
-                n = seq_len - (T - stop) if stop < T else seq_len
-                part = inputs._replace(q=q_THD[start:stop], out=out_THD[start:stop], seq_len=n)
-                scratch = launch_chunks(part, size)
-    if not return_selection:
-        return out_THD, None
-    scopes = scopes_of(scratch, int(seq_len), layer)
+    # A workspace belongs to the current stream of the tensors' device. Threads that share a stream take turns, so that
+    # none finds what another's launch has left there; ranks wait for each other in `gather`.
+    with (
+        torch.cuda.device(q_THD.device) if q_THD.is_cuda else contextlib.nullcontext(),
+        contextlib.nullcontext() if driver.is_compiling() or inputs.gather is not None else enqueueing,
+    ):
+        scratch = launch_step(inputs, chunk_size or T)
+        if not return_selection:
+            return out_THD, None
+        scopes = scopes_of(scratch, int(seq_len), inputs.layer)
     return out_THD, scopes if config.span_scope == "kv_head" else scopes[0]
+
+
+def launch_step(inputs: Inputs, chunk_size: int) -> PlainScratch | DecodeScratch | ChunkScratch:
+    """The launches of a step; returns the scratch of the last."""
+    layer, seq_len, dtype, T = inputs.layer, inputs.seq_len, inputs.q.dtype, len(inputs.q)
+    if inputs.sketch is not None and T == 1:
+        layer.check_sketched()
+    if layer.is_plain(T):
+        return launch_plain(inputs)
+    if layer.decodes(T) if inputs.votes is None else layer.counts():
+        return launch_decode(inputs)
+    for start, stop, size in plan.cut(T, chunk_size, dtype):
+        n = seq_len - (T - stop) if stop < T else seq_len
+        scratch = launch_chunks(inputs._replace(q=inputs.q[start:stop], out=inputs.out[start:stop], seq_len=n), size)
+    return scratch
 
 
 def launch_plain(inputs: Inputs) -> PlainScratch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -197,6 +198,20 @@ def test_two_streams_at_once() -> None:
                 outputs.append(reattention(*case.arguments(), impl="triton"))
     torch.cuda.synchronize()
     assert all(torch.equal(out, expected) for out in outputs)
+
+
+def test_threads_on_one_stream_get_their_own_selections() -> None:
+    config = ReAttentionConfig(32, 256, 4, 32, 24)
+    cases = [make_case(config, 3000 + 500 * i, H=32, G=8, D=128, seed=i).on_gpu() for i in range(8)]
+
+    def select(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+        return reattention(*case.arguments(), impl="triton", return_selection=True)
+
+    expected = [select(case) for case in cases]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for _ in range(20):
+            for found, wanted in zip(pool.map(select, cases), expected, strict=True):
+                assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("work", ["matmul", "spin"])

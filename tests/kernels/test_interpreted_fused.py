@@ -6,7 +6,9 @@ bfloat16 is left to the GPU: the interpreter's dot multiplies its bit patterns.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ from minirea.kernels.fused.attend import rotate
 from minirea.kernels.fused.order import NOWHERE, pack, position_of, take_best, to_order
 from minirea.kernels.fused.scope import locate, select
 from minirea.kernels.fused.vote import sort, vote
+from minirea.threads import enqueueing
 
 
 def check(case: Case) -> None:
@@ -44,6 +47,20 @@ def check(case: Case) -> None:
         assert [s.tolist() for s in as_list(selection)] == [s.tolist() for s in scopes]
         limit = 2 * error(plain_attention(cast, scopes), exact_THD) + torch.finfo(dtype).eps
         assert error(out_THD, exact_THD) <= limit
+
+
+def test_threads_take_turns_from_a_launch_to_its_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share scratch where they share a stream."""
+    alone: list[bool] = []
+
+    def recorded(call: Any, *arguments: Any) -> Any:
+        alone.append(enqueueing._is_owned())  # type: ignore[attr-defined]
+        return call(*arguments)
+
+    for name in ("launch_step", "scopes_of"):
+        monkeypatch.setattr(launch, name, functools.partial(recorded, getattr(launch, name)))
+    check(make_case(ReAttentionConfig(3, 5, 4, 4, 2), 90))
+    assert alone == [True] * 4
 
 
 @pytest.mark.parametrize("seed", range(28))
