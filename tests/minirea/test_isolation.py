@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -191,3 +192,52 @@ def test_threads_share_a_model_and_get_their_own_tokens(directory: Path, device:
     expected = [generate(i) for i in range(16)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(generate, [*range(16), *range(16)])) == [*expected, *expected]
+
+
+FEATURES: list[dict[str, Any]] = [
+    {},
+    {"dtype": "float32", "vote_window": 8, "vote_size": 4, "carry_votes": True, "decode_spans": 3},
+    {"dtype": "float32", "quantize": "int8"},
+    {"quantize": "int4"},
+    {"dtype": "float32", "sketch": "int8"},
+    {"cache": "host"},
+    {"cache": "host", "sketch": "int8"},
+    {"dtype": "float32", "impl": "torch"},
+]
+
+
+@pytest.mark.gpu
+def test_calls_of_all_kinds_beside_each_other(tmp_path: Path) -> None:
+    """What a model gives alone it gives beside other models and calls: prompts, samples, sources, contexts in files,
+    rewinds, abandoned streams, and caches on the host that are freed.
+    """
+    directory = write_checkpoint(tmp_path / "model", tiny_model(head_dim=32), torch.bfloat16)
+    llms = [minirea.load(directory, device="cuda", **SCOPE, **features) for features in FEATURES]
+    llms += [llms[0].with_attention("full"), llms[0].with_attention("streaming", **SCOPE)]
+
+    def call(i: int) -> Any:
+        llm, ids, options = llms[i % len(llms)], random_ids(20 + 37 * (i % 9), seed=i), {"ignore_eos": True}
+        options |= {"max_tokens": (1, 5, 12)[i % 3]}
+        kind = i // len(llms)
+        if kind == 0:
+            return llm.generate(ids, temperature=0.8, repetition_penalty=1.2, top_p=0.9, seed=i, **options).token_ids
+        if kind == 1:
+            return llm.generate(ids, sources=2, **options).sources
+        if kind == 2:
+            stream = llm.stream(ids, max_tokens=12, ignore_eos=True, temperature=1.0, seed=i)
+            return [next(stream).token_ids for _ in range(2)]
+        session = llm.session()
+        session.prefill(ids)
+        if kind == 3:
+            session.rewind(len(ids) - 3)
+            return session.generate(ids[:5], **options).token_ids
+        path = tmp_path / f"{i}-{threading.get_ident()}"
+        session.save(path)
+        return llm.open_session(path).generate(ids[:5], **options).stats.scope
+
+    calls = range(5 * len(llms))
+    expected = [call(i) for i in calls]
+    with ThreadPoolExecutor(8) as pool:
+        for turn in range(4):
+            order = sorted(calls, key=lambda i: (i * 7919 + turn * 31) % 101)
+            assert dict(zip(order, pool.map(call, order), strict=True)) == dict(enumerate(expected))
