@@ -35,7 +35,7 @@ ALLOWED = {
     "minirea.sampling": {"checks"},
     "minirea.placement": set(),
     "minirea.pages": set(),
-    "minirea.pinned": {"errors", "memory"},
+    "minirea.pinned": {"errors", "memory", "threads"},
     "minirea.cache": {"config", "memory", "errors", "kernels", "pages", "pinned", "placement", "threads"},
     "minirea.attention": {"kernels", "cache", "config", "cpu_attention", "placement", "rope", "errors"},
     "minirea.cpu": {"quantize", "pages", "progress", "threads"},
@@ -65,9 +65,11 @@ ALLOWED = {
     "minirea.observer": {"attention", "cache", "kernels", "model", "rope"},
     "minirea.sources": {"cache", "isolation", "model", "observer", "tokenizer"},
     "minirea.steps": {"kernels", "attention", "linear", "model", "cache", "placement", "ranks", "sampling"},
-    "minirea.graph": {"steps", "model", "cache", "ranks", "sampling"},
+    "minirea.graph": {"steps", "model", "cache", "ranks", "sampling", "threads"},
     "minirea.progress": {"config"},
-    "minirea.context": {"cache", "checks", "config", "errors", "files", "isolation", "progress", "threads", "weights"},
+    "minirea.context": {
+        *("cache", "checks", "config", "errors", "files", "isolation", "pinned", "progress", "threads", "weights"),
+    },
     "minirea.generate": {
         *("checks", "graph", "steps", "model", "cache", "sampling", "tokenizer", "isolation", "memory", "errors"),
         *("leader", "progress", "ranks"),
@@ -76,7 +78,7 @@ ALLOWED = {
     "minirea.api": {
         *("follower", "leader", "loading", "ranks"),
         *("generate", "steps", "attention", "model", "checks", "checkpoint_config", "config", "memory"),
-        *("tokenizer", "plan", "sources", "weights", "errors", "files", "isolation", "context"),
+        *("tokenizer", "plan", "sources", "weights", "errors", "files", "isolation", "context", "pinned"),
     },
     "minirea.evaluation": {
         *("evaluation", "api", "checks", "config", "generate", "files", "isolation", "json_object", "progress"),
@@ -101,7 +103,7 @@ ALLOWED = {
     "minirea.evaluation.tasks.likelihood": {"evaluation", "api", "cache", "steps", "errors", "isolation", "progress"},
     "minirea.evaluation.tasks.observe": {"evaluation", "cache", "generate", "isolation", "model", "observer"},
     "minirea.evaluation.tasks.mechanism_measures": {"evaluation", "config", "kernels", "observer", "rope"},
-    "kernels": {"config", "errors", "kernels", "quantize"},
+    "kernels": {"config", "errors", "kernels", "quantize", "threads"},
     "weights": {"quantize", "config", "errors", "files", "json_object", "progress", "threads", "weights"},
 }
 

@@ -39,7 +39,8 @@ class Runtime:
         del self.registered[address]
         return 0
 
-    def synchronize(self) -> None:
+    def synchronize(self, device: torch.device | None = None) -> None:
+        assert device is None
         assert not self.capturing
         self.waits += 1
         self.alone.append(enqueueing._is_owned())  # type: ignore[attr-defined]
