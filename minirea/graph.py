@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -154,7 +155,7 @@ class StepGraph:
         # A generator's offset is written there before anything is captured, to memory of the current stream, on which
         # what was freed may still be read.
         aside.wait_stream(current)
-        with torch.cuda.stream(aside):
+        with torch.cuda.stream(aside), nothing_collected():
             graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 self.run()
@@ -166,6 +167,18 @@ class StepGraph:
 
 class CaptureEndedError(RuntimeError):
     """What is captured is lost by what another thread did."""
+
+
+@contextlib.contextmanager
+def nothing_collected() -> Iterator[None]:
+    """What Python's garbage collector closes, such as an abandoned stream, must not become part of a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def end_capture(graph: torch.cuda.CUDAGraph, pool: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from testing import random_ids, tiny_model, write_checkpoint
 import minirea
 from minirea.config import ReAttentionConfig
 from minirea.evaluation.tasks.likelihood import nlls_in_range, token_nlls
+from minirea.graph import nothing_collected
 from minirea.isolation import isolated
 from minirea.kernels import reattention
 
@@ -114,6 +116,19 @@ def test_a_forked_process_computes_without_the_threads_that_stayed_behind(direct
         at_once(1, forked)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_as_the_caller_has_it_after_a_capture(enabled: bool) -> None:
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with contextlib.suppress(ValueError), nothing_collected():
+            assert not gc.isenabled()
+            raise ValueError
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_a_stream_that_is_open_when_the_process_ends(directory: Path) -> None:
