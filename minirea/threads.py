@@ -18,8 +18,8 @@ from typing import Final
 
 from minirea.errors import InputError
 
-# Held while a step is put on its way to a GPU, and while a whole device is waited for: that would end a capture in
-# another thread.
+# Held while a step is put on its way to a GPU, and from a launch of attention until its selection is read; and while a
+# whole device is waited for, which would end a capture in another thread.
 enqueueing: Final = threading.RLock()
 
 # OpenMP's own variable, and what the runtimes that torch comes with (GNU's on Linux, LLVM's elsewhere) prefer to it.

@@ -482,14 +482,14 @@ def tile_of_words(matrix: QuantizedMatrix) -> Tile:
     """
     (N, K), bits = matrix.shape, matrix.bits
     columns = 4 * 32 // bits * 32  # of a warp
-    few = 2048 if bits == 8 else 4095
-    if few >= N and K >= 8192:
+    few = N <= 2048 if bits == 8 else N < 4096
+    if few and K >= 8192:
         rows, warps = 4, [8]
     elif bits == 8:
-        rows, warps = (4 if few >= N else 8), [4, 2, 1]
+        rows, warps = (4 if few else 8), [4, 2, 1]
         if N >= 12288 and 8 * columns == K:
             warps = [8]
-    elif N >= 4096 and K >= 4096:
+    elif not few and K >= 4096:
         rows, warps = 8, [4]
     else:
         rows, warps = (8 if N > 5120 else 4), [2, 1]
