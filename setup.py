@@ -32,6 +32,7 @@ setup(
         "minirea.explain",
         *(f"minirea.evaluation{room}" for room in ("", ".frame", ".text", ".tasks", ".benchmarks")),
         "minirea.kernels",
+        "minirea.kernels.cpu",
         "minirea.kernels.fused",
         "minirea.kernels.steps",
         "minirea.weights",
@@ -49,6 +50,7 @@ setup(
         "sentencepiece",
         "tokenizers>=0.20",
         "numpy",
+        "llvmlite>=0.45",  # compiles the kernels of a CPU
         "jinja2>=3.1.6",
         "tqdm",
     ],

@@ -62,7 +62,6 @@ class Step(NamedTuple):
         dense: where the device counts: it is a decode step within dense_size.
         votes: what its layers' votes add up in, where they do; see `Attention.begin`.
         leaves_winners: in the cache, for later tokens.
-        copies: by layer, where minirea.cpu_attention does; see `Attention.new_key_copies`.
     """
 
     seq_len: int | Tensor
@@ -73,7 +72,6 @@ class Step(NamedTuple):
     dense: bool = False
     votes: Votes | None = None
     leaves_winners: bool = False
-    copies: list[cpu.KeyCopies] | None = None
 
 
 def step_chunks(num_heads: int, num_kv_heads: int, head_dim: int, chunk_size: int, device: torch.device) -> int:
@@ -237,22 +235,6 @@ class Attention:
         """Whether a step may have winners; False where it is known to attend to all."""
         return not step.dense and (isinstance(step.seq_len, Tensor) or step.seq_len > self.dense_size)
 
-    def new_key_copies(self, num_layers: int, dtype: torch.dtype) -> list[cpu.KeyCopies] | None:
-        """For decode steps by minirea.cpu_attention, one behind the other, before the first of them, by layer; None
-        where other code attends, or nothing is selected.
-        """
-        if not self._selects or not self._on_cpu(dtype):
-            return None
-        return [cpu.KeyCopies.new() for _ in range(num_layers)]
-
-    def copies_bytes_on_cpu(self, num_tokens: int, dtype: torch.dtype) -> int:
-        """What these come to hold, at most, for a cache of `num_tokens`."""
-        if not self._selects or not self._on_cpu(dtype):
-            return 0
-        c = self.model
-        sizes = num_tokens, self.config.local_size, c.num_kv_heads, c.head_dim
-        return c.num_layers * cpu.copies_bytes(*sizes, dtype)
-
     def table_rows(self, capacity: int) -> int:
         """Positions in the tables that serve a cache of `capacity` tokens.
 
@@ -286,7 +268,7 @@ class Attention:
         """
         return self.device.type == "cuda" and self.impl == "triton" and self.mode != "full"
 
-    def _on_cpu(self, dtype: torch.dtype) -> bool:
+    def on_cpu(self, dtype: torch.dtype) -> bool:
         """Whether minirea.cpu_attention attends, which does faster what the reference does."""
         plain = self.impl == "torch" and self.config.span_scope == "layer"
         return plain and self.device.type == "cpu" and cpu.computes_in(dtype)
@@ -345,7 +327,7 @@ class Attention:
         if isinstance(stop, Tensor) or stop > self.dense_limit:
             return self.over_cache(layer, qkv_TXD[:, :H], cache, step)
         assert q_rotated is not None
-        start = self._first_visible(stop, T)
+        start = self.first_visible(stop, T)
         keys = (1, start, stop - start)
         k_GND, v_GND = cache.k_rotated[layer].narrow(*keys), cache.v[layer].narrow(*keys)
         return full_attention(q_rotated, k_GND, v_GND, self.sliding_window)
@@ -411,11 +393,10 @@ class Attention:
         looks = chunk_size == step.chunk_size == 1 and not step.dense and self._is_sketched(cache, step)
         sketch = cache.sketches[layer] if looks else None
         winners = cache.winners[layer] if step.leaves_winners else None
-        on_cpu = sketch is None and self._on_cpu(q_THD.dtype)
+        on_cpu = sketch is None and self.on_cpu(q_THD.dtype)
         if on_cpu and isinstance(step.seq_len, int) and step.seq_len > self.dense_size:
             arguments = (q_THD, k_GND, v_GND, step.seq_len, cos, sin, config)
-            copies = None if step.copies is None else step.copies[layer]
-            return cpu.reattention(*arguments, self.gather, step.votes, winners, copies)
+            return cpu.reattention(*arguments, self.gather, step.votes, winners)
         near = cache.near[layer]
         if step.chunk_size > 1:
             cache.bring_ahead(layer)
@@ -446,7 +427,7 @@ class Attention:
         """
         seq_len = cache.seq_len
         if self.mode == "full":
-            return {"global": 0, "selected": 0, "local": seq_len - self._first_visible(seq_len, 1), "seq_len": seq_len}
+            return {"global": 0, "selected": 0, "local": seq_len - self.first_visible(seq_len, 1), "seq_len": seq_len}
         local = min(seq_len, self.config.local_size)
         first = min(seq_len - local, self.config.global_size)
         selected = self._scope_len(cache, q_1HD) - first - local
@@ -470,7 +451,7 @@ class Attention:
             lengths = self.gather(lengths.to(self.device))
         return int(lengths.max())
 
-    def _first_visible(self, seq_len: int, num_tokens: int) -> int:
+    def first_visible(self, seq_len: int, num_tokens: int) -> int:
         """The first key that any of the last `num_tokens` queries can see."""
         return max(0, seq_len - num_tokens + 1 - (self.sliding_window or seq_len))
 
@@ -495,8 +476,8 @@ def full_attention(q_THD: Tensor, k_GND: Tensor, v_GND: Tensor, sliding_window: 
         out = F.scaled_dot_product_attention(q_HTD[None], k_GND[None], v_GND[None], attn_mask=bias, enable_gqa=True)
         return out[0].transpose(0, 1)
     # The query heads of a group become extra rows of one head, so that keys and values are never repeated.
-    if T == 1 and q_THD.is_cpu and q_THD.dtype == torch.float32:
-        return cpu.attend(q_THD.reshape(G, H // G, D), k_GND, v_GND).view(1, H, D)
+    if T == 1 and q_THD.is_cpu and cpu.computes_in(q_THD.dtype):
+        return cpu.attend(q_THD, k_GND, v_GND)
     if T > 1 and q_THD.is_cpu and (sliding_window is None or sliding_window >= N):
         return cpu.attend_causal(q_THD, k_GND, v_GND)
     q_GRD = q_THD.unflatten(1, (G, H // G)).permute(1, 2, 0, 3).reshape(G, H // G * T, D)

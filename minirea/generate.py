@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minirea.cache import KVCache
 from minirea.checks import integer, items, shown, switch
+from minirea.cpu_steps import CpuDecodeStep
 from minirea.errors import InputError
 from minirea.graph import compiling_decode_step, decode_ahead, read_captured
 from minirea.isolation import isolated, num_threads
@@ -315,16 +316,15 @@ def decode(
 def decode_one_by_one(
     model: Model, cache: KVCache, last_id: int, sampler: Sampler | SharedSampler, limit: int
 ) -> Generator[int, None, None]:
-    """`decode` by the model's ordinary forward pass, each token read before the next step begins.
-
-    Its steps share copies of keys, which hold for the cache as these steps leave it: after a rewind, or other tokens,
-    another call goes on.
+    """`decode` by the model's ordinary forward pass, or on a CPU what computes the same with less ado, each token
+    read before the next step begins.
     """
     ids_T = torch.tensor([last_id], dtype=torch.long, device=model.device)
-    copies = model.attention.new_key_copies(len(model.layers), model.dtype)
+    step = CpuDecodeStep(model, cache) if CpuDecodeStep.serves(model, cache) else None
     for _ in range(limit):
         model.attention.sketch_keys(cache)
-        ids_T = sampler(model.logits(model.forward(ids_T, cache, copies=copies))[-1])
+        logits_TV = step.run(ids_T) if step else model.logits(model.forward(ids_T, cache))
+        ids_T = sampler(logits_TV[-1])
         yield int(ids_T)
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Final
+from typing import Final, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minirea import cpu
-from minirea.cpu import PackedMatrix, PackedPlanes, TiledGateUp, TiledMatrix
+from minirea.cpu import TiledGateUp, TiledMatrix
+from minirea.kernels.cpu import products
 from minirea.kernels.steps import reference as twins
 from minirea.quantize import QuantizedMatrix, parts
 
-Matrix = Tensor | PackedMatrix | TiledMatrix | PackedPlanes | QuantizedMatrix
+Matrix = Tensor | TiledMatrix | QuantizedMatrix
 
 # Weights of a quantized matrix that are made wide at a time, by torch and by a GPU's kernels.
 WIDENED_AT_ONCE: Final = 1 << 24
@@ -27,16 +28,13 @@ _ROWS_OF_PARTS: Final = (2048, 256, 8)
 
 def linear(x_TK: Tensor, matrix_NK: Matrix, bias_N: Tensor | None = None, kernels: ModuleType = twins) -> Tensor:
     """x_TK times the matrix transposed, plus the bias: [T, N]. `kernels` has what widens a quantized matrix."""
-    if isinstance(matrix_NK, Tensor):
-        return F.linear(x_TK, matrix_NK, bias_N)
     if isinstance(matrix_NK, TiledMatrix):
         return matrix_NK.multiply(x_TK, bias_N)
-    if isinstance(matrix_NK, PackedMatrix):
-        out_TN = matrix_NK.multiply(x_TK).mul_(matrix_NK.inverse_scale)
-    elif isinstance(matrix_NK, PackedPlanes):
-        out_TN = matrix_NK.multiply(x_TK).to(x_TK.dtype)
-    else:
-        out_TN = _widened_product(x_TK, matrix_NK, kernels)
+    if products.multiplies(matrix_NK, x_TK):
+        return products.linear(x_TK, matrix_NK, bias_N)
+    if isinstance(matrix_NK, Tensor):
+        return F.linear(x_TK, matrix_NK, bias_N)
+    out_TN = _widened_product(x_TK, matrix_NK, kernels)
     return out_TN if bias_N is None else out_TN.add_(bias_N)
 
 
@@ -44,17 +42,15 @@ def add_linear(
     sum_TN: Tensor, x_TK: Tensor, matrix_NK: Matrix, bias_N: Tensor | None = None, kernels: ModuleType = twins
 ) -> None:
     """sum_TN += linear(...), by a product that ends in the sum where there is one: one rounding, no pass of its own."""
-    if bias_N is not None or x_TK.dtype != sum_TN.dtype:
+    if isinstance(matrix_NK, TiledMatrix):
+        sum_TN += matrix_NK.multiply(x_TK, bias_N)
+    elif products.multiplies(matrix_NK, x_TK) and sum_TN.dtype == x_TK.dtype == torch.float32:
+        products.add_linear(sum_TN, x_TK, matrix_NK, bias_N)
+    elif bias_N is not None or x_TK.dtype != sum_TN.dtype:
         sum_TN += linear(x_TK, matrix_NK, bias_N, kernels)
     elif isinstance(matrix_NK, QuantizedMatrix):
         for columns, wide_NK in _widened(matrix_NK, x_TK, kernels):
             sum_TN[:, columns].addmm_(x_TK, wide_NK.t())
-    elif isinstance(matrix_NK, PackedPlanes):
-        sum_TN += matrix_NK.multiply(x_TK)
-    elif isinstance(matrix_NK, PackedMatrix):
-        sum_TN.add_(matrix_NK.multiply(x_TK), alpha=matrix_NK.inverse_scale)
-    elif isinstance(matrix_NK, TiledMatrix):
-        sum_TN += matrix_NK.multiply(x_TK)
     else:
         sum_TN.addmm_(x_TK, matrix_NK.t())
 
@@ -67,14 +63,11 @@ def norm_linear(
     bias_N: Tensor | None = None,
     kernels: ModuleType = twins,
 ) -> Tensor:
-    """linear(rms_norm(x_TE), ...): [T, N]. `kernels` has a GPU's norm; a CPU has its own.
-
-    The scale of a packed matrix is undone in the norm, where it costs least. A power of two commutes with the product,
-    exactly but for elements so small that they turn subnormal.
+    """linear(rms_norm(x_TE), ...): [T, N]. `kernels` has a GPU's norm; a CPU has its own, which is part of the product
+    of a single row.
     """
-    if isinstance(matrix_NE, PackedMatrix):
-        out_TN = matrix_NE.multiply(cpu.rms_norm(x_TE, norm_E, eps, matrix_NE.inverse_scale))
-        return out_TN if bias_N is None else out_TN.add_(bias_N)
+    if _is_one_row(matrix_NE, x_TE, norm_E):
+        return products.norm_linear(x_TE, norm_E, eps, matrix_NE, bias_N)
     return linear((cpu if x_TE.is_cpu else kernels).rms_norm(x_TE, norm_E, eps), matrix_NE, bias_N, kernels)
 
 
@@ -89,8 +82,14 @@ def norm_swiglu(
     """silu(gate) * up of rms_norm(x_TE), [T, F], by a product with both, M = 2F."""
     if isinstance(matrix_ME, TiledGateUp):
         return matrix_ME.swiglu(cpu.rms_norm(x_TE, norm_E, eps), bias_M)
+    if _is_one_row(matrix_ME, x_TE, norm_E):
+        return products.norm_swiglu(x_TE, norm_E, eps, matrix_ME, bias_M)
     swiglu: Tensor = kernels.swiglu(norm_linear(x_TE, norm_E, eps, matrix_ME, bias_M, kernels))
     return swiglu
+
+
+def _is_one_row(matrix_NE: Matrix, x_TE: Tensor, norm_E: Tensor) -> TypeGuard[products.Matrix]:
+    return len(x_TE) == 1 and norm_E.dtype == torch.float32 and products.multiplies(matrix_NE, x_TE)
 
 
 def _widened_product(x_TK: Tensor, matrix_NK: QuantizedMatrix, kernels: ModuleType) -> Tensor:

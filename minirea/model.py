@@ -17,7 +17,6 @@ from minirea.attention import Attention, Step
 from minirea.cache import KVCache
 from minirea.config import ModelConfig
 from minirea.cpu import TiledGateUp, multiplies_tiles, prepare
-from minirea.cpu_attention import KeyCopies
 from minirea.kernels import Gather, prefill_kernels
 from minirea.linear import Matrix, add_linear, linear, norm_linear, norm_swiglu
 
@@ -123,14 +122,12 @@ class Model:
         cache: KVCache,
         horizon: int = 0,
         chunk_size: int | None = None,
-        copies: list[KeyCopies] | None = None,
     ) -> Tensor:
         """Read T tokens, append them to the cache, and return their hidden states [T, E], before the final norm.
 
-        `horizon` and `chunk_size` are those of Attention.step, for one chunk; `copies` are what
-        Attention.new_key_copies made before the first of several decode steps.
+        `horizon` and `chunk_size` are those of Attention.step, for one chunk.
         """
-        step = self._begin(ids_T, cache, horizon, chunk_size)._replace(copies=copies)
+        step = self._begin(ids_T, cache, horizon, chunk_size)
         x_TE = self._embed(ids_T)
         for index in range(len(self.layers)):
             self._block(index, x_TE, cache, step)

@@ -11,22 +11,11 @@ import torch
 from minirea.attention import Attention
 from minirea.cache import cache_bytes, far_bytes
 from minirea.config import ModelConfig
-from minirea.cpu import (
-    MAX_PREPARING_THREADS,
-    PLANES_WIDENED_AT_ONCE,
-    can_pack,
-    can_pack_planes,
-    multiplies_tiles,
-    packed_bytes,
-    plane_bytes,
-    preparing_bytes,
-    tiled_bytes,
-)
+from minirea.cpu import MAX_PREPARING_THREADS, is_prepared, multiplies_tiles, preparing_bytes, tiled_bytes
 from minirea.kernels import scratch_bytes
 from minirea.linear import WIDENED_AT_ONCE, WIDENED_BY_KERNELS
 from minirea.memory import MemoryPlan, first_that_fits
 from minirea.placement import Placement
-from minirea.quantize import group_size, quantized_bytes
 from minirea.weights import quantizing_bytes, stored_weight_bytes, weight_bytes
 
 # Kernels that are loaded on first use, cuBLAS's workspaces, and what an allocator cannot use for its blocks' sizes.
@@ -35,7 +24,7 @@ RESERVED: Final = {"cpu": 64 * 2**20, "cuda": 768 * 2**20}
 
 def keeps_half(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether half-precision matrices stay so: float32 arithmetic on a CPU that multiplies by them (minirea.cpu)."""
-    return device.type == "cpu" and dtype == torch.float32 and can_pack()
+    return device.type == "cpu" and is_prepared(dtype)
 
 
 def plan_run(
@@ -101,30 +90,22 @@ def _model_bytes(path: str | Path, config: ModelConfig, dtype: torch.dtype, devi
     """Of the weights, and besides them while they are loaded."""
     if device.type != "cpu":
         return weight_bytes(config, dtype), 0
+    if is_prepared(dtype):
+        return stored_weight_bytes(path, config, dtype), 0
     # Matrices that change their layout: the head, and each layer's largest.
     rows = [config.vocab_size, *[2 * config.mlp_size] * min(config.num_layers, MAX_PREPARING_THREADS)]
     loading = preparing_bytes(n * config.hidden_size for n in rows)
     if multiplies_tiles(dtype):
         return weight_bytes(config, dtype, tiled_bytes), loading
-    if not keeps_half(dtype, device):
-        return weight_bytes(config, dtype), loading
-    # A tied head is there twice: looked up and multiplied by, and one layout cannot do both.
-    return stored_weight_bytes(path, config, dtype, packed_bytes=packed_bytes), loading
+    return weight_bytes(config, dtype), loading
 
 
 def _quantized_model_bytes(
     path: str | Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, quantize: str
 ) -> tuple[int, int]:
     """_model_bytes of matrices that are rounded while they are loaded."""
-    on_cpu, keep_half = device.type == "cpu", keeps_half(dtype, device)
-    matrix_bytes = plane_bytes if on_cpu else quantized_bytes
-    arguments = path, config, dtype, quantize, keep_half, matrix_bytes
-    weights = stored_weight_bytes(*arguments, packed_bytes if config.packing else None)
-    loading = quantizing_bytes(config, device)
-    if on_cpu:  # each thread has a matrix in two layouts
-        N, K = max(config.vocab_size, 2 * config.mlp_size), config.hidden_size
-        loading += MAX_PREPARING_THREADS * plane_bytes(N, K, 8, group_size(K, 8))
-    return weights, loading
+    weights = stored_weight_bytes(path, config, dtype, quantize, keeps_half(dtype, device))
+    return weights, quantizing_bytes(config, device)
 
 
 def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int, quantize: str | None = None) -> int:
@@ -132,7 +113,7 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int, q
 
     An estimate, rather too high: activations as if none were freed within a block and votes that add up, twice where a
     graph of the step has its own, logits, a part of a quantized matrix made wide, and the scratch of the fused kernel,
-    or a scope's keys and values, gathered and rotated, a causal mask, and keys that a CPU's decode steps share.
+    or a scope's keys and values, gathered and rotated, and a causal mask.
     """
     c, scope = attention.model, attention.config
     T = min(max(map(attention.step_tokens, (scope.chunk_size, scope.tail_chunk_size))), num_tokens)
@@ -154,14 +135,11 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int, q
     wide = _wide_bytes(attention, dtype, copies) if quantize else 0
     votes = attention.new_votes(num_tokens, torch.device("meta")) if attention.carries_votes else ()
     voted = copies * sum(tensor.nbytes for tensor in votes)
-    key_copies = attention.copies_bytes_on_cpu(num_tokens, dtype)
-    return RESERVED[attention.device.type] + activations + logits + gathered + mask + tables + wide + voted + key_copies
+    return RESERVED[attention.device.type] + activations + logits + gathered + mask + tables + wide + voted
 
 
 def _wide_bytes(attention: Attention, dtype: torch.dtype, copies: int) -> int:
     """Of the part of a quantized matrix that is wide at a time; torch's own operations hold some copies of it."""
-    if attention.device.type == "cpu" and can_pack_planes():
-        return PLANES_WIDENED_AT_ONCE * 4 * torch.float32.itemsize
     if attention.impl == "triton":
         return copies * WIDENED_BY_KERNELS * dtype.itemsize
     return copies * WIDENED_AT_ONCE * 4 * torch.float32.itemsize

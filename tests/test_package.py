@@ -38,14 +38,15 @@ ALLOWED = {
     "minirea.pinned": {"errors", "memory", "threads"},
     "minirea.cache": {"config", "memory", "errors", "kernels", "pages", "pinned", "placement", "threads"},
     "minirea.attention": {"kernels", "cache", "config", "cpu_attention", "placement", "rope", "errors"},
-    "minirea.cpu": {"quantize", "pages", "progress", "threads"},
-    "minirea.cpu_attention": {"config", "cpu", "kernels", "pages", "rope"},
+    "minirea.cpu": {"kernels", "quantize", "pages", "progress", "threads"},
+    "minirea.cpu_attention": {"config", "cpu", "kernels", "rope"},
+    "minirea.cpu_steps": {"attention", "cache", "kernels", "model"},
     "minirea.plan": {
         *("quantize", "linear", "attention", "cache", "config", "cpu", "kernels", "memory", "placement", "weights"),
     },
     "minirea.linear": {"quantize", "kernels", "cpu"},
     "minirea.ranks": {"config", "errors", "kernels", "sampling"},
-    "minirea.model": {"kernels", "attention", "cache", "config", "cpu", "cpu_attention", "linear", "ranks"},
+    "minirea.model": {"kernels", "attention", "cache", "config", "cpu", "linear", "ranks"},
     "minirea.leader": {"cache", "config", "errors", "model", "ranks", "threads"},
     "minirea.follower": {
         *(
@@ -72,7 +73,7 @@ ALLOWED = {
     },
     "minirea.generate": {
         *("checks", "graph", "steps", "model", "cache", "sampling", "tokenizer", "isolation", "memory", "errors"),
-        *("leader", "progress", "ranks"),
+        *("cpu_steps", "leader", "progress", "ranks"),
     },
     "minirea.loading": {"attention", "cache", "isolation", "leader", "model", "plan", "ranks", "weights"},
     "minirea.api": {

@@ -45,7 +45,6 @@ from shapes import SHAPES, named
 
 from minirea.cache import all_sketch_bytes
 from minirea.config import CACHES, SKETCHES
-from minirea.cpu import PackedMatrix
 from minirea.placement import FIRST_SKETCHED_LAYER
 
 # minirea-full: with full attention; minirea-alone: a token of an answer votes alone, and each layer by itself.
@@ -338,7 +337,7 @@ class Minirea:
         """
         model = self.llm.model
         c, scope = model.config, model.attention.config.of_decode_step
-        weights = model.nbytes - (model.embed.nbytes if model.embed is not model.head else 0) - padding(model)
+        weights = model.nbytes - (model.embed.nbytes if model.embed is not model.head else 0)
         key_bytes = scored = c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
         if self.session.cache.sketched:
             scored = key_bytes // c.num_layers * FIRST_SKETCHED_LAYER
@@ -405,12 +404,6 @@ def random_model(files: Any) -> Any:
         else:
             tensor.fill_(1 if tensor.shape[0] == files.config.hidden_size else 0)
     return LLM(Model(files.config, weights, files.attention), None)
-
-
-def padding(model: Any) -> int:
-    """Bytes of packed matrices that fill up their layout's blocks: they are not read."""
-    packed = [m for m in itertools.chain([model.head], *model.layers) if isinstance(m, PackedMatrix)]
-    return sum(m.nbytes - math.prod(m.shape) * torch.float16.itemsize for m in packed)
 
 
 class Transformers:

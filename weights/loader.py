@@ -168,32 +168,20 @@ def stored_weight_bytes(
     dtype: torch.dtype,
     quantize: str | None = None,
     keep_half: bool = True,
-    matrix_bytes: Callable[[int, int, int, int], int] = quantized_bytes,
-    packed_bytes: Callable[[int, int], int] | None = None,
 ) -> int:
     """Like weight_bytes, for arguments of load_weights that depend on how a checkpoint is stored.
-
-    Args:
-        matrix_bytes: what a quantized matrix [N, K] takes, from N, K, bits and group size.
-        packed_bytes: what another one takes that is left in half precision, from N and K, but for the embedding; a tied
-            head is then one of them.
 
     Raises what load_weights raises for the files' headers.
     """
     assigned = assign(Path(directory), tensors_of(Path(directory), config), NameTable(config))
     kept = _kept_dtypes(assigned) if keep_half else {}
-    packs = packed_bytes if keep_half else None
     shapes = dict(_shapes(config))
-    packs_head = packs is not None and "embed.weight" in kept
-    if config.tie_word_embeddings and (packs_head or _bits(config, quantize, "head.weight", shapes["embed.weight"])):
+    if config.tie_word_embeddings and _bits(config, quantize, "head.weight", shapes["embed.weight"]):
         shapes["head.weight"] = shapes["embed.weight"]
-        kept |= {"head.weight": kept["embed.weight"]} if packs_head else {}
 
     def nbytes(name: str, shape: tuple[int, ...]) -> int:
         if bits := _bits(config, quantize, name, shape):
-            return matrix_bytes(shape[0], shape[1], bits, _group_size(config, shape[1], bits))
-        if packs and name in kept and name != "embed.weight":
-            return packs(shape[0], shape[1])
+            return quantized_bytes(shape[0], shape[1], bits, _group_size(config, shape[1], bits))
         return math.prod(shape) * kept.get(name, dtype).itemsize
 
     return sum(nbytes(name, shape) for name, shape in shapes.items())

@@ -16,6 +16,7 @@ from testing import TINY, random_ids, tiny_model, write_checkpoint, write_tokeni
 
 import minirea
 from minirea.config import ReAttentionConfig
+from minirea.cpu_steps import CpuDecodeStep
 from minirea.generate import GenerationConfig, Interrupted, StopStrings
 
 # Small enough that a prompt of 100 tokens selects: 4 + 24 dense, then spans.
@@ -366,15 +367,21 @@ def test_a_failed_call_leaves_a_session_as_it_was(demo: minirea.LLM, monkeypatch
     session.rewind(len(expected.ids))
     session.cache.rewind(expected.cache.seq_len)
     unchanged()
-    forward, calls = demo.model.forward, []
+    calls: list[object] = []
 
-    def failing(*args: object, **options: object) -> torch.Tensor:
-        calls.append(args)
-        if len(calls) % 3 == 0:
-            raise error
-        return forward(*args, **options)
+    def fail_at_times(owner: object, name: str) -> None:
+        function = getattr(owner, name)
 
-    monkeypatch.setattr(demo.model, "forward", failing)
+        def failing(*args: object, **options: object) -> torch.Tensor:
+            calls.append(args)
+            if len(calls) % 3 == 0:
+                raise error
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, failing)
+
+    fail_at_times(demo.model, "forward")
+    fail_at_times(CpuDecodeStep, "run")
     for error in (RuntimeError("broken"), KeyboardInterrupt()):
         with pytest.raises(type(error)):
             session.generate(" by the sea", 5)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from testing import random_ids, tiny_model, write_checkpoint, write_mistral, write_tokenizer
 
 import minirea
-from minirea import api, cpu, quantize
+from minirea import api, quantize
 from minirea.checkpoint_config import load_config
 from minirea.cli import main
 from minirea.errors import InputError
@@ -27,7 +27,6 @@ from minirea.weights import load_weights, loader
 CPU = torch.device("cpu")
 # N, K: whole blocks and groups, and sizes that neither divides.
 SHAPES = [(64, 128), (70, 45), (1, 1), (3, 32), (130, 200), (33, 2304), (2, 2100)]
-needs_planes = pytest.mark.skipif(not cpu.can_pack_planes(), reason="this torch has no fast product with 4-bit weights")
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -101,6 +100,8 @@ def test_regression_lowers_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_products_are_those_of_the_wide_matrix(bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch; what a CPU's kernels do is in test_cpu_products."""
+    monkeypatch.setattr("minirea.kernels.cpu.code.is_installed", lambda: False)
     monkeypatch.setattr("minirea.linear.WIDENED_AT_ONCE", 500)  # several parts
     matrix, x, bias, total = quantized(random(70, 45), bits), random(3, 45, seed=1), random(70, seed=2), random(3, 70)
     x, bias, total = x.to(dtype), bias.to(dtype), total.to(dtype)
@@ -125,31 +126,10 @@ def test_a_part_that_kernels_widen_begins_where_cublas_is_fast(
 
     kernels = ModuleType("kernels")
     monkeypatch.setattr(kernels, "widen", widen, raising=False)
+    monkeypatch.setattr("minirea.kernels.cpu.code.is_installed", lambda: False)
     matrix, x = quantized(random(9001, 45), 8), random(3, 45)
     torch.testing.assert_close(linear(x, matrix, kernels=kernels), linear(x, matrix))
     assert found == [rows] * (9001 // rows) + [9001 % rows]
-
-
-@needs_planes
-@pytest.mark.parametrize("tiles", [False, True])
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_packed_planes_hold_the_matrix(
-    shape: tuple[int, int], bits: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu, "_has_tiles", lambda: tiles)
-    monkeypatch.setattr(cpu, "PLANES_WIDENED_AT_ONCE", 20_000)  # several parts
-    matrix = quantized(random(*shape), bits)
-    packed, wide_NK = cpu.pack_planes(matrix), matrix.widen(torch.float32)
-    assert packed.nbytes == cpu.plane_bytes(*shape, bits, matrix.group_size)
-    N, K = shape
-    assert torch.equal(packed._widen(0, len(packed.packed))[:K, :N].t(), wide_NK)
-    for rows in (1, 7, 16, 17, 40):
-        x = random(rows, K, seed=rows).bfloat16().float()  # x is rounded to bfloat16: here that changes nothing
-        found = linear(x, packed)
-        assert found.is_contiguous()
-        exact = rows > 16 and not tiles
-        assert relative_error(found, x @ wide_NK.t()) < (1e-6 if exact else 5e-3)
 
 
 def checkpoint(directory: Path, dtype: torch.dtype = torch.bfloat16, **fields: Any) -> Path:
@@ -195,12 +175,12 @@ def test_loading_rounds_what_the_wide_weights_are(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("choice", ["int8", "int4"])
-@pytest.mark.parametrize("planes", [False, True])
+@pytest.mark.parametrize("kernels", [False, True])
 def test_a_quantized_model_is_that_of_its_wide_weights(
-    planes: bool, choice: str, tied: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernels: bool, choice: str, tied: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not planes:
-        monkeypatch.setattr(cpu, "can_pack_planes", lambda: False)
+    if not kernels:
+        monkeypatch.setattr("minirea.kernels.cpu.code.is_installed", lambda: False)
     directory = checkpoint(tmp_path, tie_word_embeddings=tied, num_hidden_layers=3)
     files = api.read_model(directory, device="cpu", dtype=dtype, quantize=choice, attention="full")
     llm = files.load(num_tokens=77)
@@ -213,7 +193,7 @@ def test_a_quantized_model_is_that_of_its_wide_weights(
     wide = api.LLM(Model(llm.config, weights, llm.model.attention), None)
     ids = random_ids(100)
     found, expected = llm.logits(ids), wide.logits(ids)
-    assert relative_error(found, expected) < (0.03 if planes or dtype == "bfloat16" else 1e-5)
+    assert relative_error(found, expected) < (0.03 if dtype == "bfloat16" else 1e-5)
     assert llm.generate(ids, max_tokens=5, ignore_eos=True).stats.quantize == choice
 
 

@@ -16,6 +16,7 @@ from testing import random_ids, tiny_model, write_checkpoint
 import minirea
 from minirea.attention import Attention
 from minirea.config import ModelConfig, ReAttentionConfig, RopeConfig
+from minirea.cpu_steps import CpuDecodeStep
 from minirea.errors import InputError
 from minirea.loading import new_cache
 from minirea.steps import Part, chunks, cut, num_shared
@@ -172,11 +173,12 @@ def test_a_token_counts_what_those_before_it_found(directory: Path, monkeypatch:
         record(winner_GRK, winners_RHK, seq_len)
         leave(winner_GRK, winners_RHK, seq_len)
 
-    def of_query(
-        winner_GRK: torch.Tensor, seq_len: int, config: Any, votes: Any, winners: torch.Tensor
-    ) -> torch.Tensor:
-        record(winner_GRK, winners, seq_len)
-        return before_local(winner_GRK, seq_len, config, votes, winners)
+    def of_query(config: Any, found_HK: Any, seq_len: int, counts: Any, winners_HK: torch.Tensor) -> Any:
+        layer = next(
+            i for i in range(num_layers) if cache.winners[i, (seq_len - 1) % 10].data_ptr() == winners_HK.data_ptr()
+        )
+        found[seq_len - 1, layer] = found_HK.flatten().tolist()
+        return choose(config, found_HK, seq_len, counts, winners_HK)
 
     def check(votes: Any, winners: torch.Tensor, seq_len: int, config: Any, impl: str) -> None:
         count_winners(votes, winners, seq_len, config, impl)
@@ -188,9 +190,9 @@ def test_a_token_counts_what_those_before_it_found(directory: Path, monkeypatch:
         assert {j: n for j, n in enumerate(votes.counts[0].tolist()) if n} == counted
         sums.append(counted.total())
 
-    before_local = minirea.cpu_attention._before_local
+    choose = minirea.cpu_attention.choose
     monkeypatch.setattr(minirea.kernels.reference, "leave", of_chunk)
-    monkeypatch.setattr(minirea.cpu_attention, "_before_local", of_query)
+    monkeypatch.setattr(minirea.cpu_attention, "choose", of_query)
     monkeypatch.setattr(minirea.attention, "count_winners", check)
     cache, ids = new_cache(model, 10), random_ids(120)
 
@@ -255,12 +257,13 @@ def test_votes_of_an_answer_add_up_from_layer_to_layer(
         seen.append((seq_len, q_GRD.shape[1] // 2, None if votes is None else int(votes.counts.sum())))
         return choose_scope(q_GRD, k, seq_len, *rest)
 
-    def of_query(winner_GRK: torch.Tensor, seq_len: int, config: Any, votes: Any, winners: Any) -> torch.Tensor:
-        seen.append((seq_len, 1, None if votes is None else int(votes.counts.sum())))
-        return before_local(winner_GRK, seq_len, config, votes, winners)
+    def of_query(config: Any, found_HK: Any, seq_len: int, counts_N: Any, winners_HK: Any) -> Any:
+        seen.append((seq_len, 1, None if counts_N is None else int(counts_N.sum())))
+        return choose(config, found_HK, seq_len, counts_N, winners_HK)
 
-    choose_scope, before_local = minirea.kernels.reference.choose_scope, minirea.cpu_attention._before_local
-    monkeypatch.setattr(minirea.cpu_attention, "_before_local", of_query)
+    choose_scope, choose = minirea.kernels.reference.choose_scope, minirea.cpu_attention.choose
+    monkeypatch.setattr(minirea.cpu_attention, "choose", of_query)
+    monkeypatch.setattr(CpuDecodeStep, "serves", lambda *_: False)
     for module in ("kernels.reference", "cpu_attention"):
         monkeypatch.setattr(f"minirea.{module}.choose_scope", spy)
     fields = SCOPE | {"span_scope": span_scope, "tail_size": 7}

@@ -16,6 +16,7 @@ import torch
 from testing import tiny_model, write_checkpoint, write_tokenizer
 
 from minirea.cli import main
+from minirea.cpu_steps import CpuDecodeStep
 from minirea.model import Model
 from minirea.threads import limited_to, thread_pool, wait_asleep
 
@@ -57,13 +58,19 @@ def test_what_the_environment_says_counts() -> None:
 
 def test_number_of_threads_holds_for_the_command_only(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, seen, environment = torch.get_num_threads(), [], dict(os.environ)
-    forward = Model.forward
 
-    def counting(*args: Any, **options: Any) -> torch.Tensor:
-        seen.append(torch.get_num_threads())
-        return forward(*args, **options)
+    def count(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
 
-    monkeypatch.setattr(Model, "forward", counting)
+        def counting(*args: Any, **options: Any) -> Any:
+            seen.append(torch.get_num_threads())
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    count(Model, "read")
+    count(Model, "forward")
+    count(CpuDecodeStep, "run")
     for threads in (1, os.cpu_count()):
         seen.clear()
         assert main(generate(model, "--threads", str(threads))) == 0

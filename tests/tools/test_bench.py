@@ -22,7 +22,6 @@ from shapes import SHAPES, named
 from testing import tiny_model, write_checkpoint
 
 import minirea
-from minirea import cpu
 from minirea.checkpoint_config import load_config
 from minirea.config import ReAttentionConfig
 from minirea.errors import MemoryLimitError
@@ -152,13 +151,6 @@ def test_engines_in_turn_on_some_threads(tmp_path: Path, measure: BenchRun, engi
         for cell in (("decode", "2000"), ("prefill", "20"))
         for name in names
     ]
-
-
-@pytest.mark.skipif(not cpu.can_pack(), reason="this build of torch has no FBGEMM")
-def test_padding_of_packed_matrices_is_no_part_of_a_floor() -> None:
-    packed, plain = cpu.pack(torch.ones(20, 600, dtype=torch.bfloat16)), torch.ones(3)
-    model = argparse.Namespace(head=packed, layers=[(plain, None), (packed, plain)])
-    assert bench_model.padding(model) == 2 * (32 * 1024 - 20 * 600) * 2
 
 
 def test_the_fastest_of_several_rounds_counts() -> None:

@@ -1,0 +1,1 @@
+"""Kernels of a CPU: products with a model's matrices, and attention of decode steps."""

@@ -1,0 +1,507 @@
+"""Writes a kernel for this machine's CPU: Python says what it does, LLVM compiles it in memory, without a C compiler.
+
+A kernel is a Python function that is called once, with a `Code` and the kernel's arguments as `Value`s; what it does
+with them becomes the code, loops and branches by `Code.range` and `Code.when`. Numbers that it gets from Python are
+constants of the code, so that there is one kernel for each head dim, number of columns or kind of weights. Addresses
+are integers and count bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import platform
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+LANES: Final = 16  # of a vector; LLVM divides it where the processor has narrower ones
+
+
+class Type(NamedTuple):
+    """A number's, or a vector's, of integers or of floats."""
+
+    kind: str
+    bits: int
+    lanes: int = 0
+
+    @property
+    def llvm(self) -> Any:
+        if self.lanes:
+            return _ir().VectorType(self._replace(lanes=0).llvm, self.lanes)
+        if self.kind == "i":
+            return _ir().IntType(self.bits)
+        return _ir().HalfType() if self.bits == 16 else _ir().FloatType()
+
+    @property
+    def name(self) -> str:
+        """As intrinsics have it."""
+        return f"v{self.lanes}{self.kind}{self.bits}" if self.lanes else f"{self.kind}{self.bits}"
+
+    @property
+    def element(self) -> Type:
+        return self._replace(lanes=0)
+
+    def like(self, other: Type) -> Type:
+        """With as many lanes."""
+        return self._replace(lanes=other.lanes)
+
+    def constant(self, number: float | list[Any] | None) -> Any:
+        """LLVM's, of one number for all lanes or of each lane's; zero."""
+        if isinstance(number, (int, float)) and self.lanes:
+            number = [number] * self.lanes
+        return _ir().Constant(self.llvm, number)
+
+
+I1, I8, I16, I32, I64 = (Type("i", bits) for bits in (1, 8, 16, 32, 64))
+F16, F32 = Type("f", 16), Type("f", 32)
+
+
+def vector(element: Type, lanes: int = LANES) -> Type:
+    return element._replace(lanes=lanes)
+
+
+class Value:
+    """A value of the compiled code, with Python's operators. Numbers become constants of its type."""
+
+    def __init__(self, builder: Any, of: Any, type_: Type) -> None:
+        self.builder, self.of, self.type = builder, of, type_
+
+    @property
+    def is_float(self) -> bool:
+        return self.type.kind == "f"
+
+    def _with(self, other: Value | float, of_integers: str, of_floats: str) -> Value:
+        name = of_floats if self.is_float else of_integers
+        return Value(self.builder, getattr(self.builder, name)(self.of, self.operand(other)), self.type)
+
+    def _compared(self, other: Value | float, predicate: str) -> Value:
+        compare = self.builder.fcmp_ordered if self.is_float else self.builder.icmp_signed
+        return Value(self.builder, compare(predicate, self.of, self.operand(other)), I1.like(self.type))
+
+    def operand(self, other: Value | float) -> Any:
+        """LLVM's, of this type."""
+        return other.of if isinstance(other, Value) else self.type.constant(other)
+
+    def __add__(self, other: Value | float) -> Value:
+        return self._with(other, "add", "fadd")
+
+    def __sub__(self, other: Value | float) -> Value:
+        return self._with(other, "sub", "fsub")
+
+    def __mul__(self, other: Value | float) -> Value:
+        return self._with(other, "mul", "fmul")
+
+    def __truediv__(self, other: Value | float) -> Value:
+        """Of floats."""
+        return self._with(other, "sdiv", "fdiv")
+
+    def __floordiv__(self, other: Value | float) -> Value:
+        """Of integers that are not negative."""
+        return self._with(other, "udiv", "fdiv")
+
+    def __lshift__(self, other: Value | float) -> Value:
+        return self._with(other, "shl", "shl")
+
+    def __rshift__(self, other: Value | float) -> Value:
+        """Zeros come in."""
+        return self._with(other, "lshr", "lshr")
+
+    def __and__(self, other: Value | float) -> Value:
+        return self._with(other, "and_", "and_")
+
+    def __or__(self, other: Value | float) -> Value:
+        return self._with(other, "or_", "or_")
+
+    def __lt__(self, other: Value | float) -> Value:
+        return self._compared(other, "<")
+
+    def __gt__(self, other: Value | float) -> Value:
+        return self._compared(other, ">")
+
+    def bits(self, type_: Type) -> Value:
+        """The same bits as another type."""
+        return Value(self.builder, self.builder.bitcast(self.of, type_.llvm), type_)
+
+
+class Variable:
+    """A value that changes."""
+
+    def __init__(self, builder: Any, first: Value) -> None:
+        self._builder, self._type = builder, first.type
+        with builder.goto_entry_block():  # where LLVM makes registers of them
+            self._at = builder.alloca(first.type.llvm)
+        self.value = first
+
+    @property
+    def value(self) -> Value:
+        return Value(self._builder, self._builder.load(self._at), self._type)
+
+    @value.setter
+    def value(self, value: Value) -> None:
+        self._builder.store(value.of, self._at)
+
+
+class Code:
+    """The code of one kernel as it is written."""
+
+    def __init__(self, builder: Any) -> None:
+        self.builder = builder
+
+    def _value(self, of: Any, type_: Type) -> Value:
+        return Value(self.builder, of, type_)
+
+    def number(self, number: float, type_: Type = I64) -> Value:
+        """A constant."""
+        return self._value(type_.constant(number), type_)
+
+    def integer(self, number: Value | int) -> Value:
+        return number if isinstance(number, Value) else self.number(number)
+
+    def zeros(self, lanes: int = LANES) -> Value:
+        return self.number(0.0, vector(F32, lanes))
+
+    def variable(self, first: Value) -> Variable:
+        return Variable(self.builder, first)
+
+    @contextlib.contextmanager
+    def range(self, start: Value | int, stop: Value | int, step: Value | int = 1) -> Iterator[Value]:
+        """A loop over an int64."""
+        at, stop = self.variable(self.integer(start)), self.integer(stop)
+        with self.loop(lambda: at.value < stop):
+            yield at.value
+            at.value = at.value + step
+
+    @contextlib.contextmanager
+    def loop(self, condition: Callable[[], Value]) -> Iterator[None]:
+        """As long as a condition holds, which is looked at before each round."""
+        head, body, end = (self.builder.append_basic_block() for _ in range(3))
+        self.builder.branch(head)
+        self.builder.position_at_end(head)
+        self.builder.cbranch(condition().of, body, end)
+        self.builder.position_at_end(body)
+        yield
+        self.builder.branch(head)
+        self.builder.position_at_end(end)
+
+    @contextlib.contextmanager
+    def when(self, condition: Value) -> Iterator[None]:
+        with self.builder.if_then(condition.of):
+            yield
+
+    def load(self, address: Value, type_: Type, lanes: Value | int | None = None) -> Value:
+        """What lies at an address. Of a vector the first `lanes`, and zeros."""
+        pointer = self.builder.inttoptr(address.of, type_.llvm.as_pointer())
+        if lanes is None or lanes == type_.lanes:
+            return self._value(self.builder.load(pointer, align=1), type_)
+        arguments = [pointer, I32.constant(1), self._first(lanes, type_.lanes), type_.constant(None)]
+        return self._call(f"llvm.masked.load.{type_.name}.p0", type_, arguments)
+
+    def floats(self, address: Value, kind: str, lanes: Value | int | None = None) -> Value:
+        """A vector of float32 from memory that has numbers of torch's dtype `kind`: the first `lanes`, and zeros."""
+        if kind == "float32":
+            return self.load(address, vector(F32), lanes)
+        if kind == "float16":
+            return self.to_float(self.load(address, vector(F16), lanes))
+        bits = self.wider(self.load(address, vector(I16), lanes), I32) << 16  # bfloat16: a float32's upper half
+        return bits.bits(vector(F32))
+
+    def store(self, value: Value, address: Value, lanes: Value | int | None = None) -> None:
+        """Of a vector the first `lanes`, all of them without."""
+        pointer = self.builder.inttoptr(address.of, value.type.llvm.as_pointer())
+        if lanes is None or lanes == value.type.lanes:
+            self.builder.store(value.of, pointer, align=1)
+            return
+        arguments = [value.of, pointer, I32.constant(1), self._first(lanes, value.type.lanes)]
+        self._call(f"llvm.masked.store.{value.type.name}.p0", None, arguments)
+
+    def _first(self, lanes: Value | int, count: int) -> Any:
+        """Which lanes are the first."""
+        index = self._value(vector(I64, count).constant(list(range(count))), vector(I64, count))
+        return (index < (self.splat(lanes, count) if isinstance(lanes, Value) else lanes)).of
+
+    def splat(self, value: Value, lanes: int = LANES) -> Value:
+        """A vector of one value."""
+        type_ = vector(value.type, lanes)
+        nothing = type_.constant(_ir().Undefined)
+        one = self.builder.insert_element(nothing, value.of, I32.constant(0))
+        return self._value(self.builder.shuffle_vector(one, nothing, vector(I32, lanes).constant(0)), type_)
+
+    def shuffle(self, first: Value, second: Value, lanes: Sequence[int]) -> Value:
+        """A vector of these lanes of both, those of the second counted on."""
+        mask = vector(I32, len(lanes)).constant(list(lanes))
+        return self._value(self.builder.shuffle_vector(first.of, second.of, mask), vector(first.type, len(lanes)))
+
+    def lane(self, value: Value, lane: int) -> Value:
+        return self._value(self.builder.extract_element(value.of, I32.constant(lane)), value.type.element)
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        return self._call(f"llvm.fma.{a.type.name}", a.type, [a.of, b.of, c.of])
+
+    def sqrt(self, a: Value) -> Value:
+        return self._call(f"llvm.sqrt.{a.type.name}", a.type, [a.of])
+
+    def smaller(self, a: Value, b: Value | float) -> Value:
+        """The smaller one; a where either is NaN."""
+        b = b if isinstance(b, Value) else self.number(b, a.type)
+        return self.select(b < a, b, a)
+
+    def larger(self, a: Value, b: Value | float) -> Value:
+        """The larger one; a where either is NaN."""
+        b = b if isinstance(b, Value) else self.number(b, a.type)
+        return self.select(b > a, b, a)
+
+    def select(self, condition: Value, yes: Value, no: Value) -> Value:
+        return self._value(self.builder.select(condition.of, yes.of, no.of), yes.type)
+
+    def sum(self, a: Value) -> Value:
+        """Of a vector's lanes, by halves."""
+        count = a.type.lanes
+        while count > 1:
+            count //= 2
+            a = self.shuffle(a, a, range(count)) + self.shuffle(a, a, range(count, 2 * count))
+        return self.lane(a, 0)
+
+    def max(self, a: Value) -> Value:
+        """Of a vector's lanes."""
+        return self._call(f"llvm.vector.reduce.fmax.{a.type.name}", a.type.element, [a.of])
+
+    def any(self, a: Value) -> Value:
+        """Whether a lane of integers is not zero."""
+        lanes = self._call(f"llvm.vector.reduce.or.{a.type.name}", a.type.element, [a.of])
+        return self._value(self.builder.icmp_signed("!=", lanes.of, lanes.operand(0)), I1)
+
+    def to_float(self, a: Value) -> Value:
+        """float32 of a float16 or an integer."""
+        convert, type_ = self.builder.fpext if a.is_float else self.builder.sitofp, F32.like(a.type)
+        return self._value(convert(a.of, type_.llvm), type_)
+
+    def to_int(self, a: Value) -> Value:
+        """int32 of a float32, towards zero."""
+        type_ = I32.like(a.type)
+        return self._value(self.builder.fptosi(a.of, type_.llvm), type_)
+
+    def wider(self, a: Value, element: Type) -> Value:
+        """Integers with zeros above."""
+        type_ = element.like(a.type)
+        return self._value(self.builder.zext(a.of, type_.llvm), type_)
+
+    def narrower(self, a: Value, element: Type) -> Value:
+        """The lower bits of integers."""
+        type_ = element.like(a.type)
+        return self._value(self.builder.trunc(a.of, type_.llvm), type_)
+
+    def float_of(self, bits: Value) -> Value:
+        """A float32 that was given as an integer; see bits_of."""
+        return self.narrower(bits, I32).bits(F32)
+
+    def exp(self, a: Value) -> Value:
+        """e to the power of float32 numbers: 2^n times a polynomial of the rest. Below -87 that of -87; infinite from
+        88.4 on.
+        """
+        a = self.smaller(self.larger(a, -87.0), 89.0)
+        n = self._call(f"llvm.rint.{a.type.name}", a.type, [(a * 1.4426950408889634).of])
+        rest = self.fma(n, self.number(-0.693145751953125, a.type), a)  # the logarithm of two in two parts
+        rest = self.fma(n, self.number(-1.428606765330187e-06, a.type), rest)
+        power = self.number(1 / 720, a.type)
+        for factorial in (120, 24, 6, 2, 1, 1):
+            power = self.fma(power, rest, self.number(1 / factorial, a.type))
+        exponent = (self.to_int(n) + 127) << 23
+        return power * exponent.bits(a.type)
+
+    def prefetch(self, address: Value) -> None:
+        """Begin to bring what lies at an address, which need not exist, into the processor's first cache."""
+        pointer = self.builder.inttoptr(address.of, I8.llvm.as_pointer())
+        self._call("llvm.prefetch.p0", None, [pointer, *(I32.constant(n) for n in (0, 3, 1))])
+
+    def wait_for_all(self, workers: Value) -> None:
+        """Until all workers are here."""
+        wait = _thread_functions()[2]
+        if wait:
+            with self.when(workers > 1):
+                type_ = _ir().FunctionType(_ir().VoidType(), []).as_pointer()
+                self.builder.call(self.builder.inttoptr(I64.constant(wait), type_), [])
+
+    def _call(self, name: str, type_: Type | None, arguments: list[Any]) -> Value:
+        """An intrinsic function of LLVM, which returns nothing without a type."""
+        module, returns = self.builder.module, _ir().VoidType() if type_ is None else type_.llvm
+        function = module.globals.get(name)
+        if function is None:
+            function = _ir().Function(module, _ir().FunctionType(returns, [a.type for a in arguments]), name)
+        return self._value(self.builder.call(function, arguments), type_ or I64)
+
+
+@functools.cache
+def _ir() -> Any:
+    """llvmlite is imported when the first kernel is written."""
+    import llvmlite.ir
+
+    return llvmlite.ir
+
+
+@functools.cache
+def _llvm() -> Any:
+    import llvmlite.binding
+
+    return llvmlite.binding
+
+
+Arguments = dict[str, Value]
+
+
+class Kernel:
+    """A compiled kernel.
+
+    Args:
+        write: called with a Code, the arguments by name, and two more: `worker` of `workers`.
+        names: of the arguments, which are integers and addresses.
+        alone: it runs on one thread, whatever torch has.
+    """
+
+    def __init__(self, write: Callable[[Code, Arguments], None], names: Sequence[str], alone: bool = False) -> None:
+        self.names, self.one_thread = tuple(names), alone
+        module = _ir().Module(name="minirea")
+        body = _function(module, "body", 3)
+        code = Code(_ir().IRBuilder(body.append_basic_block()))
+        first, *rest = (Value(code.builder, argument, I64) for argument in body.args)
+        values = [code.load(first + 8 * i, I64) for i in range(len(names))]
+        write(code, dict(zip([*names, "worker", "workers"], [*values, *rest], strict=True)))
+        code.builder.ret_void()
+        for name, functions in (("alone", ()), ("together", _thread_functions()[:2])):
+            builder = _ir().IRBuilder(_function(module, name, 1).append_basic_block())
+            worker = [I64.constant(number) for number in (0, 1)]
+            if any(functions):
+                type_ = _ir().FunctionType(I32.llvm, []).as_pointer()
+                pointers = [builder.inttoptr(I64.constant(at), type_) for at in functions]
+                worker = [builder.zext(builder.call(pointer, []), I64.llvm) for pointer in pointers]
+            builder.call(body, [module.globals[name].args[0], *worker])
+            builder.ret_void()
+        self._engine = _compile(module)
+        alone_at, self.together = (self._engine.get_function_address(name) for name in ("alone", "together"))
+        self.alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(alone_at)
+
+    def bind(self, **arguments: int) -> Call:
+        return Call(self, [arguments[name] for name in self.names])
+
+
+class Call:
+    """A kernel with its arguments, any of which may be set before it runs once more. Their memory is the caller's."""
+
+    def __init__(self, kernel: Kernel, values: list[int]) -> None:
+        self._kernel = kernel
+        self._values = (ctypes.c_int64 * len(values))(*values)
+
+    def set(self, **arguments: int) -> None:
+        for name, value in arguments.items():
+            self._values[self._kernel.names.index(name)] = value
+
+    def __call__(self) -> None:
+        kernel, threads = self._kernel, workers()
+        if kernel.one_thread or threads == 1:
+            kernel.alone(self._values)
+        else:
+            _openmp().GOMP_parallel(kernel.together, self._values, threads, 0)
+
+
+def bits_of(number: float) -> int:
+    """A float32 as a kernel's argument."""
+    bits: int = struct.unpack("<i", struct.pack("<f", number))[0]
+    return bits
+
+
+def kind_of(tensor: Tensor) -> str:
+    """As `Code.floats` takes it."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def available() -> bool:
+    """Whether kernels can be compiled for this machine's CPU, and run."""
+    return is_installed() and _runs()
+
+
+@functools.cache
+def is_installed() -> bool:
+    try:
+        _llvm(), _ir()
+    except Exception:  # or its library does not load
+        return False
+    return True
+
+
+@functools.cache
+def _runs() -> bool:
+    """Tried once: a system may forbid memory that is written and then run."""
+    features = _llvm().get_host_cpu_features()
+    # Without these LLVM would call a compiler's library, which is not here, for what the processor cannot do.
+    if platform.machine() in ("x86_64", "AMD64") and not all(features.get(n) for n in ("avx2", "f16c", "fma")):
+        return False
+    found = ctypes.c_int64()
+    try:
+        kernel = Kernel(lambda code, a: code.store(a["number"] + 1, a["out"]), ("number", "out"), alone=True)
+        kernel.bind(number=41, out=ctypes.addressof(found))()
+    except Exception:
+        return False
+    return found.value == 42
+
+
+def workers() -> int:
+    """Threads that a kernel called now has at most."""
+    return torch.get_num_threads() if all(_thread_functions()) else 1
+
+
+def lanes_of_processor() -> int:
+    """float32 numbers of its widest registers."""
+    features = _llvm().get_host_cpu_features()
+    return 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
+
+
+def _function(module: Any, name: str, num_arguments: int) -> Any:
+    return _ir().Function(module, _ir().FunctionType(_ir().VoidType(), [I64.llvm] * num_arguments), name)
+
+
+@functools.cache
+def _machine() -> Any:
+    _llvm().initialize_native_target()
+    _llvm().initialize_native_asmprinter()
+    target = _llvm().Target.from_default_triple()
+    return functools.partial(
+        target.create_target_machine, _llvm().get_host_cpu_name(), _llvm().get_host_cpu_features().flatten(), opt=3
+    )
+
+
+def _compile(module: Any) -> Any:
+    machine = _machine()()
+    compiled = _llvm().parse_assembly(str(module))
+    passes = _llvm().create_pass_builder(machine, _llvm().create_pipeline_tuning_options(speed_level=2))
+    passes.getModulePassManager().run(compiled, passes)
+    engine = _llvm().create_mcjit_compiler(compiled, machine)
+    engine.finalize_object()
+    return engine
+
+
+@functools.cache
+def _openmp() -> Any:
+    """torch's own OpenMP, whose threads wait for work in either case."""
+    return ctypes.CDLL(None)
+
+
+@functools.cache
+def _thread_functions() -> tuple[int, int, int]:
+    """Addresses of OpenMP's functions that say which thread calls, and of how many, and that wait for all; zeros where
+    torch has other threads than GNU's OpenMP.
+    """
+    try:
+        _openmp().GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        names = "omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"
+        functions = [ctypes.cast(getattr(_openmp(), name), ctypes.c_void_p).value or 0 for name in names]
+    except (AttributeError, OSError):
+        return 0, 0, 0
+    return functions[0], functions[1], functions[2]
