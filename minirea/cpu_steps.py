@@ -12,7 +12,7 @@ from minirea.attention import Attention, Step
 from minirea.cache import KVCache
 from minirea.kernels.cpu.attend import attend_scratch, bind_attend, bind_write
 from minirea.kernels.cpu.choose import bind_choose, new_counts, new_elected, new_runs
-from minirea.kernels.cpu.code import Call
+from minirea.kernels.cpu.code import Call, workers
 from minirea.kernels.cpu.products import Matrix, bind_few, few_scratch, multiplies
 from minirea.kernels.cpu.search import MOST_WINNERS, bind_search, winner_lists
 from minirea.model import Layer, Model
@@ -44,9 +44,7 @@ class CpuDecodeStep:
         self.qkv_XD = _floats(c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         self.q_HD, self.out_HD = self.qkv_XD[: c.num_heads], _floats(c.num_heads, c.head_dim)
         self.act_1F, self.logits_1V = _floats(1, c.mlp_size), _floats(1, c.vocab_size)
-        self.scratch = max((few_scratch(_plain(matrix)) for matrix in _matrices(model)), key=len)
-        self.best_HK, self.found_HK = winner_lists(c.num_heads, max(1, self.config.span_top_k))
-        self._bind_cache()
+        self._bind()
 
     @staticmethod
     def serves(model: Model, cache: KVCache) -> bool:
@@ -59,10 +57,14 @@ class CpuDecodeStep:
         x_11 = torch.empty(1, 1, dtype=torch.float32, device=model.device)
         return attention.on_cpu(model.dtype) and all(multiplies(matrix, x_11) for matrix in _matrices(model))
 
-    def _bind_cache(self) -> None:
-        """To the tensors of the cache, which it has until it grows."""
+    def _bind(self) -> None:
+        """To the tensors of the cache, which it has until it grows, and to so many threads, each of which has its own
+        scratch.
+        """
         model, cache, attention = self.model, self.cache, self.model.attention
-        self.capacity = cache.capacity
+        self.capacity, self.threads = cache.capacity, workers()
+        self.scratch = max((few_scratch(_plain(matrix)) for matrix in _matrices(model)), key=len)
+        self.best_HK, self.found_HK = winner_lists(model.config.num_heads, max(1, self.config.span_top_k))
         most = self.capacity if attention.mode == "full" else max(attention.dense_size, self.config.max_scope)
         self.scores = attend_scratch(self.q_HD, min(self.capacity, most))
         self.counts_N, self.runs_X2 = new_counts(self.capacity), new_runs(self.config, self.capacity)
@@ -112,8 +114,8 @@ class CpuDecodeStep:
         model, cache, attention, config = self.model, self.cache, self.model.attention, self.config
         seq_len = cache.seq_len + 1
         cache.reserve(seq_len)
-        if cache.capacity != self.capacity:
-            self._bind_cache()
+        if (cache.capacity, workers()) != (self.capacity, self.threads):
+            self._bind()
         is_dense = seq_len <= attention.dense_limit
         num_searched = seq_len - config.global_size - config.local_size
         if config.max_selected and not is_dense and num_searched < config.span_top_k:  # fewer winners

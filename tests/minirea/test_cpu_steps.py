@@ -107,6 +107,25 @@ def test_weights_of_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
             assert torch.equal(step.run(ids), llm.model.logits(llm.model.forward(ids, first)))
 
 
+def test_threads_that_change_on_the_way(tmp_path: Path) -> None:
+    """Each has scratch of its own, of which there is as much as there are threads."""
+    before = torch.get_num_threads()
+    try:
+        with torch.inference_mode():
+            llm = model_of(tmp_path, torch.bfloat16, {})
+            first, second = caches(llm, 120, 50)
+            torch.set_num_threads(1)
+            step = CpuDecodeStep(llm.model, second)
+            for threads in (1, 7, 2, 13, 1):
+                torch.set_num_threads(threads)
+                for token in random_ids(5):
+                    ids = torch.tensor([token])
+                    assert torch.equal(step.run(ids), llm.model.logits(llm.model.forward(ids, first)))
+                assert step.threads == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_fewer_keys_than_winners(tmp_path: Path) -> None:
     """The first steps beyond the dense range search some keys, then more."""
     with torch.inference_mode():
@@ -120,7 +139,7 @@ def test_fewer_keys_than_winners(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:sketch")
-@pytest.mark.parametrize("options", [{"span_scope": "kv_head"}, {"dtype": "bfloat16"}, {"sketch": "int8"}])
+@pytest.mark.parametrize("options", [{"span_scope": "kv_head"}, {"dtype": "float16"}, {"sketch": "int8"}])
 def test_what_it_does_not_serve(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path, tiny_model(), torch.bfloat16)
     scope = SCOPE | ({"vote_window": 1, "carry_votes": False} if "sketch" in options else {})
