@@ -84,7 +84,9 @@ def norm_swiglu(
         return matrix_ME.swiglu(cpu.rms_norm(x_TE, norm_E, eps), bias_M)
     if _is_one_row(matrix_ME, x_TE, norm_E):
         return products.norm_swiglu(x_TE, norm_E, eps, matrix_ME, bias_M)
-    swiglu: Tensor = kernels.swiglu(norm_linear(x_TE, norm_E, eps, matrix_ME, bias_M, kernels))
+    gate_up_TM = norm_linear(x_TE, norm_E, eps, matrix_ME, bias_M, kernels)
+    has_own = products.multiplies(matrix_ME, x_TE) and gate_up_TM.dtype == torch.float32
+    swiglu: Tensor = (products if has_own else kernels).swiglu(gate_up_TM)
     return swiglu
 
 

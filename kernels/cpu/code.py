@@ -320,11 +320,9 @@ class Code:
 
     def wait_for_all(self, workers: Value) -> None:
         """Until all workers are here."""
-        wait = _thread_functions()[2]
-        if wait:
-            with self.when(workers > 1):
-                type_ = _ir().FunctionType(_ir().VoidType(), []).as_pointer()
-                self.builder.call(self.builder.inttoptr(I64.constant(wait), type_), [])
+        with self.when(workers > 1):
+            type_ = _ir().FunctionType(_ir().VoidType(), []).as_pointer()
+            self.builder.call(self.builder.inttoptr(I64.constant(_thread_functions()[2]), type_), [])
 
     def _call(self, name: str, type_: Type | None, arguments: list[Any]) -> Value:
         """An intrinsic function of LLVM, which returns nothing without a type."""
@@ -374,7 +372,7 @@ class Kernel:
         for name, functions in (("alone", ()), ("together", _thread_functions()[:2])):
             builder = _ir().IRBuilder(_function(module, name, 1).append_basic_block())
             worker = [I64.constant(number) for number in (0, 1)]
-            if any(functions):
+            if functions:
                 type_ = _ir().FunctionType(I32.llvm, []).as_pointer()
                 pointers = [builder.inttoptr(I64.constant(at), type_) for at in functions]
                 worker = [builder.zext(builder.call(pointer, []), I64.llvm) for pointer in pointers]
@@ -443,6 +441,8 @@ def _runs() -> bool:
     # Without these LLVM would call a compiler's library, which is not here, for what the processor cannot do.
     if platform.machine() in ("x86_64", "AMD64") and not all(features.get(n) for n in ("avx2", "f16c", "fma")):
         return False
+    if not all(_thread_functions()):  # torch's own products have all threads
+        return False
     found = ctypes.c_int64()
     try:
         kernel = Kernel(lambda code, a: code.store(a["number"] + 1, a["out"]), ("number", "out"), alone=True)
@@ -454,7 +454,7 @@ def _runs() -> bool:
 
 def workers() -> int:
     """Threads that a kernel called now has at most."""
-    return torch.get_num_threads() if all(_thread_functions()) else 1
+    return torch.get_num_threads()
 
 
 def lanes_of_processor() -> int:
@@ -502,6 +502,6 @@ def _thread_functions() -> tuple[int, int, int]:
         _openmp().GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         names = "omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"
         functions = [ctypes.cast(getattr(_openmp(), name), ctypes.c_void_p).value or 0 for name in names]
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, TypeError):
         return 0, 0, 0
     return functions[0], functions[1], functions[2]

@@ -159,8 +159,7 @@ class Few(NamedTuple):
                         parts = [sum_of[half * self.at_once + i][row] for half in range(self.halves)]
                         at = a["out"] + (n + a["num_outputs"] * row) * 4
                         if self.end == "swiglu":
-                            gate, up = parts
-                            code.store(gate / (code.exp(gate * -1.0) + 1.0) * up, at)
+                            code.store(_silu(code, parts[0]) * parts[1], at)
                         else:
                             code.store(parts[0] + code.load(at, F32) if self.end == "add" else parts[0], at)
 
@@ -262,7 +261,7 @@ class Few(NamedTuple):
 
 
 class Many(NamedTuple):
-    """A product of many rows, added to what is there.
+    """A product of many rows, which `adds` to what is there or not.
 
     Attributes:
         height: of a tile: rows of x, and
@@ -336,7 +335,8 @@ class Many(NamedTuple):
             for c, part in enumerate(sum_C):
                 first = n + c * LANES
                 out, lanes = a["out"] + ((t + i) * a["num_outputs"] + first) * 4, a["num_outputs"] - first
-                code.store(part + code.load(out, vector(F32), lanes), out, lanes)
+                there = code.select((k > 0) | (a["adds"] > 0), lanes, code.number(0))
+                code.store(part + code.load(out, vector(F32), there), out, lanes)
 
     def sums(self, code: Code, x: Value, panel: Value, depth: Value, height: int) -> list[list[Value]]:
         """Of so many rows of x with a panel."""
@@ -366,14 +366,36 @@ def _transposed(code: Code, rows: Sequence[Value]) -> list[Value]:
     return out
 
 
+def _silu(code: Code, gate: Value) -> Value:
+    return gate / (code.exp(gate * -1.0) + 1.0)
+
+
+def _write_swiglu(code: Code, a: Arguments) -> None:
+    F = a["num_outputs"]
+    with code.range(a["worker"], a["num_rows"], a["workers"]) as row:
+        with code.range(0, F, LANES) as at:
+            gate_at, lanes = a["gate_up"] + (row * F * 2 + at) * 4, F - at
+            gate, up = (code.load(address, vector(F32), lanes) for address in (gate_at, gate_at + F * 4))
+            code.store(_silu(code, gate) * up, a["out"] + (row * F + at) * 4, lanes)
+
+
+def swiglu(gate_up_TM: Tensor) -> Tensor:
+    """silu(gate) * up of rows that have both side by side, M = 2F, float32: [T, F]."""
+    T, M = gate_up_TM.shape
+    out_TF = torch.empty(T, M // 2, dtype=torch.float32)
+    addresses = {"gate_up": gate_up_TM.data_ptr(), "out": out_TF.data_ptr()}
+    _swiglu_kernel().bind(**addresses, num_rows=T, num_outputs=M // 2)()
+    return out_TF
+
+
 def linear(x_TK: Tensor, matrix_NK: Matrix, bias_N: Tensor | None = None) -> Tensor:
     """x_TK times the matrix transposed, plus the bias: [T, N] in x's dtype, where `multiplies`."""
     T, N = len(x_TK), matrix_NK.shape[0]
     if T <= MOST_FEW:
         bias_N = None if bias_N is None else bias_N.float()
         return _few(x_TK.float(), matrix_NK, bias_N, torch.empty(T, N, dtype=torch.float32)).to(x_TK.dtype)
-    out_TN = torch.zeros(T, N, dtype=torch.float32) if bias_N is None else bias_N.repeat(T, 1)
-    return _many(x_TK, matrix_NK, out_TN)
+    out_TN = torch.empty(T, N, dtype=torch.float32) if bias_N is None else bias_N.repeat(T, 1)
+    return _many(x_TK, matrix_NK, out_TN, adds=bias_N is not None)
 
 
 def add_linear(sum_TN: Tensor, x_TK: Tensor, matrix_NK: Matrix, bias_N: Tensor | None = None) -> None:
@@ -381,7 +403,7 @@ def add_linear(sum_TN: Tensor, x_TK: Tensor, matrix_NK: Matrix, bias_N: Tensor |
     if len(x_TK) <= MOST_FEW:
         _few(x_TK, matrix_NK, bias_N, sum_TN, end="add")
     else:
-        _many(x_TK, matrix_NK, sum_TN if bias_N is None else sum_TN.add_(bias_N))
+        _many(x_TK, matrix_NK, sum_TN if bias_N is None else sum_TN.add_(bias_N), adds=True)
 
 
 def norm_linear(x_1E: Tensor, norm_E: Tensor, eps: float, matrix_NE: Matrix, bias_N: Tensor | None = None) -> Tensor:
@@ -442,8 +464,8 @@ def _few(x_TK: Tensor, matrix_NK: Matrix, bias_N: Tensor | None, out_TN: Tensor,
     return out_TN
 
 
-def _many(x_TK: Tensor, matrix_NK: Matrix, out_TN: Tensor) -> Tensor:
-    """out_TN, with the product added."""
+def _many(x_TK: Tensor, matrix_NK: Matrix, out_TN: Tensor, adds: bool) -> Tensor:
+    """out_TN, which is the product or to which it was added."""
     many = Many(Rows.of(matrix_NK), *tile_size())
     scratch = torch.empty(workers() * many.scratch_floats, dtype=torch.float32)
     x_TK = x_TK.contiguous()
@@ -453,6 +475,7 @@ def _many(x_TK: Tensor, matrix_NK: Matrix, out_TN: Tensor) -> Tensor:
         out=out_TN.data_ptr(),
         num_rows=len(x_TK),
         num_outputs=out_TN.shape[1],
+        adds=int(adds),
         scratch=scratch.data_ptr(),
     )()
     return out_TN
@@ -477,5 +500,10 @@ def _few_kernel(few: Few) -> Kernel:
 
 @functools.cache
 def _many_kernel(many: Many) -> Kernel:
-    names = "matrix", "scale_offset", "x", "out", "num_rows", "num_outputs", "scratch"
+    names = "matrix", "scale_offset", "x", "out", "num_rows", "num_outputs", "adds", "scratch"
     return Kernel(many.write, names)
+
+
+@functools.cache
+def _swiglu_kernel() -> Kernel:
+    return Kernel(_write_swiglu, ("gate_up", "out", "num_rows", "num_outputs"))

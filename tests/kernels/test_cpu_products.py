@@ -85,6 +85,14 @@ def test_products_of_a_norm(kind: str, N: int, K: int) -> None:
         torch.testing.assert_close(ours.double(), F.silu(gate) * up, atol=2e-4, rtol=2e-5)
 
 
+@THREADS
+@pytest.mark.parametrize(("T", "size"), [(1, 16), (9, 40), (50, 1536)])
+def test_swiglu(T: int, size: int) -> None:
+    gate_up = random(T, 2 * size) * 20
+    gate, up = gate_up.double().chunk(2, -1)
+    torch.testing.assert_close(products.swiglu(gate_up).double(), F.silu(gate) * up, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("T", [1, 4, 30])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_products_of_integers_are_exact(dtype: torch.dtype, T: int) -> None:
