@@ -25,14 +25,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(3, 3, 64), (2, 4, 128), (1, 1, 16), (2, 7, 80), (1, 20, 32), (2, 1, 24), (1, 2, 256)]
 
 
-@pytest.fixture(params=[1, 3], ids=["one-thread", "three-threads"])
-def threads(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 

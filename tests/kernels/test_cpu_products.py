@@ -18,14 +18,6 @@ KINDS = ["float32", "bfloat16", "float16", "int8", "int8-256", "int4", "int4-256
 THREADS = pytest.mark.usefixtures("threads")
 
 
-@pytest.fixture(params=[1, 3], ids=["one-thread", "three-threads"])
-def threads(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
