@@ -313,7 +313,7 @@ class Many(NamedTuple):
             with code.range(k, stop, rows.unit) as at:
                 unit(at, rows.unit)
             if whole < rows.columns:
-                with code.when(stop > whole - 1):
+                with code.when(k + self.depth > whole):
                     unit(code.number(whole), rows.columns - whole)
 
     def _read(self, code: Code, a: Arguments, row: Value, at: Value, columns: int) -> list[Value]:

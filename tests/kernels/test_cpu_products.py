@@ -139,6 +139,24 @@ def test_a_product_does_not_depend_on_threads_or_rows_beside(kind: str) -> None:
         assert torch.equal(others, found[0][1][3:16])
 
 
+@pytest.mark.parametrize("K", [1023, 1024, 1025, 1030, 1039, 1040, 2049])
+def test_panels_stay_within_their_memory(K: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where whole units end with a panel."""
+    matrix, x, made, empty = random(50, K).bfloat16(), random(20, K, seed=1), [], torch.empty
+
+    def guarded(*shape: int, **options: torch.dtype) -> torch.Tensor:
+        if len(shape) == 2:
+            return empty(*shape, **options)
+        made.append(torch.full((shape[0] + 4096,), 7.0))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    out = products.linear(x, matrix)
+    monkeypatch.undo()
+    torch.testing.assert_close(out, x @ matrix.float().t(), atol=1e-3, rtol=1e-4)
+    assert len(made) == 1 and (made[0][-4096:] == 7).all()
+
+
 def test_few_rows_in_half_precision_with_a_quantized_matrix() -> None:
     matrix, wide = matrix_of("int8", 70, 64)
     x, bias = random(3, 64).bfloat16(), random(70, seed=1).bfloat16()
