@@ -23,8 +23,6 @@ from minirea.threads import thread_pool
 
 GATE_UP: Final = "gate_up.weight"
 MAX_PREPARING_THREADS: Final = 4  # each holds one matrix in float32
-
-
 _ZERO: Final = torch.zeros((), dtype=torch.float32, device="cpu")
 _ROWS_AT_ONCE: Final = 128  # that several operations go over while they stay in the processor's second cache
 _LARGEST: Final = torch.finfo(torch.float32).max

@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# By bits. The q of the offset; rounds of regression, until the error stands still.
-# 136 = 16 * 8 + 8: the high and the low halves of 8 bits are 4-bit matrices of their own, with exact scales.
+# By bits. The q of the offset, near the middle of the range; rounds of regression, until the error stands still.
 ZERO: Final = {8: 136, 4: 8}
 UNIT: Final = 4  # words with columns in a row
 _ROUNDS: Final = {8: 1, 4: 4}

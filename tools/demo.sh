@@ -12,7 +12,7 @@ make_env ""
 say "2. $prompt: a diary of 16,000 tokens, for a model that was trained on 2,048. Its end:"
 say "   $(tail -n 1 "$prompt")"
 say "   Expected: $(grep -om 1 'copper-lantern is [0-9]*' "$prompt" | grep -o '[0-9]*')"
-say "3. The model reads it (half a minute on two CPU cores, seconds on a GPU) and answers:"
+say "3. The model reads it (some seconds, the first time for kernels to be compiled) and answers:"
 started=$SECONDS
 minirea generate --model weights/demo --prompt "$prompt" --max-tokens 16 --stop .
 say "Took $((SECONDS - started)) s. Now with your own text: source .venv/bin/activate; minirea generate --help"

@@ -15,6 +15,7 @@ from minirea.kernels.cpu.choose import choose, new_counts
 from minirea.kernels.cpu.code import F32, Kernel, available, vector
 from minirea.kernels.cpu.search import search, search_many
 from minirea.kernels.reference import choose_scope, locate, rotate, score_rows
+from minirea.rope import apply_rope, for_whole_heads
 
 pytestmark = [
     pytest.mark.skipif(not available(), reason="needs llvmlite"),
@@ -154,8 +155,6 @@ def test_the_scope_is_the_reference_s(global_size: int, middle: int, vote_size: 
 @pytest.mark.parametrize(("G", "R", "D"), SHAPES)
 def test_write(G: int, R: int, D: int) -> None:
     """Only the token's place is written; rotated as apply_rope does."""
-    from minirea.rope import apply_rope, for_whole_heads
-
     H, angles = G * R, random(1, D // 2, seed=4) * 3
     cos, sin = angles.cos(), angles.sin()
     for keeps, rotates in ((True, False), (True, True), (False, True)):
@@ -197,7 +196,7 @@ def test_exp() -> None:
 
 
 def test_rotation_is_the_reference_s() -> None:
-    """One key's scope, whose output is its value: scores do not show; so by what two keys share."""
+    """In float32, by the reference's `rotate` and a softmax of torch."""
     k, v = cache_of(1, 32, torch.float32, 40)
     q, angles = random(2, 32), random(40, 16, seed=4) * 3
     tables = angles.cos(), angles.sin()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import mmap
 
 import pytest
 import torch
@@ -177,15 +179,11 @@ def test_what_is_not_multiplied() -> None:
 
 def test_memory_behind_a_matrix_is_not_read() -> None:
     """The last row ends with a page: reading on would end the process."""
-    import mmap
-
     page = mmap.PAGESIZE
     for kind, K in itertools.product(("bfloat16", "float16", "float32"), (17, 40, 100, 64)):
         memory = mmap.mmap(-1, 4 * page, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         dtype = getattr(torch, kind)
         whole = torch.frombuffer(memory, dtype=torch.uint8)
-        import ctypes
-
         libc = ctypes.CDLL(None)
         libc.mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
         if libc.mprotect(whole.data_ptr() + 3 * page, page, 0):
