@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirea.kernels.cpu.code import available
+from minirea.kernels.cpu.compile import available
 from minirea.pages import collapsed
 from minirea.progress import bar_of_bytes
 from minirea.quantize import QuantizedMatrix

@@ -12,9 +12,11 @@ from minirea.attention import Attention, Step
 from minirea.cache import KVCache
 from minirea.kernels.cpu.attend import attend_scratch, bind_attend, bind_write
 from minirea.kernels.cpu.choose import bind_choose, new_counts, new_elected, new_runs
-from minirea.kernels.cpu.code import Call, workers
-from minirea.kernels.cpu.products import Matrix, bind_few, few_scratch, multiplies
+from minirea.kernels.cpu.compile import Call
+from minirea.kernels.cpu.products import bind_few, few_scratch, multiplies
+from minirea.kernels.cpu.rows import Matrix
 from minirea.kernels.cpu.search import MOST_WINNERS, bind_search, winner_lists
+from minirea.kernels.cpu.threads import workers
 from minirea.model import Layer, Model
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minirea import cpu
 from minirea.cpu import TiledGateUp, TiledMatrix
-from minirea.kernels.cpu import products
+from minirea.kernels.cpu import products, rows
 from minirea.kernels.steps import reference as twins
 from minirea.quantize import QuantizedMatrix, parts
 
@@ -90,7 +90,7 @@ def norm_swiglu(
     return swiglu
 
 
-def _is_one_row(matrix_NE: Matrix, x_TE: Tensor, norm_E: Tensor) -> TypeGuard[products.Matrix]:
+def _is_one_row(matrix_NE: Matrix, x_TE: Tensor, norm_E: Tensor) -> TypeGuard[rows.Matrix]:
     return len(x_TE) == 1 and norm_E.dtype == torch.float32 and products.multiplies(matrix_NE, x_TE)
 
 

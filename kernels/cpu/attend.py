@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirea.kernels.cpu.code import F32, I64, LANES, Arguments, Call, Code, Kernel, Value, address, vector, workers
+from minirea.kernels.cpu.code import F32, I64, LANES, Arguments, Code, Value, vector
+from minirea.kernels.cpu.compile import Call, Kernel, address
 from minirea.kernels.cpu.heads import AHEAD, Heads, heads_of, rotated, rows_of
+from minirea.kernels.cpu.threads import workers
 
 _SUMS: Final = 16  # vectors of sums over values, at most
 _LEAST: Final = float("-inf")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from minirea.config import ReAttentionConfig
-from minirea.kernels.cpu.code import I32, I64, LANES, Arguments, Call, Code, Kernel, Value, Variable, address, vector
+from minirea.kernels.cpu.code import I32, I64, LANES, Arguments, Code, Value, Variable, vector
+from minirea.kernels.cpu.compile import Call, Kernel, address
 from minirea.kernels.reference import INDEX_MASK
 
 _RUN: Final = 16  # bytes

@@ -1,4 +1,4 @@
-"""Writes a kernel for this machine's CPU: Python says what it does, LLVM compiles it in memory, without a C compiler.
+"""The language in which Python says what a CPU's kernel does; minirea.kernels.cpu.compile makes a function of it.
 
 A kernel is a Python function that is called once, with a `Code` and the kernel's arguments as `Value`s; what it does
 with them becomes the code, loops and branches by `Code.range` and `Code.when`. Numbers that it gets from Python are
@@ -9,15 +9,11 @@ are integers and count bytes.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
-import platform
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-import torch
-from torch import Tensor
+from minirea.kernels.cpu.threads import thread_functions
 
 LANES: Final = 16  # of a vector; LLVM divides it where the processor has narrower ones
 
@@ -32,10 +28,10 @@ class Type(NamedTuple):
     @property
     def llvm(self) -> Any:
         if self.lanes:
-            return _ir().VectorType(self._replace(lanes=0).llvm, self.lanes)
+            return ir().VectorType(self._replace(lanes=0).llvm, self.lanes)
         if self.kind == "i":
-            return _ir().IntType(self.bits)
-        return _ir().HalfType() if self.bits == 16 else _ir().FloatType()
+            return ir().IntType(self.bits)
+        return ir().HalfType() if self.bits == 16 else ir().FloatType()
 
     @property
     def name(self) -> str:
@@ -54,7 +50,7 @@ class Type(NamedTuple):
         """LLVM's, of one number for all lanes or of each lane's; zero."""
         if isinstance(number, (int, float)) and self.lanes:
             number = [number] * self.lanes
-        return _ir().Constant(self.llvm, number)
+        return ir().Constant(self.llvm, number)
 
 
 I1, I8, I16, I32, I64 = (Type("i", bits) for bits in (1, 8, 16, 32, 64))
@@ -227,7 +223,7 @@ class Code:
     def splat(self, value: Value, lanes: int = LANES) -> Value:
         """A vector of one value."""
         type_ = vector(value.type, lanes)
-        nothing = type_.constant(_ir().Undefined)
+        nothing = type_.constant(ir().Undefined)
         one = self.builder.insert_element(nothing, value.of, I32.constant(0))
         return self._value(self.builder.shuffle_vector(one, nothing, vector(I32, lanes).constant(0)), type_)
 
@@ -321,187 +317,24 @@ class Code:
     def wait_for_all(self, workers: Value) -> None:
         """Until all workers are here."""
         with self.when(workers > 1):
-            type_ = _ir().FunctionType(_ir().VoidType(), []).as_pointer()
-            self.builder.call(self.builder.inttoptr(I64.constant(_thread_functions()[2]), type_), [])
+            type_ = ir().FunctionType(ir().VoidType(), []).as_pointer()
+            self.builder.call(self.builder.inttoptr(I64.constant(thread_functions()[2]), type_), [])
 
     def _call(self, name: str, type_: Type | None, arguments: list[Any]) -> Value:
         """An intrinsic function of LLVM, which returns nothing without a type."""
-        module, returns = self.builder.module, _ir().VoidType() if type_ is None else type_.llvm
+        module, returns = self.builder.module, ir().VoidType() if type_ is None else type_.llvm
         function = module.globals.get(name)
         if function is None:
-            function = _ir().Function(module, _ir().FunctionType(returns, [a.type for a in arguments]), name)
+            function = ir().Function(module, ir().FunctionType(returns, [a.type for a in arguments]), name)
         return self._value(self.builder.call(function, arguments), type_ or I64)
 
 
 @functools.cache
-def _ir() -> Any:
-    """llvmlite is imported when the first kernel is written."""
+def ir() -> Any:
+    """LLVM's code as llvmlite writes it, which is imported when the first kernel is written."""
     import llvmlite.ir
 
     return llvmlite.ir
 
 
-@functools.cache
-def _llvm() -> Any:
-    import llvmlite.binding
-
-    return llvmlite.binding
-
-
 Arguments = dict[str, Value]
-
-
-class Kernel:
-    """A compiled kernel.
-
-    Args:
-        write: called with a Code, the arguments by name, and two more: `worker` of `workers`.
-        names: of the arguments, which are integers and addresses.
-        alone: it runs on one thread, whatever torch has.
-    """
-
-    def __init__(self, write: Callable[[Code, Arguments], None], names: Sequence[str], alone: bool = False) -> None:
-        self.names, self.one_thread = tuple(names), alone
-        module = _ir().Module(name="minirea")
-        body = _function(module, "body", 3)
-        code = Code(_ir().IRBuilder(body.append_basic_block()))
-        first, *rest = (Value(code.builder, argument, I64) for argument in body.args)
-        values = [code.load(first + 8 * i, I64) for i in range(len(names))]
-        write(code, dict(zip([*names, "worker", "workers"], [*values, *rest], strict=True)))
-        code.builder.ret_void()
-        for name, functions in (("alone", ()), ("together", _thread_functions()[:2])):
-            builder = _ir().IRBuilder(_function(module, name, 1).append_basic_block())
-            worker = [I64.constant(number) for number in (0, 1)]
-            if functions:
-                type_ = _ir().FunctionType(I32.llvm, []).as_pointer()
-                pointers = [builder.inttoptr(I64.constant(at), type_) for at in functions]
-                worker = [builder.zext(builder.call(pointer, []), I64.llvm) for pointer in pointers]
-            builder.call(body, [module.globals[name].args[0], *worker])
-            builder.ret_void()
-        self._engine = _compile(module)
-        alone_at, self.together = (self._engine.get_function_address(name) for name in ("alone", "together"))
-        self.alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(alone_at)
-
-    def bind(self, **arguments: int) -> Call:
-        return Call(self, [arguments[name] for name in self.names])
-
-
-class Call:
-    """A kernel with its arguments, any of which may be set before it runs once more. Their memory is the caller's."""
-
-    def __init__(self, kernel: Kernel, values: list[int]) -> None:
-        self._kernel = kernel
-        self._values = (ctypes.c_int64 * len(values))(*values)
-
-    def set(self, **arguments: int) -> None:
-        for name, value in arguments.items():
-            self._values[self._kernel.names.index(name)] = value
-
-    def __call__(self) -> None:
-        kernel, threads = self._kernel, workers()
-        if kernel.one_thread or threads == 1:
-            kernel.alone(self._values)
-        else:
-            _openmp().GOMP_parallel(kernel.together, self._values, threads, 0)
-
-
-def bits_of(number: float) -> int:
-    """A float32 as a kernel's argument."""
-    bits: int = struct.unpack("<i", struct.pack("<f", number))[0]
-    return bits
-
-
-def kind_of(tensor: Tensor) -> str:
-    """As `Code.floats` takes it."""
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def available() -> bool:
-    """Whether kernels can be compiled for this machine's CPU, and run."""
-    return is_installed() and _runs()
-
-
-@functools.cache
-def is_installed() -> bool:
-    try:
-        _llvm(), _ir()
-    except Exception:  # or its library does not load
-        return False
-    return True
-
-
-@functools.cache
-def _runs() -> bool:
-    """Tried once: a system may forbid memory that is written and then run."""
-    features = _llvm().get_host_cpu_features()
-    # Without these LLVM would call a compiler's library, which is not here, for what the processor cannot do.
-    if platform.machine() in ("x86_64", "AMD64") and not all(features.get(n) for n in ("avx2", "f16c", "fma")):
-        return False
-    if not all(_thread_functions()):  # torch's own products have all threads
-        return False
-    found = ctypes.c_int64()
-    try:
-        kernel = Kernel(lambda code, a: code.store(a["number"] + 1, a["out"]), ("number", "out"), alone=True)
-        kernel.bind(number=41, out=ctypes.addressof(found))()
-    except Exception:
-        return False
-    return found.value == 42
-
-
-def workers() -> int:
-    """Threads that a kernel called now has at most."""
-    return torch.get_num_threads()
-
-
-def lanes_of_processor() -> int:
-    """float32 numbers of its widest registers."""
-    features = _llvm().get_host_cpu_features()
-    return 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
-
-
-def _function(module: Any, name: str, num_arguments: int) -> Any:
-    return _ir().Function(module, _ir().FunctionType(_ir().VoidType(), [I64.llvm] * num_arguments), name)
-
-
-@functools.cache
-def _machine() -> Any:
-    _llvm().initialize_native_target()
-    _llvm().initialize_native_asmprinter()
-    target = _llvm().Target.from_default_triple()
-    return functools.partial(
-        target.create_target_machine, _llvm().get_host_cpu_name(), _llvm().get_host_cpu_features().flatten(), opt=3
-    )
-
-
-def _compile(module: Any) -> Any:
-    machine = _machine()()
-    compiled = _llvm().parse_assembly(str(module))
-    passes = _llvm().create_pass_builder(machine, _llvm().create_pipeline_tuning_options(speed_level=2))
-    passes.getModulePassManager().run(compiled, passes)
-    engine = _llvm().create_mcjit_compiler(compiled, machine)
-    engine.finalize_object()
-    return engine
-
-
-@functools.cache
-def _openmp() -> Any:
-    """torch's own OpenMP, whose threads wait for work in either case."""
-    return ctypes.CDLL(None)
-
-
-@functools.cache
-def _thread_functions() -> tuple[int, int, int]:
-    """Addresses of OpenMP's functions that say which thread calls, and of how many, and that wait for all; zeros where
-    torch has other threads than GNU's OpenMP.
-    """
-    try:
-        _openmp().GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        names = "omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"
-        functions = [ctypes.cast(getattr(_openmp(), name), ctypes.c_void_p).value or 0 for name in names]
-    except (AttributeError, OSError, TypeError):
-        return 0, 0, 0
-    return functions[0], functions[1], functions[2]

@@ -6,7 +6,8 @@ from typing import Final, NamedTuple
 
 from torch import Tensor
 
-from minirea.kernels.cpu.code import F32, LANES, Code, Value, address, kind_of, vector
+from minirea.kernels.cpu.code import F32, LANES, Code, Value, vector
+from minirea.kernels.cpu.compile import address, kind_of
 
 AHEAD: Final = 4096  # bytes that memory is asked for before they are read
 

@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirea.kernels.cpu.code import F32, I64, LANES, Arguments, Call, Code, Kernel, Value, kind_of, vector, workers
+from minirea.kernels.cpu.code import F32, I64, LANES, Arguments, Code, Value, vector
+from minirea.kernels.cpu.compile import Call, Kernel, kind_of
 from minirea.kernels.cpu.heads import Heads, heads_of, rows_of
-from minirea.kernels.cpu.products import Many, Rows, tile_size
+from minirea.kernels.cpu.many import Many, tile_size
+from minirea.kernels.cpu.rows import Rows
+from minirea.kernels.cpu.threads import workers
 
 MOST_WINNERS: Final = 16  # of a row; lists of more are not for insertion
 _LEAST: Final = float("-inf")

@@ -12,7 +12,8 @@ from torch import Tensor
 from minirea.config import ReAttentionConfig
 from minirea.kernels.cpu import attend as kernels
 from minirea.kernels.cpu.choose import choose, new_counts
-from minirea.kernels.cpu.code import F32, Kernel, available, vector
+from minirea.kernels.cpu.code import F32, vector
+from minirea.kernels.cpu.compile import Kernel, available
 from minirea.kernels.cpu.search import search, search_many
 from minirea.kernels.reference import choose_scope, locate, rotate, score_rows
 from minirea.rope import apply_rope, for_whole_heads

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minirea.kernels.cpu import products
-from minirea.kernels.cpu.code import available
+from minirea.kernels.cpu import products, rows
+from minirea.kernels.cpu.compile import available
 from minirea.quantize import QuantizedMatrix
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs llvmlite")
@@ -24,7 +24,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def matrix_of(kind: str, N: int, K: int, seed: int = 3) -> tuple[products.Matrix, torch.Tensor]:
+def matrix_of(kind: str, N: int, K: int, seed: int = 3) -> tuple[rows.Matrix, torch.Tensor]:
     """A matrix, and what it is in float64."""
     wide = random(N, K, seed=seed) / 8
     if not kind.startswith("int"):

@@ -38,7 +38,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where llvmlite is not installed."""
-    monkeypatch.setattr("minirea.kernels.cpu.code.is_installed", lambda: False)
+    monkeypatch.setattr("minirea.kernels.cpu.compile.is_installed", lambda: False)
 
 
 @pytest.fixture(params=["kernels", "torch"])

@@ -13,7 +13,7 @@ import minirea
 from minirea.api import LLM
 from minirea.cache import KVCache
 from minirea.cpu_steps import CpuDecodeStep
-from minirea.kernels.cpu.code import available
+from minirea.kernels.cpu.compile import available
 from minirea.loading import new_cache
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs llvmlite")
@@ -146,7 +146,7 @@ def test_what_it_does_not_serve(options: dict[str, Any], tmp_path: Path, monkeyp
     llm = minirea.load(tmp_path, device="cpu", **{"dtype": "float32", **scope, **options})
     assert not CpuDecodeStep.serves(llm.model, new_cache(llm.model, 50))
     expected = llm.generate(random_ids(60), max_tokens=5, ignore_eos=True).token_ids
-    monkeypatch.setattr("minirea.kernels.cpu.code.is_installed", lambda: False)
+    monkeypatch.setattr("minirea.kernels.cpu.compile.is_installed", lambda: False)
     other = minirea.load(tmp_path, device="cpu", **{"dtype": "float32", **scope, **options})
     assert other.generate(random_ids(60), max_tokens=5, ignore_eos=True).token_ids == expected
 

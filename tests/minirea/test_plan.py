@@ -19,7 +19,7 @@ from minirea import api, loading, memory
 from minirea.attention import LEAST_ROWS
 from minirea.cli import main
 from minirea.errors import MemoryLimitError
-from minirea.kernels.cpu.code import available
+from minirea.kernels.cpu.compile import available
 from minirea.plan import fit_steps, plan_run, workspace_bytes
 
 SCOPE: dict[str, Any] = {"global_size": 4, "local_size": 24, "span_size": 8, "max_spans": 4, "chunk_size": 16}

@@ -101,7 +101,7 @@ def test_regression_lowers_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_products_are_those_of_the_wide_matrix(bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """By torch; what a CPU's kernels do is in test_cpu_products."""
-    monkeypatch.setattr("minirea.kernels.cpu.code.is_installed", lambda: False)
+    monkeypatch.setattr("minirea.kernels.cpu.compile.is_installed", lambda: False)
     monkeypatch.setattr("minirea.linear.WIDENED_AT_ONCE", 500)  # several parts
     matrix, x, bias, total = quantized(random(70, 45), bits), random(3, 45, seed=1), random(70, seed=2), random(3, 70)
     x, bias, total = x.to(dtype), bias.to(dtype), total.to(dtype)
@@ -126,7 +126,7 @@ def test_a_part_that_kernels_widen_begins_where_cublas_is_fast(
 
     kernels = ModuleType("kernels")
     monkeypatch.setattr(kernels, "widen", widen, raising=False)
-    monkeypatch.setattr("minirea.kernels.cpu.code.is_installed", lambda: False)
+    monkeypatch.setattr("minirea.kernels.cpu.compile.is_installed", lambda: False)
     matrix, x = quantized(random(9001, 45), 8), random(3, 45)
     torch.testing.assert_close(linear(x, matrix, kernels=kernels), linear(x, matrix))
     assert found == [rows] * (9001 // rows) + [9001 % rows]
@@ -180,7 +180,7 @@ def test_a_quantized_model_is_that_of_its_wide_weights(
     kernels: bool, choice: str, tied: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kernels:
-        monkeypatch.setattr("minirea.kernels.cpu.code.is_installed", lambda: False)
+        monkeypatch.setattr("minirea.kernels.cpu.compile.is_installed", lambda: False)
     directory = checkpoint(tmp_path, tie_word_embeddings=tied, num_hidden_layers=3)
     files = api.read_model(directory, device="cpu", dtype=dtype, quantize=choice, attention="full")
     llm = files.load(num_tokens=77)
