@@ -1,8 +1,9 @@
 """Matrices as a CPU multiplies by them fastest, and its norm. Its attention is in minirea.cpu_attention.
 
-Arithmetic in float32 takes them as a checkpoint has them, by the kernels of minirea.kernels.cpu. A processor with tiles
-for bfloat16 (AMX) multiplies it seven times as fast as float32. Arithmetic in bfloat16 is there that of products,
-attention and the cache; what they add up in, norms and the search's scores are float32.
+Arithmetic in float32 takes them as a checkpoint has them, those of bfloat16 in 12 bits a weight (minirea.compact), by
+the kernels of minirea.kernels.cpu. A processor with tiles for bfloat16 (AMX) multiplies it seven times as fast as
+float32. Arithmetic in bfloat16 is there that of products, attention and the cache; what they add up in, norms and the
+search's scores are float32.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minirea.kernels.cpu.compile import available
+from minirea.kernels.cpu.pack import pack
 from minirea.pages import collapsed
 from minirea.progress import bar_of_bytes
 from minirea.quantize import QuantizedMatrix
@@ -109,28 +111,27 @@ def _preparing_threads() -> int:
 
 
 def is_prepared(dtype: torch.dtype) -> bool:
-    """Whether arithmetic in `dtype` takes weights as they are."""
+    """Whether arithmetic in `dtype` is that of minirea.kernels.cpu, which takes matrices in half precision."""
     return dtype == torch.float32 and available()
 
 
 def prepare(weights: dict[str, Any], dtype: torch.dtype, progress: bool = False) -> dict[str, Any]:
     """Every matrix as this CPU multiplies by it fastest, for arithmetic in `dtype`. `weights` is emptied on the way.
 
-    Matrices are rearranged for arithmetic of tiles; the embedding, of which rows are looked up, stays. Where kernels
-    for float32 rows cannot be compiled, and for other arithmetic, they are stored column by column, which MKL
-    multiplies one row by twice as fast as row by row. Quantized ones stay.
+    For float32 rows those of bfloat16 become compact; for arithmetic of tiles they are rearranged. The embedding, of
+    which rows are looked up, stays, and so do quantized ones. Where kernels for float32 rows cannot be compiled, and
+    for other arithmetic, matrices are stored column by column, which MKL multiplies one row by twice as fast as row by
+    row.
 
     Args:
         progress: show a bar of bytes on stderr.
 
     Returns:
-        name -> Tensor, TiledMatrix, TiledGateUp or QuantizedMatrix. A tied head is one object with the embedding unless
-        it is tiled.
+        name -> Tensor, CompactMatrix, TiledMatrix, TiledGateUp or QuantizedMatrix. A tied head is one object with the
+        embedding unless it is compact or tiled.
     """
     if is_prepared(dtype):
-        prepared = dict(weights)
-        weights.clear()
-        return prepared
+        return _packed(weights, progress)
     tiled = multiplies_tiles(dtype)
     head = weights["head.weight"]
     tied = head is weights["embed.weight"] and not tiled
@@ -160,6 +161,26 @@ def prepare(weights: dict[str, Any], dtype: torch.dtype, progress: bool = False)
     if tied:
         prepared["head.weight"] = prepared["embed.weight"]
     return prepared
+
+
+def _packed(weights: dict[str, Any], progress: bool) -> dict[str, Any]:
+    """Matrices of bfloat16 in 12 bits a weight, one after the other: all threads pack each. A tied head is one of them,
+    of which the embedding is no part.
+    """
+    sizes = {name: tensor.nbytes for name, tensor in weights.items() if _packs(name, tensor)}
+    prepared = {}
+    with bar_of_bytes(sum(sizes.values()), "packing", progress) as bar:
+        for name in list(weights):
+            matrix = weights.pop(name)
+            prepared[name] = (pack(matrix) or matrix) if name in sizes else matrix
+            bar.update(sizes.get(name, 0))
+    return prepared
+
+
+def _packs(name: str, tensor: Tensor | QuantizedMatrix) -> bool:
+    if name == "embed.weight" or isinstance(tensor, QuantizedMatrix):
+        return False
+    return tensor.dim() == 2 and tensor.dtype == torch.bfloat16
 
 
 def row_blocks(num_rows: int) -> Iterator[slice]:

@@ -10,6 +10,7 @@ import torch
 
 from minirea.attention import Attention
 from minirea.cache import cache_bytes, far_bytes
+from minirea.compact import compact_bytes
 from minirea.config import ModelConfig
 from minirea.cpu import MAX_PREPARING_THREADS, is_prepared, multiplies_tiles, preparing_bytes, tiled_bytes
 from minirea.kernels import scratch_bytes
@@ -91,7 +92,7 @@ def _model_bytes(path: str | Path, config: ModelConfig, dtype: torch.dtype, devi
     if device.type != "cpu":
         return weight_bytes(config, dtype), 0
     if is_prepared(dtype):
-        return stored_weight_bytes(path, config, dtype), 0
+        return _compact_model_bytes(path, config, dtype)
     # Matrices that change their layout: the head, and each layer's largest.
     rows = [config.vocab_size, *[2 * config.mlp_size] * min(config.num_layers, MAX_PREPARING_THREADS)]
     loading = preparing_bytes(n * config.hidden_size for n in rows)
@@ -104,8 +105,20 @@ def _quantized_model_bytes(
     path: str | Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, quantize: str
 ) -> tuple[int, int]:
     """_model_bytes of matrices that are rounded while they are loaded."""
-    weights = stored_weight_bytes(path, config, dtype, quantize, keeps_half(dtype, device))
-    return weights, quantizing_bytes(config, device)
+    quantizing = quantizing_bytes(config, device)
+    if keeps_half(dtype, device):
+        weights, packing = _compact_model_bytes(path, config, dtype, quantize)
+        return weights, packing + quantizing
+    return stored_weight_bytes(path, config, dtype, quantize, keep_half=False), quantizing
+
+
+def _compact_model_bytes(
+    path: str | Path, config: ModelConfig, dtype: torch.dtype, quantize: str | None = None
+) -> tuple[int, int]:
+    """_model_bytes of matrices of which those of bfloat16 become compact, one by one, when all are loaded."""
+    stored, weights = (stored_weight_bytes(path, config, dtype, quantize, compact=compact) for compact in (False, True))
+    largest = max(config.vocab_size, 2 * config.mlp_size), config.hidden_size
+    return weights, max(0, stored + compact_bytes(*largest) - weights)
 
 
 def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int, quantize: str | None = None) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from minirea.compact import CompactMatrix, most_apart
 from minirea.config import ModelConfig, RopeConfig
 
 TINY: dict[str, Any] = {
@@ -71,6 +72,13 @@ def edit_json(path: Path, **edits: Any) -> None:
 def random_ids(num_tokens: int, vocab_size: int = TINY["vocab_size"], seed: int = 0) -> list[int]:
     """Token ids that avoid the special ones."""
     return torch.randint(3, vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def planned_beyond(model: Any) -> int:
+    """Bytes of a plan for weights of compact matrices that could be apart, and are not."""
+    matrices = [model.head, *(matrix for layer in model.layers for matrix in layer)]
+    compact = [matrix for matrix in matrices if isinstance(matrix, CompactMatrix)]
+    return sum(8 * (most_apart(*matrix.shape) - len(matrix.column)) for matrix in compact)
 
 
 def oracle(directory: Path) -> Any:

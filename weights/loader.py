@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from minirea.compact import compact_bytes, pays
 from minirea.config import ModelConfig
 from minirea.errors import InputError, MemoryLimitError, memory_limit_of
 from minirea.progress import bar_of_bytes
@@ -168,20 +169,33 @@ def stored_weight_bytes(
     dtype: torch.dtype,
     quantize: str | None = None,
     keep_half: bool = True,
+    compact: bool = False,
 ) -> int:
     """Like weight_bytes, for arguments of load_weights that depend on how a checkpoint is stored.
+
+    Args:
+        compact: what they take at most when matrices of bfloat16, but for the embedding, have become CompactMatrix.
 
     Raises what load_weights raises for the files' headers.
     """
     assigned = assign(Path(directory), tensors_of(Path(directory), config), NameTable(config))
     kept = _kept_dtypes(assigned) if keep_half else {}
     shapes = dict(_shapes(config))
+
+    def packs(name: str, columns: int) -> bool:
+        return compact and kept.get(name) == torch.bfloat16 and pays(columns)
+
     if config.tie_word_embeddings and _bits(config, quantize, "head.weight", shapes["embed.weight"]):
         shapes["head.weight"] = shapes["embed.weight"]
+    elif config.tie_word_embeddings and packs("embed.weight", config.hidden_size):
+        shapes["head.weight"] = len(config.head_rows), config.hidden_size
+        kept["head.weight"] = torch.bfloat16
 
     def nbytes(name: str, shape: tuple[int, ...]) -> int:
         if bits := _bits(config, quantize, name, shape):
             return quantized_bytes(shape[0], shape[1], bits, _group_size(config, shape[1], bits))
+        if name != "embed.weight" and packs(name, shape[-1]):
+            return compact_bytes(shape[0], shape[1])
         return math.prod(shape) * kept.get(name, dtype).itemsize
 
     return sum(nbytes(name, shape) for name, shape in shapes.items())

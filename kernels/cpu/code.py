@@ -151,8 +151,8 @@ class Code:
     def _value(self, of: Any, type_: Type) -> Value:
         return Value(self.builder, of, type_)
 
-    def number(self, number: float, type_: Type = I64) -> Value:
-        """A constant."""
+    def number(self, number: float | list[Any], type_: Type = I64) -> Value:
+        """A constant; of a vector one number for all lanes, or each lane's."""
         return self._value(type_.constant(number), type_)
 
     def integer(self, number: Value | int) -> Value:
@@ -264,7 +264,8 @@ class Code:
 
     def max(self, a: Value) -> Value:
         """Of a vector's lanes."""
-        return self._call(f"llvm.vector.reduce.fmax.{a.type.name}", a.type.element, [a.of])
+        kind = "fmax" if a.is_float else "smax"
+        return self._call(f"llvm.vector.reduce.{kind}.{a.type.name}", a.type.element, [a.of])
 
     def any(self, a: Value) -> Value:
         """Whether a lane of integers is not zero."""
@@ -285,6 +286,11 @@ class Code:
         """Integers with zeros above."""
         type_ = element.like(a.type)
         return self._value(self.builder.zext(a.of, type_.llvm), type_)
+
+    def signed(self, a: Value, element: Type) -> Value:
+        """Wider integers of the same values."""
+        type_ = element.like(a.type)
+        return self._value(self.builder.sext(a.of, type_.llvm), type_)
 
     def narrower(self, a: Value, element: Type) -> Value:
         """The lower bits of integers."""

@@ -14,7 +14,7 @@ from minirea.kernels.cpu.code import F32, I32, LANES, Arguments, Code, Value, Va
 from minirea.kernels.cpu.rows import UPPER_HALF, Rows
 
 _SUMS: Final = 16  # vectors of sums, at most: a processor with AVX-512 has 32 registers
-_AHEAD: Final = 4096  # bytes that memory is asked for before they are read: a core waits for it otherwise
+_LEAST_AHEAD: Final = 4096
 
 
 class Few(NamedTuple):
@@ -41,6 +41,13 @@ class Few(NamedTuple):
     @property
     def halves(self) -> int:
         return 2 if self.end == "swiglu" else 1
+
+    @property
+    def ahead(self) -> int:
+        """Bytes that memory is asked for before they are read, or a core waits for it: those of the rows after these,
+        which begin behind them.
+        """
+        return max(_LEAST_AHEAD, self.at_once * self.rows.nbytes)
 
     @property
     def scratch_floats(self) -> int:
@@ -83,14 +90,18 @@ class Few(NamedTuple):
                 code.load(source + (at + first) * 4, vector(F32), max(0, min(LANES, columns - first)))
                 for first in range(0, rows.unit, LANES)
             ]
+            if factor is None and rows.power:
+                parts = [part * 2.0**rows.power for part in parts]
             if factor is not None:
                 weights = [
                     code.load(a["norm"] + (at + first) * 4, vector(F32), max(0, min(LANES, columns - first)))
                     for first in range(0, rows.unit, LANES)
                 ]
                 parts = [part * factor * weight for part, weight in zip(parts, weights, strict=True)]
-            for i, lanes in enumerate(rows.lanes):
-                code.store(code.shuffle(parts[0], parts[-1], lanes), x + (at + i * LANES) * 4)
+            if rows.kind in ("8", "4"):
+                parts = [code.shuffle(parts[0], parts[-1], lanes) for lanes in rows.lanes]
+            for i, part in enumerate(parts):
+                code.store(part, x + (at + i * LANES) * 4)
 
         whole = K // rows.unit * rows.unit
         with code.range(0, whole, rows.unit) as at:
@@ -116,7 +127,7 @@ class Few(NamedTuple):
             part = code.load(source + K // LANES * LANES * 4, vector(F32), K % LANES)
             squares.value = code.fma(part, part, squares.value)
         mean = code.sum(squares.value) / float(K)
-        return code.splat(code.number(1.0, F32) / code.sqrt(mean + code.float_of(a["eps"])))
+        return code.splat(code.number(2.0**self.rows.power, F32) / code.sqrt(mean + code.float_of(a["eps"])))
 
     def _sums(self, code: Code, a: Arguments, outputs: Sequence[Value], x: Value, sums: Value) -> list[list[Value]]:
         """Of the matrix's rows, with each row of x."""
@@ -134,18 +145,20 @@ class Few(NamedTuple):
             ]
             for address, sum_M in zip(at_row, into, strict=True):
                 address = address + (at * rows.bits >> 3)
-                code.prefetch(address + _AHEAD)
+                for line in range(0, rows.unit * rows.bits // 8, 64):
+                    code.prefetch(address + (line + self.ahead))
                 for i, weights in enumerate(rows.read(code, address, columns)):
                     for row in range(M):
                         sum_M[row].value = code.fma(weights, parts[row][i], sum_M[row].value)
 
         if not rows.group:
-            with code.range(0, K // rows.unit * rows.unit, rows.unit) as at:
+            whole = rows.stored // rows.unit * rows.unit
+            with code.range(0, whole, rows.unit) as at:
                 unit(at, rows.unit, total)
-            if K % rows.unit:
-                unit(code.number(K // rows.unit * rows.unit), K % rows.unit, total)
+            if rows.stored > whole:
+                unit(code.number(whole), K - whole, total)
         else:
-            at_scales = [a["scale_offset"] + n * (4 * rows.groups) for n in outputs]
+            at_scales = [a["scale"] + n * (4 * rows.groups) for n in outputs]
             with code.range(0, rows.groups) as group:
                 of_group = [[code.variable(code.zeros()) for _ in range(M)] for _ in outputs]
                 with code.range(group * rows.group, (group + 1) * rows.group, rows.unit) as at:
@@ -163,10 +176,23 @@ class Few(NamedTuple):
                         of_x = code.load(sums + 4 * (first + row * padded), vector(F32))
                         total[n][row].value = code.fma(offset, of_x, total[n][row].value)
         out = [[code.sum(of.value) for of in sum_M] for sum_M in total]
+        if rows.kind == "12":
+            out = [self._with_apart(code, a, n, x, sum_M) for n, sum_M in zip(outputs, out, strict=True)]
         if self.has_bias:
             biases = [code.load(a["bias"] + n * 4, F32) for n in outputs]
             out = [[part + bias for part in sum_M] for sum_M, bias in zip(out, biases, strict=True)]
         return out
+
+    def _with_apart(self, code: Code, a: Arguments, n: Value, x: Value, sum_M: list[Value]) -> list[Value]:
+        """A row's sums, with the weights that are apart, to scale."""
+        rows = self.rows
+        total = [code.variable(code.number(0.0, F32)) for _ in sum_M]
+        with rows.apart(code, a, n) as (column, value):
+            for row, of_row in enumerate(total):
+                part = code.load(x + (column + row * rows.padded) * 4, F32)
+                of_row.value = code.fma(value, part, of_row.value)
+        scale = code.load(a["scale"] + n * 4, F32)
+        return [code.fma(part, scale, of.value * 2.0**-rows.power) for part, of in zip(sum_M, total, strict=True)]
 
 
 def silu(code: Code, gate: Value) -> Value:

@@ -53,7 +53,7 @@ class Many(NamedTuple):
     def fill(self, code: Code, a: Arguments, panel: Value, n: Value, k: Value) -> None:
         """Columns of the matrix from k on, of rows from n on, as rows of float32. Rows behind the last are like it."""
         rows = self.rows
-        whole = rows.padded if rows.group else rows.columns // rows.unit * rows.unit
+        whole = rows.stored // rows.unit * rows.unit
         stop = code.smaller(k + self.depth, code.number(whole))
         with code.range(0, self.width, LANES) as block:
             row_of = [code.smaller(n + block + i, a["num_outputs"] - 1) for i in range(LANES)]
@@ -66,17 +66,29 @@ class Many(NamedTuple):
 
             with code.range(k, stop, rows.unit) as at:
                 unit(at, rows.unit)
-            if whole < rows.columns:
+            if whole < rows.stored:
                 with code.when(k + self.depth > whole):
                     unit(code.number(whole), rows.columns - whole)
+            if rows.kind == "12":
+                self._put_apart(code, a, panel + block * 4, row_of, k)
+
+    def _put_apart(self, code: Code, a: Arguments, panel: Value, row_of: Sequence[Value], k: Value) -> None:
+        """The weights of some rows that are apart, where they belong in a panel of columns from k on."""
+        for i, row in enumerate(row_of):
+            with self.rows.apart(code, a, row) as (column, value):
+                with code.when((column - k < self.depth) & (column > k - 1)):
+                    code.store(value, panel + ((column - k) * self.width + i) * 4)
 
     def _read(self, code: Code, a: Arguments, row: Value, at: Value, columns: int) -> list[Value]:
         """A unit of the matrix, wide."""
         rows = self.rows
         weights = rows.read(code, a["matrix"] + row * rows.nbytes + (at * rows.bits >> 3), columns)
+        if rows.kind == "12":
+            scale = code.splat(code.load(a["scale"] + row * 4, F32))
+            return [part * 2.0**rows.power * scale for part in weights]
         if not rows.group:
             return weights
-        pair = code.load(a["scale_offset"] + (row * rows.groups + at // rows.group) * 4, I32)
+        pair = code.load(a["scale"] + (row * rows.groups + at // rows.group) * 4, I32)
         scale, offset = (code.splat(bits.bits(F32)) for bits in (pair << 16, pair & UPPER_HALF))
         return [code.fma(part, scale, offset) for part in weights]
 

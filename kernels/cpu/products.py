@@ -8,6 +8,7 @@ from typing import Any, Final, TypeGuard
 import torch
 from torch import Tensor
 
+from minirea.compact import CompactMatrix
 from minirea.kernels.cpu.code import F32, LANES, Arguments, Code, vector
 from minirea.kernels.cpu.compile import Call, Kernel, address, available, bits_of
 from minirea.kernels.cpu.few import Few, silu
@@ -17,6 +18,7 @@ from minirea.kernels.cpu.threads import workers
 from minirea.quantize import QuantizedMatrix
 
 MOST_FEW: Final = 8  # rows of x that are few
+_OF_MATRIX: Final = "matrix", "scale", "first", "column", "value"
 _HALVES: Final = (torch.bfloat16, torch.float16)
 
 
@@ -73,6 +75,8 @@ def multiplies(matrix_NK: object, x_TK: Tensor) -> TypeGuard[Matrix]:
         return False
     if isinstance(matrix_NK, QuantizedMatrix):
         return x_TK.dtype == torch.float32 or (x_TK.dtype in _HALVES and len(x_TK) <= MOST_FEW)
+    if isinstance(matrix_NK, CompactMatrix):
+        return x_TK.dtype == torch.float32
     if not isinstance(matrix_NK, Tensor):
         return False
     return x_TK.dtype == torch.float32 and matrix_NK.dtype in (*_HALVES, torch.float32) and matrix_NK.is_contiguous()
@@ -132,20 +136,27 @@ def _many(x_TK: Tensor, matrix_NK: Matrix, out_TN: Tensor, adds: bool) -> Tensor
 
 
 def _addresses(matrix_NK: Matrix) -> dict[str, int]:
+    """What kernels take of a matrix; `scale` is scale and offset of groups, or the scale of rows."""
+    parts: dict[str, Tensor | None] = dict.fromkeys(_OF_MATRIX)
     if isinstance(matrix_NK, QuantizedMatrix):
-        return {"matrix": matrix_NK.words.data_ptr(), "scale_offset": matrix_NK.scale_offset.data_ptr()}
-    return {"matrix": matrix_NK.data_ptr(), "scale_offset": 0}
+        parts |= {"matrix": matrix_NK.words, "scale": matrix_NK.scale_offset}
+    elif isinstance(matrix_NK, CompactMatrix):
+        parts |= {"matrix": matrix_NK.units, "scale": matrix_NK.scale, "first": matrix_NK.first}
+        parts |= {"column": matrix_NK.column, "value": matrix_NK.value}
+    else:
+        parts["matrix"] = matrix_NK
+    return {name: address(part) for name, part in parts.items()}
 
 
 @functools.cache
 def _few_kernel(few: Few) -> Kernel:
-    names = "matrix", "scale_offset", "x", "norm", "eps", "bias", "out", "num_outputs", "scratch"
+    names = *_OF_MATRIX, "x", "norm", "eps", "bias", "out", "num_outputs", "scratch"
     return Kernel(few.write, names)
 
 
 @functools.cache
 def _many_kernel(many: Many) -> Kernel:
-    names = "matrix", "scale_offset", "x", "out", "num_rows", "num_outputs", "adds", "scratch"
+    names = *_OF_MATRIX, "x", "out", "num_rows", "num_outputs", "adds", "scratch"
     return Kernel(many.write, names)
 
 

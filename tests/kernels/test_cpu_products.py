@@ -12,11 +12,12 @@ import torch.nn.functional as F
 
 from minirea.kernels.cpu import products, rows
 from minirea.kernels.cpu.compile import available
+from minirea.kernels.cpu.pack import pack
 from minirea.quantize import QuantizedMatrix
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs llvmlite")
 
-KINDS = ["float32", "bfloat16", "float16", "int8", "int8-256", "int4", "int4-256"]
+KINDS = ["float32", "bfloat16", "compact", "float16", "int8", "int8-256", "int4", "int4-256"]
 THREADS = pytest.mark.usefixtures("threads")
 
 
@@ -27,6 +28,9 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def matrix_of(kind: str, N: int, K: int, seed: int = 3) -> tuple[rows.Matrix, torch.Tensor]:
     """A matrix, and what it is in float64."""
     wide = random(N, K, seed=seed) / 8
+    if kind == "compact":
+        matrix = wide.bfloat16()
+        return pack(matrix) or matrix, matrix.double()
     if not kind.startswith("int"):
         matrix = wide.to(getattr(torch, kind))
         return matrix, matrix.double()

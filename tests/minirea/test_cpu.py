@@ -13,10 +13,12 @@ from tqdm import tqdm
 
 from minirea import api, cpu, cpu_attention, progress
 from minirea.attention import Attention
+from minirea.compact import CompactMatrix
 from minirea.config import ReAttentionConfig
 from minirea.cpu import prepare, preparing_bytes, rms_norm
 from minirea.cpu_attention import attend, attend_causal
 from minirea.kernels import new_votes, winners_shape
+from minirea.kernels.cpu.compile import available
 from minirea.kernels.reference import reattention_reference, rotate
 from minirea.kernels.steps import reference
 from minirea.linear import add_linear, linear, norm_swiglu
@@ -26,6 +28,7 @@ from minirea.rope import apply_rope, for_whole_heads
 from minirea.weights import load_weights
 
 DEMO = Path(__file__).parents[2] / "weights" / "demo"
+needs_kernels = pytest.mark.skipif(not available(), reason="needs llvmlite")
 needs_tiles = pytest.mark.skipif(
     not cpu._has_tiles(), reason="this processor has no tiles: oneDNN's layouts are others"
 )
@@ -47,13 +50,13 @@ def with_and_without_kernels(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("no_kernels")
 
 
-def model_weights(dtype: torch.dtype, tied: bool) -> dict[str, torch.Tensor]:
+def model_weights(dtype: torch.dtype, tied: bool, E: int = 4) -> dict[str, torch.Tensor]:
     weights = {
-        "embed.weight": random(11, 4).to(dtype),
-        "norm.weight": random(4),
-        "a.qkv.weight": random(6, 4).to(dtype),
+        "embed.weight": random(11, E).to(dtype),
+        "norm.weight": random(E),
+        "a.qkv.weight": random(6, E).to(dtype),
     }
-    return weights | {"head.weight": weights["embed.weight"] if tied else random(11, 4, seed=1).to(dtype)}
+    return weights | {"head.weight": weights["embed.weight"] if tied else random(11, E, seed=1).to(dtype)}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -94,6 +97,23 @@ def test_without_kernels_matrices_are_stored_by_columns(
     for name, matrix in before.items():
         assert torch.equal(prepared[name], matrix)
         assert matrix.dim() == 1 or prepared[name].stride() == (1, len(matrix))
+
+
+@needs_kernels
+@pytest.mark.parametrize("tied", [False, True])
+def test_with_kernels_matrices_of_bfloat16_become_compact(tied: bool) -> None:
+    """All but the embedding, which a tied head is no more. Those of other dtypes stay."""
+    weights = model_weights(torch.bfloat16, tied, 64)
+    before = dict(weights)
+    prepared = prepare(weights, torch.float32)
+    assert not weights and prepared.keys() == before.keys()
+    for name, tensor in before.items():
+        is_compact = tensor.dim() == 2 and name != "embed.weight"
+        assert isinstance(prepared[name], CompactMatrix) == is_compact
+        assert torch.equal(prepared[name].widen(), tensor) if is_compact else prepared[name] is tensor
+    wide = {name: tensor.float() for name, tensor in before.items()}
+    kept = prepare(dict(wide), torch.float32)
+    assert all(kept[name] is tensor for name, tensor in wide.items())
 
 
 @needs_tiles
