@@ -12,7 +12,7 @@ from minirea.attention import Attention, Step
 from minirea.cache import KVCache
 from minirea.kernels.cpu.attend import attend_scratch, bind_attend, bind_write
 from minirea.kernels.cpu.choose import bind_choose, new_counts, new_elected, new_runs
-from minirea.kernels.cpu.compile import Call
+from minirea.kernels.cpu.compile import Call, Calls
 from minirea.kernels.cpu.products import bind_few, few_scratch, multiplies
 from minirea.kernels.cpu.rows import Matrix
 from minirea.kernels.cpu.search import MOST_WINNERS, bind_search, winner_lists
@@ -76,8 +76,8 @@ class CpuDecodeStep:
         self.sparse = [self._bind_sparse(index) for index in layers] if cache.k else []
         self.dense_calls, self.sparse_calls = (self._bind_step(attending) for attending in (self.dense, self.sparse))
 
-    def _bind_step(self, attending: list[_Attending]) -> list[Call]:
-        """All calls of a step."""
+    def _bind_step(self, attending: list[_Attending]) -> Calls:
+        """All of a step."""
         model, x_1E, eps = self.model, self.x_1E, self.model.config.norm_eps
         bind = functools.partial(bind_few, scratch=self.scratch)
         calls = []
@@ -89,7 +89,7 @@ class CpuDecodeStep:
             gate_up = _plain(layer.gate_up), layer.gate_up_bias, self.act_1F
             calls.append(bind(x_1E, *gate_up, norm=(layer.mlp_norm, eps), end="swiglu"))
             calls.append(bind(self.act_1F, _plain(layer.down), layer.down_bias, x_1E, end="add"))
-        return [*calls, bind(x_1E, _plain(model.head), None, self.logits_1V, norm=(model.norm, eps))]
+        return Calls([*calls, bind(x_1E, _plain(model.head), None, self.logits_1V, norm=(model.norm, eps))])
 
     def _bind_dense(self, index: int) -> _Attending:
         """A layer of a step that attends to all tokens."""
@@ -125,8 +125,7 @@ class CpuDecodeStep:
         step = attention.begin(attention.step(seq_len, 1), cache)
         (self._set_dense if is_dense else self._set_sparse)(seq_len, step)
         self.x_1E.copy_(model.embed[ids_1])
-        for call in self.dense_calls if is_dense else self.sparse_calls:
-            call()
+        (self.dense_calls if is_dense else self.sparse_calls)()
         cache.seq_len = seq_len
         return self.logits_1V
 

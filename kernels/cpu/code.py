@@ -323,8 +323,12 @@ class Code:
     def wait_for_all(self, workers: Value) -> None:
         """Until all workers are here."""
         with self.when(workers > 1):
-            type_ = ir().FunctionType(ir().VoidType(), []).as_pointer()
-            self.builder.call(self.builder.inttoptr(I64.constant(thread_functions()[2]), type_), [])
+            self.call(self.number(thread_functions()[2]))
+
+    def call(self, function: Value, *arguments: Value) -> None:
+        """A function by its address, which takes integers and returns nothing."""
+        type_ = ir().FunctionType(ir().VoidType(), [argument.type.llvm for argument in arguments]).as_pointer()
+        self.builder.call(self.builder.inttoptr(function.of, type_), [argument.of for argument in arguments])
 
     def _call(self, name: str, type_: Type | None, arguments: list[Any]) -> Value:
         """An intrinsic function of LLVM, which returns nothing without a type."""

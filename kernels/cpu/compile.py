@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import platform
 import struct
 from collections.abc import Callable, Sequence
@@ -43,7 +44,8 @@ class Kernel:
             builder.call(body, [module.globals[name].args[0], *worker])
             builder.ret_void()
         self._engine = _compile(module)
-        alone_at, self.together = (self._engine.get_function_address(name) for name in ("alone", "together"))
+        at = [self._engine.get_function_address(name) for name in ("body", "alone", "together")]
+        self.body, alone_at, self.together = at
         self.alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(alone_at)
 
     def bind(self, **arguments: int) -> Call:
@@ -54,19 +56,46 @@ class Call:
     """A kernel with its arguments, any of which may be set before it runs once more. Their memory is the caller's."""
 
     def __init__(self, kernel: Kernel, values: list[int]) -> None:
-        self._kernel = kernel
-        self._values = (ctypes.c_int64 * len(values))(*values)
+        self.kernel = kernel
+        self.values = (ctypes.c_int64 * len(values))(*values)
 
     def set(self, **arguments: int) -> None:
         for name, value in arguments.items():
-            self._values[self._kernel.names.index(name)] = value
+            self.values[self.kernel.names.index(name)] = value
 
     def __call__(self) -> None:
-        kernel, threads = self._kernel, workers()
+        kernel, threads = self.kernel, workers()
         if kernel.one_thread or threads == 1:
-            kernel.alone(self._values)
+            kernel.alone(self.values)
         else:
-            run_together(kernel.together, self._values, threads)
+            run_together(kernel.together, self.values, threads)
+
+
+class Calls:
+    """One call after the other as a call of one kernel, between which threads wait for each other."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._calls = calls  # whose arguments may be set
+        rows = [(call.kernel.body, ctypes.addressof(call.values), call.kernel.one_thread) for call in calls]
+        self._rows = (ctypes.c_int64 * (3 * len(rows)))(*itertools.chain.from_iterable(rows))
+        self._call = _calls_kernel().bind(calls=ctypes.addressof(self._rows), count=len(rows))
+
+    def __call__(self) -> None:
+        self._call()
+
+
+def _write_calls(code: Code, a: Arguments) -> None:
+    with code.range(0, a["count"]) as i:
+        function, arguments, is_alone = (code.load(a["calls"] + (i * 3 + j) * 8, I64) for j in range(3))
+        with code.when((is_alone < 1) | (a["worker"] < 1)):
+            workers = code.select(is_alone > 0, code.number(1), a["workers"])
+            code.call(function, arguments, a["worker"], workers)
+        code.wait_for_all(a["workers"])
+
+
+@functools.cache
+def _calls_kernel() -> Kernel:
+    return Kernel(_write_calls, ("calls", "count"))
 
 
 def bits_of(number: float) -> int:

@@ -13,7 +13,7 @@ import minirea
 from minirea.api import LLM
 from minirea.cache import KVCache
 from minirea.cpu_steps import CpuDecodeStep
-from minirea.kernels.cpu.compile import available
+from minirea.kernels.cpu.compile import Calls, available
 from minirea.loading import new_cache
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs llvmlite")
@@ -156,16 +156,14 @@ def test_a_step_that_is_interrupted_leaves_the_cache_as_it_was(tmp_path: Path, m
         llm = model_of(tmp_path, torch.bfloat16, {})
         first, second = caches(llm, 90, 50)
         step, ids = CpuDecodeStep(llm.model, second), torch.tensor([7])
-        calls, run = [], type(step.dense_calls[0]).__call__
+        run = Calls.__call__
 
-        def interrupted(call: Any) -> None:
-            calls.append(call)
-            if len(calls) == 9:
-                raise KeyboardInterrupt
-            run(call)
+        def interrupted(calls: Calls) -> None:
+            run(calls)
+            raise KeyboardInterrupt  # Python's, when what was called returns
 
-        monkeypatch.setattr(type(step.dense_calls[0]), "__call__", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Calls, "__call__", interrupted)
             step.run(ids)
         assert second.seq_len == 50
         assert torch.equal(step.run(ids), llm.model.logits(llm.model.forward(ids, first)))
