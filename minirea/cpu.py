@@ -8,6 +8,7 @@ search's scores are float32.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
@@ -130,19 +131,19 @@ def prepare(weights: dict[str, Any], dtype: torch.dtype, progress: bool = False)
         name -> Tensor, CompactMatrix, TiledMatrix, TiledGateUp or QuantizedMatrix. A tied head is one object with the
         embedding unless it is compact or tiled.
     """
-    if is_prepared(dtype):
-        return _packed(weights, progress)
-    tiled = multiplies_tiles(dtype)
+    compact, tiled = is_prepared(dtype), multiplies_tiles(dtype)
     head = weights["head.weight"]
-    tied = head is weights["embed.weight"] and not tiled
+    tied = head is weights["embed.weight"] and not (compact or tiled)
     if tied:
         del weights["head.weight"]
 
-    def fastest(name: str) -> Tensor | TiledMatrix | TiledGateUp | QuantizedMatrix:
+    def fastest(name: str) -> Any:
         tensor = weights.pop(name)
-        looked_up = name == "embed.weight" and (tiled or isinstance(head, QuantizedMatrix))
+        looked_up = name == "embed.weight" and (compact or tiled or isinstance(head, QuantizedMatrix))
         if isinstance(tensor, QuantizedMatrix) or tensor.dim() == 1 or looked_up:
             return tensor
+        if compact:
+            return (pack(tensor) if tensor.dtype == torch.bfloat16 else None) or tensor
         if tiled:
             return (tile_gate_up if name.endswith(GATE_UP) else tile)(tensor)
         return tensor.t().contiguous().t()
@@ -151,7 +152,7 @@ def prepare(weights: dict[str, Any], dtype: torch.dtype, progress: bool = False)
     names = sorted(sizes, key=sizes.__getitem__, reverse=True)  # no thread should be left with the largest at the end
     prepared = {}
     with (
-        collapsed(),
+        contextlib.nullcontext() if compact else collapsed(),
         thread_pool(_preparing_threads(), "prepare") as pool,
         bar_of_bytes(sum(sizes.values()), "packing", progress) as bar,
     ):
@@ -161,26 +162,6 @@ def prepare(weights: dict[str, Any], dtype: torch.dtype, progress: bool = False)
     if tied:
         prepared["head.weight"] = prepared["embed.weight"]
     return prepared
-
-
-def _packed(weights: dict[str, Any], progress: bool) -> dict[str, Any]:
-    """Matrices of bfloat16 in 12 bits a weight, one after the other: all threads pack each. A tied head is one of them,
-    of which the embedding is no part.
-    """
-    sizes = {name: tensor.nbytes for name, tensor in weights.items() if _packs(name, tensor)}
-    prepared = {}
-    with bar_of_bytes(sum(sizes.values()), "packing", progress) as bar:
-        for name in list(weights):
-            matrix = weights.pop(name)
-            prepared[name] = (pack(matrix) or matrix) if name in sizes else matrix
-            bar.update(sizes.get(name, 0))
-    return prepared
-
-
-def _packs(name: str, tensor: Tensor | QuantizedMatrix) -> bool:
-    if name == "embed.weight" or isinstance(tensor, QuantizedMatrix):
-        return False
-    return tensor.dim() == 2 and tensor.dtype == torch.bfloat16
 
 
 def row_blocks(num_rows: int) -> Iterator[slice]:

@@ -10,7 +10,6 @@ import torch
 
 from minirea.attention import Attention
 from minirea.cache import cache_bytes, far_bytes
-from minirea.compact import compact_bytes
 from minirea.config import ModelConfig
 from minirea.cpu import MAX_PREPARING_THREADS, is_prepared, multiplies_tiles, preparing_bytes, tiled_bytes
 from minirea.kernels import scratch_bytes
@@ -93,12 +92,15 @@ def _model_bytes(path: str | Path, config: ModelConfig, dtype: torch.dtype, devi
         return weight_bytes(config, dtype), 0
     if is_prepared(dtype):
         return _compact_model_bytes(path, config, dtype)
-    # Matrices that change their layout: the head, and each layer's largest.
-    rows = [config.vocab_size, *[2 * config.mlp_size] * min(config.num_layers, MAX_PREPARING_THREADS)]
-    loading = preparing_bytes(n * config.hidden_size for n in rows)
     if multiplies_tiles(dtype):
-        return weight_bytes(config, dtype, tiled_bytes), loading
-    return weight_bytes(config, dtype), loading
+        return weight_bytes(config, dtype, tiled_bytes), _preparing_bytes(config)
+    return weight_bytes(config, dtype), _preparing_bytes(config)
+
+
+def _preparing_bytes(config: ModelConfig) -> int:
+    """Of matrices that change their layout: the head, and each layer's largest."""
+    rows = [config.vocab_size, *[2 * config.mlp_size] * min(config.num_layers, MAX_PREPARING_THREADS)]
+    return preparing_bytes(n * config.hidden_size for n in rows)
 
 
 def _quantized_model_bytes(
@@ -115,10 +117,9 @@ def _quantized_model_bytes(
 def _compact_model_bytes(
     path: str | Path, config: ModelConfig, dtype: torch.dtype, quantize: str | None = None
 ) -> tuple[int, int]:
-    """_model_bytes of matrices of which those of bfloat16 become compact, one by one, when all are loaded."""
+    """_model_bytes of matrices of which those of bfloat16 become compact when all are loaded."""
     stored, weights = (stored_weight_bytes(path, config, dtype, quantize, compact=compact) for compact in (False, True))
-    largest = max(config.vocab_size, 2 * config.mlp_size), config.hidden_size
-    return weights, max(0, stored + compact_bytes(*largest) - weights)
+    return weights, max(0, stored - weights + _preparing_bytes(config))
 
 
 def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int, quantize: str | None = None) -> int:

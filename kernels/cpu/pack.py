@@ -21,7 +21,7 @@ _MANTISSA: Final = 127
 
 def pack(matrix_NK: Tensor) -> CompactMatrix | None:
     """The same numbers of a contiguous bfloat16 matrix; None where that does not pay or does not go: rows are short, or
-    their weights lie far apart, are huge or not finite.
+    their weights lie far apart, are huge or not finite. On one thread.
     """
     (N, K), ints = matrix_NK.shape, functools.partial(torch.empty, dtype=torch.int32)
     if not pays(K):
@@ -43,7 +43,7 @@ def pack(matrix_NK: Tensor) -> CompactMatrix | None:
 
 def _write_pack(code: Code, a: Arguments) -> None:
     """Units of each row, its base, and how many of its weights are apart."""
-    with code.range(a["worker"], a["num_rows"], a["workers"]) as n:
+    with code.range(0, a["num_rows"]) as n:
         row, units = a["matrix"] + n * a["num_columns"] * 2, a["units"] + n * a["row_bytes"]
         top, count = (code.variable(code.number(0, vector(I32))) for _ in range(2))
         with code.range(0, a["num_columns"], LANES) as k:
@@ -71,7 +71,7 @@ def _write_pack(code: Code, a: Arguments) -> None:
 
 def _write_collect(code: Code, a: Arguments) -> None:
     """Columns and values of weights that are apart."""
-    with code.range(a["worker"], a["num_rows"], a["workers"]) as n:
+    with code.range(0, a["num_rows"]) as n:
         first, stop = (code.wider(code.load(a["first"] + (n + i) * 4, I32), I64) for i in range(2))
         base, row = code.load(a["base"] + n * 4, I32), a["matrix"] + n * a["num_columns"] * 2
         bases, entry = code.splat(base), code.variable(first)
@@ -109,9 +109,10 @@ def _is_apart(bits: Value, base: Value) -> Value:
 @functools.cache
 def _pack_kernel() -> Kernel:
     names = "matrix", "num_rows", "num_columns", "base", "units", "row_bytes", "count"
-    return Kernel(_write_pack, names)
+    return Kernel(_write_pack, names, alone=True)
 
 
 @functools.cache
 def _collect_kernel() -> Kernel:
-    return Kernel(_write_collect, ("matrix", "num_rows", "num_columns", "base", "first", "column", "value"))
+    names = "matrix", "num_rows", "num_columns", "base", "first", "column", "value"
+    return Kernel(_write_collect, names, alone=True)
