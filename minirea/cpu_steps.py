@@ -14,7 +14,8 @@ from minirea.kernels.cpu.attend import attend_scratch, bind_attend, bind_write
 from minirea.kernels.cpu.choose import bind_choose, new_counts, new_elected, new_runs
 from minirea.kernels.cpu.code import Call, workers
 from minirea.kernels.cpu.products import Matrix, bind_few, few_scratch, multiplies
-from minirea.kernels.cpu.search import MOST_WINNERS, bind_search, winner_lists
+from minirea.kernels.cpu.search import bind_search, winner_lists
+from minirea.kernels.cpu.winners import MOST_WINNERS
 from minirea.model import Layer, Model
 
 
