@@ -13,8 +13,8 @@ worst of the winners so far is not better than it: it is not scored.
 What float32 adds, with u = 2^-24: a score, q.m, k - m and the units' multiples are off by u times the size of what they
 are made of, at most D + 16 times together, where sizes are |q| (|m| + |k'| + |e_k|). `_ROUNDING` is four times u. Norms
 are off by less than `_OF_NORMS` of them, what the worst score allows by less than `_OF_SCORES` of it, and `_ABSOLUTE`
-covers that it becomes an integer, and underflow. Where sizes might underflow or overflow, or are not finite, all keys
-of the panel are scored.
+covers that it becomes an integer, and underflow. Where a score might overflow, or units do, or something is not finite,
+all keys of the panel are scored; but one with NaN, whose score never wins, need not be.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _ROUNDING: Final = 2.0**-22
 _OF_NORMS: Final = 2.0**-10
 _OF_SCORES: Final = 2.0**-20
 _ABSOLUTE: Final = 2.0
-_LARGE: Final = 2.0**100
+_LARGE: Final = 2.0**100  # what is less does not overflow while it is added up
 _NONE: Final = 2.0**28  # more than any sum of products
 
 
@@ -178,8 +178,7 @@ class SearchBytes(NamedTuple):
             bytes_ = self._round(code, multiples, a["keys"] + m * self.row_bytes, _OFFSET)
             errors = [part - byte for part, byte in zip(multiples, bytes_, strict=True)]
             rounded.value = code.larger(rounded.value, _square(code, bytes_))
-            square = _square(code, errors)
-            error.value = code.larger(error.value, square) + square * 0.0  # stays NaN if one is not finite
+            error.value = code.larger(error.value, _square(code, errors))  # of NaN neither: such a key never wins
         self._transpose(code, a["keys"], a["panels"] + p * self.panel_bytes)
         of_mean = _square(code, [part * code.splat(per_unit) for part in self._vectors(code, a["mean"])])
         lengths = [code.sqrt(square) for square in (rounded.value, error.value, of_mean)]
@@ -232,8 +231,9 @@ class SearchBytes(NamedTuple):
 
     def _search_panel(self, code: Code, a: Arguments, p: Value, first: Value, last: Value) -> None:
         """With rows from first on: note keys that are not ruled out, then score them."""
-        panel_values = (code.load(a["panel_bounds"] + (p * 4 + i) * 4, F32) for i in range(4))
-        panel = PanelBound(*(code.splat(value) for value in panel_values))
+        num_bounds = len(PanelBound._fields)
+        bounds = [code.load(a["panel_bounds"] + (p * num_bounds + i) * 4, F32) for i in range(num_bounds)]
+        panel = PanelBound(*(code.splat(bound) for bound in bounds))
         with code.range(first, last, LANES) as t:
             code.store(self._start(code, _query_bounds(code, a, t), panel), a["starts"] + t * 4, last - t)
         first_key, next_key = self._first_key(code, a, p), self._first_key(code, a, p + 1)
@@ -248,18 +248,18 @@ class SearchBytes(NamedTuple):
         self._score(code, a, first_key, count.value)
 
     def _start(self, code: Code, query: QueryBound, panel: PanelBound) -> Value:
-        """What sums of products begin with, so that those below zero are ruled out: minus the least that is not, and
-        minus what the offset of keys adds.
+        """What sums of products begin with, so that those below zero are ruled out: minus the least sum that is not,
+        and minus what the offset of keys adds.
         """
         per_units = query.per_unit * panel.per_unit
-        least = (query.least - query.mean) * per_units
+        worst = (query.least - query.mean) * per_units
         size = query.size * panel.size
-        of_norms = query.size * panel.error + query.error * panel.rounded + size * ((self.heads.dim + 16) * _ROUNDING)
-        least = least - (of_norms * (1 + _OF_NORMS) + code.larger(least, least * -1.0) * _OF_SCORES + _ABSOLUTE)
-        all_ = code.number(-_NONE, least.type)
-        least = code.smaller(code.larger(all_, least), _NONE)  # all where it is NaN
-        least = code.select((size < per_units * _LARGE) & (per_units < _LARGE), least, all_)
-        return (code.to_int(least) + query.total * _OFFSET) * -1
+        bound = query.size * panel.error + query.error * panel.rounded + size * ((self.heads.dim + 16) * _ROUNDING)
+        limit = worst - (bound * (1 + _OF_NORMS) + code.larger(worst, worst * -1.0) * _OF_SCORES + _ABSOLUTE)
+        all_ = code.number(-_NONE, limit.type)
+        limit = code.smaller(code.larger(all_, limit), _NONE)  # all where it is NaN
+        limit = code.select(size < per_units * _LARGE, limit, all_)  # all where scores might overflow
+        return (code.to_int(limit) + query.total * _OFFSET) * -1
 
     def _sums(self, code: Code, a: Arguments, p: Value, t: Value, height: int) -> list[list[Value]]:
         """Of so many queries with a panel."""

@@ -175,7 +175,7 @@ def test_a_winner_is_kept_when_all_that_rounding_takes_counts() -> None:
         x[2] += total - x.sum()
         return x
 
-    of_keys = error * -1 - with_sum(-130), with_sum(72) + error, ones  # 100 and 102; their bytes say 130 and 72
+    of_keys = error * -1 - with_sum(-130), with_sum(71) + error, ones  # 100.47 and 100.53; their bytes say 130 and 71
     of_query = 126 * ones, 127 * ones, with_sum(20) + error  # 126 * 50 and 127 * 50; their bytes say 127 * 20
     for other, winner, q in (of_keys, of_query):
         k = torch.zeros(1, N, D)
