@@ -240,14 +240,14 @@ class Code:
         one = self.builder.insert_element(nothing, value.of, I32.constant(0))
         return self._value(self.builder.shuffle_vector(one, nothing, vector(I32, lanes).constant(0)), type_)
 
-    def vector(self, values: Sequence[Value]) -> Value:
+    def vector_of(self, values: Sequence[Value]) -> Value:
         type_ = vector(values[0].type, len(values))
         out = type_.constant(_ir().Undefined)
         for lane, value in enumerate(values):
             out = self.builder.insert_element(out, value.of, I32.constant(lane))
         return self._value(out, type_)
 
-    def index(self, start: int = 0, lanes: int = LANES) -> Value:
+    def indices(self, start: int = 0, lanes: int = LANES) -> Value:
         """int32 numbers from start on."""
         type_ = vector(I32, lanes)
         return self._value(type_.constant(list(range(start, start + lanes))), type_)

@@ -283,7 +283,7 @@ class SearchBytes(NamedTuple):
             for i, sum_C in enumerate(sums):
                 row = code.splat(code.narrower(t + i, I32) << _KEY_BITS)
                 for c, part in enumerate(sum_C):
-                    key = code.index(c * LANES)
+                    key = code.indices(c * LANES)
                     remains = (part > -1) & (key < num_keys)
                     code.store(code.compress(row | key, remains), a["noted"] + count.value * 4)
                     count.value = count.value + code.count_bits(code.mask(remains))
@@ -301,8 +301,8 @@ class SearchBytes(NamedTuple):
                 least.append(code.load(_of_query(a, "least", t), F32))
             scores = code.sums(products)
             code.store(scores, a["scores"])
-            is_noted = code.index() < code.splat(code.narrower(count - at, I32))
-            with code.each_bit(code.mask((scores > code.vector(least)) & is_noted)) as lane:
+            is_noted = code.indices() < code.splat(code.narrower(count - at, I32))
+            with code.each_bit(code.mask((scores > code.vector_of(least)) & is_noted)) as lane:
                 t, j = _noted(code, a, at + lane, first_key)
                 lists = a["best"] + t * (K * 4), a["found"] + t * (K * 8)
                 worst = insert(code, code.load(a["scores"] + lane * 4, F32), j, lists, K)
