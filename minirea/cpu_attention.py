@@ -18,7 +18,8 @@ from minirea.cpu import multiplies_tiles, row_blocks
 from minirea.kernels.cpu import attend as kernels
 from minirea.kernels.cpu.choose import choose
 from minirea.kernels.cpu.compile import available
-from minirea.kernels.cpu.search import MOST_WINNERS, search, search_many
+from minirea.kernels.cpu.search import search, search_many
+from minirea.kernels.cpu.winners import MOST_WINNERS
 from minirea.kernels.reference import choose_scope, locate, rotate
 from minirea.kernels.votes import Votes
 from minirea.rope import apply_rope

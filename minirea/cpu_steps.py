@@ -15,8 +15,9 @@ from minirea.kernels.cpu.choose import bind_choose, new_counts, new_elected, new
 from minirea.kernels.cpu.compile import Call, Calls
 from minirea.kernels.cpu.products import bind_few, few_scratch, multiplies
 from minirea.kernels.cpu.rows import Matrix
-from minirea.kernels.cpu.search import MOST_WINNERS, bind_search, winner_lists
+from minirea.kernels.cpu.search import bind_search, winner_lists
 from minirea.kernels.cpu.threads import workers
+from minirea.kernels.cpu.winners import MOST_WINNERS
 from minirea.model import Layer, Model
 
 

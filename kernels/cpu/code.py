@@ -185,6 +185,15 @@ class Code:
         self.builder.position_at_end(end)
 
     @contextlib.contextmanager
+    def each_bit(self, bits: Value) -> Iterator[Value]:
+        """A loop over the places of an int64's bits that are one, the lowest first; it is not negative."""
+        left = self.variable(bits)
+        with self.loop(lambda: left.value > 0):
+            place = self._call(f"llvm.cttz.{bits.type.name}", bits.type, [left.value.of, I1.constant(1)])
+            left.value = left.value & (left.value - 1)
+            yield place
+
+    @contextlib.contextmanager
     def when(self, condition: Value) -> Iterator[None]:
         with self.builder.if_then(condition.of):
             yield
@@ -227,6 +236,30 @@ class Code:
         one = self.builder.insert_element(nothing, value.of, I32.constant(0))
         return self._value(self.builder.shuffle_vector(one, nothing, vector(I32, lanes).constant(0)), type_)
 
+    def vector_of(self, values: Sequence[Value]) -> Value:
+        type_ = vector(values[0].type, len(values))
+        out = type_.constant(ir().Undefined)
+        for lane, value in enumerate(values):
+            out = self.builder.insert_element(out, value.of, I32.constant(lane))
+        return self._value(out, type_)
+
+    def indices(self, start: int = 0, lanes: int = LANES) -> Value:
+        """int32 numbers from start on."""
+        type_ = vector(I32, lanes)
+        return self._value(type_.constant(list(range(start, start + lanes))), type_)
+
+    def compress(self, a: Value, keeps: Value) -> Value:
+        """The lanes that are kept, in their order; others follow."""
+        zeros = a.type.constant(None)
+        return self._call(f"llvm.experimental.vector.compress.{a.type.name}", a.type, [a.of, keeps.of, zeros])
+
+    def mask(self, lanes: Value) -> Value:
+        """Truths of a vector's lanes as bits of an int64, the first the lowest."""
+        return self.wider(lanes.bits(Type("i", lanes.type.lanes)), I64)
+
+    def count_bits(self, bits: Value) -> Value:
+        return self._call(f"llvm.ctpop.{bits.type.name}", bits.type, [bits.of])
+
     def shuffle(self, first: Value, second: Value, lanes: Sequence[int]) -> Value:
         """A vector of these lanes of both, those of the second counted on."""
         mask = vector(I32, len(lanes)).constant(list(lanes))
@@ -240,6 +273,14 @@ class Code:
 
     def sqrt(self, a: Value) -> Value:
         return self._call(f"llvm.sqrt.{a.type.name}", a.type, [a.of])
+
+    def round(self, a: Value) -> Value:
+        """To whole numbers, halves to even ones."""
+        return self._call(f"llvm.rint.{a.type.name}", a.type, [a.of])
+
+    def add_byte_products(self, a: Value, b: Value, c: Value) -> Value:
+        """a + products of four bytes of each int32, those of b without sign; where `multiplies_bytes`."""
+        return self._call("llvm.x86.avx512.vpdpbusd.512", a.type, [a.of, b.of, c.of])
 
     def smaller(self, a: Value, b: Value | float) -> Value:
         """The smaller one; a where either is NaN."""
@@ -261,6 +302,17 @@ class Code:
             count //= 2
             a = self.shuffle(a, a, range(count)) + self.shuffle(a, a, range(count, 2 * count))
         return self.lane(a, 0)
+
+    def sums(self, vectors: Sequence[Value]) -> Value:
+        """`sum` of each of as many vectors as they have lanes, bit for bit."""
+        count, out = len(vectors), list(vectors)
+        half = count // 2
+        while half:  # vectors have parts of two halves each
+            lower, upper = ([m + start for m in range(2 * count) if not m & half] for start in (0, half))
+            pairs = zip(out[::2], out[1::2], strict=True)
+            out = [self.shuffle(a, b, lower) + self.shuffle(a, b, upper) for a, b in pairs]
+            half //= 2
+        return out[0]
 
     def max(self, a: Value) -> Value:
         """Of a vector's lanes."""
@@ -306,7 +358,7 @@ class Code:
         88.4 on.
         """
         a = self.smaller(self.larger(a, -87.0), 89.0)
-        n = self._call(f"llvm.rint.{a.type.name}", a.type, [(a * 1.4426950408889634).of])
+        n = self.round(a * 1.4426950408889634)
         rest = self.fma(n, self.number(-0.693145751953125, a.type), a)  # the logarithm of two in two parts
         rest = self.fma(n, self.number(-1.428606765330187e-06, a.type), rest)
         power = self.number(1 / 720, a.type)

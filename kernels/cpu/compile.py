@@ -151,6 +151,11 @@ def lanes_of_processor() -> int:
     return 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
 
 
+def multiplies_bytes() -> bool:
+    """Whether its widest registers have products of bytes."""
+    return bool(_llvm().get_host_cpu_features().get("avx512vnni"))
+
+
 def _function(module: Any, name: str, num_arguments: int) -> Any:
     return ir().Function(module, ir().FunctionType(ir().VoidType(), [I64.llvm] * num_arguments), name)
 

@@ -39,6 +39,10 @@ class Heads(NamedTuple):
         """The halves of a key, and later ones are asked for."""
         for at in range(0, self.dim * self.item, 64):
             code.prefetch(address + (at + AHEAD))
+        return self.key_alone(code, address)
+
+    def key_alone(self, code: Code, address: Value) -> tuple[list[Value], list[Value]]:
+        """The halves of a key."""
         half = self.dim // 2 * self.item
         first, second = (
             [code.floats(address + (start + at * self.item), self.kind, lanes) for at, lanes in self.halves]
@@ -59,14 +63,17 @@ class Heads(NamedTuple):
 
     def scores(self, code: Code, queries: Value, key: tuple[list[Value], list[Value]]) -> list[Value]:
         """Of each row with a key."""
-        out = []
-        for row in range(self.rows):
-            total, query = code.zeros(), self.query(code, queries, row)
-            for half in (0, 1):
-                for q, k in zip(query[half], key[half], strict=True):
-                    total = code.fma(q, k, total)
-            out.append(code.sum(total))
-        return out
+        return [code.sum(self.products(code, self.query(code, queries, row), key)) for row in range(self.rows)]
+
+    def products(
+        self, code: Code, query: tuple[list[Value], list[Value]], key: tuple[list[Value], list[Value]]
+    ) -> Value:
+        """A vector whose lanes add up to a score."""
+        total = code.zeros()
+        for half in (0, 1):
+            for q, k in zip(query[half], key[half], strict=True):
+                total = code.fma(q, k, total)
+        return total
 
 
 def rotated(

@@ -61,7 +61,7 @@ class Many(NamedTuple):
             def unit(at: Value, columns: int) -> None:
                 parts = [self._read(code, a, row, at, columns) for row in row_of]
                 for lanes, columns_of in zip(rows.lanes, zip(*parts, strict=True), strict=True):
-                    for lane, column in zip(lanes, _transposed(code, columns_of), strict=True):
+                    for lane, column in zip(lanes, transposed(code, columns_of), strict=True):
                         code.store(column, panel + ((at - k + lane) * self.width + block) * 4)
 
             with code.range(k, stop, rows.unit) as at:
@@ -116,7 +116,7 @@ class Many(NamedTuple):
         return [[part.value for part in sum_C] for sum_C in total]
 
 
-def _transposed(code: Code, rows: Sequence[Value]) -> list[Value]:
+def transposed(code: Code, rows: Sequence[Value]) -> list[Value]:
     """As many columns as rows, by exchanges of two rows' lanes at a distance, which doubles."""
     out, count = list(rows), len(rows)
     distance = 1

@@ -6,21 +6,20 @@ A key is scored the same wherever it lies, and however many others there are, so
 from __future__ import annotations
 
 import functools
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minirea.kernels.cpu.code import F32, I64, LANES, Arguments, Code, Value, vector
-from minirea.kernels.cpu.compile import Call, Kernel, kind_of
+from minirea.kernels.cpu.compile import Call, Kernel, kind_of, multiplies_bytes
 from minirea.kernels.cpu.heads import Heads, heads_of, rows_of
 from minirea.kernels.cpu.many import Many, tile_size
 from minirea.kernels.cpu.rows import Rows
+from minirea.kernels.cpu.search_bytes import search_bytes
 from minirea.kernels.cpu.threads import workers
-
-MOST_WINNERS: Final = 16  # of a row; lists of more are not for insertion
-_LEAST: Final = float("-inf")
+from minirea.kernels.cpu.winners import LEAST, clear, insert
 
 
 class Search(NamedTuple):
@@ -43,21 +42,19 @@ class Search(NamedTuple):
         best, found = a["best"] + own * 4, a["found"] + own * 8
         each = (a["stop"] - a["start"] + (a["workers"] - 1)) // a["workers"]
         start = code.smaller(a["start"] + a["worker"] * each, a["stop"])
-        with code.range(0, num_rows * K) as i:
-            code.store(code.number(_LEAST, F32), best + i * 4)
-            code.store(a["start"], found + i * 8)
+        clear(code, (best, found), code.number(0), num_rows * K, a["start"])
         with code.range(0, a["num_kv_heads"]) as g:
             queries, keys = a["q"] + g * (heads.rows * heads.dim * 4), a["k"] + g * a["k_stride"]
             lists = [
                 (best + (g * heads.rows + row) * K * 4, found + (g * heads.rows + row) * K * 8)
                 for row in range(heads.rows)
             ]
-            least = [code.variable(code.number(_LEAST, F32)) for _ in range(heads.rows)]
+            least = [code.variable(code.number(LEAST, F32)) for _ in range(heads.rows)]
             with code.range(start, code.smaller(start + each, a["stop"])) as j:
                 score_R = heads.scores(code, queries, heads.key(code, keys + j * (heads.dim * heads.item)))
                 for row, score in enumerate(score_R):
                     with code.when(score > least[row].value):
-                        _insert(code, score, j, lists[row], K)
+                        insert(code, score, j, lists[row], K)
                         least[row].value = code.load(lists[row][0] + (K - 1) * 4, F32)
         code.wait_for_all(a["workers"])
         with code.range(a["worker"], num_rows, a["workers"]) as h:
@@ -66,7 +63,7 @@ class Search(NamedTuple):
                 at = (other * num_rows + h) * K + i
                 score = code.load(a["best"] + at * 4, F32)
                 with code.when(score > code.load(mine[0] + (K - 1) * 4, F32)):
-                    _insert(code, score, code.load(a["found"] + at * 8, I64), mine, K)
+                    insert(code, score, code.load(a["found"] + at * 8, I64), mine, K)
 
 
 class SearchMany(NamedTuple):
@@ -94,9 +91,7 @@ class SearchMany(NamedTuple):
         last = code.smaller(first + each, T)
         with code.range(0, a["num_kv_heads"]) as g:
             of_head = {"matrix": a["k"] + g * a["k_stride"], "num_outputs": a["stop"]}
-            with code.range((g * T + first) * K, (g * T + last) * K) as entry:
-                code.store(code.number(_LEAST, F32), a["best"] + entry * 4)
-                code.store(a["start"], a["found"] + entry * 8)
+            clear(code, (a["best"], a["found"]), (g * T + first) * K, (g * T + last) * K, a["start"])
             with code.range(a["start"], a["stop"], panel.width) as n:
                 panel.fill(code, of_head, keys, n, code.number(0))
                 start = first
@@ -125,21 +120,7 @@ class SearchMany(NamedTuple):
                     score = code.load(of_row + m * 4, F32)
                     with code.when(score > code.load(least, F32)):
                         with code.when(n + m < a["stop"]):  # columns behind the last are like it
-                            _insert(code, score, n + m, (best, found), K)
-
-
-def _insert(code: Code, score: Value, j: Value, lists: tuple[Value, Value], count: int) -> None:
-    """In place of the worst, behind those that are as good."""
-    best, found = lists
-    at = code.variable(code.number(count - 1))
-    for i in range(count - 2, -1, -1):
-        other = code.load(best + i * 4, F32)
-        with code.when(score > other):
-            code.store(other, best + (i + 1) * 4)
-            code.store(code.load(found + i * 8, I64), found + (i + 1) * 8)
-            at.value = code.number(i)
-    code.store(score, best + at.value * 4)
-    code.store(j, found + at.value * 8)
+                            insert(code, score, n + m, (best, found), K)
 
 
 def search(q_HD: Tensor, k_GND: Tensor, start: int, stop: int, count: int) -> np.ndarray:
@@ -157,17 +138,23 @@ def search(q_HD: Tensor, k_GND: Tensor, start: int, stop: int, count: int) -> np
 
 def search_many(q_GRD: Tensor, k_GND: Tensor, mid_lo: int, mid_hi: int, span_top_k: int) -> Tensor:
     """`search` of many rows for each key/value head, as the reference's `score`: int64 [G, R, K]."""
-    (G, R, D), K = q_GRD.shape, min(span_top_k, mid_hi - mid_lo)
-    many = SearchMany(Many(Rows(kind_of(k_GND), D, 0), *tile_size()), K)
-    best_GRK, found_GRK = torch.empty(G, R, K, dtype=torch.float32), torch.empty(G, R, K, dtype=torch.int64)
-    scratch, q_GRD = torch.empty(workers() * many.scratch_floats, dtype=torch.float32), q_GRD.contiguous()
+    search_rows = search_bytes if multiplies_bytes() else search_floats
+    return search_rows(q_GRD.contiguous(), k_GND, mid_lo, mid_hi, min(span_top_k, mid_hi - mid_lo))
+
+
+def search_floats(q_GRD: Tensor, k_GND: Tensor, start: int, stop: int, count: int) -> Tensor:
+    """What `search_bytes` does, on any processor."""
+    G, R, D = q_GRD.shape
+    many = SearchMany(Many(Rows(kind_of(k_GND), D, 0), *tile_size()), count)
+    best_GRK, found_GRK = torch.empty(G, R, count, dtype=torch.float32), torch.empty(G, R, count, dtype=torch.int64)
+    scratch = torch.empty(workers() * many.scratch_floats, dtype=torch.float32)
     _search_many_kernel(many).bind(
         q=q_GRD.data_ptr(),
         **rows_of("k", k_GND),
         num_kv_heads=G,
         num_rows=R,
-        start=mid_lo,
-        stop=mid_hi,
+        start=start,
+        stop=stop,
         best=best_GRK.data_ptr(),
         found=found_GRK.data_ptr(),
         scratch=scratch.data_ptr(),

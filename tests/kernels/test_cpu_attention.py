@@ -1,4 +1,4 @@
-"""A CPU's search, layout and attention against torch and the reference's phases."""
+"""A CPU's layout and attention against torch and the reference's phases."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from minirea.kernels.cpu import attend as kernels
 from minirea.kernels.cpu.choose import choose, new_counts
 from minirea.kernels.cpu.code import F32, vector
 from minirea.kernels.cpu.compile import Kernel, available
-from minirea.kernels.cpu.search import search, search_many
-from minirea.kernels.reference import choose_scope, locate, rotate, score_rows
+from minirea.kernels.reference import choose_scope, locate, rotate
 from minirea.rope import apply_rope, for_whole_heads
 
 pytestmark = [
@@ -71,53 +70,6 @@ def test_attention_to_what_is_not_finite_is_not() -> None:
     k[0, 20, 3] = torch.nan
     out = kernels.attend(random(4, 64), k, v, kernels.all_of(50))
     assert out[:2].isnan().all() and out[2:].isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("G", "R", "D"), SHAPES)
-@pytest.mark.parametrize(("lo", "hi"), [(5, 6), (5, 8), (4, 68), (0, 400), (64, 690)])
-def test_winners_of_integers_are_the_reference_s(lo: int, hi: int, G: int, R: int, D: int, dtype: torch.dtype) -> None:
-    """Scores of few values: nearly all tie, and the lowest key wins; one query of a head, and many."""
-    generator = torch.Generator().manual_seed(hi + R)
-    k = torch.randint(-1, 2, (G, 760, D), generator=generator).to(dtype)
-    k[:, hi:] = torch.nan
-    for rows in (R, 37):
-        q = torch.randint(-1, 2, (G, rows, D), generator=generator).float()
-        for span_top_k in (1, 4, 9):
-            expected = score_rows(q, k.float(), lo, hi, span_top_k)
-            assert torch.equal(search_many(q, k, lo, hi, span_top_k), expected)
-            if rows == R:
-                found = torch.from_numpy(search(q.view(G * R, D), k, lo, hi, span_top_k))
-                assert torch.equal(found.view_as(expected), expected)
-
-
-@pytest.mark.parametrize("rows", [1, 3, 30])
-def test_of_equal_keys_the_first_wins(rows: int) -> None:
-    """Wherever they are: a key's score does not depend on its place, nor on how keys are divided."""
-    for seed in range(40):
-        generator = torch.Generator().manual_seed(seed)
-        D, N = (32, 48, 64, 80, 96, 128)[seed % 6], 700 + 7 * seed
-        k, q = random(3, N, D, seed=seed), random(3, rows, D, seed=1000 + seed)
-        places = torch.cat([torch.randperm(N - 100, generator=generator)[: 5 * rows] + 30, N - 1 - torch.arange(rows)])
-        places = places.view(-1, rows).t().sort(1).values
-        for row, place in enumerate(places):
-            k[:, place] = q[:, row, None] * 3
-        expected = places[:, :6].expand(3, -1, -1)
-        assert torch.equal(search_many(q, k, 30, N, 6), expected), (D, N)
-        found = torch.from_numpy(search(q.view(3 * rows, D), k, 30, N, 6))
-        assert torch.equal(found.view_as(expected), expected), (D, N)
-
-
-def test_a_search_over_what_is_not_finite_stays_in_the_middle() -> None:
-    q, k = random(2, 9, 16), random(2, 500, 16, seed=1)
-    for place, value in (((0, 40), torch.nan), ((1, 77), torch.inf), ((0, slice(None)), torch.nan)):
-        spoiled = k.clone()
-        spoiled[place] = value
-        for found in (
-            search_many(q, spoiled, 30, 300, 3),
-            torch.from_numpy(search(q.view(18, 16), spoiled, 30, 300, 3)),
-        ):
-            assert bool(((found >= 30) & (found < 300)).all())
 
 
 @pytest.mark.parametrize("max_spans", [1, 3, 12, 200])
