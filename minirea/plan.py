@@ -140,8 +140,8 @@ def workspace_bytes(attention: Attention, dtype: torch.dtype, num_tokens: int, q
         gathered = 0
     elif attention.impl == "triton":
         gathered = _scratch_bytes(attention, dtype, num_tokens)
-    else:
-        gathered = 4 * c.num_kv_heads * S * c.head_dim * torch.float32.itemsize
+    else:  # and, on a CPU, a head's keys in bytes
+        gathered = 4 * c.num_kv_heads * S * c.head_dim * torch.float32.itemsize + num_tokens * c.head_dim
     masked = attention.device.type == "cpu" or attention.impl == "torch"
     mask = T * (c.num_heads // c.num_kv_heads) * S * (1 + torch.float32.itemsize) if masked else 0
     # cos and sin, and those of a cache that grew to this one: all of them together have at most as many rows.
