@@ -77,6 +77,7 @@ def reattention(
     votes: Votes | None = None,
     near: Near | None = None,
     winners: torch.Tensor | None = None,
+    starts_early: bool = False,
 ) -> Any:
     """Attention of T new queries over a finite scope of a cache of any length (arXiv 2407.15176, section 3).
 
@@ -109,6 +110,9 @@ def reattention(
         winners: takes what each of the last R of these queries has found before any vote, where `winners_shape` says,
             int32 [R, H, K], for `count_winners` of later steps; H as in the vote, with gather that of all processes.
             Queries whose chunk attends to all leave it as it is.
+        starts_early: for T = 1, the kernel before it on the stream is `norm_qkv` of this step, in whose time impl
+            "triton" may begin: all that is read but q and the newest token's key and value was written before a kernel
+            that had ended when the next one was launched.
 
     Returns:
         out_THD, [T, H, D] in q's dtype; with return_selection the pair (out_THD, selection). The selection holds the
@@ -139,7 +143,8 @@ def reattention(
     else:
         from minirea.kernels.fused.launch import reattention_triton
 
-        out_THD, selection = reattention_triton(*tensors, seq_len, cos, sin, config, near=near, **options)
+        options |= {"near": near, "starts_early": starts_early}
+        out_THD, selection = reattention_triton(*tensors, seq_len, cos, sin, config, **options)
     return (out_THD, selection) if return_selection else out_THD
 
 

@@ -62,6 +62,7 @@ class Step(NamedTuple):
         dense: where the device counts: it is a decode step within dense_size.
         votes: what its layers' votes add up in, where they do; see `Attention.begin`.
         leaves_winners: in the cache, for later tokens.
+        starts_early: attention may begin in q/k/v's time; see minirea.kernels.reattention.
     """
 
     seq_len: int | Tensor
@@ -72,6 +73,7 @@ class Step(NamedTuple):
     dense: bool = False
     votes: Votes | None = None
     leaves_winners: bool = False
+    starts_early: bool = False
 
 
 def step_chunks(num_heads: int, num_kv_heads: int, head_dim: int, chunk_size: int, device: torch.device) -> int:
@@ -402,7 +404,7 @@ class Attention:
             cache.bring_ahead(layer)
         if sketch is None and not step.dense and near is not None and near.k is not None:
             k_GND, near = cache.keys_to_score(layer, cache.seq_len + len(q_THD)), Near(None, near.v)
-        options = (self.impl, False, chunk_size, self.gather, sketch, step.votes, near, winners)
+        options = (self.impl, False, chunk_size, self.gather, sketch, step.votes, near, winners, step.starts_early)
         out_THD: Tensor = reattention(q_THD, k_GND, v_GND, step.seq_len, cos, sin, config, *options)
         return out_THD
 

@@ -20,7 +20,7 @@ from minirea.cache import KVCache
 from minirea.kernels import decode_kernels, peer_kernels
 from minirea.linear import Matrix
 from minirea.model import Model
-from minirea.placement import FIRST_SKETCHED_LAYER, Placement
+from minirea.placement import Placement
 from minirea.ranks import SharedSampler
 from minirea.sampling import Sampler, SamplingConfig
 
@@ -155,7 +155,8 @@ class DecodeStep:
                 *(x_E, layer.attn_norm, layer.qkv, layer.qkv_bias, eps, self.seq_len, self.q_1HD[0], k_GND, v_GND),
                 self.cache.near[i],
             )
-            out_1HD = model.attention.over_cache(i, self.q_1HD, self.cache, step)
+            # The first layer's attention starts behind all before it, which later ones rely on (kernels.fused.plain).
+            out_1HD = model.attention.over_cache(i, self.q_1HD, self.cache, step._replace(starts_early=i > 0))
             self._add_product(out_1HD.view(-1), layer.o, layer.o_bias)
             kernels.norm_gate_up(x_E, layer.mlp_norm, layer.gate_up, layer.gate_up_bias, eps, self.act_F)
             self._add_product(self.act_F, layer.down, layer.down_bias)
@@ -211,18 +212,17 @@ class RankSums:
 
 @torch.inference_mode()
 def compile_decode_step(model: Model, placement: Placement) -> None:
-    """Compile what a step over one token launches, all at the same time; nothing is launched. Its layers are as many
-    as there are kinds: with sketches the first one and those after it. Of layers whose values are far, or keys, and
-    others besides them, it takes the former.
+    """Compile what a step over one token launches, all at the same time; nothing is launched. It has two layers: the
+    first one, which has no sketches and whose attention does not start early, and one of those after it. Of layers
+    whose values are far, or keys, and others besides them, it takes the former.
     """
     from minirea.kernels.driver import compiling  # imports triton
 
-    sketched = placement.sketched
     first_layers = copy.copy(model)
-    first_layers.layers = model.layers[: FIRST_SKETCHED_LAYER + 1 if sketched else 1]
+    first_layers.layers = model.layers[:2]
     layers = len(first_layers.layers)
     alike = placement._replace(far_values=min(layers, placement.far_values), far_keys=min(1, placement.far_keys))
-    config = dataclasses.replace(model.config, num_layers=len(first_layers.layers))
+    config = dataclasses.replace(model.config, num_layers=layers)
     with contextlib.suppress(Exception), compiling():  # the step itself will raise it
         sizes = config, 16, model.attention.dense_limit
         shape = model.attention.winners_shape

@@ -41,6 +41,7 @@ from minirea.threads import enqueueing
 if not plan.INTERPRETED:
     for kernel in (decode_kernel, chunk_kernel, count_kernel, plain_kernel):
         hash(kernel)
+EARLY_HEAD_DIM: Final = 128  # of attention that is faster if it starts early; smaller heads' programs come in twos
 MAX_COUNTING: Final = 64  # programs of a ballot that count winners of earlier tokens
 
 
@@ -59,6 +60,7 @@ class Inputs(NamedTuple):
     votes: Votes | None = None
     near: Near | None = None
     winners: torch.Tensor | None = None
+    starts_early: bool = False
 
     @property
     def layer(self) -> Layer:
@@ -156,7 +158,9 @@ def launch_plain(inputs: Inputs) -> PlainScratch:
     given = inputs.arguments()
     given |= {"out_ptr": inputs.out, "scratch": scratch, "num_positions": inputs.rope.cos_ptr.shape[0]}
     ordered = tuple(given[name] for name in _names(plain_kernel))
-    constants = {"c": c, "num_warps": tiles.num_warps, "NEXT_STARTS": launching.starts_early(device)}
+    can_start = launching.starts_early(device)
+    early = can_start and inputs.starts_early and layer.block_d >= EARLY_HEAD_DIM
+    constants = {"c": c, "num_warps": tiles.num_warps, "NEXT_STARTS": can_start, "EARLY": early, "launch_pdl": early}
     launching.start(plain_kernel, programs, device, ordered, constants)
     return scratch
 

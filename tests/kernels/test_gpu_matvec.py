@@ -35,7 +35,10 @@ def test_products_of_quantized_matrices_with_any_tile(dtype: torch.dtype, bits: 
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("span_top_k", [0, 2])
 @pytest.mark.parametrize("cached", [40, 4000])  # all of them in scope, and not
-def test_attention_between_products_reads_nothing_early(D: int, span_top_k: int, cached: int) -> None:
+@pytest.mark.parametrize("starts_early", [False, True])
+def test_attention_between_products_reads_nothing_early(
+    D: int, span_top_k: int, cached: int, starts_early: bool
+) -> None:
     """A layer's kernels, 60 times in a graph, give what they give one by one."""
     from minirea.config import ReAttentionConfig
     from minirea.kernels import reattention
@@ -55,7 +58,8 @@ def test_attention_between_products_reads_nothing_early(D: int, span_top_k: int,
             step.norm_qkv(x_E, norm_E, qkv, None, EPS, seq_len, q_HD, k_GND, v_GND)
             if wait:
                 torch.cuda.synchronize()
-            out_1HD = reattention(q_HD[None], k_GND, v_GND, seq_len, cos, sin, config, impl="triton")
+            arguments = (q_HD[None], k_GND, v_GND, seq_len, cos, sin, config)
+            out_1HD = reattention(*arguments, impl="triton", starts_early=starts_early and not wait)
             if wait:
                 torch.cuda.synchronize()
             step.add_product(out_1HD.view(-1), o, None, x_E)
