@@ -3,7 +3,11 @@
 A weight is w = scale * (q - ZERO) + offset, with q of 8 or 4 bits and one scale and offset for a group of columns of a
 row. Only weights are rounded, from their own values alone. Scale and offset minimize the squared error of a group: the
 best for given q follow by linear regression, the best q for given scale and offset by rounding, in turn. They are
-bfloat16 numbers before weights are rounded with them, so that their own rounding costs nothing.
+what their bits hold before weights are rounded with them, so that their own rounding costs little.
+
+With 8 bits, and in a matrix that comes with q of 4 bits, scale and offset are bfloat16 numbers. Where weights are
+rounded to 4 bits, whose groups are short, both together have 16 bits, a *code*: w = unit * s * (16 * (q - ZERO) + z),
+with one float32 unit for a row, z of 8 bits, and s = 2^(e - 7) * (1 + m / 32) of 3 bits e and 5 bits m.
 
 The q of a row lie in the fields of 32-bit words, which come in fours, 16 bytes: what a thread of a GPU loads at a time.
 Four words have columns in a row: field i of word j has column 4 * i + j of them, so that a thread needs x of these
@@ -22,6 +26,10 @@ from torch import Tensor
 
 # By bits. The q of the offset, near the middle of the range; rounds of regression, until the error stands still.
 ZERO: Final = {8: 136, 4: 8}
+STEPS: Final = 16  # of the offset in a scale
+_LARGEST: Final = 2 - 2**-5  # s
+_LEAST: Final = 2.0**-7
+LEAST_BITS: Final = 120 << 23  # of the least as a float32; e and m lie in bits 18 to 25
 UNIT: Final = 4  # words with columns in a row
 _ROUNDS: Final = {8: 1, 4: 4}
 # Weights that are rounded at a time. A CPU's stay in its caches; a GPU's make up for the launches.
@@ -32,7 +40,8 @@ _LEAST_SCALE: Final = 2.0**-110  # of a group of equal weights; its inverse is a
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """[N, K] in `bits` bits: words int32 [N, groups * words of a group] and scale_offset bfloat16 [N, groups, 2].
+    """[N, K] in `bits` bits: words int32 [N, groups * words of a group] and scale_offset bfloat16 [N, groups, 2]; or,
+    with units float32 [N], scale_offset int16 [N, groups], codes with z in the upper byte, e and m in the lower one.
 
     Rows are filled up to whole groups with weights that no product uses.
     """
@@ -41,13 +50,20 @@ class QuantizedMatrix:
     scale_offset: Tensor
     num_columns: int
     bits: int
+    units: Tensor | None = None
 
     @classmethod
     def empty(cls, N: int, K: int, bits: int, size: int, device: torch.device) -> QuantizedMatrix:
-        """With groups of so many columns, a multiple of 32 with 4 bits and of 16 with 8."""
+        """With groups of so many columns, a multiple of 32 with 4 bits and of 16 with 8. 0: to be rounded, with groups
+        of `group_size` and, in 4 bits, codes.
+        """
+        coded, size = is_coded(bits, size), size or group_size(K, bits)
         groups = -(-K // size)
         words = torch.empty(N, groups * size * bits // 32, dtype=torch.int32, device=device)
-        return cls(words, torch.empty(N, groups, 2, dtype=torch.bfloat16, device=device), K, bits)
+        if not coded:
+            return cls(words, torch.empty(N, groups, 2, dtype=torch.bfloat16, device=device), K, bits)
+        codes = torch.empty(N, groups, dtype=torch.int16, device=device)
+        return cls(words, codes, K, bits, torch.empty(N, dtype=torch.float32, device=device))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,21 +80,22 @@ class QuantizedMatrix:
 
     @property
     def nbytes(self) -> int:
-        return self.words.nbytes + self.scale_offset.nbytes
+        return self.words.nbytes + self.scale_offset.nbytes + (0 if self.units is None else self.units.nbytes)
 
     def rows(self, start: int, stop: int) -> QuantizedMatrix:
         """A view of rows [start, stop)."""
-        return QuantizedMatrix(self.words[start:stop], self.scale_offset[start:stop], self.num_columns, self.bits)
+        units = None if self.units is None else self.units[start:stop]
+        return QuantizedMatrix(
+            self.words[start:stop], self.scale_offset[start:stop], self.num_columns, self.bits, units
+        )
 
     def round(self, wide_NK: Tensor) -> None:
         """Become the nearest to values of any floating-point dtype, which are on the same device."""
         for start, stop in parts(len(wide_NK), self.num_columns, _AT_ONCE[wide_NK.device.type]):
-            words, scale_offset = _rounded(wide_NK[start:stop].float(), self.bits, self.group_size)
-            self.words[start:stop] = words
-            self.scale_offset[start:stop] = scale_offset
+            self.rows(start, stop)._round(wide_NK[start:stop].float())
 
     def fill(self, q_NK: Tensor, scale_NS: Tensor, zero_NS: Tensor, columns: int) -> None:
-        """Become scale * (q - zero) with groups of so many columns, a multiple of our own or all; 4 bits.
+        """Become scale * (q - zero) with groups of so many columns, a multiple of our own or all; 4 bits, no codes.
 
         q stay as they are. Scales are rounded to bfloat16, and so are the offsets that follow from them.
         """
@@ -90,6 +107,15 @@ class QuantizedMatrix:
         q_CR = F.pad(q_NK, (0, groups * size - K)).reshape(-1, size).t()
         self.words.copy_(_packed(q_CR, self.bits).view(N, -1))
 
+    def scales(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Scale and offset of the groups, [N, groups] each."""
+        if self.units is None:
+            scale, offset = self.scale_offset.to(dtype).unbind(2)
+            return scale, offset
+        s, z = _decoded(self.scale_offset)
+        scale = s.to(dtype) * self.units.to(dtype)[:, None]
+        return scale * STEPS, scale * z
+
     def unpack(self) -> Tensor:
         """q, uint8 [N, groups * columns of a group]."""
         bytes_UWB = self.words.view(torch.uint8).view(-1, UNIT, 4)
@@ -100,9 +126,44 @@ class QuantizedMatrix:
     def widen(self, dtype: torch.dtype) -> Tensor:
         """[N, K] in `dtype`, rounded once."""
         exact = torch.promote_types(dtype, torch.float32)
-        scale_NG1, offset_NG1 = self.scale_offset.to(exact).split(1, 2)
-        q_NGC = self.unpack().view(*self.scale_offset.shape[:2], -1).to(exact).sub_(ZERO[self.bits])
-        return torch.addcmul(offset_NG1, q_NGC, scale_NG1).flatten(1)[:, : self.num_columns].to(dtype)
+        scale_NG, offset_NG = self.scales(exact)
+        q_NGC = self.unpack().view(*scale_NG.shape, -1).to(exact).sub_(ZERO[self.bits])
+        wide_NGC = torch.addcmul(offset_NG[..., None], q_NGC, scale_NG[..., None])
+        return wide_NGC.flatten(1)[:, : self.num_columns].to(dtype)
+
+    def _round(self, wide_NK: Tensor) -> None:
+        """Become the nearest to float32 values.
+
+        Inside, the columns of a group lie one below the other, [C, R] for R = N * groups, so that sums over a group add
+        whole vectors.
+        """
+        size = self.group_size
+        padding = self.scale_offset.shape[1] * size - self.num_columns
+        if padding:  # with a value of the group's own, which does not widen its range
+            wide_NK = F.pad(wide_NK[None], (0, padding), mode="replicate")[0]
+        wide_CR = wide_NK.reshape(-1, size).t().contiguous()
+        mean_R = wide_CR.mean(0)
+        wide_CR = wide_CR - mean_R  # makes sums of products covariances; not in place: they may be the caller's
+        scale_R, offset_R = _fit(wide_CR, self.bits)
+        self._set_scales(scale_R, offset_R + mean_R)
+        scale_R, offset_R = (part.flatten() for part in self.scales())
+        q_CR = _nearest(wide_CR, scale_R, offset_R - mean_R, self.bits).add_(ZERO[self.bits]).to(torch.uint8)
+        self.words.copy_(_packed(q_CR, self.bits).view(self.words.shape))
+
+    def _set_scales(self, scale_R: Tensor, offset_R: Tensor) -> None:
+        """The nearest to scale and offset of each group."""
+        if self.units is None:
+            self.scale_offset.copy_(torch.stack([scale_R, offset_R], 1).view(self.scale_offset.shape))
+            return
+        scale_R = torch.maximum(scale_R, offset_R.abs() * (STEPS / 127))  # so that z holds the offset
+        scale_R = scale_R.bfloat16().float()  # which sums in another order round alike
+        scale_NG, offset_NG = scale_R.view(self.scale_offset.shape), offset_R.view(self.scale_offset.shape)
+        self.units.copy_(scale_NG.amax(1) / (STEPS * _LARGEST))
+        s_NG = (scale_NG / (STEPS * self.units[:, None])).clamp_(_LEAST, _LARGEST)
+        code_NG = (s_NG.view(torch.int32) + (1 << 17) >> 18) - (LEAST_BITS >> 18)
+        s_NG = ((code_NG << 18) + LEAST_BITS).view(torch.float32)
+        z_NG = (offset_NG / (s_NG * self.units[:, None])).round_().clamp_(-128, 127)
+        self.scale_offset.copy_(z_NG.int() << 8 | code_NG)
 
 
 def bits_of(quantize: str, name: str, num_layers: int) -> int:
@@ -127,9 +188,16 @@ def group_size(K: int, bits: int) -> int:
     return 256 if K >= 2048 and K % 256 == 0 else 64
 
 
+def is_coded(bits: int, size: int) -> bool:
+    """Whether groups have codes, by arguments of QuantizedMatrix.empty."""
+    return bits == 4 and not size
+
+
 def quantized_bytes(N: int, K: int, bits: int, size: int) -> int:
-    """What a matrix takes, with groups of `size` columns."""
-    return N * -(-K // size) * (size * bits // 8 + 2 * torch.bfloat16.itemsize)
+    """What QuantizedMatrix.empty of these takes."""
+    of_group, of_row = (2, 4) if is_coded(bits, size) else (4, 0)
+    size = size or group_size(K, bits)
+    return N * (-(-K // size) * (size * bits // 8 + of_group) + of_row)
 
 
 def rounding_bytes(num_columns: int, device: torch.device) -> int:
@@ -144,23 +212,10 @@ def parts(num_rows: int, num_columns: int, at_once: int) -> Iterator[tuple[int, 
         yield start, min(start + step, num_rows)
 
 
-def _rounded(wide_NK: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:
-    """Words, and scale and offset, of a float32 matrix in groups of `size` columns, as QuantizedMatrix has them.
-
-    Inside, the columns of a group lie one below the other, [C, R] for R = N * groups, so that sums over a group add
-    whole vectors.
-    """
-    N, K = wide_NK.shape
-    groups = -(-K // size)
-    if groups * size > K:  # with a value of the group's own, which does not widen its range
-        wide_NK = F.pad(wide_NK[None], (0, groups * size - K), mode="replicate")[0]
-    wide_CR = wide_NK.reshape(-1, size).t().contiguous()
-    mean_R = wide_CR.mean(0)
-    wide_CR = wide_CR - mean_R  # makes sums of products covariances; not in place, where the values are the caller's
-    scale_R, offset_R = _fit(wide_CR, bits)
-    scale_R, offset_R = scale_R.bfloat16(), (offset_R + mean_R).bfloat16()
-    q_CR = _nearest(wide_CR, scale_R.float(), offset_R.float() - mean_R, bits).add_(ZERO[bits]).to(torch.uint8)
-    return _packed(q_CR, bits).view(N, -1), torch.stack([scale_R, offset_R], 1).view(N, groups, 2)
+def _decoded(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """s and z of codes, float32."""
+    bits = codes.int()
+    return (((bits & 255) << 18) + LEAST_BITS).view(torch.float32), (bits >> 8).float()
 
 
 def _packed(q_CR: Tensor, bits: int) -> Tensor:
@@ -178,8 +233,9 @@ def _fit(wide_CR: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     The mean of each group is zero.
     """
     low_R, high_R = torch.aminmax(wide_CR, dim=0)
-    scale_R = ((high_R - low_R) / (2**bits - 1)).clamp_(min=_LEAST_SCALE)
-    offset_R = low_R + ZERO[bits] * scale_R
+    scale_R = (high_R - low_R) / (2**bits - 1)
+    offset_R = low_R + ZERO[bits] * scale_R  # of equal weights what they are
+    scale_R.clamp_(min=_LEAST_SCALE)
     for _ in range(_ROUNDS[bits]):
         q_CR = _nearest(wide_CR, scale_R, offset_R, bits)
         q_mean_R = q_CR.mean(0)

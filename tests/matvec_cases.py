@@ -11,7 +11,7 @@ import torch
 from kernel_cases import error
 
 from minirea.kernels.steps import reference as twins
-from minirea.quantize import QuantizedMatrix, group_size
+from minirea.quantize import QuantizedMatrix
 
 EPS = 1e-5
 # H, G, D, E, F, V: sizes that tiles divide, sizes that they do not, and rows that take several tiles.
@@ -63,14 +63,16 @@ class Inputs:
         return torch.tensor([value], device=self.device)
 
     def matrix(self, N: int, K: int, bits: int = 0, size: int = 0) -> torch.Tensor | QuantizedMatrix:
-        """Of the dtype, or quantized to so many bits, in groups of `size` columns; then it lies between words and NaNs
-        that are not its own.
+        """Of the dtype, or quantized to so many bits, in groups as QuantizedMatrix.empty has them; then it lies between
+        words and NaNs that are not its own.
         """
         if not bits:
             return self.normal(N, K)
-        made = QuantizedMatrix.empty(N + 2, K, bits, size or group_size(K, bits), torch.device(self.device))
+        made = QuantizedMatrix.empty(N + 2, K, bits, size, torch.device(self.device))
         made.words.fill_(-1)
-        made.scale_offset.fill_(torch.nan)
+        made.scale_offset.fill_(torch.nan if made.units is None else -1)
+        if made.units is not None:
+            made.units.fill_(torch.nan)
         made.rows(1, N + 1).round(self.normal(N, K))
         return made.rows(1, N + 1)
 
@@ -101,15 +103,19 @@ def check_all(shape: tuple[int, ...], dtype: torch.dtype, device: str, bias: boo
 
 
 def check_tiles(dtype: torch.dtype, device: str, bits: int) -> None:
-    """Products of quantized matrices, whatever their tiles: pieces that fill rows, that do not, and all of a row."""
+    """Products of quantized matrices, whatever their tiles: pieces that fill rows, that do not, and all of a row, also
+    of two blocks of rows.
+    """
     from minirea.kernels.steps import matvec as step
 
     K, warp = 3072, 32 * 4 * 32 // bits
     r = Inputs(dtype, device, seed=bits)
     x_K, norm_K = r.normal(K), r.normal(K)
-    for rows, warps, size in ((2, 1, 32), (8, 1, 64), (16, 2, 128), (4, 4, 256), (8, 8, 64)):
+    tiles = (2, 1, 32, 1), (8, 1, 64, 1), (16, 2, 128, 1), (4, 4, 256, 1), (8, 8, 64, 1), (8, bits, 0, 2), (4, 8, 64, 2)
+    for rows, warps, size, blocks in tiles:
         gate_up, w = r.matrix(22, K, bits, size), r.matrix(19, K, bits, size)
-        with mock.patch.object(step, "tile_of_words", return_value=step.Tile(rows, warp * warps, warps, bits, size)):
+        tile = step.Tile(rows, warp * warps, warps, bits, w.group_size, blocks)
+        with mock.patch.object(step, "tile_of_words", return_value=tile):
             check(step.norm_gate_up, [5], x_K, norm_K, gate_up, None, EPS, r.poison(11))
             check(step.add_product, [3], x_K, w, None, r.normal(19))
     for size in (2**-12, 2**12) if dtype == torch.float16 else (2**-50, 2**40):

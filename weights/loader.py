@@ -24,7 +24,7 @@ from minirea.compact import compact_bytes, pays
 from minirea.config import ModelConfig
 from minirea.errors import InputError, MemoryLimitError, memory_limit_of
 from minirea.progress import bar_of_bytes
-from minirea.quantize import QuantizedMatrix, bits_of, group_size, parts, quantized_bytes, rounding_bytes
+from minirea.quantize import QuantizedMatrix, bits_of, parts, quantized_bytes, rounding_bytes
 from minirea.threads import thread_pool
 from minirea.weights.assign import Assigned, PackedTensor, assign, tensors_of, warn_of_unused
 from minirea.weights.names import NameTable, Place
@@ -116,7 +116,7 @@ def empty_weights(
     """What load_weights returns, not filled. `other_dtypes`: name -> an exception."""
     other_dtypes = other_dtypes or {}
     weights: dict[str, Any] = {
-        name: QuantizedMatrix.empty(shape[0], shape[1], bits, _group_size(config, shape[1], bits), device)
+        name: QuantizedMatrix.empty(shape[0], shape[1], bits, _group_size(config, shape[1]), device)
         if (bits := _bits(config, quantize, name, shape))
         else torch.empty(shape, dtype=other_dtypes.get(name, dtype), device=device)
         for name, shape in _shapes(config)
@@ -124,7 +124,7 @@ def empty_weights(
     V, E = weights["embed.weight"].shape
     head_bits = _bits(config, quantize, "head.weight", (V, E))
     if config.tie_word_embeddings and head_bits:
-        weights["head.weight"] = QuantizedMatrix.empty(V, E, head_bits, _group_size(config, E, head_bits), device)
+        weights["head.weight"] = QuantizedMatrix.empty(V, E, head_bits, _group_size(config, E), device)
     elif config.tie_word_embeddings:
         rows = config.head_rows
         embedding = weights["embed.weight"]
@@ -193,7 +193,7 @@ def stored_weight_bytes(
 
     def nbytes(name: str, shape: tuple[int, ...]) -> int:
         if bits := _bits(config, quantize, name, shape):
-            return quantized_bytes(shape[0], shape[1], bits, _group_size(config, shape[1], bits))
+            return quantized_bytes(shape[0], shape[1], bits, _group_size(config, shape[1]))
         if name != "embed.weight" and packs(name, shape[-1]):
             return compact_bytes(shape[0], shape[1])
         return math.prod(shape) * kept.get(name, dtype).itemsize
@@ -222,12 +222,12 @@ def _bits(config: ModelConfig, quantize: str | None, name: str, shape: tuple[int
     return bits_of(quantize, name, config.num_layers)
 
 
-def _group_size(config: ModelConfig, K: int, bits: int) -> int:
-    """Columns that share scale and offset in a quantized matrix of K: those that a checkpoint in 4 bits has, or, where
-    they are more than products take on any device, a part of them.
+def _group_size(config: ModelConfig, K: int) -> int:
+    """Columns that share scale and offset in a matrix of K from a checkpoint in 4 bits: as many as it has, or, where
+    they are more than products take on any device, a part of them. 0: the matrix is rounded here.
     """
     if not config.packing:
-        return group_size(K, bits)
+        return 0
     columns = config.packing.group_size or K
     return next((size for size in (256, 128, 64) if columns % size == 0), 32)
 

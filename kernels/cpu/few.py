@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from minirea.kernels.cpu.code import F32, I32, LANES, Arguments, Code, Value, Variable, vector
-from minirea.kernels.cpu.rows import UPPER_HALF, Rows
+from minirea.kernels.cpu.code import F32, LANES, Arguments, Code, Value, Variable, vector
+from minirea.kernels.cpu.rows import Rows
 
 _SUMS: Final = 16  # vectors of sums, at most: a processor with AVX-512 has 32 registers
 _LEAST_AHEAD: Final = 4096
@@ -158,24 +158,26 @@ class Few(NamedTuple):
             if rows.stored > whole:
                 unit(code.number(whole), K - whole, total)
         else:
-            at_scales = [a["scale"] + n * (4 * rows.groups) for n in outputs]
+            first_groups = [n * rows.groups for n in outputs]
             with code.range(0, rows.groups) as group:
                 of_group = [[code.variable(code.zeros()) for _ in range(M)] for _ in outputs]
                 with code.range(group * rows.group, (group + 1) * rows.group, rows.unit) as at:
                     unit(at, rows.unit, of_group)
-                for n, address in enumerate(at_scales):
-                    scale = code.splat((code.load(address + group * 4, I32) << 16).bits(F32))
+                for n, first_group in enumerate(first_groups):
+                    scale = code.splat(rows.scales(code, a, first_group + group)[0])
                     for row in range(M):
                         total[n][row].value = code.fma(scale, of_group[n][row].value, total[n][row].value)
             padded = -(-rows.groups // LANES) * LANES
             for first in range(0, rows.groups, LANES):
-                for n, address in enumerate(at_scales):
-                    pairs = code.load(address + 4 * first, vector(I32), min(LANES, rows.groups - first))
-                    offset = (pairs & UPPER_HALF).bits(vector(F32))
+                for n, first_group in enumerate(first_groups):
+                    _, offset = rows.scales(code, a, first_group + first, min(LANES, rows.groups - first))
                     for row in range(M):
                         of_x = code.load(sums + 4 * (first + row * padded), vector(F32))
                         total[n][row].value = code.fma(offset, of_x, total[n][row].value)
         out = [[code.sum(of.value) for of in sum_M] for sum_M in total]
+        if rows.coded:
+            units = [code.load(a["unit"] + n * 4, F32) for n in outputs]
+            out = [[part * unit for part in sum_M] for sum_M, unit in zip(out, units, strict=True)]
         if rows.kind == "12":
             out = [self._with_apart(code, a, n, x, sum_M) for n, sum_M in zip(outputs, out, strict=True)]
         if self.has_bias:

@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from minirea.kernels.cpu.code import F32, I32, LANES, Arguments, Code, Value, vector
+from minirea.kernels.cpu.code import F32, LANES, Arguments, Code, Value, vector
 from minirea.kernels.cpu.compile import lanes_of_processor
-from minirea.kernels.cpu.rows import UPPER_HALF, Rows
+from minirea.kernels.cpu.rows import Rows
 
 _PANEL_COLUMNS: Final = 1024  # of a matrix, made wide at a time
 
@@ -88,8 +88,11 @@ class Many(NamedTuple):
             return [part * 2.0**rows.power * scale for part in weights]
         if not rows.group:
             return weights
-        pair = code.load(a["scale"] + (row * rows.groups + at // rows.group) * 4, I32)
-        scale, offset = (code.splat(bits.bits(F32)) for bits in (pair << 16, pair & UPPER_HALF))
+        scale, offset = rows.scales(code, a, row * rows.groups + at // rows.group)
+        if rows.coded:
+            unit = code.load(a["unit"] + row * 4, F32)
+            scale, offset = scale * unit, offset * unit
+        scale, offset = code.splat(scale), code.splat(offset)
         return [code.fma(part, scale, offset) for part in weights]
 
     def _tile(

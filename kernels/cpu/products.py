@@ -18,7 +18,7 @@ from minirea.kernels.cpu.threads import workers
 from minirea.quantize import QuantizedMatrix
 
 MOST_FEW: Final = 8  # rows of x that are few
-_OF_MATRIX: Final = "matrix", "scale", "first", "column", "value"
+_OF_MATRIX: Final = "matrix", "scale", "unit", "first", "column", "value"
 _HALVES: Final = (torch.bfloat16, torch.float16)
 
 
@@ -139,7 +139,7 @@ def _addresses(matrix_NK: Matrix) -> dict[str, int]:
     """What kernels take of a matrix; `scale` is scale and offset of groups, or the scale of rows."""
     parts: dict[str, Tensor | None] = dict.fromkeys(_OF_MATRIX)
     if isinstance(matrix_NK, QuantizedMatrix):
-        parts |= {"matrix": matrix_NK.words, "scale": matrix_NK.scale_offset}
+        parts |= {"matrix": matrix_NK.words, "scale": matrix_NK.scale_offset, "unit": matrix_NK.units}
     elif isinstance(matrix_NK, CompactMatrix):
         parts |= {"matrix": matrix_NK.units, "scale": matrix_NK.scale, "first": matrix_NK.first}
         parts |= {"column": matrix_NK.column, "value": matrix_NK.value}

@@ -11,7 +11,7 @@ from torch import Tensor
 from minirea.compact import MIDDLE, UNIT, CompactMatrix
 from minirea.kernels.cpu.code import F32, I8, I16, I32, I64, LANES, Arguments, Code, Value, vector
 from minirea.kernels.cpu.compile import kind_of
-from minirea.quantize import ZERO, QuantizedMatrix
+from minirea.quantize import LEAST_BITS, STEPS, ZERO, QuantizedMatrix
 
 Matrix = Tensor | QuantizedMatrix | CompactMatrix
 UPPER_HALF: Final = -(1 << 16)  # of 32 bits
@@ -23,16 +23,18 @@ class Rows(NamedTuple):
     Attributes:
         kind: "bfloat16", "float16" or "float32", "12" bits of bfloat16, or "8" or "4" bits.
         group: columns that share scale and offset; 0: there are none.
+        coded: both are codes, and rows have units.
     """
 
     kind: str
     columns: int
     group: int
+    coded: bool = False
 
     @classmethod
     def of(cls, matrix_NK: Matrix) -> Rows:
         if isinstance(matrix_NK, QuantizedMatrix):
-            return cls(str(matrix_NK.bits), matrix_NK.num_columns, matrix_NK.group_size)
+            return cls(str(matrix_NK.bits), matrix_NK.num_columns, matrix_NK.group_size, matrix_NK.units is not None)
         if isinstance(matrix_NK, CompactMatrix):
             return cls("12", matrix_NK.num_columns, 0)
         return cls(kind_of(matrix_NK), matrix_NK.shape[1], 0)
@@ -91,6 +93,24 @@ class Rows(NamedTuple):
             parts = [q] if self.kind == "8" else [q & 15, q >> 4]
             return [code.to_float(part - ZERO[self.bits]) for part in parts]
         return [code.floats(address, self.kind, min(columns, LANES))]
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of a group."""
+        return 2 if self.coded else 4
+
+    def scales(self, code: Code, a: Arguments, group: Value, count: int | None = None) -> tuple[Value, Value]:
+        """Scale and offset of a group of all rows' groups, or vectors of `count` groups from there on; of codes without
+        the row's unit.
+        """
+        type_, address = I16 if self.coded else I32, a["scale"] + group * self.scale_bytes
+        bits = code.load(address, type_) if count is None else code.load(address, vector(type_), count)
+        if not self.coded:
+            scale, offset = bits << 16, bits & UPPER_HALF
+            return scale.bits(F32.like(bits.type)), offset.bits(F32.like(bits.type))
+        bits = code.signed(bits, I32)
+        s = (((bits & 255) << 18) | LEAST_BITS).bits(F32.like(bits.type))
+        return s * float(STEPS), s * (code.to_float(bits & -256) * 2.0**-8)
 
     @contextlib.contextmanager
     def apart(self, code: Code, a: Arguments, row: Value) -> Iterator[tuple[Value, Value]]:

@@ -10,9 +10,9 @@
 
 A token at batch one costs one read of the weights, so each kernel is a stream of weights with as little as possible
 around it. They are of the model's dtype, or quantized to one byte or half of one each (minirea.quantize). A program
-owns a few rows of the matrix, keeps its next tile of weights in flight while it multiplies this one, and needs no other
-program. RMSNorm costs no pass of its own: W (g * x / rms) = (W (g * x)) / rms, and the program that multiplies g * x
-sums the squares of x on the way.
+owns a few rows of the matrix, or two blocks of rows, keeps its next tile of weights in flight while it multiplies this
+one, and needs no other program. RMSNorm costs no pass of its own: W (g * x / rms) = (W (g * x)) / rms, and the program
+that multiplies g * x sums the squares of x on the way.
 
 On Hopper the kernels are launched as programmatic dependents: a kernel's programs start on the SMs that the one before
 it frees, read their first weights, which no kernel writes, and only then wait for it to end. Every program waits, so
@@ -23,10 +23,11 @@ model's dtype, products are summed in float32.
 """
 
 # mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: RET505  (an `if` on constants is decided at compile time only with its `else`)
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 import triton
@@ -36,14 +37,53 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from minirea.kernels.fused.arguments import Heads
 from minirea.kernels.launching import cdiv, launch, next_power_of_2
 from minirea.kernels.near import Near, near_rows
-from minirea.quantize import ZERO, QuantizedMatrix
+from minirea.quantize import LEAST_BITS, STEPS, ZERO, QuantizedMatrix
 
 Matrix = torch.Tensor | QuantizedMatrix
+
+
+class Weights(NamedTuple):
+    """A matrix as kernels are given it: values of the model's dtype, or a QuantizedMatrix."""
+
+    ptr: Any  # values, or words
+    scale: Any = None  # int32: scale and offset, bfloat16 each; int16: codes
+    unit: Any = None  # of the codes of each row
+
+
+class Target(NamedTuple):
+    """Where a product of N rows goes, by a matrix of so many bits."""
+
+    out: Any
+    bias: Any
+    N: Any
+    BIAS: Any
+    BITS: Any
+
+
+class Caches(NamedTuple):
+    """Where queries, keys and values go."""
+
+    q: Any
+    k: Any
+    v: Any
+    near: Any
+    bias: Any
+    seq_len: Any
+    H: Any
+    G: Any
+    D: Any
+    BIAS: Any
+    NEAR_K: Any
+    NEAR_V: Any
+    BITS: Any
+
 
 # ------------------------------------------------------------------------------------------------------------- device
 
 ZERO_8: tl.constexpr = tl.constexpr(ZERO[8])
 ZERO_4: tl.constexpr = tl.constexpr(ZERO[4])
+STEPS_OF_SCALE: tl.constexpr = tl.constexpr(STEPS)
+BITS_OF_LEAST: tl.constexpr = tl.constexpr(LEAST_BITS)
 INTEGER: tl.constexpr = tl.constexpr(1.5 * 2**23)  # a float32 below 2^22 plus this is rounded to an integer
 BITS_OF_INTEGER: tl.constexpr = tl.constexpr(0x4B400000)  # of INTEGER, above those of the integer
 COMPILED: tl.constexpr = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter runs no assembly
@@ -57,22 +97,69 @@ def load_weights(w_ptrs, offs_k, K: tl.constexpr):
 
 @triton.jit
 def product(
-    w_ptr, scale_ptr, first, rows, x_ptr, norm_ptr, eps, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr,
+    weights, first, rows, x_ptr, norm_ptr, eps, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """W[rows] . x, or with NORM W[rows] . rms_norm(x): float32 [rows]. W is row-major with K columns.
 
-    With BITS w_ptr and scale_ptr are those of a QuantizedMatrix.
+    With BITS it is a QuantizedMatrix.
     """
     if BITS:
-        out, squares = product_of_words(
-            w_ptr, scale_ptr, first, rows, x_ptr, norm_ptr, K, NORM, BLOCK_K, BITS, GROUP, EARLY
-        )
+        out, squares = product_of_words(weights, first, rows, x_ptr, norm_ptr, K, NORM, BLOCK_K, BITS, GROUP, EARLY)
     else:
-        out, squares = product_of_values(w_ptr, rows, x_ptr, norm_ptr, K, NORM, BLOCK_K, EARLY)
+        out, squares = product_of_values(weights.ptr, rows, x_ptr, norm_ptr, K, NORM, BLOCK_K, EARLY)
     if NORM:
         out *= tl.rsqrt(squares / K + eps)
     return out
+
+
+@triton.jit
+def products(
+    weights, x_ptr, norm_ptr, eps, finish: tl.constexpr, to, N: tl.constexpr, APART: tl.constexpr,
+    K: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """`product` of this program's blocks of rows, up to BLOCKS: each goes to finish(product, block, to).
+
+    Rows of a block are those of `rows_of`. Several blocks are of a QuantizedMatrix and have rows of one piece: x is
+    made bytes once for all of them, and the next one's weights are in flight meanwhile.
+    """
+    block = tl.program_id(0)
+    first, rows = rows_of(block, N, APART, BLOCK_N, BITS)
+    if BLOCKS == 1:
+        out = product(weights, first, rows, x_ptr, norm_ptr, eps, K, NORM, BLOCK_K, BITS, GROUP, EARLY)
+        finish(out, block, to)
+    else:
+        if EARLY:
+            gdc_launch_dependents()
+        tile = load_rows_of_words(weights, first, rows, K, BLOCK_K, BITS, GROUP)
+        if EARLY:
+            gdc_wait()
+        offs_u = tl.arange(0, tile[1].shape[1])
+        x, squares = read_x(x_ptr, norm_ptr, offs_u, K, NORM, BITS, K % BLOCK_K == 0)
+        factor = tl.rsqrt(tl.sum(squares, axis=0) / K + eps) if NORM else 1.0
+        SIDE: tl.constexpr = BLOCK_N // 2 if APART else BLOCK_N
+        NUM_BLOCKS: tl.constexpr = (N + SIDE - 1) // SIDE
+        for following in range(block + tl.num_programs(0), NUM_BLOCKS, tl.num_programs(0)):
+            first, rows = rows_of(following, N, APART, BLOCK_N, BITS)
+            next_tile = load_rows_of_words(weights, first, rows, K, BLOCK_K, BITS, GROUP)
+            finish(product_of_tile(tile, x, BITS) * factor, block, to)
+            tile, block = next_tile, following
+        finish(product_of_tile(tile, x, BITS) * factor, block, to)
+
+
+@triton.jit
+def rows_of(block, N: tl.constexpr, APART: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr):
+    """The first row of a block, and its BLOCK_N rows; with APART half as many, and those APART rows after them. N are
+    there without the latter. The last block repeats row N - 1 instead of others.
+    """
+    SIDE: tl.constexpr = BLOCK_N // 2 if APART else BLOCK_N
+    offs_n = tl.arange(0, BLOCK_N)
+    first = block * SIDE
+    rows = first + offs_n % SIDE
+    if not BITS or N % SIDE:  # rows at distances that are known share the computation of their addresses
+        rows = tl.minimum(rows, N - 1)
+    return first, rows + offs_n // SIDE * APART
 
 
 @triton.jit
@@ -106,14 +193,15 @@ def product_of_values(
 def load_words(
     w_ptrs, scale_ptrs, first, BLOCK_U: tl.constexpr, W: tl.constexpr, UNITS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_U units from `first` on: words [rows, 4 units], and a word of scale and offset of each [rows, units].
+    """BLOCK_U units from `first` on: words [rows, 4 units], and of each scale and offset, or a code [rows, units].
 
     Zero beyond W, which EVEN tiles do not reach.
     """
     offs_w = first * 4 + tl.arange(0, 4 * BLOCK_U)
     offs_u = first + tl.arange(0, BLOCK_U)
     # For the layout: threads side by side take units of one row, and of scales one each, as they do of units.
-    scale_ptrs = tl.multiple_of(tl.max_contiguous(scale_ptrs + (offs_u // UNITS)[None, :], [1, 2]), [4, 4])
+    BYTES: tl.constexpr = scale_ptrs.dtype.element_ty.primitive_bitwidth // 8
+    scale_ptrs = tl.multiple_of(tl.max_contiguous(scale_ptrs + (offs_u // UNITS)[None, :], [1, 2]), [BYTES, BYTES])
     if EVEN:
         w = tl.load(w_ptrs + offs_w[None, :], eviction_policy="evict_first")
         scale = tl.load(scale_ptrs)
@@ -166,8 +254,10 @@ def larger(a, b):
 
 
 @triton.jit
-def bytes_of(x0, x1, x2, x3):
-    """x [units, columns] as integers of 16 bits: words of the low bytes of x0 to x3, of the high ones, sums [units]."""
+def bytes_of(x0, x1, x2, x3, power):
+    """x [units, columns] as integers of 16 bits: words of the low bytes of x0 to x3, of the high ones, their sums and
+    power [units].
+    """
     i0, i1, i2, i3 = bits_of_integer(x0), bits_of_integer(x1), bits_of_integer(x2), bits_of_integer(x3)
     COLUMNS: tl.constexpr = 4 * x0.shape[1]
     SUM_OF_INTEGERS: tl.constexpr = (COLUMNS * BITS_OF_INTEGER + 2**31) % 2**32 - 2**31
@@ -176,7 +266,7 @@ def bytes_of(x0, x1, x2, x3):
     odd = (i1 & 0xFFFF) | (i3 << 16)
     low = (even & 0xFF00FF) | ((odd & 0xFF00FF) << 8)
     high = ((even >> 8) & 0xFF00FF) | (odd & -0xFF0100)
-    return low, high, sum_x
+    return low, high, sum_x, power
 
 
 @triton.jit
@@ -235,23 +325,16 @@ def dot_bytes(words, x, dot, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def add_tile(
-    acc, squares, w, scale, offs_u, x_ptr, norm_ptr, K: tl.constexpr, NORM: tl.constexpr, BITS: tl.constexpr,
-    EVEN: tl.constexpr,
+def read_x(
+    x_ptr, norm_ptr, offs_u, K: tl.constexpr, NORM: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """acc [rows, units] and squares [units] with a tile's share of the products and of the squares of x.
+    """x of units offs_u as a tuple of `bytes_of`, and the sums of its squares [units].
 
     x of a unit are integers of 16 bits times a power of two, off by 2^-15 of the largest of them at most; bfloat16 is
-    off by 2^-9 of each. Float32 x are integers twice: what the first time took is added the second time. The sum of
-    (q - ZERO) x is exact. A group's scale is multiplied by it, its offset by the sum of x.
+    off by 2^-9 of each. Float32 x are integers twice, the second time what the first took.
     """
-    R: tl.constexpr = acc.shape[0]
-    U: tl.constexpr = acc.shape[1]
     COLUMNS: tl.constexpr = 4 * 32 // BITS  # of a unit
     PART: tl.constexpr = COLUMNS // 4
-    ZERO: tl.constexpr = ZERO_8 if BITS == 8 else ZERO_4
-    TIMES: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1
-    words = quarters(w, R, U)
     offs_k = (offs_u * COLUMNS)[:, None] + tl.arange(0, PART)[None, :]
     x0, squares0 = load_x(x_ptr, norm_ptr, offs_k, K, NORM, EVEN)
     x1, squares1 = load_x(x_ptr, norm_ptr, offs_k + PART, K, NORM, EVEN)
@@ -260,35 +343,59 @@ def add_tile(
     power, inverse = powers(x0, x1, x2, x3)
     inverse = inverse[:, None]
     x0, x1, x2, x3 = x0 * inverse, x1 * inverse, x2 * inverse, x3 * inverse
-    for time in tl.static_range(TIMES):
-        if time:
-            x0, x1, x2, x3 = rest(x0), rest(x1), rest(x2), rest(x3)
-            power *= 2.0**-15
-        low, high, sum_x = bytes_of(x0, x1, x2, x3)
+    squares = (squares0 + squares1) + (squares2 + squares3)
+    x = bytes_of(x0, x1, x2, x3, power)
+    if x_ptr.dtype.element_ty == tl.float32:
+        return (x, bytes_of(rest(x0), rest(x1), rest(x2), rest(x3), power * 2.0**-15)), squares
+    else:
+        return (x,), squares
+
+
+@triton.jit
+def add_products(acc, w, scale, x, BITS: tl.constexpr):
+    """acc [rows, units] and the products of a tile's words with x of `read_x`.
+
+    The sum of (q - ZERO) x is exact. A group's scale is multiplied by it, its offset by the sum of x. With codes the
+    sum is still to be multiplied by the row's unit.
+    """
+    R: tl.constexpr = acc.shape[0]
+    U: tl.constexpr = acc.shape[1]
+    ZERO: tl.constexpr = ZERO_8 if BITS == 8 else ZERO_4
+    words = quarters(w, R, U)
+    for time in tl.static_range(len(x)):
+        low, high, sum_x, power = x[time]
         dot = dot_words(tl.zeros([R, U], tl.int32), words, high, U, BITS, True)
         dot = dot_words((dot << 8) - (sum_x * ZERO)[None, :], words, low, U, BITS, False)
-        acc += (scale << 16).to(tl.float32, bitcast=True) * power[None, :] * dot.to(tl.float32)
-        acc += (scale & -65536).to(tl.float32, bitcast=True) * (sum_x.to(tl.float32) * power)[None, :]
-    return acc, squares + (squares0 + squares1) + (squares2 + squares3)
+        if scale.dtype == tl.int16:
+            s, z = decode(scale)
+            acc += s * power[None, :] * (dot * STEPS_OF_SCALE + z * sum_x[None, :]).to(tl.float32)
+        else:
+            acc += (scale << 16).to(tl.float32, bitcast=True) * power[None, :] * dot.to(tl.float32)
+            acc += (scale & -65536).to(tl.float32, bitcast=True) * (sum_x.to(tl.float32) * power)[None, :]
+    return acc
+
+
+@triton.jit
+def decode(codes):
+    """s, float32, and z of codes; see minirea.quantize."""
+    bits = codes.to(tl.int32)
+    return (((bits << 18) & (255 << 18)) | BITS_OF_LEAST).to(tl.float32, bitcast=True), bits >> 8
 
 
 @triton.jit
 def product_of_words(
-    w_ptr, scale_ptr, first_row, rows, x_ptr, norm_ptr, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr,
+    weights, first_row, rows, x_ptr, norm_ptr, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """product_of_values of a QuantizedMatrix, words with BLOCK_K columns at a time."""
     if EARLY:
         gdc_launch_dependents()
-    COLUMNS: tl.constexpr = 4 * 32 // BITS  # of a unit of four words, which a thread loads at once
-    UNITS: tl.constexpr = GROUP // COLUMNS  # of a group
-    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
-    W: tl.constexpr = GROUPS * UNITS * 4
-    BLOCK_U: tl.constexpr = BLOCK_K // COLUMNS
+    UNITS: tl.constexpr = GROUP * BITS // 128  # of a group: units of four words, which a thread loads at once
+    W: tl.constexpr = (K + GROUP - 1) // GROUP * UNITS * 4
+    BLOCK_U: tl.constexpr = BLOCK_K * BITS // 128
     EVEN: tl.constexpr = K % BLOCK_K == 0
     offs_u = tl.arange(0, BLOCK_U)
-    w_ptrs = w_ptr + first_row.to(tl.int64) * W + (rows - first_row)[:, None] * W
-    scale_ptrs = scale_ptr + first_row.to(tl.int64) * GROUPS + (rows - first_row)[:, None] * GROUPS
+    w_ptrs, scale_ptrs = pointers_to_words(weights, first_row, rows, K, BITS, GROUP)
     w, scale = load_words(w_ptrs, scale_ptrs, 0, BLOCK_U, W, UNITS, EVEN)
     if EARLY:
         gdc_wait()
@@ -297,21 +404,43 @@ def product_of_words(
     first = 0
     for following in range(BLOCK_U, W // 4, BLOCK_U):
         next_w, next_scale = load_words(w_ptrs, scale_ptrs, following, BLOCK_U, W, UNITS, EVEN)
-        acc, squares = add_tile(acc, squares, w, scale, first + offs_u, x_ptr, norm_ptr, K, NORM, BITS, EVEN)
+        x, more = read_x(x_ptr, norm_ptr, first + offs_u, K, NORM, BITS, EVEN)
+        acc, squares = add_products(acc, w, scale, x, BITS), squares + more
         w, scale, first = next_w, next_scale, following
-    acc, squares = add_tile(acc, squares, w, scale, first + offs_u, x_ptr, norm_ptr, K, NORM, BITS, EVEN)
-    return tl.sum(acc, axis=1), tl.sum(squares, axis=0)
+    x, more = read_x(x_ptr, norm_ptr, first + offs_u, K, NORM, BITS, EVEN)
+    acc, squares = add_products(acc, w, scale, x, BITS), squares + more
+    out = tl.sum(acc, axis=1)
+    if scale.dtype == tl.int16:
+        out *= tl.load(weights.unit + rows)  # here, since there are no registers for it before
+    return out, tl.sum(squares, axis=0)
 
 
 @triton.jit
-def my_rows(N: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr):
-    """This program's first row, its rows, which of them exist; the last program repeats row N - 1 instead of others."""
-    first = tl.program_id(0) * BLOCK_N
-    rows = first + tl.arange(0, BLOCK_N)
-    exist = rows < N
-    if not BITS or N % BLOCK_N:  # rows at distances that are known share the computation of their addresses
-        rows = tl.minimum(rows, N - 1)
-    return first, rows, exist
+def pointers_to_words(weights, first_row, rows, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """Of the words and scales of rows, [rows, 1] each."""
+    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    W: tl.constexpr = GROUPS * (GROUP * BITS // 32)
+    w_ptrs = weights.ptr + first_row.to(tl.int64) * W + (rows - first_row)[:, None] * W
+    return w_ptrs, weights.scale + first_row.to(tl.int64) * GROUPS + (rows - first_row)[:, None] * GROUPS
+
+
+@triton.jit
+def load_rows_of_words(
+    weights, first_row, rows, K: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Words and scales of whole rows, of one piece of BLOCK_K columns, and their units, 1 without codes."""
+    UNITS: tl.constexpr = GROUP * BITS // 128
+    W: tl.constexpr = (K + GROUP - 1) // GROUP * UNITS * 4
+    w_ptrs, scale_ptrs = pointers_to_words(weights, first_row, rows, K, BITS, GROUP)
+    w, scale = load_words(w_ptrs, scale_ptrs, 0, BLOCK_K * BITS // 128, W, UNITS, K % BLOCK_K == 0)
+    return w, scale, tl.load(weights.unit + rows) if scale.dtype == tl.int16 else 1.0
+
+
+@triton.jit
+def product_of_tile(tile, x, BITS: tl.constexpr):
+    """Of `load_rows_of_words` with x of `read_x`: float32 [rows]."""
+    w, scale, unit = tile
+    return tl.sum(add_products(tl.zeros(scale.shape, tl.float32), w, scale, x, BITS), axis=1) * unit
 
 
 @triton.jit
@@ -331,75 +460,105 @@ def embed_kernel(
 
 @triton.jit
 def norm_qkv_kernel(
-    x_ptr, norm_ptr, w_ptr, scale_ptr, bias_ptr, eps, seq_len_ptr, q_ptr, k, v, near,
+    x_ptr, norm_ptr, weights, bias_ptr, eps, seq_len_ptr, q_ptr, k, v, near,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
     NEAR_K: tl.constexpr, NEAR_V: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    first, rows, mask = my_rows((H + 2 * G) * D, BLOCK_N, BITS)
-    out = product(w_ptr, scale_ptr, first, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, BITS, GROUP, EARLY)
-    if BIAS:
-        out += tl.load(bias_ptr + rows).to(tl.float32)
-    out = out.to(q_ptr.dtype.element_ty)
-    head = rows // D
-    position = tl.load(seq_len_ptr).to(tl.int64) - 1
-    k_ptrs = k.ptr + (head - H).to(tl.int64) * k.stride_h + position * k.stride_n + rows % D
-    v_ptrs = v.ptr + (head - H - G).to(tl.int64) * v.stride_h + position * v.stride_n + rows % D
-    tl.store(q_ptr + rows, out, mask=mask & (head < H))
-    tl.store(k_ptrs, out, mask=mask & (head >= H) & (head < H + G))
-    tl.store(v_ptrs, out, mask=mask & (head >= H + G))
-    if NEAR_K:
-        near_ptrs = near.k + ((head - H).to(tl.int64) * NEAR_K + position % NEAR_K) * D + rows % D
-        tl.store(near_ptrs, out, mask=mask & (head >= H) & (head < H + G))
-    if NEAR_V:
-        near_ptrs = near.v + ((head - H - G).to(tl.int64) * NEAR_V + position % NEAR_V) * D + rows % D
-        tl.store(near_ptrs, out, mask=mask & (head >= H + G))
+    X: tl.constexpr = (H + 2 * G) * D
+    products(weights, x_ptr, norm_ptr, eps, write_qkv,
+             Caches(q_ptr, k, v, near, bias_ptr, seq_len_ptr, H, G, D, BIAS, NEAR_K, NEAR_V, BITS), X, 0, K, True,
+             BLOCK_N, BLOCK_K, BITS, GROUP, BLOCKS, EARLY)  # fmt: skip
+
+
+@triton.jit
+def write_qkv(out, block, to):
+    first, rows = rows_of(block, (to.H + 2 * to.G) * to.D, 0, out.shape[0], to.BITS)
+    mask = first + tl.arange(0, out.shape[0]) < (to.H + 2 * to.G) * to.D
+    if to.BIAS:
+        out += tl.load(to.bias + rows).to(tl.float32)
+    out = out.to(to.q.dtype.element_ty)
+    offs_d = rows % to.D
+    position = tl.load(to.seq_len).to(tl.int64) - 1
+    k_head = rows // to.D - to.H
+    v_head = k_head - to.G
+    mask_k = mask & (k_head >= 0) & (v_head < 0)
+    mask_v = mask & (v_head >= 0)
+    k_ptrs = to.k.ptr + k_head.to(tl.int64) * to.k.stride_h + position * to.k.stride_n + offs_d
+    v_ptrs = to.v.ptr + v_head.to(tl.int64) * to.v.stride_h + position * to.v.stride_n + offs_d
+    tl.store(to.q + rows, out, mask=mask & (k_head < 0))
+    tl.store(k_ptrs, out, mask=mask_k)
+    tl.store(v_ptrs, out, mask=mask_v)
+    if to.NEAR_K:
+        row = k_head.to(tl.int64) * to.NEAR_K + position % to.NEAR_K
+        tl.store(to.near.k + row * to.D + offs_d, out, mask=mask_k)
+    if to.NEAR_V:
+        row = v_head.to(tl.int64) * to.NEAR_V + position % to.NEAR_V
+        tl.store(to.near.v + row * to.D + offs_d, out, mask=mask_v)
 
 
 @triton.jit
 def add_product_kernel(
-    x_ptr, w_ptr, scale_ptr, bias_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    x_ptr, weights, bias_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    first, rows, mask = my_rows(N, BLOCK_N, BITS)
-    out = product(w_ptr, scale_ptr, first, rows, x_ptr, x_ptr, 0.0, K, False, BLOCK_K, BITS, GROUP, EARLY)
-    if BIAS:
-        out += tl.load(bias_ptr + rows).to(tl.float32)
-    out += tl.load(out_ptr + rows).to(tl.float32)
-    tl.store(out_ptr + rows, out.to(out_ptr.dtype.element_ty), mask=mask)
+    products(weights, x_ptr, x_ptr, 0.0, add_to_out, Target(out_ptr, bias_ptr, N, BIAS, BITS), N, 0, K, False,
+             BLOCK_N, BLOCK_K, BITS, GROUP, BLOCKS, EARLY)  # fmt: skip
+
+
+@triton.jit
+def add_to_out(out, block, to):
+    first, rows = rows_of(block, to.N, 0, out.shape[0], to.BITS)
+    if to.BIAS:
+        out += tl.load(to.bias + rows).to(tl.float32)
+    out += tl.load(to.out + rows).to(tl.float32)
+    mask = first + tl.arange(0, out.shape[0]) < to.N
+    tl.store(to.out + rows, out.to(to.out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def norm_gate_up_kernel(
-    x_ptr, norm_ptr, w_ptr, scale_ptr, bias_ptr, eps, out_ptr, F: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    x_ptr, norm_ptr, weights, bias_ptr, eps, out_ptr, F: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N rows of the matrix are BLOCK_N / 2 features: their gate rows, then their up rows."""
-    half: tl.constexpr = BLOCK_N // 2
-    first, features, mask = my_rows(F, half, BITS)
-    offs_n = tl.arange(0, BLOCK_N)
-    rows = first + offs_n % half
-    if not BITS or F % half:
-        rows = tl.minimum(rows, F - 1)
-    rows += offs_n // half * F
-    out = product(w_ptr, scale_ptr, first, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, BITS, GROUP, EARLY)
-    if BIAS:
-        out += tl.load(bias_ptr + rows).to(tl.float32)
+    products(weights, x_ptr, norm_ptr, eps, write_activations, Target(out_ptr, bias_ptr, F, BIAS, BITS), F, F, K, True,
+             BLOCK_N, BLOCK_K, BITS, GROUP, BLOCKS, EARLY)  # fmt: skip
+
+
+@triton.jit
+def write_activations(out, block, to):
+    half: tl.constexpr = out.shape[0] // 2
+    offs_n = tl.arange(0, 2 * half)
+    first, features = rows_of(block, to.N, 0, half, to.BITS)
+    if to.BIAS:
+        _, rows = rows_of(block, to.N, to.N, 2 * half, to.BITS)
+        out += tl.load(to.bias + rows).to(tl.float32)
     offs_f = tl.arange(0, half)[:, None]
     gate = tl.sum(tl.where(offs_n[None, :] == offs_f, out[None, :], 0.0), axis=1)
     up = tl.sum(tl.where(offs_n[None, :] == offs_f + half, out[None, :], 0.0), axis=1)
     act = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out_ptr + features, act.to(out_ptr.dtype.element_ty), mask=mask)
+    mask = first + tl.arange(0, half) < to.N
+    tl.store(to.out + features, act.to(to.out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def norm_logits_kernel(
-    x_ptr, norm_ptr, w_ptr, scale_ptr, eps, logits_ptr, V: tl.constexpr, K: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    x_ptr, norm_ptr, weights, eps, logits_ptr, V: tl.constexpr, K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    first, rows, mask = my_rows(V, BLOCK_N, BITS)
-    out = product(w_ptr, scale_ptr, first, rows, x_ptr, norm_ptr, eps, K, True, BLOCK_K, BITS, GROUP, EARLY)
-    tl.store(logits_ptr + rows, out, mask=mask)
+    products(weights, x_ptr, norm_ptr, eps, write_logits, Target(logits_ptr, logits_ptr, V, False, BITS), V, 0, K, True,
+             BLOCK_N, BLOCK_K, BITS, GROUP, BLOCKS, EARLY)  # fmt: skip
+
+
+@triton.jit
+def write_logits(out, block, to):
+    first, rows = rows_of(block, to.N, 0, out.shape[0], to.BITS)
+    tl.store(to.out + rows, out, mask=first + tl.arange(0, out.shape[0]) < to.N)
 
 
 @triton.jit
@@ -446,7 +605,7 @@ BEST_PROGRAMS: Final = 64
 
 class Tile(NamedTuple):
     """Rows and columns of weights that a program multiplies at a time, its warps; quantized weights' bits, and columns
-    of a group.
+    of a group; blocks of so many rows of a program.
     """
 
     BLOCK_N: int
@@ -454,6 +613,11 @@ class Tile(NamedTuple):
     num_warps: int
     BITS: int = 0
     GROUP: int = 0
+    BLOCKS: int = 1
+
+    def programs(self, num_rows: int, side: int) -> int:
+        """For num_rows in blocks of `side`."""
+        return cdiv(cdiv(num_rows, side), self.BLOCKS)
 
 
 def tile(matrix: Matrix, piece: int = 4096) -> Tile:
@@ -483,8 +647,8 @@ def tile_of_words(matrix: QuantizedMatrix) -> Tile:
     (N, K), bits = matrix.shape, matrix.bits
     columns = 4 * 32 // bits * 32  # of a warp
     few = N <= 2048 if bits == 8 else N < 4096
-    if few and K >= 8192:
-        rows, warps = 4, [8]
+    if K >= 8192 and (few or bits == 4):
+        rows, warps = (4 if few else 8), [8]
     elif bits == 8:
         rows, warps = (4 if few else 8), [4, 2, 1]
         if N >= 12288 and 8 * columns == K:
@@ -494,14 +658,17 @@ def tile_of_words(matrix: QuantizedMatrix) -> Tile:
     else:
         rows, warps = (8 if N > 5120 else 4), [2, 1]
     num_warps = min(warps, key=lambda count: cdiv(K, columns * count) * count)
-    return Tile(rows, columns * num_warps, num_warps, bits, matrix.group_size)
+    one_piece = columns * num_warps >= K
+    blocks = 2 if bits == 4 and one_piece and N > 5120 else 1
+    return Tile(rows, columns * num_warps, num_warps, bits, matrix.group_size, blocks)
 
 
-def operands(matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a kernel takes as w_ptr and scale_ptr; a matrix of the model's dtype has no scale."""
-    if isinstance(matrix, QuantizedMatrix):
-        return matrix.words, matrix.scale_offset.view(torch.int32)
-    return matrix, matrix
+def weights_of(matrix: Matrix) -> Weights:
+    if not isinstance(matrix, QuantizedMatrix):
+        return Weights(matrix)
+    if matrix.units is None:
+        return Weights(matrix.words, matrix.scale_offset.view(torch.int32))
+    return Weights(matrix.words, matrix.scale_offset, matrix.units)
 
 
 def embed(token: torch.Tensor, table_VE: torch.Tensor, seq_len: torch.Tensor, x_E: torch.Tensor) -> None:
@@ -529,11 +696,11 @@ def norm_qkv(
     t = tile(qkv_XE)
     launch(
         norm_qkv_kernel,
-        cdiv((H + 2 * G) * D, t.BLOCK_N),
+        t.programs((H + 2 * G) * D, t.BLOCK_N),
         x_E.device,
         x_E,
         norm_E,
-        *operands(qkv_XE),
+        weights_of(qkv_XE),
         bias_X if bias_X is not None else x_E,
         eps,
         seq_len,
@@ -557,10 +724,10 @@ def add_product(x_K: torch.Tensor, w_NK: Matrix, bias_N: torch.Tensor | None, ou
     t = tile(w_NK)
     launch(
         add_product_kernel,
-        cdiv(N, t.BLOCK_N),
+        t.programs(N, t.BLOCK_N),
         x_K.device,
         x_K,
-        *operands(w_NK),
+        weights_of(w_NK),
         bias_N if bias_N is not None else x_K,
         out_N,
         N=N,
@@ -583,11 +750,11 @@ def norm_gate_up(
     t = tile(gate_up_ME)
     launch(
         norm_gate_up_kernel,
-        cdiv(F, t.BLOCK_N // 2),
+        t.programs(F, t.BLOCK_N // 2),
         x_E.device,
         x_E,
         norm_E,
-        *operands(gate_up_ME),
+        weights_of(gate_up_ME),
         bias_M if bias_M is not None else x_E,
         eps,
         out_F,
@@ -604,11 +771,11 @@ def norm_logits(x_E: torch.Tensor, norm_E: torch.Tensor, head_VE: Matrix, eps: f
     t = tile(head_VE, piece=8192)  # most rows of all, so one piece each where that is possible
     launch(
         norm_logits_kernel,
-        cdiv(V, t.BLOCK_N),
+        t.programs(V, t.BLOCK_N),
         x_E.device,
         x_E,
         norm_E,
-        *operands(head_VE),
+        weights_of(head_VE),
         eps,
         logits_V,
         V=V,

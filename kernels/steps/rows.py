@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from minirea.kernels.launching import cdiv, launch, next_power_of_2
 from minirea.kernels.near import Near, near_rows
+from minirea.kernels.steps.matvec import STEPS_OF_SCALE, decode, weights_of
 from minirea.quantize import UNIT, ZERO, QuantizedMatrix
 
 # ------------------------------------------------------------------------------------------------------------- device
@@ -89,7 +90,7 @@ def swiglu_kernel(gate_up_ptr, out_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr, 
 
 @triton.jit
 def widen_kernel(
-    words_ptr, scale_ptr, out_ptr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    weights, out_ptr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     BLOCK_U: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program widens BLOCK_U units of four words of a row, whose columns lie in a row."""
@@ -109,10 +110,15 @@ def widen_kernel(
     mask_u, mask_w, mask_k = None, None, None
     if not EVEN:
         mask_u, mask_w, mask_k = offs_u < U, offs_w < 4 * U, offs_k < K
-    w = tl.load(words_ptr + row * (4 * U) + offs_w, mask=mask_w, eviction_policy="evict_first")
-    scale = tl.load(scale_ptr + row * GROUPS + offs_u // (GROUP // COLUMNS), mask=mask_u)
-    offset = (scale & -65536).to(tl.float32, bitcast=True)
-    scale = (scale << 16).to(tl.float32, bitcast=True)
+    w = tl.load(weights.ptr + row * (4 * U) + offs_w, mask=mask_w, eviction_policy="evict_first")
+    scale = tl.load(weights.scale + row * GROUPS + offs_u // (GROUP // COLUMNS), mask=mask_u)
+    if scale.dtype == tl.int16:
+        s, z = decode(scale)
+        s *= tl.load(weights.unit + row)
+        scale, offset = s * STEPS_OF_SCALE, s * z.to(tl.float32)
+    else:
+        offset = (scale & -65536).to(tl.float32, bitcast=True)
+        scale = (scale << 16).to(tl.float32, bitcast=True)
     shift = tl.arange(0, FIELDS) * BITS
     q = (tl.reshape(w, [BLOCK_U, 1, 4]) >> shift[None, :, None]) & ((1 << BITS) - 1)
     out = (q - ZERO).to(tl.float32) * scale[:, None, None] + offset[:, None, None]
@@ -174,5 +180,5 @@ def widen(matrix_NK: QuantizedMatrix, out_NK: torch.Tensor) -> None:
     (N, K), U, bits = matrix_NK.shape, matrix_NK.words.shape[1] // UNIT, matrix_NK.bits
     block_u = min((256, 128, 64), key=lambda units: cdiv(U, units) * units)
     constants = {"K": K, "BITS": bits, "GROUP": matrix_NK.group_size, "ZERO": ZERO[bits], "BLOCK_U": block_u}
-    pointers = matrix_NK.words, matrix_NK.scale_offset.view(torch.int32), out_NK
+    pointers = weights_of(matrix_NK), out_NK
     launch(widen_kernel, N * cdiv(U, block_u), out_NK.device, *pointers, **constants, num_warps=NUM_WARPS)

@@ -17,7 +17,7 @@ from minirea.quantize import QuantizedMatrix
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs llvmlite")
 
-KINDS = ["float32", "bfloat16", "compact", "float16", "int8", "int8-256", "int4", "int4-256"]
+KINDS = ["float32", "bfloat16", "compact", "float16", "int8", "int8-256", "int4", "int4-32", "int4-256"]
 THREADS = pytest.mark.usefixtures("threads")
 
 
@@ -35,7 +35,7 @@ def matrix_of(kind: str, N: int, K: int, seed: int = 3) -> tuple[rows.Matrix, to
         matrix = wide.to(getattr(torch, kind))
         return matrix, matrix.double()
     bits, _, size = kind.removeprefix("int").partition("-")
-    quantized = QuantizedMatrix.empty(N, K, int(bits), int(size or 64 // (8 // int(bits))), torch.device("cpu"))
+    quantized = QuantizedMatrix.empty(N, K, int(bits), int(size or 0), torch.device("cpu"))
     quantized.round(wide)
     return quantized, quantized.widen(torch.float64)
 

@@ -34,33 +34,42 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def quantized(wide_NK: torch.Tensor, bits: int, size: int = 0) -> QuantizedMatrix:
-    matrix = QuantizedMatrix.empty(*wide_NK.shape, bits, size or group_size(wide_NK.shape[1], bits), CPU)
+    """In groups as QuantizedMatrix.empty has them."""
+    matrix = QuantizedMatrix.empty(*wide_NK.shape, bits, size, CPU)
     matrix.round(wide_NK)
     return matrix
+
+
+def assert_same(found: QuantizedMatrix, expected: QuantizedMatrix) -> None:
+    assert torch.equal(found.words, expected.words)
+    assert torch.equal(found.scale_offset, expected.scale_offset)
+    assert (found.units is None) == (expected.units is None)
+    assert found.units is None or torch.equal(found.units, expected.units)
 
 
 def relative_error(found: torch.Tensor, right: torch.Tensor) -> float:
     return float((found.double() - right.double()).norm() / right.double().norm())
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("bits", "size"), [(8, 0), (4, 0), (4, 32)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rounding_is_within_half_a_step(shape: tuple[int, int], bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_is_within_half_a_step(
+    shape: tuple[int, int], bits: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wide_NK = random(*shape) + 0.3
     given = wide_NK.clone()
-    matrix = quantized(wide_NK, bits)
+    matrix = quantized(wide_NK, bits, size)
     assert matrix.shape == shape
-    assert matrix.nbytes == quantized_bytes(*shape, bits, matrix.group_size)
-    step_NK = matrix.scale_offset[..., 0].float().repeat_interleave(matrix.group_size, 1)[:, : shape[1]]
+    assert matrix.nbytes == quantized_bytes(*shape, bits, size)
+    step_NK = matrix.scales()[0].repeat_interleave(matrix.group_size, 1)[:, : shape[1]]
     q_NK = matrix.unpack()[:, : shape[1]]
     inside = (q_NK > 0) & (q_NK < 2**bits - 1)  # an end of the range may stand for what is beyond it
     off = (matrix.widen(torch.float64) - wide_NK.double()).abs()
     assert (off <= 0.5001 * step_NK)[inside].all()
     monkeypatch.setitem(quantize._AT_ONCE, "cpu", 1)  # row by row
-    again = quantized(wide_NK, bits)
+    again = quantized(wide_NK, bits, size)
     assert torch.equal(wide_NK, given)
-    assert torch.equal(again.words, matrix.words)
-    assert torch.equal(again.scale_offset, matrix.scale_offset)
+    assert_same(again, matrix)
 
 
 @pytest.mark.parametrize(("K", "bits"), [(192, 8), (2048, 8), (2304, 8), (2112, 8), (96, 4), (2048, 4)])
@@ -80,11 +89,25 @@ def test_a_row_of_fields_is_where_the_layout_says(K: int, bits: int) -> None:
         assert torch.equal(word >> bits * (k % four // 4) & (2**bits - 1), q_NK[:, k])
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("bits", "size"), [(8, 0), (4, 0), (4, 32)])
 @pytest.mark.parametrize("value", [0.0, -3.0, 1e-30, 1e30])
-def test_equal_weights_stay_what_they_are(value: float, bits: int) -> None:
-    found = quantized(torch.full((3, 70), value), bits).widen(torch.float32)
+def test_equal_weights_stay_what_they_are(value: float, bits: int, size: int) -> None:
+    found = quantized(torch.full((3, 70), value), bits, size).widen(torch.float32)
     torch.testing.assert_close(found, torch.full((3, 70), value), rtol=2**-8, atol=0)
+
+
+def test_codes_cost_a_hundredth_of_what_rounding_does() -> None:
+    """In squared error, of normal weights; and groups of other sizes, of zeros and far from zero keep what they are."""
+    wide_NK = random(64, 1024)
+    coded, exact = (relative_error(quantized(wide_NK, 4, size).widen(torch.float32), wide_NK) ** 2 for size in (0, 32))
+    assert coded < 1.02 * exact
+    rows = torch.cat([wide_NK[:, :32], wide_NK[:, 32:64] * 1e-3, torch.zeros(64, 32), wide_NK[:, 64:96] * 0.1 - 3], 1)
+    matrix = quantized(rows, 4)
+    found, step_NG = matrix.widen(torch.float32), matrix.scales()[0]
+    off = (found - rows).abs().unflatten(1, (4, 32)).amax(2)
+    assert (off <= 0.6 * step_NG).all()
+    assert (step_NG <= torch.tensor([0.5, 0.05, 0.05, 0.5])).all()
+    assert (found[:, 64:96] == 0).all()
 
 
 def test_regression_lowers_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,8 +191,7 @@ def test_loading_rounds_what_the_wide_weights_are(
         else:
             expected = quantized(tensor, 4 if choice == "int4" and name.startswith(("layers.1.", "layers.2.")) else 8)
             assert found[name].bits == expected.bits
-            assert torch.equal(found[name].words, expected.words), name
-            assert torch.equal(found[name].scale_offset, expected.scale_offset), name
+            assert_same(found[name], expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
