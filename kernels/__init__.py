@@ -111,8 +111,7 @@ def reattention(
             int32 [R, H, K], for `count_winners` of later steps; H as in the vote, with gather that of all processes.
             Queries whose chunk attends to all leave it as it is.
         starts_early: for T = 1, the kernel before it on the stream is `norm_qkv` of this step, in whose time impl
-            "triton" may begin: all that is read but q and the newest token's key and value was written before a kernel
-            that had ended when the next one was launched.
+            "triton" may begin: see minirea.kernels.fused.plain for what has to be written by then.
 
     Returns:
         out_THD, [T, H, D] in q's dtype; with return_selection the pair (out_THD, selection). The selection holds the
@@ -136,16 +135,28 @@ def reattention(
     options: dict[str, Any] = {"return_selection": return_selection, "chunk_size": chunk_size, "gather": gather}
     options |= {"sketch": sketch, "votes": votes, "winners": winners}
     if impl == "torch":
-        from minirea.kernels.reference import reattention_reference
-
-        with torch.no_grad(), torch.autocast(q_THD.device.type, enabled=False):  # whatever the caller's products are
-            out_THD, selection = reattention_reference(*tensors, int(seq_len), cos, sin, config, **options)
+        out_THD, selection = _by_torch(*tensors, int(seq_len), cos, sin, config, options)
     else:
-        from minirea.kernels.fused.launch import reattention_triton
-
         options |= {"near": near, "starts_early": starts_early}
-        out_THD, selection = reattention_triton(*tensors, seq_len, cos, sin, config, **options)
+        out_THD, selection = _by_triton(*tensors, seq_len, cos, sin, config, options)
     return (out_THD, selection) if return_selection else out_THD
+
+
+def _by_torch(q_THD: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, Any]:
+    """Of a call's arguments and options, whatever the caller's gradients and products are."""
+    from minirea.kernels.reference import reattention_reference
+
+    *positional, options = arguments
+    with torch.no_grad(), torch.autocast(q_THD.device.type, enabled=False):
+        return reattention_reference(q_THD, *positional, **options)
+
+
+def _by_triton(*arguments: Any) -> tuple[torch.Tensor, Any]:
+    """Of a call's arguments and options."""
+    from minirea.kernels.fused.launch import reattention_triton
+
+    *positional, options = arguments
+    return reattention_triton(*positional, **options)
 
 
 def count_winners(

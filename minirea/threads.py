@@ -24,6 +24,7 @@ enqueueing: Final = threading.RLock()
 
 # OpenMP's own variable, and what the runtimes that torch comes with (GNU's on Linux, LLVM's elsewhere) prefer to it.
 _WAIT_VARIABLES: Final = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_imported_in = os.getpid()
 
 
 def wait_asleep(environment: MutableMapping[str, str]) -> None:
@@ -65,12 +66,23 @@ def thread_pool(threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
     What has not begun by then is dropped. A thread that comes back from C++ into an interpreter that is gone would
     abort the process.
     """
+    if os.getpid() != _imported_in:
+        _renew_threads_of_torch()
     pool = ThreadPoolExecutor(threads, name)
     try:
         yield pool
     finally:
         with _without_keyboard_interrupt():
             pool.shutdown(cancel_futures=True)
+
+
+def _renew_threads_of_torch() -> None:
+    """In a forked process torch makes a pool of threads anew when a thread first computes. Where several threads do at
+    the same time, all but one find none and fail ("Invalid thread pool!").
+    """
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ ALLOWED = {
     "minirea.checkpoint_config": {"config", "errors", "files", "json_object"},
     "minirea.isolation": {"errors", "threads"},
     "minirea.memory": {"errors"},
+    "minirea.compact": set(),
     "minirea.quantize": set(),
     "minirea.rope": {"config"},
     "minirea.tokenizer": {"tokenizer", "checks", "json_object", "errors", "files", "memory"},
@@ -104,8 +105,8 @@ ALLOWED = {
     "minirea.evaluation.tasks.likelihood": {"evaluation", "api", "cache", "steps", "errors", "isolation", "progress"},
     "minirea.evaluation.tasks.observe": {"evaluation", "cache", "generate", "isolation", "model", "observer"},
     "minirea.evaluation.tasks.mechanism_measures": {"evaluation", "config", "kernels", "observer", "rope"},
-    "kernels": {"config", "errors", "kernels", "quantize", "threads"},
-    "weights": {"quantize", "config", "errors", "files", "json_object", "progress", "threads", "weights"},
+    "kernels": {"compact", "config", "errors", "kernels", "pages", "quantize", "threads"},
+    "weights": {"compact", "quantize", "config", "errors", "files", "json_object", "progress", "threads", "weights"},
 }
 
 

@@ -126,3 +126,34 @@ def test_a_pool_outlasts_repeated_ctrl_c() -> None:
         signal.signal(signal.SIGINT, before)
     assert done == [0]  # what had begun is finished, the rest is dropped
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("worker")]
+
+
+IN_FORKED_PROCESSES = """
+import os, threading, torch
+from minirea.threads import thread_pool
+
+torch.ones(100_000).aminmax()
+for _ in range(20):
+    child = os.fork()
+    if not child:
+        begin = threading.Barrier(8)
+
+        def compute(_):
+            begin.wait()
+            torch.ones(1000).aminmax()
+
+        status = 1
+        try:
+            with thread_pool(8, "compute") as pool:
+                list(pool.map(compute, range(8)))
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_threads_of_a_pool_compute_at_once_in_a_forked_process() -> None:
+    """torch renews its own threads there."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", IN_FORKED_PROCESSES], check=True, env=environment)
