@@ -51,8 +51,11 @@ class Few(NamedTuple):
 
     @property
     def scratch_floats(self) -> int:
-        """Of a thread: x in the order of lanes, and its sums of groups."""
-        return self.num_rows * (self.rows.padded + -(-self.rows.groups // LANES) * LANES)
+        """Of a thread: x in the order of lanes, its sums of groups, and scales of the groups of rows that are read at
+        once.
+        """
+        groups = -(-self.rows.groups // LANES) * LANES
+        return self.num_rows * (self.rows.padded + groups) + self.at_once * self.halves * groups
 
     def write(self, code: Code, a: Arguments) -> None:
         x = a["scratch"] + a["worker"] * (4 * self.scratch_floats)
@@ -158,22 +161,23 @@ class Few(NamedTuple):
             if rows.stored > whole:
                 unit(code.number(whole), K - whole, total)
         else:
-            first_groups = [n * rows.groups for n in outputs]
+            padded = -(-rows.groups // LANES) * LANES
+            scales = sums + 4 * M * padded
+            for n, output in enumerate(outputs):
+                for first in range(0, rows.groups, LANES):
+                    scale, offset = rows.scales(code, a, output * rows.groups + first, min(LANES, rows.groups - first))
+                    code.store(scale, scales + 4 * (n * padded + first))
+                    for row in range(M):
+                        of_x = code.load(sums + 4 * (first + row * padded), vector(F32))
+                        total[n][row].value = code.fma(offset, of_x, total[n][row].value)
             with code.range(0, rows.groups) as group:
                 of_group = [[code.variable(code.zeros()) for _ in range(M)] for _ in outputs]
                 with code.range(group * rows.group, (group + 1) * rows.group, rows.unit) as at:
                     unit(at, rows.unit, of_group)
-                for n, first_group in enumerate(first_groups):
-                    scale = code.splat(rows.scales(code, a, first_group + group)[0])
+                for n in range(len(outputs)):
+                    scale = code.splat(code.load(scales + (group + n * padded) * 4, F32))
                     for row in range(M):
                         total[n][row].value = code.fma(scale, of_group[n][row].value, total[n][row].value)
-            padded = -(-rows.groups // LANES) * LANES
-            for first in range(0, rows.groups, LANES):
-                for n, first_group in enumerate(first_groups):
-                    _, offset = rows.scales(code, a, first_group + first, min(LANES, rows.groups - first))
-                    for row in range(M):
-                        of_x = code.load(sums + 4 * (first + row * padded), vector(F32))
-                        total[n][row].value = code.fma(offset, of_x, total[n][row].value)
         out = [[code.sum(of.value) for of in sum_M] for sum_M in total]
         if rows.coded:
             units = [code.load(a["unit"] + n * 4, F32) for n in outputs]
