@@ -157,7 +157,7 @@ def rows_of(block, N: tl.constexpr, APART: tl.constexpr, BLOCK_N: tl.constexpr, 
     offs_n = tl.arange(0, BLOCK_N)
     first = block * SIDE
     rows = first + offs_n % SIDE
-    if not BITS or N % SIDE:  # rows at distances that are known share the computation of their addresses
+    if not BITS or N // SIDE * SIDE != N:  # rows at distances that are known share the computation of their addresses
         rows = tl.minimum(rows, N - 1)
     return first, rows + offs_n // SIDE * APART
 
