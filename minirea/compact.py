@@ -76,10 +76,10 @@ def pays(K: int) -> bool:
 
 
 def compact_bytes(N: int, K: int) -> int:
-    """What a bfloat16 matrix takes at most, where `pays`."""
+    """What a bfloat16 matrix takes at most, where `pays` and no more than `most_apart` of its weights are apart."""
     return N * (packed_bytes(K) + 8) + 4 + 8 * most_apart(N, K)
 
 
 def most_apart(N: int, K: int) -> int:
-    """Weights of a matrix, or it stays as it is: where they lie further apart than trained ones do."""
+    """Weights of a matrix; with more it stays as it is, and takes two bytes a weight, whatever `compact_bytes` says."""
     return N * K // 256 + 8

@@ -14,7 +14,7 @@ from minirea.kernels.cpu.compile import kind_of
 from minirea.quantize import LEAST_BITS, STEPS, ZERO, QuantizedMatrix
 
 Matrix = Tensor | QuantizedMatrix | CompactMatrix
-UPPER_HALF: Final = -(1 << 16)  # of 32 bits
+_UPPER_HALF: Final = -(1 << 16)  # of 32 bits
 
 
 class Rows(NamedTuple):
@@ -106,7 +106,7 @@ class Rows(NamedTuple):
         type_, address = I16 if self.coded else I32, a["scale"] + group * self.scale_bytes
         bits = code.load(address, type_) if count is None else code.load(address, vector(type_), count)
         if not self.coded:
-            scale, offset = bits << 16, bits & UPPER_HALF
+            scale, offset = bits << 16, bits & _UPPER_HALF
             return scale.bits(F32.like(bits.type)), offset.bits(F32.like(bits.type))
         bits = code.signed(bits, I32)
         s = (((bits & 255) << 18) | LEAST_BITS).bits(F32.like(bits.type))
@@ -130,5 +130,5 @@ def _compact_weights(code: Code, address: Value) -> list[Value]:
     for first in (0, 8):  # of 16 bytes of each
         bytes_of = [at for lane in range(first, UNIT, 16) for i in range(lane, lane + 8) for at in (i, UNIT + i)]
         pair = code.shuffle(low, high, bytes_of).bits(vector(I32))
-        weights += [(pair << 16).bits(vector(F32)), (pair & UPPER_HALF).bits(vector(F32))]
+        weights += [(pair << 16).bits(vector(F32)), (pair & _UPPER_HALF).bits(vector(F32))]
     return weights
