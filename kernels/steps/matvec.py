@@ -15,8 +15,9 @@ one, and needs no other program. RMSNorm costs no pass of its own: W (g * x / rm
 that multiplies g * x sums the squares of x on the way.
 
 On Hopper the kernels are launched as programmatic dependents: a kernel's programs start on the SMs that the one before
-it frees, read their first weights, which no kernel writes, and only then wait for it to end. Every program waits, so
-that the end of a kernel also means the end of all kernels before it.
+it frees, read their first weights and those of the norm, which no kernel writes, and only then wait for it to end.
+Every program waits, so that the end of a kernel also means the end of all kernels before it. What it then needs of
+memory besides x is fetched with x, not where it is used: a load takes as long as a tenth of a small product.
 
 Letters are the project's: E model width, F MLP width, V vocabulary, H, G, D heads and head dim. x is a vector in the
 model's dtype, products are summed in float32.
@@ -97,55 +98,67 @@ def load_weights(w_ptrs, offs_k, K: tl.constexpr):
 
 @triton.jit
 def product(
-    weights, first, rows, x_ptr, norm_ptr, eps, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    weights, first, rows, x_ptr, norm_ptr, eps, fetch: tl.constexpr, to, K: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """W[rows] . x, or with NORM W[rows] . rms_norm(x): float32 [rows]. W is row-major with K columns.
+    """W[rows] . x, or with NORM W[rows] . rms_norm(x): float32 [rows]. W is row-major with K columns. And what
+    fetch(to, rows) returns, which is called once memory has what the kernels before have written.
 
     With BITS it is a QuantizedMatrix.
     """
     if BITS:
-        out, squares = product_of_words(weights, first, rows, x_ptr, norm_ptr, K, NORM, BLOCK_K, BITS, GROUP, EARLY)
+        out, squares, fetched = product_of_words(
+            weights, first, rows, x_ptr, norm_ptr, fetch, to, K, NORM, BLOCK_K, BITS, GROUP, EARLY
+        )
     else:
-        out, squares = product_of_values(weights.ptr, rows, x_ptr, norm_ptr, K, NORM, BLOCK_K, EARLY)
+        out, squares, fetched = product_of_values(
+            weights.ptr, rows, x_ptr, norm_ptr, fetch, to, K, NORM, BLOCK_K, EARLY
+        )
     if NORM:
         out *= tl.rsqrt(squares / K + eps)
-    return out
+    return out, fetched
 
 
 @triton.jit
 def products(
-    weights, x_ptr, norm_ptr, eps, finish: tl.constexpr, to, N: tl.constexpr, APART: tl.constexpr,
+    weights, x_ptr, norm_ptr, eps, fetch: tl.constexpr, finish: tl.constexpr, to, N: tl.constexpr, APART: tl.constexpr,
     K: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """`product` of this program's blocks of rows, up to BLOCKS: each goes to finish(product, block, to).
+    """`product` of this program's blocks of rows, one or two: each goes to finish(product, block, to, fetched).
 
-    Rows of a block are those of `rows_of`. Several blocks are of a QuantizedMatrix and have rows of one piece: x is
-    made bytes once for all of them, and the next one's weights are in flight meanwhile.
+    Rows of a block are those of `rows_of`. Two blocks are of a QuantizedMatrix and have rows of one piece: x is made
+    bytes once for both of them.
     """
     block = tl.program_id(0)
     first, rows = rows_of(block, N, APART, BLOCK_N, BITS)
     if BLOCKS == 1:
-        out = product(weights, first, rows, x_ptr, norm_ptr, eps, K, NORM, BLOCK_K, BITS, GROUP, EARLY)
-        finish(out, block, to)
+        out, fetched = product(
+            weights, first, rows, x_ptr, norm_ptr, eps, fetch, to, K, NORM, BLOCK_K, BITS, GROUP, EARLY
+        )
+        finish(out, block, to, fetched)
     else:
         if EARLY:
             gdc_launch_dependents()
+        EVEN: tl.constexpr = K % BLOCK_K == 0
         tile = load_rows_of_words(weights, first, rows, K, BLOCK_K, BITS, GROUP)
+        offs_u = tl.arange(0, tile[1].shape[1])
+        norm = load_units(norm_ptr, offs_u, K, BITS, EVEN) if NORM else None
         if EARLY:
             gdc_wait()
-        offs_u = tl.arange(0, tile[1].shape[1])
-        x, squares = read_x(x_ptr, norm_ptr, offs_u, K, NORM, BITS, K % BLOCK_K == 0)
-        factor = tl.rsqrt(tl.sum(squares, axis=0) / K + eps) if NORM else 1.0
+        fetched = fetch(to, rows)
+        x, squares = bytes_of_x(load_units(x_ptr, offs_u, K, BITS, EVEN), norm, NORM)
         SIDE: tl.constexpr = BLOCK_N // 2 if APART else BLOCK_N
         NUM_BLOCKS: tl.constexpr = (N + SIDE - 1) // SIDE
-        for following in range(block + tl.num_programs(0), NUM_BLOCKS, tl.num_programs(0)):
-            first, rows = rows_of(following, N, APART, BLOCK_N, BITS)
-            next_tile = load_rows_of_words(weights, first, rows, K, BLOCK_K, BITS, GROUP)
-            finish(product_of_tile(tile, x, BITS) * factor, block, to)
-            tile, block = next_tile, following
-        finish(product_of_tile(tile, x, BITS) * factor, block, to)
+        second = block + tl.num_programs(0)
+        first, rows = rows_of(tl.minimum(second, NUM_BLOCKS - 1), N, APART, BLOCK_N, BITS)
+        second_tile = load_rows_of_words(weights, first, rows, K, BLOCK_K, BITS, GROUP)
+        second_fetched = fetch(to, rows)
+        out = product_of_tile(tile, x, BITS)
+        factor = tl.rsqrt(tl.sum(squares, axis=0) / K + eps) if NORM else 1.0  # after a product: its sum has a barrier
+        finish(out * factor, block, to, fetched)
+        if second < NUM_BLOCKS:
+            finish(product_of_tile(second_tile, x, BITS) * factor, second, to, second_fetched)
 
 
 @triton.jit
@@ -164,29 +177,32 @@ def rows_of(block, N: tl.constexpr, APART: tl.constexpr, BLOCK_N: tl.constexpr, 
 
 @triton.jit
 def product_of_values(
-    w_ptr, rows, x_ptr, norm_ptr, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+    w_ptr, rows, x_ptr, norm_ptr, fetch: tl.constexpr, to, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """W[rows] . x, with x times the norm's weights where it is normed, and the sum of the squares of x."""
+    """W[rows] . x, with x times the norm's weights where it is normed; the sum of the squares of x; fetch(to, rows)."""
     if EARLY:
         gdc_launch_dependents()
     offs_k = tl.arange(0, BLOCK_K)
     w_ptrs = w_ptr + rows.to(tl.int64)[:, None] * K
     w = load_weights(w_ptrs, offs_k, K)
+    norm = tl.load(norm_ptr + offs_k, mask=offs_k < K, other=0.0) if NORM else offs_k
     if EARLY:
         gdc_wait()
+    fetched = fetch(to, rows)
     acc = tl.zeros([rows.shape[0], BLOCK_K], tl.float32)
     squares = tl.zeros([BLOCK_K], tl.float32)
     for _ in range(0, K, BLOCK_K):
         following = load_weights(w_ptrs, offs_k + BLOCK_K, K)
-        mask_k = offs_k < K
-        x = tl.load(x_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
+        offs_k += BLOCK_K
         if NORM:
             squares += x * x
-            x *= tl.load(norm_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+            x *= norm.to(tl.float32)
+            norm = tl.load(norm_ptr + offs_k, mask=offs_k < K, other=0.0)
         acc += w.to(tl.float32) * x[None, :]
         w = following
-        offs_k += BLOCK_K
-    return tl.sum(acc, axis=1), tl.sum(squares, axis=0)
+    return tl.sum(acc, axis=1), tl.sum(squares, axis=0), fetched
 
 
 @triton.jit
@@ -221,15 +237,21 @@ def quarters(tile, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def load_x(x_ptr, norm_ptr, offs_k, K: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr):
-    """x at offs_k [units, columns] in float32, with NORM times the norm's weights; the sums of its squares [units]."""
-    mask_k = None if EVEN else offs_k < K
-    x = tl.load(x_ptr + offs_k, mask=mask_k, other=None if EVEN else 0.0).to(tl.float32)
-    squares = tl.zeros([x.shape[0]], tl.float32)
-    if NORM:
-        squares = tl.sum(x * x, axis=1)
-        x *= tl.load(norm_ptr + offs_k, mask=mask_k, other=None if EVEN else 0.0).to(tl.float32)
-    return x, squares
+def load_units(ptr, offs_u, K: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr):
+    """Values of units offs_u of a vector, which a unit's four words have: four tensors [units, columns / 4], as they
+    lie. Zero beyond K, which EVEN pieces do not reach.
+    """
+    PART: tl.constexpr = 32 // BITS
+    offs_k = (offs_u * (4 * PART))[:, None] + tl.arange(0, PART)[None, :]
+    first = load_values(ptr, offs_k, K, EVEN)
+    second = load_values(ptr, offs_k + PART, K, EVEN)
+    third = load_values(ptr, offs_k + 2 * PART, K, EVEN)
+    return first, second, third, load_values(ptr, offs_k + 3 * PART, K, EVEN)
+
+
+@triton.jit
+def load_values(ptr, offs_k, K: tl.constexpr, EVEN: tl.constexpr):
+    return tl.load(ptr + offs_k, mask=None if EVEN else offs_k < K, other=None if EVEN else 0.0)
 
 
 @triton.jit
@@ -325,35 +347,39 @@ def dot_bytes(words, x, dot, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def read_x(
-    x_ptr, norm_ptr, offs_u, K: tl.constexpr, NORM: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """x of units offs_u as a tuple of `bytes_of`, and the sums of its squares [units].
+def bytes_of_x(x, norm, NORM: tl.constexpr):
+    """x of `load_units`, with NORM times the norm's weights, as a tuple of `bytes_of`, and the sums of its squares
+    [units].
 
     x of a unit are integers of 16 bits times a power of two, off by 2^-15 of the largest of them at most; bfloat16 is
     off by 2^-9 of each. Float32 x are integers twice, the second time what the first took.
     """
-    COLUMNS: tl.constexpr = 4 * 32 // BITS  # of a unit
-    PART: tl.constexpr = COLUMNS // 4
-    offs_k = (offs_u * COLUMNS)[:, None] + tl.arange(0, PART)[None, :]
-    x0, squares0 = load_x(x_ptr, norm_ptr, offs_k, K, NORM, EVEN)
-    x1, squares1 = load_x(x_ptr, norm_ptr, offs_k + PART, K, NORM, EVEN)
-    x2, squares2 = load_x(x_ptr, norm_ptr, offs_k + 2 * PART, K, NORM, EVEN)
-    x3, squares3 = load_x(x_ptr, norm_ptr, offs_k + 3 * PART, K, NORM, EVEN)
+    x0, x1, x2, x3 = x
+    TWICE: tl.constexpr = x0.dtype == tl.float32
+    x0, x1, x2, x3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
+    squares = tl.zeros([x0.shape[0]], tl.float32)
+    if NORM:
+        squares = (sum_of_squares(x0) + sum_of_squares(x1)) + (sum_of_squares(x2) + sum_of_squares(x3))
+        n0, n1, n2, n3 = norm
+        x0, x1, x2, x3 = x0 * n0.to(tl.float32), x1 * n1.to(tl.float32), x2 * n2.to(tl.float32), x3 * n3.to(tl.float32)
     power, inverse = powers(x0, x1, x2, x3)
     inverse = inverse[:, None]
     x0, x1, x2, x3 = x0 * inverse, x1 * inverse, x2 * inverse, x3 * inverse
-    squares = (squares0 + squares1) + (squares2 + squares3)
     x = bytes_of(x0, x1, x2, x3, power)
-    if x_ptr.dtype.element_ty == tl.float32:
+    if TWICE:
         return (x, bytes_of(rest(x0), rest(x1), rest(x2), rest(x3), power * 2.0**-15)), squares
     else:
         return (x,), squares
 
 
 @triton.jit
+def sum_of_squares(x):
+    return tl.sum(x * x, axis=1)
+
+
+@triton.jit
 def add_products(acc, w, scale, x, BITS: tl.constexpr):
-    """acc [rows, units] and the products of a tile's words with x of `read_x`.
+    """acc [rows, units] and the products of a tile's words with x of `bytes_of_x`.
 
     The sum of (q - ZERO) x is exact. A group's scale is multiplied by it, its offset by the sum of x. With codes the
     sum is still to be multiplied by the row's unit.
@@ -384,8 +410,8 @@ def decode(codes):
 
 @triton.jit
 def product_of_words(
-    weights, first_row, rows, x_ptr, norm_ptr, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    weights, first_row, rows, x_ptr, norm_ptr, fetch: tl.constexpr, to, K: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """product_of_values of a QuantizedMatrix, words with BLOCK_K columns at a time."""
     if EARLY:
@@ -394,25 +420,37 @@ def product_of_words(
     W: tl.constexpr = (K + GROUP - 1) // GROUP * UNITS * 4
     BLOCK_U: tl.constexpr = BLOCK_K * BITS // 128
     EVEN: tl.constexpr = K % BLOCK_K == 0
+    LATE: tl.constexpr = BITS == 4 and K > BLOCK_K  # there are no registers for `fetched` before
     offs_u = tl.arange(0, BLOCK_U)
     w_ptrs, scale_ptrs = pointers_to_words(weights, first_row, rows, K, BITS, GROUP)
     w, scale = load_words(w_ptrs, scale_ptrs, 0, BLOCK_U, W, UNITS, EVEN)
+    norm = load_units(norm_ptr, offs_u, K, BITS, EVEN) if NORM else None
     if EARLY:
         gdc_wait()
+    if not LATE:
+        fetched = fetch(to, rows)
+        if not NORM:
+            tl.debug_barrier()  # behind which the compiler would put that load otherwise, to where it is used
+    x = load_units(x_ptr, offs_u, K, BITS, EVEN)
+    if not NORM:
+        norm = x  # not used; of the kind that a loop can carry
     acc = tl.zeros([rows.shape[0], BLOCK_U], tl.float32)
     squares = tl.zeros([BLOCK_U], tl.float32)
-    first = 0
-    for following in range(BLOCK_U, W // 4, BLOCK_U):
-        next_w, next_scale = load_words(w_ptrs, scale_ptrs, following, BLOCK_U, W, UNITS, EVEN)
-        x, more = read_x(x_ptr, norm_ptr, first + offs_u, K, NORM, BITS, EVEN)
-        acc, squares = add_products(acc, w, scale, x, BITS), squares + more
-        w, scale, first = next_w, next_scale, following
-    x, more = read_x(x_ptr, norm_ptr, first + offs_u, K, NORM, BITS, EVEN)
-    acc, squares = add_products(acc, w, scale, x, BITS), squares + more
+    for first in range(BLOCK_U, W // 4, BLOCK_U):
+        next_w, next_scale = load_words(w_ptrs, scale_ptrs, first, BLOCK_U, W, UNITS, EVEN)
+        next_x = load_units(x_ptr, first + offs_u, K, BITS, EVEN)
+        next_norm = load_units(norm_ptr, first + offs_u, K, BITS, EVEN) if NORM else next_x
+        x_bytes, more = bytes_of_x(x, norm, NORM)
+        acc, squares = add_products(acc, w, scale, x_bytes, BITS), squares + more
+        w, scale, x, norm = next_w, next_scale, next_x, next_norm
+    x_bytes, more = bytes_of_x(x, norm, NORM)
+    acc, squares = add_products(acc, w, scale, x_bytes, BITS), squares + more
     out = tl.sum(acc, axis=1)
+    if LATE:
+        fetched = fetch(to, rows)
     if scale.dtype == tl.int16:
         out *= tl.load(weights.unit + rows)  # here, since there are no registers for it before
-    return out, tl.sum(squares, axis=0)
+    return out, tl.sum(squares, axis=0), fetched
 
 
 @triton.jit
@@ -438,7 +476,7 @@ def load_rows_of_words(
 
 @triton.jit
 def product_of_tile(tile, x, BITS: tl.constexpr):
-    """Of `load_rows_of_words` with x of `read_x`: float32 [rows]."""
+    """Of `load_rows_of_words` with x of `bytes_of_x`: float32 [rows]."""
     w, scale, unit = tile
     return tl.sum(add_products(tl.zeros(scale.shape, tl.float32), w, scale, x, BITS), axis=1) * unit
 
@@ -467,20 +505,25 @@ def norm_qkv_kernel(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     X: tl.constexpr = (H + 2 * G) * D
-    products(weights, x_ptr, norm_ptr, eps, write_qkv,
+    products(weights, x_ptr, norm_ptr, eps, fetch_seq_len, write_qkv,
              Caches(q_ptr, k, v, near, bias_ptr, seq_len_ptr, H, G, D, BIAS, NEAR_K, NEAR_V, BITS), X, 0, K, True,
              BLOCK_N, BLOCK_K, BITS, GROUP, BLOCKS, EARLY)  # fmt: skip
 
 
 @triton.jit
-def write_qkv(out, block, to):
+def fetch_seq_len(to, _rows):
+    return tl.load(to.seq_len)
+
+
+@triton.jit
+def write_qkv(out, block, to, seq_len):
     first, rows = rows_of(block, (to.H + 2 * to.G) * to.D, 0, out.shape[0], to.BITS)
     mask = first + tl.arange(0, out.shape[0]) < (to.H + 2 * to.G) * to.D
     if to.BIAS:
         out += tl.load(to.bias + rows).to(tl.float32)
     out = out.to(to.q.dtype.element_ty)
     offs_d = rows % to.D
-    position = tl.load(to.seq_len).to(tl.int64) - 1
+    position = seq_len.to(tl.int64) - 1
     k_head = rows // to.D - to.H
     v_head = k_head - to.G
     mask_k = mask & (k_head >= 0) & (v_head < 0)
@@ -504,16 +547,21 @@ def add_product_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    products(weights, x_ptr, x_ptr, 0.0, add_to_out, Target(out_ptr, bias_ptr, N, BIAS, BITS), N, 0, K, False,
-             BLOCK_N, BLOCK_K, BITS, GROUP, BLOCKS, EARLY)  # fmt: skip
+    products(weights, x_ptr, x_ptr, 0.0, fetch_out, add_to_out, Target(out_ptr, bias_ptr, N, BIAS, BITS), N, 0, K,
+             False, BLOCK_N, BLOCK_K, BITS, GROUP, BLOCKS, EARLY)  # fmt: skip
 
 
 @triton.jit
-def add_to_out(out, block, to):
+def fetch_out(to, rows):
+    return tl.load(to.out + rows).to(tl.float32)
+
+
+@triton.jit
+def add_to_out(out, block, to, old):
     first, rows = rows_of(block, to.N, 0, out.shape[0], to.BITS)
     if to.BIAS:
         out += tl.load(to.bias + rows).to(tl.float32)
-    out += tl.load(to.out + rows).to(tl.float32)
+    out += old
     mask = first + tl.arange(0, out.shape[0]) < to.N
     tl.store(to.out + rows, out.to(to.out.dtype.element_ty), mask=mask)
 
@@ -525,12 +573,18 @@ def norm_gate_up_kernel(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N rows of the matrix are BLOCK_N / 2 features: their gate rows, then their up rows."""
-    products(weights, x_ptr, norm_ptr, eps, write_activations, Target(out_ptr, bias_ptr, F, BIAS, BITS), F, F, K, True,
+    products(weights, x_ptr, norm_ptr, eps, fetch_nothing, write_activations,
+             Target(out_ptr, bias_ptr, F, BIAS, BITS), F, F, K, True,
              BLOCK_N, BLOCK_K, BITS, GROUP, BLOCKS, EARLY)  # fmt: skip
 
 
 @triton.jit
-def write_activations(out, block, to):
+def fetch_nothing(_to, _rows):
+    return 0
+
+
+@triton.jit
+def write_activations(out, block, to, _):
     half: tl.constexpr = out.shape[0] // 2
     offs_n = tl.arange(0, 2 * half)
     first, features = rows_of(block, to.N, 0, half, to.BITS)
@@ -551,12 +605,13 @@ def norm_logits_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    products(weights, x_ptr, norm_ptr, eps, write_logits, Target(logits_ptr, logits_ptr, V, False, BITS), V, 0, K, True,
+    products(weights, x_ptr, norm_ptr, eps, fetch_nothing, write_logits,
+             Target(logits_ptr, logits_ptr, V, False, BITS), V, 0, K, True,
              BLOCK_N, BLOCK_K, BITS, GROUP, BLOCKS, EARLY)  # fmt: skip
 
 
 @triton.jit
-def write_logits(out, block, to):
+def write_logits(out, block, to, _):
     first, rows = rows_of(block, to.N, 0, out.shape[0], to.BITS)
     tl.store(to.out + rows, out, mask=first + tl.arange(0, out.shape[0]) < to.N)
 
