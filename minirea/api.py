@@ -96,8 +96,8 @@ def load(
             CPU so many processes. They are started here and end with this process; under torchrun they are its
             processes, of which only the first returns from here: the others serve it and end with it.
         quantize: "int8" or "int4" rounds the matrices while they are read, all but the embedding; with "int4" the
-            output head and the first two layers to 8 bits. None leaves them as they are, also where a checkpoint's come
-            in 4 bits (GPTQ, AWQ, pack-quantized). Not with several devices.
+            output head and the first two layers, but for gate and up, to 8 bits. None leaves them as they are, also
+            where a checkpoint's come in 4 bits (GPTQ, AWQ, pack-quantized). Not with several devices.
         sketch: "int8": decode steps read int8 copies of the keys, and of the keys themselves only those that can be
             selected: half as many bytes, and exactly the same selection. The copies take half as much memory as the
             keys, besides them. "auto": on a GPU, where that is faster (from 64K tokens on for 8 key/value heads of

@@ -169,12 +169,14 @@ class QuantizedMatrix:
 def bits_of(quantize: str, name: str, num_layers: int) -> int:
     """How a matrix of a model is stored under a choice of config.QUANTIZE, by its name.
 
-    With "int4" the output head and the first two layers (one of three to five, none of fewer) have 8 bits: their
-    errors are those of the logits, and of all that the other layers make of them, and in a large model they are small
-    parts. What they cost in a small one is in kernels/NOTEBOOK.md.
+    With "int4" the output head has 8 bits, and so have the first two layers (one of three to five, none of fewer) but
+    for gate and up: their errors are those of the logits, and of all that the other layers make of them, and in a large
+    model they are small parts. What they cost in a small one is in kernels/NOTEBOOK.md.
     """
-    layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
-    return 4 if quantize == "int4" and layer >= min(2, num_layers // 3) else 8
+    if quantize != "int4" or not name.startswith("layers."):
+        return 8
+    _, layer, matrix, *_ = name.split(".")
+    return 4 if int(layer) >= min(2, num_layers // 3) or matrix == "gate_up" else 8
 
 
 def group_size(K: int, bits: int) -> int:

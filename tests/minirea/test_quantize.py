@@ -163,11 +163,13 @@ def checkpoint(directory: Path, dtype: torch.dtype = torch.bfloat16, **fields: A
 
 @pytest.mark.parametrize(("num_layers", "first"), [(1, 0), (2, 0), (3, 1), (5, 1), (6, 2), (32, 2), (80, 2)])
 def test_the_first_layers_and_the_head_keep_8_bits(num_layers: int, first: int) -> None:
-    def bits(choice: str) -> list[int]:
-        return [bits_of(choice, f"layers.{layer}.down.weight", num_layers) for layer in range(num_layers)]
+    def bits(choice: str, matrix: str) -> list[int]:
+        return [bits_of(choice, f"layers.{layer}.{matrix}.weight", num_layers) for layer in range(num_layers)]
 
-    assert bits("int4") == [8] * first + [4] * (num_layers - first)
-    assert bits("int8") == [8] * num_layers
+    for matrix in ("qkv", "o", "down"):
+        assert bits("int4", matrix) == [8] * first + [4] * (num_layers - first)
+    assert bits("int4", "gate_up") == [4] * num_layers
+    assert bits("int8", "gate_up") == bits("int8", "down") == [8] * num_layers
     assert bits_of("int4", "head.weight", num_layers) == bits_of("int8", "head.weight", num_layers) == 8
 
 
@@ -189,7 +191,8 @@ def test_loading_rounds_what_the_wide_weights_are(
         if tensor.dim() == 1 or name == "embed.weight":
             assert torch.equal(found[name], tensor), name
         else:
-            expected = quantized(tensor, 4 if choice == "int4" and name.startswith(("layers.1.", "layers.2.")) else 8)
+            later = name.startswith(("layers.1.", "layers.2.", "layers.0.gate_up"))
+            expected = quantized(tensor, 4 if choice == "int4" and later else 8)
             assert found[name].bits == expected.bits
             assert_same(found[name], expected)
 
