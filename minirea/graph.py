@@ -205,7 +205,6 @@ class DecodeGraph:
         self.launched = self.read_back = 0
         # Two tokens can be on their way: the one that is read next, and the one that is being computed.
         self.arrived = [torch.cuda.Event(), torch.cuda.Event()]
-        self.token_ids = torch.empty(2, dtype=torch.int64, pin_memory=True)
 
     def launch(self) -> None:
         """Start a step on the current stream. The cache counts its token from now on."""
@@ -216,18 +215,16 @@ class DecodeGraph:
         if dense not in self.graphs:
             self.graphs[dense] = StepGraph(self.step.run, self.cache, self.generator)
         self.graphs[dense].launch()
-        slot = self.launched % 2
-        self.token_ids[slot : slot + 1].copy_(self.step.token, non_blocking=True)
-        self.arrived[slot].record()
         self.launched += 1
         self.cache.seq_len = self.start + self.launched
+        self.arrived[self.cache.seq_len % 2].record()
 
     def read(self) -> int:
         """The next token that was launched and not read; waits for it."""
-        slot = self.read_back % 2
-        self.arrived[slot].synchronize()
         self.read_back += 1
-        return int(self.token_ids[slot])
+        slot = (self.start + self.read_back) % 2
+        self.arrived[slot].synchronize()
+        return int(self.step.new.on_host[slot])
 
     def close(self) -> None:
         """Wait for the step whose token was not read, remove that token from the cache, and free the graphs."""

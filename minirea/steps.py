@@ -120,8 +120,7 @@ class DecodeStep:
     """The kernels of one decode step over one cache, and the memory between them.
 
     Attributes:
-        token: int64 [1], the token to feed; afterwards the sampled one.
-        seq_len: int32 [1], cached tokens, on the device; `run` adds this step's.
+        new: the token to feed, afterwards the sampled one, and how many are cached, to which `run` adds it.
         dense: the next run is within dense_size, which the device does not tell.
     """
 
@@ -129,11 +128,9 @@ class DecodeStep:
         self.kernels = decode_kernels()
         self.model, self.cache, self.sampler = model, cache, sampler
         c, device = model.config, model.device
-        # Filled there: a copy from the host would wait for the prompt, and the first step's launches with it.
-        self.token = torch.full((1,), last_id, dtype=torch.int64, device=device)
-        self.seq_len = torch.full((1,), cache.seq_len, dtype=torch.int32, device=device)
+        self.new = self.kernels.NewToken.on(device, last_id, cache.seq_len)
         self.x_E = torch.empty(c.hidden_size, dtype=model.dtype, device=device)
-        self.step, self.dense = model.attention.step(self.seq_len, 1), False
+        self.step, self.dense = model.attention.step(self.new.seq_len, 1), False
         self.q_1HD = torch.empty(1, c.num_heads, c.head_dim, dtype=model.dtype, device=device)
         self.act_F = torch.empty(c.mlp_size, dtype=model.dtype, device=device)
         # Of several ranks: this one's rows of the head, as many as every rank gives to all.
@@ -146,13 +143,13 @@ class DecodeStep:
         model, kernels, x_E, eps = self.model, self.kernels, self.x_E, self.model.config.norm_eps
         if self.sums is not None:
             self.sums.turn = 0  # also where a capture was ended in the middle of a step
-        kernels.embed(self.token, model.embed, self.seq_len, x_E)
+        kernels.embed(self.new.token, model.embed, self.new.seq_len, x_E)
         step = self.step._replace(sketched=self.cache.sketched, dense=self.dense)
         step = model.attention.begin(step, self.cache)
         for i, layer in enumerate(model.layers):
             k_GND, v_GND = self.cache.k[i], self.cache.v[i]
             kernels.norm_qkv(
-                *(x_E, layer.attn_norm, layer.qkv, layer.qkv_bias, eps, self.seq_len, self.q_1HD[0], k_GND, v_GND),
+                *(x_E, layer.attn_norm, layer.qkv, layer.qkv_bias, eps, self.new.seq_len, self.q_1HD[0], k_GND, v_GND),
                 self.cache.near[i],
             )
             # The first layer's attention starts behind all before it, which later ones rely on (kernels.fused.plain).
@@ -163,9 +160,9 @@ class DecodeStep:
         kernels.norm_logits(x_E, model.norm, model.head, eps, self.logits_V[: len(model.config.head_rows)])
         logits_V = self.logits_V if self.sums is None else self.sums.all_logits(self.logits_V)
         if self.sampler.takes_best:
-            kernels.best_token(logits_V, self.best, self.token)
+            kernels.best_token(logits_V, self.best, self.new)
         else:
-            self.token.copy_(self.sampler(logits_V))
+            kernels.keep_token(self.sampler(logits_V), self.new)
 
     def _add_product(self, x_K: Tensor, matrix_EK: Matrix, bias_E: Tensor | None) -> None:
         """x += the product; of several ranks, the sum of theirs."""
@@ -212,14 +209,15 @@ class RankSums:
 
 @torch.inference_mode()
 def compile_decode_step(model: Model, placement: Placement) -> None:
-    """Compile what a step over one token launches, all at the same time; nothing is launched. It has two layers: the
-    first one, which has no sketches and whose attention does not start early, and one of those after it. Of layers
-    whose values are far, or keys, and others besides them, it takes the former.
+    """Compile what a step over one token launches, all at the same time; nothing is launched. It has three layers: the
+    first one, which has no sketches and whose attention does not start early, one after it, and one whose matrices may
+    have fewer bits than those of the first two (minirea.quantize). Of layers whose values are far, or keys, and others
+    besides them, it takes the former.
     """
     from minirea.kernels.driver import compiling  # imports triton
 
     first_layers = copy.copy(model)
-    first_layers.layers = model.layers[:2]
+    first_layers.layers = model.layers[:3]
     layers = len(first_layers.layers)
     alike = placement._replace(far_values=min(layers, placement.far_values), far_keys=min(1, placement.far_keys))
     config = dataclasses.replace(model.config, num_layers=layers)

@@ -146,14 +146,24 @@ def check_best_token(device: str) -> None:
     """The lowest of the best; a token that is no token where the logits are not usable; and a clean second call."""
     from minirea.kernels.steps import matvec as step
 
-    workspace, token = step.BestTokenWorkspace.on(torch.device(device)), torch.tensor([7], device=device)
-    expected = token.clone()
+    workspace = step.BestTokenWorkspace.on(torch.device(device))
+    new, expected = (step.NewToken.on(torch.device(device), 7, seq_len) for seq_len in (40, 40))
     generator = torch.Generator().manual_seed(0)
     for V in (1, 97, 2048, 70_001):
         for spoil in (None, torch.nan, -torch.nan, torch.inf, -torch.inf):
             logits_V = torch.randint(-9, 9, (V,), generator=generator).float().to(device)
             if spoil is not None:
                 logits_V[V // 2] = spoil
-            step.best_token(logits_V, workspace, token)
+            for tokens in (new, expected):
+                tokens.seq_len.add_(1)
+                tokens.on_host.fill_(-9)  # the other one stays
+            step.best_token(logits_V, workspace, new)
             twins.best_token(logits_V, workspace, expected)
-            assert torch.equal(token, expected), (V, spoil)
+            step.keep_token(new.token, new)  # as sampled ones are left
+            assert_left(new, expected)
+
+
+def assert_left(found: Any, expected: Any) -> None:
+    if found.token.is_cuda:
+        torch.cuda.synchronize()
+    assert [part.tolist() for part in found] == [part.tolist() for part in expected]

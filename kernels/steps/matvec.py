@@ -6,7 +6,7 @@
     add_product   out -> x, through the output projection; also the MLP's last product
     norm_gate_up  x -> silu(gate) * up
     norm_logits   x -> logits
-    best_token    logits -> the next token id
+    best_token    logits -> the next token id, for the next step and for the host
 
 A token at batch one costs one read of the weights, so each kernel is a stream of weights with as little as possible
 around it. They are of the model's dtype, or quantized to one byte or half of one each (minirea.quantize). A program
@@ -625,7 +625,7 @@ def lowest_of_best(logit, token_id):
 
 @triton.jit
 def best_token_kernel(
-    logits_ptr, best_ptr, best_id_ptr, done_ptr, token_ptr, V: tl.constexpr, SLICE: tl.constexpr,
+    logits_ptr, best_ptr, best_id_ptr, done_ptr, new, V: tl.constexpr, SLICE: tl.constexpr,
     PROGRAMS: tl.constexpr, BLOCK_V: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Each program ranks one slice; the last one to finish ranks the slices' best."""
@@ -649,8 +649,22 @@ def best_token_kernel(
         tl.debug_barrier()
         programs = tl.arange(0, PROGRAMS)
         winner, token = lowest_of_best(tl.load(best_ptr + programs), tl.load(best_id_ptr + programs))
-        tl.store(token_ptr, tl.where(tl.abs(winner) < float("inf"), token, -1).to(tl.int64))
+        leave_token(tl.where(tl.abs(winner) < float("inf"), token, -1).to(tl.int64), new)
         tl.store(done_ptr, 0)
+
+
+@triton.jit
+def keep_token_kernel(token_ptr, new, EARLY: tl.constexpr):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    leave_token(tl.load(token_ptr), new)
+
+
+@triton.jit
+def leave_token(token, new):
+    tl.store(new.token, token)
+    tl.store(new.on_host + tl.load(new.seq_len) % 2, token)
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
@@ -852,8 +866,36 @@ class BestTokenWorkspace(NamedTuple):
         return cls(*(torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes))
 
 
-def best_token(logits_V: torch.Tensor, workspace: BestTokenWorkspace, token: torch.Tensor) -> None:
-    """token int64 [1] = the id of the largest logit, the lowest of equals; -1 if one is NaN or the largest infinite."""
+class NewToken(NamedTuple):
+    """Where a step leaves its token.
+
+    Attributes:
+        token: int64 [1], for the next step.
+        seq_len: int32 [1], cached tokens.
+        on_host: int64 [2], pinned memory of the host, where it lies at seq_len % 2: a copy would take as long as a
+            small product between two steps. The one before stays, which the host may not have read yet.
+    """
+
+    token: torch.Tensor
+    seq_len: torch.Tensor
+    on_host: torch.Tensor
+
+    @classmethod
+    def on(cls, device: torch.device, token: int, seq_len: int) -> NewToken:
+        """Before the first step, which takes `token`."""
+        # Filled there: a copy from the host would wait for the prompt, and the first step's launches with it.
+        first = torch.full((1,), token, dtype=torch.int64, device=device)
+        cached = torch.full((1,), seq_len, dtype=torch.int32, device=device)
+        return cls(first, cached, torch.empty(2, dtype=torch.int64, pin_memory=device.type == "cuda"))
+
+
+def keep_token(token: torch.Tensor, new: NewToken) -> None:
+    """Leave a token int64 [1]."""
+    launch(keep_token_kernel, 1, token.device, token, new)
+
+
+def best_token(logits_V: torch.Tensor, workspace: BestTokenWorkspace, new: NewToken) -> None:
+    """Leave the id of the largest logit, the lowest of equals; -1 if one is NaN or the largest infinite."""
     V = logits_V.shape[0]
     launch(
         best_token_kernel,
@@ -861,7 +903,7 @@ def best_token(logits_V: torch.Tensor, workspace: BestTokenWorkspace, token: tor
         logits_V.device,
         logits_V,
         *workspace,
-        token,
+        new,
         V=V,
         SLICE=cdiv(V, BEST_PROGRAMS),
         PROGRAMS=BEST_PROGRAMS,

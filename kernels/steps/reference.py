@@ -6,11 +6,16 @@ twins of rows.py are also what runs where Triton does not.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 
 from minirea.kernels.near import Near, write_near
 from minirea.quantize import QuantizedMatrix
+
+if TYPE_CHECKING:
+    from minirea.kernels.steps.matvec import NewToken
 
 Matrix = torch.Tensor | QuantizedMatrix
 
@@ -100,6 +105,11 @@ def norm_logits(x_E: torch.Tensor, norm_E: torch.Tensor, head_VE: Matrix, eps: f
     logits_V.copy_(product(F.rms_norm(x_E, x_E.shape, norm_E, eps), head_VE))
 
 
-def best_token(logits_V: torch.Tensor, _workspace: object, token: torch.Tensor) -> None:
+def keep_token(token: torch.Tensor, new: NewToken) -> None:
+    new.token.copy_(token)
+    new.on_host[int(new.seq_len) % 2] = token.item()
+
+
+def best_token(logits_V: torch.Tensor, _workspace: object, new: NewToken) -> None:
     best = logits_V.max()
-    token.copy_(torch.where(best.isfinite(), logits_V.argmax(), -1))
+    keep_token(torch.where(best.isfinite(), logits_V.argmax(keepdim=True), -1), new)

@@ -145,7 +145,7 @@ def test_graph_gives_the_text_of_the_torch_path(context: int) -> None:
     sampler = Sampler(SamplingConfig(), [], model.config.vocab_size, model.device)
     graph, found = DecodeGraph(model, session.cache, ids[-1], sampler), []
     for token_id in [ids[-1], *expected[:-1]]:
-        graph.step.token.fill_(token_id)
+        graph.step.new.token.fill_(token_id)
         graph.launch()
         found.append(graph.read())
     differ = sum(a != b for a, b in zip(found, expected, strict=True))
@@ -185,7 +185,7 @@ def test_graph_gives_the_logits_of_the_torch_path(
             session.prefill(ids[:start])
         graph = DecodeGraph(fused.model, sessions[0].cache, 0, Sampler(SamplingConfig(), [], 200, fused.model.device))
         for token_id in ids[start : start + 12]:
-            graph.step.token.fill_(token_id)
+            graph.step.new.token.fill_(token_id)
             graph.launch()
             graph.read()
             x_1E = plain.model.forward(torch.tensor([token_id], device="cuda"), sessions[1].cache)
@@ -202,7 +202,7 @@ def launch_by_launch(llm: minirea.LLM, ids: list[int], max_tokens: int, **option
     token_ids = []
     for _ in range(max_tokens):
         step.run()
-        token_ids.append(int(step.token))
+        token_ids.append(int(step.new.token))
     return token_ids
 
 

@@ -85,9 +85,9 @@ def test_steps_give_the_tokens_of_the_torch_path(
         step.dense = cache.seq_len < attention.dense_size and len(found) % 2 == 0
         step.run()
         cache.seq_len += 1
-        found.append(int(step.token))
+        found.append(int(step.new.token))
     assert found == expected
-    assert int(step.seq_len) == cache.seq_len == prompt_tokens + 3
+    assert int(step.new.seq_len) == cache.seq_len == prompt_tokens + 3
     check_equal(session.cache, cache, 1e-3)
     assert torch.equal(session.cache.winners, cache.winners)
     assert attention.scope(cache, model.first_query(expected[-2])) == out.stats.scope
@@ -115,7 +115,7 @@ def test_steps_with_sketches_compute_the_same(tmp_path: Path, monkeypatch: pytes
             model.attention.sketch_keys(cache)
             step.run()
             cache.seq_len += 1
-            tokens.append(int(step.token))
+            tokens.append(int(step.new.token))
         caches.append(cache)
     assert tokens[:2] == tokens[2:]
     check_equal(*caches, 0)
@@ -355,7 +355,7 @@ def test_steps_over_a_far_cache_compute_the_same(tmp_path: Path, monkeypatch: py
             with local_parts_of_far_arrays_are_nan(cache, lies):
                 token.run()
             cache.seq_len += 1
-            tokens.append(int(token.token))
+            tokens.append(int(token.new.token))
         found.append((tokens, [tensor[:, :61] for pair in zip(cache.k, cache.v, strict=True) for tensor in pair]))
     for tokens, tensors in found[1:]:
         assert tokens == found[0][0]
