@@ -1,4 +1,5 @@
-"""What the fused kernels compile to for Hopper, without a GPU: registers, stack, spills, instructions.
+"""What kernels compile to for Hopper, without a GPU: registers, stack, spills, instructions, and loads behind the wait
+for the kernel before. Those of attention, and products of a decode step.
 
     python tools/machine_code.py             the counts, with those that are kept for this version of Triton
     python tools/machine_code.py --write     keeps them in kernels/machine_code.json, which a test compares with
@@ -9,10 +10,12 @@ A change of structure should leave the counts as they are; one that is meant to 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -27,7 +30,9 @@ from minirea.kernels.fused import launch, plan
 from minirea.kernels.fused.arguments import Rope
 from minirea.kernels.near import Near, near_size
 from minirea.kernels.sketch import new_sketch
+from minirea.kernels.steps import matvec
 from minirea.kernels.votes import new_votes, winners_shape
+from minirea.quantize import QuantizedMatrix
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "kernels" / "machine_code.json"
@@ -80,11 +85,36 @@ SHAPES = {
 }
 
 
+PRODUCTS = {
+    f"{what} of an 8B model, {form}": functools.partial(kernel, bits)
+    for form, bits in (("bfloat16", 0), ("8 bits", 8), ("4 bits", 4))
+    for what, kernel in {
+        "q, k and v": lambda bits: matvec.norm_qkv(
+            *(tensor(4096), tensor(4096), matrix(6144, 4096, bits), None, 1e-5, tensor(1, dtype=torch.int32)),
+            *(tensor(32, 128), tensor(8, 131072, 128), tensor(8, 131072, 128)),
+        ),
+        "output": lambda bits: matvec.add_product(tensor(4096), matrix(4096, 4096, bits), None, tensor(4096)),
+        "gate and up": lambda bits: matvec.norm_gate_up(
+            tensor(4096), tensor(4096), matrix(28672, 4096, bits), None, 1e-5, tensor(14336)
+        ),
+        "down": lambda bits: matvec.add_product(tensor(14336), matrix(4096, 14336, bits), None, tensor(4096)),
+    }.items()
+}
+
+
+def tensor(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(sizes, dtype=dtype, device="meta")
+
+
+def matrix(rows: int, columns: int, bits: int) -> torch.Tensor | QuantizedMatrix:
+    """Of bfloat16 with 0 bits."""
+    if not bits:
+        return tensor(rows, columns)
+    return QuantizedMatrix.empty(rows, columns, bits, 0, torch.device("meta"))
+
+
 def compiled(name: str) -> driver.Variant:
-    """The machine code of a step in bfloat16 over a cache of 131,072 tokens."""
-    shape = SHAPES[name]
-    options: dict[str, Any] = {"vote_size": 32, "vote_window": 8, "carry_votes": True} if shape.votes else {}
-    config = ReAttentionConfig(32, 4096, 4 if shape.selects else 0, 32, 16 if shape.votes else 128, **options)
+    """The machine code of a step in bfloat16 over a cache of 131,072 tokens, of SHAPES, or of one of PRODUCTS."""
     found: list[driver.Variant] = []
 
     def record_start(kernel: Any, _programs: int, _device: torch.device, arguments: Any, constants: Any) -> None:
@@ -94,9 +124,22 @@ def compiled(name: str) -> driver.Variant:
     def record(kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
         record_start(kernel, programs, device, arguments, constants | {"launch_cooperative_grid": True})
 
-    def tensor(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.empty(sizes, dtype=dtype, device="meta")
+    with (
+        mock.patch.object(launch, "launch_cooperatively", record),
+        mock.patch.object(launching, "start", record_start),
+        mock.patch.object(launching, "starts_early", return_value=True),
+        mock.patch.object(plan, "num_programs", lambda _, tiles: PROCESSORS * tiles.programs_per_sm),
+    ):
+        run: Callable[[], Any] = PRODUCTS.get(name) or functools.partial(attend, name)
+        run()
+    return found[0]
 
+
+def attend(name: str) -> None:
+    """Launch what SHAPES names."""
+    shape = SHAPES[name]
+    options: dict[str, Any] = {"vote_size": 32, "vote_window": 8, "carry_votes": True} if shape.votes else {}
+    config = ReAttentionConfig(32, 4096, 4 if shape.selects else 0, 32, 16 if shape.votes else 128, **options)
     q_THD, out_THD = (tensor(shape.num_queries, shape.num_heads, shape.head_dim) for _ in range(2))
     k_GND, v_GND = (tensor(shape.num_kv_heads, 131072, shape.head_dim) for _ in range(2))
     seq_len = tensor(1, dtype=torch.int32)
@@ -109,28 +152,23 @@ def compiled(name: str) -> driver.Variant:
     gather = Gather(lambda x: x.new_empty(shape.ranks * len(x), x.shape[1]), shape.ranks) if shape.ranks > 1 else None
     near = Near(*(tensor(shape.num_kv_heads, rows, shape.head_dim) if there else None for there in shape.near))
     rope = Rope(*(tensor(config.max_scope + 2048, shape.head_dim // 2, dtype=torch.float32) for _ in range(2)))
-    with (
-        mock.patch.object(launch, "launch_cooperatively", record),
-        mock.patch.object(launching, "start", record_start),
-        mock.patch.object(launching, "starts_early", return_value=True),
-        mock.patch.object(plan, "num_programs", lambda _, tiles: PROCESSORS * tiles.programs_per_sm),
-    ):
-        left = None if winners is None else winners[0]
-        step = launch.Inputs(q_THD, k_GND, v_GND, out_THD, seq_len, rope, config, near=near, winners=left)
-        if name == COUNTING:
-            assert votes is not None and winners is not None
-            launch.count_winners(votes, winners, seq_len, config)
-        elif not shape.selects:
-            launch.launch_plain(step)
-        elif shape.num_queries == 1:
-            launch.launch_decode(step._replace(gather=gather, sketch=sketch, votes=votes))
-        else:
-            launch.launch_chunks(step._replace(gather=gather), shape.chunk_size)
-    return found[0]
+    left = None if winners is None else winners[0]
+    step = launch.Inputs(q_THD, k_GND, v_GND, out_THD, seq_len, rope, config, near=near, winners=left)
+    if name == COUNTING:
+        assert votes is not None and winners is not None
+        launch.count_winners(votes, winners, seq_len, config)
+    elif not shape.selects:
+        launch.launch_plain(step)
+    elif shape.num_queries == 1:
+        launch.launch_decode(step._replace(gather=gather, sketch=sketch, votes=votes))
+    else:
+        launch.launch_chunks(step._replace(gather=gather), shape.chunk_size)
 
 
 def counts(cubin: bytes) -> dict[str, int]:
-    """Of one kernel: registers and bytes of stack of a thread, instructions, and those that spill."""
+    """Of one kernel: registers and bytes of stack of a thread, instructions, those that spill, and of those that load
+    from global memory such as stand behind the wait for the kernel before, if it waits.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -146,7 +184,13 @@ def counts(cubin: bytes) -> dict[str, int]:
         "stack": int(resources[2]),
         "instructions": len(instructions),
         "spills": sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in instructions),
+        "loads behind the wait": sum("LDG" in line for line in behind_wait(instructions)),
     }
+
+
+def behind_wait(instructions: list[str]) -> list[str]:
+    """None where there is no wait."""
+    return instructions[next((i for i, line in enumerate(instructions) if "ACQBULK" in line), len(instructions)) :]
 
 
 def kept() -> dict[str, dict[str, dict[str, int]]]:
@@ -162,7 +206,7 @@ def main() -> None:
     table = kept() if TABLE.exists() else {}
     before = table.get(triton.__version__, {})
     found = {}
-    for name in SHAPES:
+    for name in (*SHAPES, *PRODUCTS):
         found[name] = counts(compiled(name).cubin)
         print(f"{name}\n  now   {found[name]}\n  kept  {before.get(name, 'nothing')}", flush=True)
     if arguments.write:
