@@ -117,7 +117,11 @@ def check_tiles(dtype: torch.dtype, device: str, bits: int) -> None:
         tile = step.Tile(rows, warp * warps, warps, bits, w.group_size, blocks)
         with mock.patch.object(step, "tile_of_words", return_value=tile):
             check(step.norm_gate_up, [5], x_K, norm_K, gate_up, None, EPS, r.poison(11))
-            check(step.add_product, [3], x_K, w, None, r.normal(19))
+            check(step.add_product, [3], x_K, w, r.normal(19), r.normal(19))
+            if blocks > 1:
+                caches = r.poison(3, 5), r.poison(1, 9, 5), r.poison(1, 9, 5)
+                qkv = r.matrix(25, K, bits, size)
+                check(step.norm_qkv, [6, 7, 8], x_K, norm_K, qkv, r.normal(25), EPS, r.count(7), *caches)
     for size in (2**-12, 2**12) if dtype == torch.float16 else (2**-50, 2**40):
         check(step.add_product, [3], x_K * size, w, None, torch.zeros_like(x_K[:19]))
 
