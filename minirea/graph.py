@@ -214,17 +214,22 @@ class DecodeGraph:
         self.step.dense = dense = self.cache.seq_len < attention.dense_size
         if dense not in self.graphs:
             self.graphs[dense] = StepGraph(self.step.run, self.cache, self.generator)
-        self.graphs[dense].launch()
         self.launched += 1
+        try:
+            self.graphs[dense].launch()
+        finally:  # also where an interrupt ends this: `close` waits, since the step writes to memory that is freed then
+            self._arrived(self.launched).record()
         self.cache.seq_len = self.start + self.launched
-        self.arrived[self.cache.seq_len % 2].record()
 
     def read(self) -> int:
         """The next token that was launched and not read; waits for it."""
-        self.read_back += 1
-        slot = (self.start + self.read_back) % 2
-        self.arrived[slot].synchronize()
-        return int(self.step.new.on_host[slot])
+        self._arrived(self.read_back + 1).synchronize()
+        self.read_back += 1  # not before: an interrupt comes while it waits
+        return int(self.step.new.on_host[(self.start + self.read_back) % 2])
+
+    def _arrived(self, step: int) -> torch.cuda.Event:
+        """Of the steps counted from 1; as its token lies on the host, by cached tokens and the one it is fed."""
+        return self.arrived[(self.start + step) % 2]
 
     def close(self) -> None:
         """Wait for the step whose token was not read, remove that token from the cache, and free the graphs."""

@@ -118,10 +118,11 @@ def check_tiles(dtype: torch.dtype, device: str, bits: int) -> None:
         with mock.patch.object(step, "tile_of_words", return_value=tile):
             check(step.norm_gate_up, [5], x_K, norm_K, gate_up, None, EPS, r.poison(11))
             check(step.add_product, [3], x_K, w, r.normal(19), r.normal(19))
-            if blocks > 1:
-                caches = r.poison(3, 5), r.poison(1, 9, 5), r.poison(1, 9, 5)
-                qkv = r.matrix(25, K, bits, size)
-                check(step.norm_qkv, [6, 7, 8], x_K, norm_K, qkv, r.normal(25), EPS, r.count(7), *caches)
+            if blocks > 1:  # and a piece that is all of a row, to its end
+                caches, even = (r.poison(3, 5), r.poison(1, 9, 5), r.poison(1, 9, 5)), warp * warps
+                qkv = r.matrix(25, even, bits, size)
+                x = r.normal(even), r.normal(even)
+                check(step.norm_qkv, [6, 7, 8], *x, qkv, r.normal(25), EPS, r.count(7), *caches)
     for size in (2**-12, 2**12) if dtype == torch.float16 else (2**-50, 2**40):
         check(step.add_product, [3], x_K * size, w, None, torch.zeros_like(x_K[:19]))
 
@@ -163,8 +164,13 @@ def check_best_token(device: str) -> None:
                 tokens.on_host.fill_(-9)  # the other one stays
             step.best_token(logits_V, workspace, new)
             twins.best_token(logits_V, workspace, expected)
-            step.keep_token(new.token, new)  # as sampled ones are left
             assert_left(new, expected)
+            sampled = torch.tensor([V + 3], device=device)
+            for tokens, keep in ((new, step.keep_token), (expected, twins.keep_token)):
+                tokens.seq_len.add_(1)
+                keep(sampled, tokens)
+            assert_left(new, expected)
+            assert expected.token.item() == expected.on_host[int(expected.seq_len) % 2] == V + 3
 
 
 def assert_left(found: Any, expected: Any) -> None:

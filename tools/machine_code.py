@@ -166,8 +166,8 @@ def attend(name: str) -> None:
 
 
 def counts(cubin: bytes) -> dict[str, int]:
-    """Of one kernel: registers and bytes of stack of a thread, instructions, those that spill, and of those that load
-    from global memory such as stand behind the wait for the kernel before, if it waits.
+    """Of one kernel: registers and bytes of stack of a thread, how many instructions there are, how many spill, and how
+    many load from global memory behind the wait for the kernel before, x among them.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -189,7 +189,7 @@ def counts(cubin: bytes) -> dict[str, int]:
 
 
 def behind_wait(instructions: list[str]) -> list[str]:
-    """None where there is no wait."""
+    """No instructions where there is no wait."""
     return instructions[next((i for i, line in enumerate(instructions) if "ACQBULK" in line), len(instructions)) :]
 
 

@@ -6,18 +6,19 @@
     add_product   out -> x, through the output projection; also the MLP's last product
     norm_gate_up  x -> silu(gate) * up
     norm_logits   x -> logits
-    best_token    logits -> the next token id, for the next step and for the host
+    best_token    logits -> the next token id, for the next step and for the host (keep_token: a sampled one)
 
 A token at batch one costs one read of the weights, so each kernel is a stream of weights with as little as possible
 around it. They are of the model's dtype, or quantized to one byte or half of one each (minirea.quantize). A program
-owns a few rows of the matrix, or two blocks of rows, keeps its next tile of weights in flight while it multiplies this
-one, and needs no other program. RMSNorm costs no pass of its own: W (g * x / rms) = (W (g * x)) / rms, and the program
-that multiplies g * x sums the squares of x on the way.
+owns a few rows of the matrix, or two blocks of rows, keeps their next piece in flight while it multiplies this one, and
+needs no other program. RMSNorm costs no pass of its own: W (g * x / rms) = (W (g * x)) / rms, and the program that
+multiplies g * x sums the squares of x on the way.
 
 On Hopper the kernels are launched as programmatic dependents: a kernel's programs start on the SMs that the one before
 it frees, read their first weights and those of the norm, which no kernel writes, and only then wait for it to end.
-Every program waits, so that the end of a kernel also means the end of all kernels before it. What it then needs of
-memory besides x is fetched with x, not where it is used: a load takes as long as a tenth of a small product.
+Every program waits, so that the end of a kernel also means the end of all kernels before it. What results are added to,
+and where they go, is fetched with x and not where it is used, where registers allow: a load takes as long as a tenth of
+a small product.
 
 Letters are the project's: E model width, F MLP width, V vocabulary, H, G, D heads and head dim. x is a vector in the
 model's dtype, products are summed in float32.
@@ -155,7 +156,8 @@ def products(
         second_tile = load_rows_of_words(weights, first, rows, K, BLOCK_K, BITS, GROUP)
         second_fetched = fetch(to, rows)
         out = product_of_tile(tile, x, BITS)
-        factor = tl.rsqrt(tl.sum(squares, axis=0) / K + eps) if NORM else 1.0  # after a product: its sum has a barrier
+        # Behind a product, which the barrier of this sum over threads would delay.
+        factor = tl.rsqrt(tl.sum(squares, axis=0) / K + eps) if NORM else 1.0
         finish(out * factor, block, to, fetched)
         if second < NUM_BLOCKS:
             finish(product_of_tile(second_tile, x, BITS) * factor, second, to, second_fetched)
@@ -430,7 +432,7 @@ def product_of_words(
     if not LATE:
         fetched = fetch(to, rows)
         if not NORM:
-            tl.debug_barrier()  # behind which the compiler would put that load otherwise, to where it is used
+            tl.debug_barrier()  # keeps that load here; the compiler would move it to its use
     x = load_units(x_ptr, offs_u, K, BITS, EVEN)
     if not NORM:
         norm = x  # not used; of the kind that a loop can carry
@@ -871,9 +873,10 @@ class NewToken(NamedTuple):
 
     Attributes:
         token: int64 [1], for the next step.
-        seq_len: int32 [1], cached tokens.
+        seq_len: int32 [1], cached tokens, the one that this step is fed among them.
         on_host: int64 [2], pinned memory of the host, where it lies at seq_len % 2: a copy would take as long as a
-            small product between two steps. The one before stays, which the host may not have read yet.
+            small product between two steps. The one before stays, which the host may not have read yet
+            (minirea.graph). Not to be freed before the step has ended.
     """
 
     token: torch.Tensor

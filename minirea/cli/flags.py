@@ -168,7 +168,9 @@ def add_scope(parser: argparse.ArgumentParser) -> Callable[..., Any]:
 def add_execution(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("execution").add_argument
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="of weights and cache")
-    quantize = "round matrices while they are read: to one byte per weight, or half of one (head and first layers: one)"
+    quantize = (
+        "round matrices while they are read: to one byte per weight, or half of one (head, parts of first layers: one)"
+    )
     add("--quantize", choices=QUANTIZE, help=quantize)
     add("--device", choices=DEVICES, default="auto", help="where to run")
     add("--impl", choices=IMPLS, default="auto", help="the fused kernel or the torch path")

@@ -291,7 +291,7 @@ def test_a_chat_outgrows_its_cache_and_its_graph(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sketch", "head_dim", "kernels"),
     [
-        ("off", 16, {"norm_qkv_kernel", "decode_kernel", "best_token_kernel"}),
+        ("off", 16, {"norm_qkv_kernel", "decode_kernel", "best_token_kernel", "keep_token_kernel"}),
         ("int8", 32, {"decode_kernel", "sketch_kernel"}),
     ],
 )

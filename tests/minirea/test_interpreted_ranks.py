@@ -103,7 +103,7 @@ def test_ranks_decode_what_one_process_does(tmp_path: Path, votes: dict[str, Any
         for _ in range(3):
             step.run()
             cache.seq_len += 1
-            found.append(int(step.token))
+            found.append(int(step.new.token))
         return found, cache.winners
 
     session = llm.session()
@@ -136,7 +136,7 @@ def test_caches_on_the_host_and_sketches_change_nothing(tmp_path: Path, monkeypa
             model.attention.sketch_keys(cache)
             step.run()
             cache.seq_len += 1
-            found.append(int(step.token))
+            found.append(int(step.new.token))
         assert cache.sketched_len == 80 * placement.sketched
         return found, [x[:, : cache.seq_len].clone() for x in (*cache.k, *cache.v)]
 
