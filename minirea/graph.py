@@ -218,18 +218,19 @@ class DecodeGraph:
         try:
             self.graphs[dense].launch()
         finally:  # also where an interrupt ends this: `close` waits, since the step writes to memory that is freed then
-            self._arrived(self.launched).record()
+            self.arrived[self._slot(self.launched)].record()
         self.cache.seq_len = self.start + self.launched
 
     def read(self) -> int:
         """The next token that was launched and not read; waits for it."""
-        self._arrived(self.read_back + 1).synchronize()
+        slot = self._slot(self.read_back + 1)
+        self.arrived[slot].synchronize()
         self.read_back += 1  # not before: an interrupt comes while it waits
-        return int(self.step.new.on_host[(self.start + self.read_back) % 2])
+        return int(self.step.new.on_host[slot])
 
-    def _arrived(self, step: int) -> torch.cuda.Event:
-        """Of the steps counted from 1; as its token lies on the host, by cached tokens and the one it is fed."""
-        return self.arrived[(self.start + step) % 2]
+    def _slot(self, step: int) -> int:
+        """Where step 1, 2, ... leaves its token on the host: the kernels go by seq_len, which that step has raised."""
+        return (self.start + step) % 2
 
     def close(self) -> None:
         """Wait for the step whose token was not read, remove that token from the cache, and free the graphs."""
